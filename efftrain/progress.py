@@ -1,0 +1,76 @@
+"""Progress that a person sees in a terminal and can still read in a log file."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import rich.progress
+from rich.console import Console
+
+T = TypeVar("T")
+console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+class Progress:
+    """One line of progress: a bar with rate and time left on a terminal, a plain line every few seconds in a log.
+
+    Used as a context manager; ``advance`` moves it, ``note`` sets the text behind it.
+    """
+
+    def __init__(
+        self, description: str, total: float | None = None, *, unit: str = "", log_every_s: float = 10.0
+    ):
+        self.description, self.total, self.unit, self.log_every_s = description, total, unit, log_every_s
+        self.done, self._note = 0.0, ""
+        self._live = console.is_terminal
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=30),
+            rich.progress.TextColumn("{task.completed:,.0f}/{task.fields[of]}" + (f" {unit}" if unit else "")),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task(description, total=total, note="", of=f"{total:,.0f}" if total else "?")
+
+    def __enter__(self) -> "Progress":
+        self._start = self._logged = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(self, exc_type: object, *rest: object) -> None:
+        self._bar.stop()
+        if not self._live:
+            self._log("done" if exc_type is None else "stopped")
+
+    def advance(self, amount: float = 1.0) -> None:
+        self.done += amount
+        self._bar.advance(self._task, amount)
+        if not self._live and time.monotonic() - self._logged > self.log_every_s:
+            self._log()
+
+    def note(self, text: str) -> None:
+        self._note = text
+        self._bar.update(self._task, note=text)
+
+    def _log(self, word: str = "") -> None:
+        self._logged = time.monotonic()
+        elapsed = self._logged - self._start
+        of = f"/{self.total:,.0f}" if self.total else ""
+        left = ""
+        if self.total and self.done and not word:
+            left = f", {elapsed * (self.total - self.done) / self.done:.0f} s left"
+        state = f"{self.done:,.0f}{of} {self.unit}".rstrip()
+        text = f"{self.description}: {state}, {elapsed:.0f} s{left} {self._note} {word}"
+        console.print(text.rstrip(), markup=False)
+
+
+def track(items: Iterable[T], description: str, total: float | None = None, *, unit: str = "") -> Iterator[T]:
+    """Yields the items under a ``Progress``."""
+    with Progress(description, total, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()

@@ -1,0 +1,103 @@
+"""What turns a file of named configurations into a command: ``main(recipe_cli(configs))``."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from efftrain.errors import ConfigError, EfftrainError
+from efftrain.progress import console
+
+Config = TypeVar("Config")
+
+# glibc then asks for huge pages. XLA on CPU allocates and frees its temporaries each step, and the page faults cost up to
+# 20 % of a training step. It is read when a process starts, so it cannot be set from inside.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None) -> Config:
+    """Reads the command line: the name of a configuration, then typed overrides of its fields.
+
+    Args:
+      configs: name -> complete configuration; the first one is the default.
+      description: the text of ``--help``; by default the docstring of the running script.
+
+    Returns:
+      The chosen configuration with the overrides applied. Ends the process with code 2 and one sentence where an
+      argument is unknown or a value impossible, and with code 0 after ``--help``.
+    """
+    import tyro
+
+    main = sys.modules["__main__"]
+    arguments = sys.argv[1:]
+    default = next(iter(configs))
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name = arguments[0] if named else default
+    if name not in configs:
+        fail(ConfigError(f"there is no configuration {name!r}; choose one of {', '.join(configs)}"))
+    text = description or main.__doc__ or ""
+    help_text = f"{text}\n\nConfigurations: {', '.join(configs)} (default: {default}). Showing {name}."
+    with exit_cleanly():
+        config = tyro.cli(
+            type(configs[name]),
+            default=configs[name],
+            args=arguments[1:] if named else arguments,
+            description=help_text,
+            prog=f"python {sys.argv[0]} {name}",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    restart_with_huge_pages()
+    return config
+
+
+def run_recipe(main, configs: Mapping[str, Config]) -> None:
+    """``main(recipe_cli(configs))`` with errors as one sentence: what stands at the end of every recipe."""
+    config = recipe_cli(configs)
+    with exit_cleanly():
+        main(config)
+
+
+@contextlib.contextmanager
+def exit_cleanly() -> Iterator[None]:
+    """Turns an ``EfftrainError`` into one sentence and exit code 2; lets every other exception pass."""
+    try:
+        yield
+    except EfftrainError as error:
+        fail(error)
+
+
+def fail(error: EfftrainError) -> None:
+    console.print(f"error: {error}", style="red", markup=False)
+    raise SystemExit(2)
+
+
+def restart_with_huge_pages() -> None:
+    """Starts this Python process again with huge pages for malloc, where that helps and was not decided by the user."""
+    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
+        return
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        return
+    os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def import_script(path: Path | str) -> types.ModuleType:
+    """Imports a recipe or corpus script by its path, as a module named after the file.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no script {path}; give the path of a .py file")
+    spec = importlib.util.spec_from_file_location(f"efftrain_script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
