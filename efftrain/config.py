@@ -1,19 +1,22 @@
 """Frozen dataclasses to JSON and back, so that a run directory can rebuild any model.
 
 A choice between components is a union of dataclasses, so every object carries its type: ``{"type": "module:Class",
-"field": value, ...}``. Fields at their default are written too: a file made today means the same after a default changed.
+"field": value, ...}``; a class that a script defines is ``script.py:Class``. Fields at their default are written too: a file made today means the same after a default changed.
 """
 
 import dataclasses
 import hashlib
 import importlib
 import json
+import sys
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from efftrain.errors import ConfigError
+
+SCRIPT_PREFIX = "efftrain_script_"  # of the module names that ``recipe.import_script`` gives
 
 
 def to_json(value: Any) -> Any:
@@ -23,8 +26,9 @@ def to_json(value: Any) -> Any:
       ConfigError: a field holds something that JSON cannot carry (a function, say): make it a small dataclass.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = f"{type(value).__module__}:{type(value).__qualname__}"
-        return {"type": name} | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": _class_name(type(value))} | {
+            f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):
@@ -38,22 +42,22 @@ def to_json(value: Any) -> Any:
     )
 
 
-def from_json(value: Any, *, main: types.ModuleType | None = None) -> Any:
+def from_json(value: Any, *, script: types.ModuleType | None = None) -> Any:
     """Rebuilds what ``to_json`` wrote.
 
     Args:
       value: the JSON value.
-      main: the module in which classes of ``__main__`` (defined in a recipe script) are looked up.
+      script: the module in which classes that a script defined are looked up.
 
     Raises:
       ConfigError: a class or a field is unknown to this version of the code.
     """
-    return _decode(value, Any, main)
+    return _decode(value, Any, script)
 
 
-def _decode(value: Any, annotation: Any, main: types.ModuleType | None) -> Any:
+def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any:
     if isinstance(value, dict) and "type" in value:
-        cls = _find_class(value["type"], main)
+        cls = _find_class(value["type"], script)
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)}
         given = {k: v for k, v in value.items() if k != "type"}
@@ -61,24 +65,30 @@ def _decode(value: Any, annotation: Any, main: types.ModuleType | None) -> Any:
             raise ConfigError(
                 f"{value['type']} has no field {unknown[0]!r}; it was written by another version of efftrain"
             )
-        return cls(**{k: _decode(v, hints[k], main) for k, v in given.items()})
+        return cls(**{k: _decode(v, hints[k], script) for k, v in given.items()})
     if isinstance(value, dict):
-        return {k: _decode(v, Any, main) for k, v in value.items()}
+        return {k: _decode(v, Any, script) for k, v in value.items()}
     if isinstance(value, list):
         kinds = [annotation, *typing.get_args(annotation)]
         as_tuple = any(kind is tuple or typing.get_origin(kind) is tuple for kind in kinds)
-        items = [_decode(v, Any, main) for v in value]
+        items = [_decode(v, Any, script) for v in value]
         return tuple(items) if as_tuple else items
     if isinstance(value, str) and Path in (annotation, *typing.get_args(annotation)):
         return Path(value)
     return value
 
 
-def _find_class(name: str, main: types.ModuleType | None) -> type:
+def _class_name(cls: type) -> str:
+    module = sys.modules[cls.__module__]
+    is_script = module.__spec__ is None or module.__name__.startswith(SCRIPT_PREFIX)
+    name = Path(module.__file__).name if is_script and hasattr(module, "__file__") else module.__name__
+    return f"{name}:{cls.__qualname__}"
+
+
+def _find_class(name: str, script: types.ModuleType | None) -> type:
     module_name, _, qualname = name.partition(":")
     try:
-        module = main if module_name == "__main__" and main else importlib.import_module(module_name)
-        found = module
+        found = script if module_name.endswith(".py") else importlib.import_module(module_name)
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
@@ -100,15 +110,9 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
     """The fields in which two JSON values differ, as ``path: old -> new``, for error messages."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
-        return [
-            line
-            for k in keys
-            for line in difference(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))
-        ]
+        return [line for k in keys for line in difference(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [
-            line
-            for i, (a, b) in enumerate(zip(old, new, strict=True))
-            for line in difference(a, b, f"{path}[{i}]")
+            line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in difference(a, b, f"{path}[{i}]")
         ]
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -19,10 +19,17 @@ class Progress:
     """
 
     def __init__(
-        self, description: str, total: float | None = None, *, unit: str = "", log_every_s: float = 10.0
+        self,
+        description: str,
+        total: float | None = None,
+        *,
+        unit: str = "",
+        initial: float = 0.0,
+        log_every_s: float = 10.0,
     ):
+        """``initial`` was done before, by an earlier process; it does not count for the time left."""
         self.description, self.total, self.unit, self.log_every_s = description, total, unit, log_every_s
-        self.done, self._note = 0.0, ""
+        self.done, self._initial, self._note = initial, initial, ""
         self._live = console.is_terminal
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
@@ -34,7 +41,9 @@ class Progress:
             console=console,
             disable=not self._live,
         )
-        self._task = self._bar.add_task(description, total=total, note="", of=f"{total:,.0f}" if total else "?")
+        self._task = self._bar.add_task(
+            description, total=total, completed=initial, note="", of=f"{total:,.0f}" if total else "?"
+        )
 
     def __enter__(self) -> "Progress":
         self._start = self._logged = time.monotonic()
@@ -56,13 +65,18 @@ class Progress:
         self._note = text
         self._bar.update(self._task, note=text)
 
+    def print(self, text: str) -> None:
+        """A line of its own above the bar."""
+        console.print(text, markup=False)
+
     def _log(self, word: str = "") -> None:
         self._logged = time.monotonic()
         elapsed = self._logged - self._start
         of = f"/{self.total:,.0f}" if self.total else ""
         left = ""
-        if self.total and self.done and not word:
-            left = f", {elapsed * (self.total - self.done) / self.done:.0f} s left"
+        fresh = self.done - self._initial
+        if self.total and fresh and not word:
+            left = f", {elapsed * (self.total - self.done) / fresh:.0f} s left"
         state = f"{self.done:,.0f}{of} {self.unit}".rstrip()
         text = f"{self.description}: {state}, {elapsed:.0f} s{left} {self._note} {word}"
         console.print(text.rstrip(), markup=False)

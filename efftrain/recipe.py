@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from efftrain.config import SCRIPT_PREFIX
 from efftrain.errors import ConfigError, EfftrainError
 from efftrain.progress import console
 
@@ -96,7 +97,7 @@ def import_script(path: Path | str) -> types.ModuleType:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no script {path}; give the path of a .py file")
-    spec = importlib.util.spec_from_file_location(f"efftrain_script_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(SCRIPT_PREFIX + path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

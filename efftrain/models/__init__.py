@@ -1,1 +1,1 @@
-
+"""Flax NNX modules: plain pytrees, no nnx transform anywhere."""

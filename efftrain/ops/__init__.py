@@ -1,1 +1,1 @@
-
+"""Pure functions on arrays, one formula each."""

@@ -1,0 +1,52 @@
+"""Keys and values of the tokens seen so far, in static shapes."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efftrain.models.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer: slot i holds the key and value of the token at position i."""
+
+    k_bksd: Array
+    v_bksd: Array
+
+    def write(self, k_btkd: Array, v_btkd: Array, positions_b: Array) -> "LayerCache":
+        """Puts new tokens in the slots that start at ``positions_b`` (batch,) of each row."""
+
+        def put(cache_bksd: Array, new_btkd: Array) -> Array:
+            new_bktd = new_btkd.swapaxes(1, 2).astype(cache_bksd.dtype)
+            if len(cache_bksd) == 1:  # one plain slice update, which XLA does in place
+                return jax.lax.dynamic_update_slice(cache_bksd, new_bktd, (0, 0, positions_b[0], 0))
+            update = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
+            return update(cache_bksd, new_bktd, positions_b)
+
+        return LayerCache(put(self.k_bksd, k_btkd), put(self.v_bksd, v_btkd))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """All layers, and how many tokens each row holds: lengths_b (batch,) int32."""
+
+    layers: tuple[LayerCache, ...]
+    lengths_b: Array
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """A cache with no tokens and room for ``slots`` a row, in the model's dtype."""
+
+    def layer(attention) -> LayerCache:
+        shape = (batch, attention.n_kv_heads, slots, attention.d_head)
+        return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    return Cache(
+        layers=tuple(layer(block.attention) for block in config.layers),
+        lengths_b=jnp.zeros((batch,), jnp.int32),
+    )

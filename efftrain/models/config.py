@@ -1,0 +1,163 @@
+"""What a model is: a pattern of blocks, repeated. Components are dataclasses that build their own module."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from flax import nnx
+
+from efftrain.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Grouped-query attention.
+
+    Attributes:
+      n_heads: query heads.
+      n_kv_heads: key and value heads; divides n_heads.
+      d_head: size of a head, even.
+      qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020): stable at high learning rates.
+      window: how many tokens back a token sees, itself included; None sees all.
+      rope_theta: base of the rotary frequencies.
+      n_blocks: query blocks in training, see ``ops.attention``.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    qk_norm: bool = False
+    window: int | None = None
+    rope_theta: float = 10_000.0
+    n_blocks: int = 4
+
+    def __post_init__(self):
+        for name in ("n_heads", "n_kv_heads", "d_head", "n_blocks"):
+            _positive(f"attention.{name}", getattr(self, name))
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"attention.n_heads is {self.n_heads}, which attention.n_kv_heads {self.n_kv_heads} does not divide; "
+                "make it a multiple"
+            )
+        if self.d_head % 2:
+            raise ConfigError(
+                f"attention.d_head is {self.d_head}; rotary embedding needs an even number, use {self.d_head + 1}"
+            )
+        if self.window is not None:
+            _positive("attention.window", self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpConfig:
+    """Base of every feed-forward configuration, those of forks too.
+
+    ``build`` returns a module whose call takes and returns (batch, length, d_model), and beside it a dict of
+    (sum, count) metrics, empty where there is nothing to say.
+    """
+
+    def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
+        raise TypeError(f"{type(self).__name__} has no build method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(MlpConfig):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``. Shazeer 2020."""
+
+    d_ff: int
+
+    def __post_init__(self):
+        _positive("mlp.d_ff", self.d_ff)
+
+    def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
+        from efftrain.models.mlp import SwiGLU
+
+        return SwiGLU(d_model, self.d_ff, n_layers=n_layers, dtype=dtype, rngs=rngs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One pre-norm transformer block."""
+
+    attention: Attention
+    mlp: MlpConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder.
+
+    Attributes:
+      vocab_size: rows of the embedding; at least the tokenizer's.
+      d_model: width of the residual stream.
+      pattern: the blocks that are repeated, in order: "every second block is MoE" is a pattern of two.
+      n_repeats: how often the pattern stands in the stack.
+      max_length: the longest sequence that the model is trained on or decodes.
+      tied_embedding: the head is the embedding's transpose.
+      norm_eps: see ``ops.norm``.
+      dtype: of activations and products; parameters are float32.
+      scan: one traced block for all repeats (short compile, for deep models) or every layer traced (faster on CPU).
+      remat: what the backward pass computes again: nothing, all of a block, or all but the dense products.
+    """
+
+    vocab_size: int
+    d_model: int
+    pattern: tuple[BlockConfig, ...]
+    n_repeats: int
+    max_length: int
+    tied_embedding: bool = False
+    norm_eps: float = 1e-5
+    dtype: Dtype = "float32"
+    scan: bool = False
+    remat: Literal["none", "full", "dots"] = "none"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "n_repeats", "max_length"):
+            _positive(f"model.{name}", getattr(self, name))
+        if not self.pattern:
+            raise ConfigError("model.pattern is empty; give it at least one BlockConfig")
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.pattern) * self.n_repeats
+
+    @property
+    def layers(self) -> tuple[BlockConfig, ...]:
+        """The configuration of every layer, first to last."""
+        return self.pattern * self.n_repeats
+
+    def replace(self, **changes) -> "ModelConfig":
+        return dataclasses.replace(self, **changes)
+
+
+def llama(
+    *,
+    vocab_size: int,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    d_ff: int,
+    max_length: int,
+    **changes,
+) -> ModelConfig:
+    """The plain dense decoder (Llama's shape): one block, repeated."""
+    if d_model % n_heads:
+        raise ConfigError(f"model.d_model is {d_model}, which n_heads {n_heads} does not divide; make it a multiple")
+    attention = Attention(
+        n_heads=n_heads, n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads, d_head=d_model // n_heads
+    )
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        pattern=(BlockConfig(attention=attention, mlp=Dense(d_ff=d_ff)),),
+        n_repeats=n_layers,
+        max_length=max_length,
+        **changes,
+    )
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} is {value}; it must be at least 1")

@@ -1,0 +1,69 @@
+"""The three parametrised operations that every model is made of: a dense product, a table, a norm."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.ops.norm import rms_norm
+
+
+class Linear(nnx.Module):
+    """The one dense product of every model: ``y_...f = x_...d @ kernel_df``, without bias.
+
+    Args:
+      d_in, d_out: sizes.
+      axes: logical axis names of the kernel.
+      units: indivisible pieces of each axis (heads, not their columns), for sharding. None: the sizes.
+      dtype: of the product; the kernel is float32.
+      gain: scales the initial kernel (LeCun normal).
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        dtype: str,
+        units: tuple[int, int] | None = None,
+        gain: float = 1.0,
+    ):
+        kernel = nnx.initializers.lecun_normal()(rngs.params(), (d_in, d_out)) * gain
+        self.kernel = nnx.Param(kernel, axes=axes, units=units or (d_in, d_out))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        flat = x.reshape(-1, x.shape[-1])  # 2-D: XLA's fast product on CPU, forward and backward
+        return (flat.astype(self.dtype) @ self.cast_kernel()).reshape(*x.shape[:-1], -1)
+
+    def cast_kernel(self) -> Array:
+        """The kernel (d_in, d_out) as the product sees it."""
+        return self.kernel[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors: integers (...) -> (..., d_model)."""
+
+    def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs, dtype: str):
+        table = nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, d_model))
+        self.table = nnx.Param(table, axes=("vocab", "embed"), units=(vocab_size, d_model))
+        self.dtype = dtype
+
+    def __call__(self, tokens: Array) -> Array:
+        return self.table[...].astype(self.dtype)[tokens]
+
+    def as_head(self) -> Array:
+        """The transpose (d_model, vocab), for a tied head."""
+        return self.table[...].astype(self.dtype).T
+
+
+class RMSNorm(nnx.Module):
+    """See ``ops.norm``."""
+
+    def __init__(self, d_model: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((d_model,)), axes=("norm",), units=(d_model,))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.scale[...], self.eps)

@@ -1,0 +1,91 @@
+"""Causal attention with grouped heads, segments and windows, for training and for a cache."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def causal_attention(
+    q_bthd: Array,
+    k_btkd: Array,
+    v_btkd: Array,
+    *,
+    segments_bt: Array | None = None,
+    window: int | None = None,
+    n_blocks: int = 4,
+) -> Array:
+    """Softmax attention of each token to itself and earlier tokens of its segment.
+
+    Queries are cut into blocks, each against the keys it can see: that skips most of the upper triangle, and on CPU the
+    independent products keep all cores busy (one batched product uses one core).
+
+    Args:
+      q_bthd: (batch, length, heads, d_head).
+      k_btkd: (batch, length, kv_heads, d_head); heads is a multiple of kv_heads.
+      v_btkd: like k.
+      segments_bt: (batch, length) integers; tokens see only their own segment. None: one segment a row.
+      window: how many tokens back a token sees, itself included. None: all.
+      n_blocks: query blocks; any number, the last block may be shorter.
+
+    Returns:
+      (batch, length, heads, d_head) in q's dtype; scores and sums are float32.
+    """
+    length = q_bthd.shape[1]
+    q_bkgtd, k_bktd, v_bktd = _group(q_bthd, k_btkd), k_btkd.swapaxes(1, 2), v_btkd.swapaxes(1, 2)
+    size = -(-length // min(n_blocks, length))
+    outs = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first = max(0, start - window + 1) if window else 0
+        query, key = jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None]
+        mask = key <= query
+        if window:
+            mask &= query - key < window
+        if segments_bt is not None:
+            same = segments_bt[:, start:stop, None] == segments_bt[:, None, first:stop]
+            mask = (mask & same)[:, None, None]
+        outs.append(_attend(q_bkgtd[:, :, :, start:stop], k_bktd[:, :, first:stop], v_bktd[:, :, first:stop], mask))
+    return _ungroup(jnp.concatenate(outs, axis=3) if len(outs) > 1 else outs[0])
+
+
+def cached_attention(
+    q_bthd: Array, k_bksd: Array, v_bksd: Array, positions_bt: Array, *, window: int | None = None
+) -> Array:
+    """Attention of a few new tokens to a cache in which slot i holds the token at position i.
+
+    Args:
+      q_bthd: (batch, new tokens, heads, d_head).
+      k_bksd: (batch, kv_heads, slots, d_head); the slots of the new tokens are already written.
+      v_bksd: like k.
+      positions_bt: (batch, new tokens) position of each query; slots behind it are not seen, whatever they hold.
+      window: as in ``causal_attention``.
+
+    Returns:
+      (batch, new tokens, heads, d_head).
+    """
+    slots = jnp.arange(k_bksd.shape[2])
+    mask = slots <= positions_bt[..., None]
+    if window:
+        mask &= positions_bt[..., None] - slots < window
+    return _ungroup(_attend(_group(q_bthd, k_bksd.swapaxes(1, 2)), k_bksd, v_bksd, mask[:, None, None]))
+
+
+def _group(q_bthd: Array, k_btkd: Array) -> Array:
+    batch, length, heads, d_head = q_bthd.shape
+    kv_heads = k_btkd.shape[2]
+    return q_bthd.reshape(batch, length, kv_heads, heads // kv_heads, d_head).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(out_bkgtd: Array) -> Array:
+    batch, kv_heads, group, length, d_head = out_bkgtd.shape
+    return out_bkgtd.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, d_head)
+
+
+def _attend(q_bkgtd: Array, k_bksd: Array, v_bksd: Array, mask: Array) -> Array:
+    scale = q_bkgtd.shape[-1] ** -0.5
+    scores = jnp.einsum("bkgtd,bksd->bkgts", q_bkgtd * scale, k_bksd, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v_bksd.dtype), v_bksd, preferred_element_type=jnp.float32)
+    return (out / total).astype(q_bkgtd.dtype)

@@ -1,0 +1,20 @@
+"""Root-mean-square normalisation."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """``x / rms(x) * scale`` over the last axis, computed in float32, returned in x's dtype.
+
+    Args:
+      x: (..., d), any float dtype.
+      scale: (d,).
+      eps: added to the mean square.
+
+    Source: Zhang and Sennrich 2019.
+    """
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale).astype(x.dtype)

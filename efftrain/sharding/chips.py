@@ -1,0 +1,43 @@
+"""What accelerators can do, by the vendors' data sheets: the denominators of utilisation."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device as JAX sees it.
+
+    Attributes:
+      name: of the chip.
+      bf16_flops: dense peak, FLOP/s.
+      hbm_bytes: memory.
+      hbm_bytes_per_s: its bandwidth.
+    """
+
+    name: str
+    bf16_flops: float
+    hbm_bytes: float
+    hbm_bytes_per_s: float
+
+
+# TPU figures: cloud.google.com/tpu/docs (v2 and v3 are left out: a device is half a chip). NVIDIA: product data sheets, SXM, dense.
+CHIPS = {
+    "TPU v4": Chip(name="v4", bf16_flops=275e12, hbm_bytes=32e9, hbm_bytes_per_s=1.228e12),
+    "TPU v5 lite": Chip(name="v5e", bf16_flops=197e12, hbm_bytes=16e9, hbm_bytes_per_s=0.819e12),
+    "TPU v5": Chip(name="v5p", bf16_flops=459e12, hbm_bytes=95e9, hbm_bytes_per_s=2.765e12),
+    "TPU v5p": Chip(name="v5p", bf16_flops=459e12, hbm_bytes=95e9, hbm_bytes_per_s=2.765e12),
+    "TPU v6 lite": Chip(name="v6e", bf16_flops=918e12, hbm_bytes=32e9, hbm_bytes_per_s=1.64e12),
+    "NVIDIA A100-SXM4-40GB": Chip(
+        name="a100-40", bf16_flops=312e12, hbm_bytes=40e9, hbm_bytes_per_s=1.555e12
+    ),
+    "NVIDIA A100-SXM4-80GB": Chip(
+        name="a100-80", bf16_flops=312e12, hbm_bytes=80e9, hbm_bytes_per_s=2.039e12
+    ),
+    "NVIDIA H100 80GB HBM3": Chip(name="h100", bf16_flops=989e12, hbm_bytes=80e9, hbm_bytes_per_s=3.35e12),
+    "NVIDIA H200": Chip(name="h200", bf16_flops=989e12, hbm_bytes=141e9, hbm_bytes_per_s=4.8e12),
+}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip of ``jax.Device.device_kind``; None where the peak is not known (every CPU)."""
+    return CHIPS.get(device_kind)

@@ -1,0 +1,207 @@
+"""One table from logical axis names to mesh axes, and the resolver that refuses what does not fit.
+
+Model code names what a dimension *is* ("embed", "heads"); only this table says where it goes. A parameter has
+its names as metadata: ``nnx.Param(value, axes=("embed", "heads"), units=(d_model, n_heads))``. (Not as
+``sharding`` or ``out_sharding``, because Flax places a variable with those names when it is made.)
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from efftrain.errors import ConfigError
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Logical axis name -> the mesh axes that split it; ``()`` or None keeps the dimension whole.
+
+    Raises:
+      ConfigError: a rule names the same mesh axis twice.
+    """
+
+    table: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        table = {
+            name: (target,) if isinstance(target, str) else tuple(target or ())
+            for name, target in self.table.items()
+        }
+        for name, target in table.items():
+            if len(set(target)) < len(target):
+                raise ConfigError(f"sharding rule {name} -> {target} names a mesh axis twice; remove one")
+        object.__setattr__(self, "table", table)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.table.items()))
+
+    def replace(self, **changes: str | tuple[str, ...] | None) -> "ShardingRules":
+        """The same rules with some changed or added: ``rules.replace(kv_heads=None)``."""
+        return ShardingRules({**self.table, **changes})
+
+    def resolve(
+        self,
+        axes: Axes,
+        shape: tuple[int, ...],
+        mesh: Mesh | AbstractMesh,
+        *,
+        units: tuple[int, ...] | None = None,
+        name: str = "",
+    ) -> PartitionSpec:
+        """Where an array of this shape goes. Mesh axes of size 1 split nothing and are left out.
+
+        Args:
+          axes: a logical name for each dimension; None keeps it whole.
+          shape: of the whole array.
+          mesh: has every mesh axis that the rules in use name.
+          units: into how many indivisible pieces each dimension falls, by default its size. A (d_model,
+            n_heads * d_head) kernel has (d_model, n_heads): no device may hold half a head.
+          name: of the parameter, for messages.
+
+        Returns:
+          A spec without trailing None, the form in which XLA reports shardings: an array that went through a
+          jitted step compares equal to one that did not, and nothing is compiled twice.
+
+        Raises:
+          ConfigError: an unknown logical name, a rule with an axis that the mesh lacks, one mesh axis for two
+            dimensions, or a dimension whose pieces do not divide.
+        """
+        where = name or f"array of shape {tuple(shape)}"
+        pieces = tuple(shape) if units is None else tuple(units)
+        if not len(axes) == len(shape) == len(pieces):
+            raise ConfigError(
+                f"{where}: shape {tuple(shape)}, axes {tuple(axes)} and units {units} differ in length; "
+                "give one logical axis (or None) and one unit for each dimension"
+            )
+        entries, taken = [], {}
+        for dim, (logical, size, count) in enumerate(zip(axes, shape, pieces, strict=True)):
+            split = self.split(logical, mesh, where)
+            for axis in split:
+                if axis in taken:
+                    raise ConfigError(
+                        f"{where}: dimensions {taken[axis]} ({axes[taken[axis]]}) and {dim} ({logical}) both "
+                        f"go to mesh axis {axis}; map one of them to another axis, or keep it whole (None)"
+                    )
+                taken[axis] = dim
+            _check_divides(where, dim, logical, size, count, {axis: mesh.shape[axis] for axis in split})
+            entries.append(split[0] if len(split) == 1 else split or None)
+        while entries and entries[-1] is None:
+            entries.pop()
+        return PartitionSpec(*entries)
+
+    def split(self, logical: str | None, mesh: Mesh | AbstractMesh, where: str) -> tuple[str, ...]:
+        """The mesh axes, larger than 1, that split a logical axis; ``where`` begins the errors."""
+        if logical is None:
+            return ()
+        if logical not in self.table:
+            raise ConfigError(
+                f"{where}: there is no sharding rule for the logical axis {logical!r} (known: "
+                f"{', '.join(sorted(self.table))}); add one with rules.replace({logical}=...)"
+            )
+        for axis in self.table[logical]:
+            if axis not in mesh.shape:
+                raise ConfigError(
+                    f"{where}: the sharding rule of {logical} names the mesh axis {axis!r}, but the mesh has "
+                    f"{', '.join(mesh.axis_names)}; build the mesh with make_mesh, or change the rule"
+                )
+        return tuple(axis for axis in self.table[logical] if mesh.shape[axis] > 1)
+
+
+DEFAULT_RULES = ShardingRules(
+    {
+        # Activations. Their feature dimension is named None: "embed" would ask for fsdp, which the batch has.
+        "batch": (
+            "replica",
+            "fsdp",
+            "expert",
+        ),  # outside of the experts, the expert axis holds more of the batch
+        "length": ("context",),
+        # Parameters, and the activations that are computed from them along these axes.
+        "embed": ("fsdp",),  # in every large matrix exactly once, so fsdp divides them all
+        "vocab": ("tensor",),
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "mlp": ("tensor",),
+        "experts": ("expert",),
+        # Kept whole.
+        "layers": (),  # the scan slices it: split, every layer would be fetched from another device
+        "norm": (),  # a vector: gathering it costs more than keeping it
+    }
+)
+
+_rules: contextvars.ContextVar[ShardingRules] = contextvars.ContextVar("rules", default=DEFAULT_RULES)
+_traced_with: dict[AbstractMesh, ShardingRules] = {}
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Iterator[None]:
+    """Makes ``mesh`` and ``rules`` those that ``constrain`` follows, and the mesh that of ``jax.jit``.
+
+    jax.jit compiles a function again for another mesh, but does not know of the rules. So that no function
+    keeps the rules it was first traced with, other rules for a mesh seen before drop what was compiled.
+    """
+    mesh_key = mesh.abstract_mesh
+    if _traced_with.get(mesh_key, DEFAULT_RULES) != rules:
+        jax.clear_caches()
+    _traced_with[mesh_key] = rules
+    token = _rules.set(rules)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Places an activation: ``constrain(x_btd, "batch", "length", None)``.
+
+    Does nothing without a mesh, on a single device, and inside ``shard_map``, where the code has placed x.
+
+    Raises:
+      ConfigError: see ``ShardingRules.resolve``.
+    """
+    mesh = _current_mesh()
+    if mesh is None:
+        return x
+    name = f"activation ({', '.join(map(str, logical_axes))}) of shape {x.shape}"
+    return jax.lax.with_sharding_constraint(x, _rules.get().resolve(logical_axes, x.shape, mesh, name=name))
+
+
+def shard_count(*logical_axes: str | None) -> int:
+    """Into how many shards ``constrain`` with these axes divides an activation."""
+    mesh, where = _current_mesh(), f"activation ({', '.join(map(str, logical_axes))})"
+    if mesh is None:
+        return 1
+    axes = {axis for logical in logical_axes for axis in _rules.get().split(logical, mesh, where)}
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _current_mesh() -> AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.size <= 1 or AxisType.Manual in mesh.axis_types else mesh
+
+
+def _check_divides(
+    where: str, dim: int, logical: str | None, size: int, count: int, split: dict[str, int]
+) -> None:
+    if count < 1 or size % count:
+        raise ConfigError(
+            f"{where}: dimension {dim} ({logical}) has size {size}, which its {count} units do not divide; "
+            "correct units="
+        )
+    ways = math.prod(split.values())
+    if count % ways:
+        held = f"{size}" if count == size else f"{size}, in {count} pieces of {size // count}"
+        axis = " x ".join(f"{a}={n}" for a, n in split.items())
+        raise ConfigError(
+            f"{where}: dimension {dim} ({logical}) has size {held}, which mesh axis {axis} cannot split "
+            f"{ways} ways; make {count} a multiple of {ways}, choose a mesh whose {' x '.join(split)} "
+            f"divides {count}, or keep the dimension whole with rules.replace({logical}=None)"
+        )

@@ -1,0 +1,1 @@
+"""Training: an objective, a state, one jitted step, one loop."""

@@ -1,0 +1,117 @@
+"""Optimizers as small configurations over optax."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+from efftrain.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay on matrices. Loshchilov and Hutter 2019."""
+
+    peak_lr: float = 3e-3
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self):
+        _check(self)
+
+    def build(self, factor: optax.Schedule) -> optax.GradientTransformation:
+        return optax.adamw(
+            lambda step: self.peak_lr * factor(step),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=is_matrix,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon:
+    """Orthogonalised momentum for the matrices of the layers, AdamW for the rest (tables, head, norms).
+
+    Updates are scaled to the size of Adam's (``consistent_rms``), so one learning rate serves both.
+
+    Source: Jordan et al. 2024; scaling from Liu et al. 2025 (Moonlight), section 2.2.
+    """
+
+    peak_lr: float = 3e-3
+    momentum: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    consistent_rms: float = 0.2
+
+    def __post_init__(self):
+        _check(self)
+
+    def build(self, factor: optax.Schedule) -> optax.GradientTransformation:
+        return optax.contrib.muon(
+            lambda step: self.peak_lr * factor(step),
+            beta=self.momentum,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            weight_decay=self.weight_decay,
+            adam_weight_decay=self.weight_decay,
+            weight_decay_mask=is_matrix,
+            consistent_rms=self.consistent_rms,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
+
+
+def with_clipping(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
+    """The optimizer behind a clip of the global gradient norm. None: no clip."""
+    if clip_norm is None:
+        return optimizer
+    if clip_norm <= 0:
+        raise ConfigError(f"training.clip_norm is {clip_norm}; give a positive number or None")
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def is_matrix(params: Any) -> Any:
+    """True for each parameter that is a matrix without its layer axis: what weight decay applies to."""
+    return _per_parameter(lambda axes: len(_own_axes(axes)) >= 2, params)
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Which axes of each parameter Muon treats as the matrix; None leaves the parameter to Adam.
+
+    Layers (and experts) are batch axes: a stacked weight gets the update that its layers would get apart.
+    """
+
+    def dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
+        if len(_own_axes(axes)) < 2 or "vocab" in axes:
+            return None
+        return MuonDimensionNumbers(reduction_axis=len(axes) - 2, output_axis=len(axes) - 1)
+
+    return _per_parameter(dimensions, params)
+
+
+def _per_parameter(rule: Callable[[tuple[str | None, ...]], Any], params: Any) -> Any:
+    """A tree like ``params`` with the rule's answer, from the logical axes, in place of each array."""
+
+    def answer(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(rule(variable.get_metadata()["axes"]))
+
+    return jax.tree.map(answer, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _own_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    return tuple(axis for axis in axes if axis not in ("layers", "experts"))
+
+
+def _check(config) -> None:
+    if config.peak_lr <= 0:
+        raise ConfigError(f"optimizer.peak_lr is {config.peak_lr}; it must be above 0")
+    if config.weight_decay < 0:
+        raise ConfigError(f"optimizer.weight_decay is {config.weight_decay}; it must not be negative")

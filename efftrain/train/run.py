@@ -1,0 +1,211 @@
+"""The run directory: the unit of work, from which everything that was done can be loaded and continued."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from efftrain.config import difference, from_json, to_json
+from efftrain.errors import RunError
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.recipe import import_script
+
+# Fields that say how a run is carried out and not what it computes: they may change when it continues.
+OPERATIONAL = ("mesh", "checkpoint_every", "keep_checkpoints", "eval_every", "out")
+
+
+class Run:
+    """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/`` and more.
+
+    Raises:
+      RunError: the directory holds a run of another configuration, or something that is not a run.
+    """
+
+    def __init__(self, path: Path | str, config: Any):
+        self.path, self.config = Path(path), to_json(config)
+        if (self.path / "config.json").exists():
+            self._check_same_config()
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise RunError(
+                f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                self._copy_recipe()
+                self.write_json("environment.json", environment())
+                self.write_json("config.json", self.config)
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {self.path} ({error.strerror}); choose another --out or free the disk"
+            ) from error
+
+    def _check_same_config(self) -> None:
+        lines = difference(
+            _without_operational(read_json(self.path / "config.json")), _without_operational(self.config)
+        )
+        if lines:
+            more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+            raise RunError(
+                f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, or give "
+                "the same configuration to continue it"
+            )
+
+    def _copy_recipe(self) -> None:
+        script = getattr(sys.modules["__main__"], "__file__", None)
+        if script and script.endswith(".py"):
+            shutil.copyfile(script, self.path / "recipe.py")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a file of the run, whole or not at all."""
+        temporary = self.path / f".{name}.incomplete"
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(temporary, self.path / name)
+
+
+class MetricsLog:
+    """``metrics.jsonl`` and TensorBoard events: one row a step, in order, also after a restart."""
+
+    def __init__(self, directory: Path, *, after_step: int):
+        """Rows of steps behind ``after_step`` (the one restored) are taken back: they will be written again."""
+        from tensorboardX import SummaryWriter
+
+        self._path = directory / "metrics.jsonl"
+        if self._path.exists():
+            rows = [row for row in _complete_rows(self._path) if row["step"] <= after_step]
+            temporary = self._path.with_suffix(".incomplete")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(temporary, self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=after_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float], *, split: str = "train") -> None:
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(directory: Path | str, split: str = "train") -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl`` of one split."""
+    return [row for row in _complete_rows(Path(directory) / "metrics.jsonl") if row["split"] == split]
+
+
+def _complete_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the process was killed while it wrote the last line
+    return rows
+
+
+def load(directory: Path | str) -> Decoder:
+    """The trained model of a run directory, with averaged parameters where the run keeps them.
+
+    Raises:
+      RunError: the directory holds no run or no complete checkpoint.
+    """
+    from efftrain.train.checkpoints import Checkpoints
+
+    directory = Path(directory)
+    model_config = load_model_config(directory)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        return nnx.merge(graph, checkpoints.restore_model(abstract))
+
+
+def load_model_config(directory: Path | str) -> ModelConfig:
+    """The ``model`` of a run's configuration; classes that its recipe defined come from the run's own ``recipe.py``."""
+    directory = Path(directory)
+    if not (directory / "config.json").exists():
+        raise RunError(f"{directory} holds no config.json, so it is not a run; give the --out of a training run")
+    value = read_json(directory / "config.json").get("model")
+    script = import_script(directory / "recipe.py") if ".py:" in json.dumps(value) else None
+    config = from_json(value, script=script)
+    if not isinstance(config, ModelConfig):
+        raise RunError(
+            f"{directory / 'config.json'} has no field 'model' that is a ModelConfig; was it a training run?"
+        )
+    return config
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on beside the configuration: versions, devices, commit."""
+    packages = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "tensorflow-datasets",
+        "efftrain",
+    )
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.orig_argv[1:],
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "processes": jax.process_count(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "packages": {name: version(name) for name in packages},
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with ``+changes`` where files differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return commit and commit + ("+changes" if git("status", "--porcelain") else "")
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if (info.exists())
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); restore it or choose another --out") from error
+
+
+def _without_operational(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_operational(v) for k, v in value.items() if k not in OPERATIONAL}
+    return [_without_operational(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,67 @@
+"""Learning-rate schedules as factors in [0, 1] of the peak."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import optax
+
+from efftrain.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay:
+    """Linear warm-up, constant, then ``1 - sqrt`` decay to ``final``. Hu et al. 2024 (MiniCPM); Haegele et al. 2024.
+
+    Attributes:
+      warmup: share of the steps.
+      decay: share of the steps at the end.
+      final: factor that the decay would reach one step behind the last.
+    """
+
+    warmup: float = 0.02
+    decay: float = 0.2
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check(self)
+        if self.warmup + self.decay > 1:
+            raise ConfigError(
+                f"schedule.warmup {self.warmup} and schedule.decay {self.decay} are more than 1 together; lower one"
+            )
+
+    def build(self, n_steps: int) -> optax.Schedule:
+        warmup, decay = self.warmup * n_steps, self.decay * n_steps
+
+        def factor(step):
+            up = jnp.minimum(1.0, (step + 1) / max(warmup, 1.0))
+            done = jnp.clip((step - (n_steps - decay)) / max(decay, 1.0), 0.0, 1.0)
+            return up * (self.final + (1 - self.final) * (1 - jnp.sqrt(done)))
+
+        return factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear warm-up, then half a cosine down to ``final``. Loshchilov and Hutter 2017."""
+
+    warmup: float = 0.02
+    final: float = 0.1
+
+    def __post_init__(self):
+        _check(self)
+
+    def build(self, n_steps: int) -> optax.Schedule:
+        warmup = self.warmup * n_steps
+
+        def factor(step):
+            up = jnp.minimum(1.0, (step + 1) / max(warmup, 1.0))
+            done = jnp.clip((step - warmup) / max(n_steps - warmup, 1.0), 0.0, 1.0)
+            return up * (self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
+
+        return factor
+
+
+def _check(schedule) -> None:
+    for name, value in vars(schedule).items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"schedule.{name} is {value}; it is a share, give a number from 0 to 1")

@@ -1,0 +1,100 @@
+"""One training step: gradient of a sum over micro-batches, one division, one update."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from efftrain.sharding.rules import constrain
+from efftrain.train.objective import Batch, Metrics, Objective
+from efftrain.train.state import TrainState
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    graph: nnx.GraphDef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    n_microbatches: int = 1,
+    ema_decay: float | None = None,
+) -> Step:
+    """The step as a pure function; the caller jits it, donating the state.
+
+    A step whose loss or gradient is not finite changes nothing but ``step`` and ``bad_steps``.
+
+    Args:
+      graph: static part of the model.
+      objective: see ``objective``.
+      optimizer: over ``TrainState.params``.
+      n_microbatches: rows are taken in so many parts, one after the other; divides the batch.
+      ema_decay: of the averaged parameters, for a state that has them.
+
+    Returns:
+      (state, batch) -> (state, metrics as (sum, count) pairs). Metrics: the objective's, ``grad_norm`` before clipping,
+      and ``skipped``, 1 for a step that was not finite.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        loss, count, metrics, gradients = accumulate(
+            partial(_value_and_gradient, graph, objective, state), batch, key, n_microbatches
+        )
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), gradients)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema and optax.incremental_update(params, state.ema, 1 - ema_decay)
+
+        def keep(new, old):
+            return jax.tree.map(partial(jnp.where, finite), new, old)
+
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=keep(ema, state.ema),
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+        )
+        one = jnp.ones(())
+        return state, metrics | {"grad_norm": (norm, one), "skipped": (1.0 - finite, one)}
+
+    return step
+
+
+def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: int):
+    """Sums over micro-batches of (loss, count, metrics, gradients), which together equal those of the whole batch.
+
+    Micro-batch i takes the rows i, i + n, i + 2n, ...: each device keeps the rows that it has.
+    """
+    if n_microbatches == 1:
+        return gradient_of(batch, key)
+
+    def part(a: Array) -> Array:
+        a = a.reshape(a.shape[0] // n_microbatches, n_microbatches, *a.shape[1:])
+        return constrain(jnp.swapaxes(a, 0, 1), None, "batch", "length")
+
+    def add(total, inputs):
+        return jax.tree.map(jnp.add, total, gradient_of(*inputs)), None
+
+    micro, keys = jax.tree.map(part, dict(batch)), jax.random.split(key, n_microbatches)
+    shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a[0], micro), keys[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def _value_and_gradient(graph, objective, state, batch, key):
+    def loss_of(params):
+        loss, count, metrics = objective(nnx.merge(graph, params, state.model_state), batch, key)
+        return loss, (count, metrics)
+
+    (loss, (count, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    return loss, count, metrics, gradients
