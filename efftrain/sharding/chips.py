@@ -20,7 +20,7 @@ class Chip:
     hbm_bytes_per_s: float
 
 
-# TPU figures: cloud.google.com/tpu/docs (v2 and v3 are left out: a device is half a chip). NVIDIA: product data sheets, SXM, dense.
+# TPU: cloud.google.com/tpu/docs (not v2 and v3, where a device is half a chip). NVIDIA: data sheets, SXM, dense.
 CHIPS = {
     "TPU v4": Chip(name="v4", bf16_flops=275e12, hbm_bytes=32e9, hbm_bytes_per_s=1.228e12),
     "TPU v5 lite": Chip(name="v5e", bf16_flops=197e12, hbm_bytes=16e9, hbm_bytes_per_s=0.819e12),

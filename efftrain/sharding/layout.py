@@ -59,9 +59,7 @@ def state_shardings(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
 
 def with_shardings(state: Any, shardings: Any) -> Any:
     """``jax.ShapeDtypeStruct``s that carry their sharding: what Orbax restores to."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings
-    )
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings)
 
 
 def layout(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> list[Placed]:
@@ -106,16 +104,12 @@ def layout_table(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
     table.add_section()
     whole = sum(row.bytes_total for row in rows)
     kept = sum(row.bytes_per_device for row in rows if row.replicated)
-    table.add_row(
-        f"total ({decimal(whole)} in all)", *[""] * 4, decimal(sum(r.bytes_per_device for r in rows))
-    )
+    table.add_row(f"total ({decimal(whole)} in all)", *[""] * 4, decimal(sum(r.bytes_per_device for r in rows)))
     table.add_row("of it on every device", *[""] * 4, decimal(kept))
     return table
 
 
-def _spec(
-    name: str, x: Any, metadata: dict[str, Any] | None, mesh: Mesh, rules: ShardingRules
-) -> PartitionSpec:
+def _spec(name: str, x: Any, metadata: dict[str, Any] | None, mesh: Mesh, rules: ShardingRules) -> PartitionSpec:
     if len(x.shape) == 0 or (metadata is None and len(x.shape) == 1):
         return PartitionSpec()
     if metadata is None:

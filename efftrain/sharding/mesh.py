@@ -36,9 +36,7 @@ class MeshConfig:
             if size < 1 and size != -1:
                 raise ConfigError(f"mesh.{axis} is {size}; give a positive number, or -1 for what is left")
         if (open_axes := [a for a, n in dataclasses.asdict(self).items() if n == -1]) and len(open_axes) > 1:
-            raise ConfigError(
-                f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1; leave only one of them open"
-            )
+            raise ConfigError(f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1; leave only one of them open")
 
     def fill(self, n_devices: int) -> "MeshConfig":
         """The same mesh with -1 replaced, so that the axes multiply to ``n_devices``.

@@ -31,8 +31,7 @@ class ShardingRules:
 
     def __post_init__(self) -> None:
         table = {
-            name: (target,) if isinstance(target, str) else tuple(target or ())
-            for name, target in self.table.items()
+            name: (target,) if isinstance(target, str) else tuple(target or ()) for name, target in self.table.items()
         }
         for name, target in table.items():
             if len(set(target)) < len(target):
@@ -117,11 +116,8 @@ class ShardingRules:
 DEFAULT_RULES = ShardingRules(
     {
         # Activations. Their feature dimension is named None: "embed" would ask for fsdp, which the batch has.
-        "batch": (
-            "replica",
-            "fsdp",
-            "expert",
-        ),  # outside of the experts, the expert axis holds more of the batch
+        # Outside of the experts, the expert axis holds more of the batch.
+        "batch": ("replica", "fsdp", "expert"),
         "length": ("context",),
         # Parameters, and the activations that are computed from them along these axes.
         "embed": ("fsdp",),  # in every large matrix exactly once, so fsdp divides them all
@@ -188,9 +184,7 @@ def _current_mesh() -> AbstractMesh | None:
     return None if mesh.size <= 1 or AxisType.Manual in mesh.axis_types else mesh
 
 
-def _check_divides(
-    where: str, dim: int, logical: str | None, size: int, count: int, split: dict[str, int]
-) -> None:
+def _check_divides(where: str, dim: int, logical: str | None, size: int, count: int, split: dict[str, int]) -> None:
     if count < 1 or size % count:
         raise ConfigError(
             f"{where}: dimension {dim} ({logical}) has size {size}, which its {count} units do not divide; "

@@ -1,0 +1,20 @@
+"""What importing costs: the command line and the corpus room must not wait for JAX."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("jax", "flax", "tensorflow", "tensorflow_datasets", "orbax", "optax", "pyarrow")
+
+
+@pytest.mark.parametrize("module", ["efftrain", "efftrain.cli", "efftrain.recipe", "efftrain.sharding.mesh"])
+def test_import_is_light(module):
+    program = f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    assert run(program) == ""
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
