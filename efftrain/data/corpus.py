@@ -1,0 +1,185 @@
+"""A corpus on disk: its configuration, its documents and its tokens."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+
+from efftrain.config import digest
+from efftrain.data.documents import Document
+from efftrain.data.funnel import funnel_table
+from efftrain.data.rules import CODE_RULES, Rule
+from efftrain.data.sources import Source
+from efftrain.data.splits import SplitByPackage
+from efftrain.data.store import check_files, read_manifest
+from efftrain.data.tokenizer import check_vocabulary, load_tokenizer, token_bytes
+from efftrain.errors import ConfigError, CorpusError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What a corpus is made of. Two equal configurations on equal inputs give byte-identical shards.
+
+    Attributes:
+      sources: read one after the other; of equal documents the first is kept.
+      rules: applied in this order; a document is counted under the first that rejects it.
+      deduplicate: remove exact repeats of normalised text.
+      vocabulary: entries of the tokenizer that is trained.
+      tokenizer: a ``tokenizer.json`` to use and not train one; corpora are mixed only if they have the same.
+      tokenizer_sample: bytes of training text that the tokenizer is trained on. They are held in memory while it
+        trains.
+      split: which documents go to train, validation and test.
+      seed: of the order of the documents.
+      block: tokens per record of the token store.
+      shard_bytes: size from which a new shard is begun.
+    """
+
+    sources: tuple[Source, ...]
+    rules: tuple[Rule, ...] = CODE_RULES
+    deduplicate: bool = True
+    vocabulary: int = 4096
+    tokenizer: Path | None = None
+    tokenizer_sample: int = 32 << 20
+    split: SplitByPackage = field(default_factory=SplitByPackage)
+    seed: int = 0
+    block: int = 8192
+    shard_bytes: int = 64 << 20
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ConfigError("corpus.sources is empty; give at least one source")
+        check_vocabulary(self.vocabulary)
+        for name in ("tokenizer_sample", "block", "shard_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"corpus.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def open(path: Path | str, *, verify: bool = True) -> "Corpus":
+    """Opens a corpus and checks it.
+
+    Args:
+      path: the folder.
+      verify: compare the checksum of every file (about 1 GB/s per core). Sizes are compared in any case; pass False
+        where another process has just verified the same files.
+
+    Raises:
+      CorpusError: there is no corpus, or a file is missing, truncated or altered; the message names it.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    check_files(path, manifest, contents=verify)
+    return Corpus(path, manifest)
+
+
+class Corpus:
+    """An opened corpus. Reading is thread-safe; nothing is held in memory but the tokenizer."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]):
+        self.path, self.manifest = path, manifest
+
+    @cached_property
+    def _tokenizer(self) -> "Tokenizer":
+        return load_tokenizer(self.path / "tokenizer.json")
+
+    def tokenizer(self) -> "Tokenizer":
+        return self._tokenizer
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocabulary,) int32: bytes of text per token, for bits per byte."""
+        return token_bytes(self._tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["tokenizer"]["vocabulary"]
+
+    @property
+    def funnel(self) -> list[dict[str, Any]]:
+        """Rows of ``stage``, ``documents`` and ``bytes``: seen, dropped by each rule, kept."""
+        return self.manifest["funnel"]
+
+    @property
+    def splits(self) -> dict[str, dict[str, int]]:
+        """split -> documents, bytes and tokens."""
+        return self.manifest["splits"]
+
+    @property
+    def token_fingerprint(self) -> str:
+        """Stands for the token streams of all splits, wherever the folder lies."""
+        return digest({k: v for k, v in self.manifest["files"].items() if k.startswith("tokens/")})
+
+    def n_tokens(self, split: str) -> int:
+        return self._split(split)["tokens"]
+
+    def tokens(self, split: str) -> "Tokens":
+        """The split as one stream of tokens, ``<|endoftext|>`` before every document."""
+        self._split(split)
+        return Tokens(_data_source(self.path / "tokens", split), self.n_tokens(split), self.manifest["block"])
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """The documents of a split, in the order of its tokens."""
+        self._split(split)
+        yield from read_documents(self.path / "text", split)
+
+    def check_model(self, vocab_size: int) -> None:
+        """Raises ConfigError where a model with ``vocab_size`` entries cannot read this corpus."""
+        if vocab_size < self.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {vocab_size} and the tokenizer of {self.path} has {self.vocab_size} entries; "
+                f"use at least {self.vocab_size}"
+            )
+
+    def table(self) -> Table:
+        """The funnel and the splits, for the terminal."""
+        return funnel_table(f"corpus {self.path}", self.funnel, self.splits)
+
+    def _split(self, split: str) -> dict[str, int]:
+        if split not in self.splits:
+            raise ConfigError(f"corpus {self.path} has no split {split!r}; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+
+class Tokens:
+    """A stream of tokens on disk; ``tokens[start:stop]`` reads the blocks that the range touches."""
+
+    def __init__(self, blocks: Any, n_tokens: int, block: int):
+        self._blocks, self._n_tokens, self._block = blocks, n_tokens, block
+
+    def __len__(self) -> int:
+        return self._n_tokens
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        """(tokens,) int32. Like any sequence, a range over the end is cut off; the step must be 1."""
+        start, stop, step = key.indices(self._n_tokens)
+        if step != 1:
+            raise ValueError("tokens are read in ranges with step 1")
+        if stop <= start:
+            return np.empty(0, np.int32)
+        first, last = start // self._block, (stop - 1) // self._block
+        parts = [self._blocks[number]["tokens"] for number in range(first, last + 1)]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined[start - first * self._block : stop - first * self._block].astype(np.int32)
+
+
+def read_documents(folder: Path, split: str) -> Iterator[Document]:
+    """Streams the documents of a text dataset that ``shards.text_features`` describes."""
+    rows = _data_source(folder, split)
+    for start in range(0, len(rows), 256):
+        for row in rows.__getitems__(list(range(start, min(start + 256, len(rows))))):
+            yield Document(row["id"].decode(), row["text"].decode(), row["source"].decode(), json.loads(row["meta"]))
+
+
+def _data_source(folder: Path, split: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(folder).as_data_source(split)
+    except (OSError, KeyError, ValueError) as error:
+        raise CorpusError(f"{folder} cannot be read ({error}); build the corpus again") from error

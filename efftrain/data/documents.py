@@ -1,0 +1,80 @@
+"""What flows through the corpus room, and the view of a text that the rules share."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with its provenance.
+
+    Attributes:
+      id: unique in the corpus and stable from run to run; the order of the corpus is a hash of it.
+      text: the text, unchanged.
+      source: which source it came from.
+      meta: JSON values. ``meta["package"]`` names the group that must not be torn apart between train and test.
+    """
+
+    id: str
+    text: str
+    source: str
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def package(self) -> str:
+        """The group that goes to one split as a whole; a document without one is its own group."""
+        return self.meta.get("package", self.id)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that could not become a document. It is counted under ``rule`` and listed in the removal evidence.
+
+    Attributes:
+      id: the file, or the file and line.
+      detail: what the reader said.
+      n_bytes: its size, 0 where that is unknown.
+    """
+
+    id: str
+    source: str
+    rule: str
+    detail: str
+    n_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says of a text. The score is kept, so that a threshold can be judged after the fact."""
+
+    keep: bool
+    rule: str
+    score: float
+
+
+class Text:
+    """A text with the counts that several rules need, each computed once and only when asked for."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.n_chars = len(text)
+
+    @cached_property
+    def utf8(self) -> bytes:
+        """Raises UnicodeEncodeError where the text holds half a surrogate pair."""
+        return self.text.encode()
+
+    @cached_property
+    def byte_counts(self) -> np.ndarray:
+        """(256,) how often each byte value occurs."""
+        return np.bincount(np.frombuffer(self.utf8, np.uint8), minlength=256)
+
+    @cached_property
+    def line_lengths(self) -> np.ndarray:
+        """(lines,) characters of each line, without its newline."""
+        if not self.text.isascii():
+            return np.fromiter(map(len, self.text.split("\n")), np.int64)
+        newlines = np.flatnonzero(np.frombuffer(self.utf8, np.uint8) == ord("\n"))
+        return np.diff(newlines, prepend=-1, append=self.n_chars) - 1

@@ -1,0 +1,83 @@
+"""Train, validation and test by group, so that the siblings of a test document are not trained on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from efftrain.errors import ConfigError, CorpusError
+
+SPLITS = ("train", "validation", "test")
+N_BUCKETS = 1 << 16  # groups are dealt to buckets by their hash, so that memory does not grow with their number
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitByPackage:
+    """Whole packages go to validation and test, in the order of a hash of their names, until a share of bytes is
+    reached.
+
+    A package that would fill more than a quarter of a held-out split stays in train while smaller ones are
+    there: one dominant package would make bits per byte a figure about that package.
+
+    Attributes:
+      validation: share of the bytes; 0 for no such split.
+      test: likewise.
+      seed: another seed, another choice of packages.
+    """
+
+    validation: float = 0.05
+    test: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
+            raise ConfigError(
+                f"split.validation {self.validation} and split.test {self.test} must not be negative, and must "
+                "leave something to train on"
+            )
+
+
+def bucket(groups: np.ndarray) -> np.ndarray:
+    """The bucket of each 64-bit group hash."""
+    return (groups >> np.uint64(48)).astype(np.int64)
+
+
+def assign_buckets(config: SplitByPackage, sizes: np.ndarray) -> np.ndarray:
+    """Chooses the split of each bucket.
+
+    Args:
+      sizes: (N_BUCKETS,) bytes of the documents that were kept.
+
+    Returns:
+      (N_BUCKETS,) indices into SPLITS.
+
+    Raises:
+      CorpusError: there are fewer groups than splits.
+    """
+    free = np.flatnonzero(sizes).tolist()
+    shares = {"validation": config.validation, "test": config.test}
+    n_wanted = 1 + sum(share > 0 for share in shares.values())
+    if len(free) < n_wanted:
+        raise CorpusError(
+            f"only {len(free)} groups of documents are left for {n_wanted} splits; add documents, group them more "
+            "finely (meta['package']), or set split.validation or split.test to 0"
+        )
+    result = np.zeros(len(sizes), np.int8)
+    for split, share in shares.items():
+        # One group must be left for each split that comes after, and for train.
+        n_wanted -= share > 0
+        taken = _take(free, sizes, share * sizes.sum(), most=len(free) - n_wanted) if share else []
+        result[taken] = SPLITS.index(split)
+        free = [number for number in free if not result[number]]
+    return result
+
+
+def _take(free: list[int], sizes: np.ndarray, budget: float, most: int) -> list[int]:
+    taken: dict[int, None] = {}
+    left = budget
+    for largest in (budget / 4, budget):
+        for number in free:
+            full = left < budget / 10 or len(taken) == most
+            if not full and number not in taken and sizes[number] <= min(largest, left):
+                taken[number] = None
+                left -= sizes[number]
+    return list(taken) or [min(free, key=lambda number: sizes[number])]

@@ -1,0 +1,136 @@
+"""Documents on disk between two stages, and a sort that needs no more memory for a larger corpus."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from efftrain.data.documents import Document
+
+_LENGTHS = struct.Struct("<IIIQ")  # id, source, meta, text
+_KEYED = struct.Struct("<QQ")  # key, payload length
+_BITS = 6  # 64 open files at a time: far below the limit of any system
+
+INDEX = np.dtype([("offset", "<u8"), ("order", "<u8"), ("group", "<u8"), ("size", "<u8")])
+
+
+def stable_hash(text: str, salt: str) -> int:
+    """64 bits that are the same on every machine and in every process."""
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, key=salt.encode()[:64])
+    return int.from_bytes(digest.digest(), "little")
+
+
+def pack_document(document: Document, utf8: bytes) -> bytes:
+    """One record; ``utf8`` is the document's text, which the caller has encoded already."""
+    meta = json.dumps(document.meta, sort_keys=True)
+    parts = [
+        document.id.encode(errors="replace"),
+        document.source.encode(errors="replace"),
+        meta.encode(),
+        utf8,
+    ]
+    return _LENGTHS.pack(*map(len, parts)) + b"".join(parts)
+
+
+def unpack_record(record: bytes) -> tuple[str, str, str, bytes]:
+    """(id, source, meta as JSON, text in UTF-8)."""
+    n_id, n_source, n_meta, _ = _LENGTHS.unpack_from(record)
+    a = _LENGTHS.size
+    b, c = a + n_id, a + n_id + n_source
+    return record[a:b].decode(), record[b:c].decode(), record[c : c + n_meta].decode(), record[c + n_meta :]
+
+
+class Spool:
+    """Records in the order of input, with a fixed-size index entry for each. Written once, then read.
+
+    The index is what later stages keep looking things up in; it stays on disk and is mapped into memory.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True)
+        self._paths = folder / "records", folder / "index"
+        self._records, self._index = (path.open("wb") for path in self._paths)
+        self._offset = self.n_documents = 0
+
+    def add(self, record: bytes, *, order: int, group: int) -> None:
+        entry = np.array((self._offset, order, group, len(record)), INDEX)
+        self._index.write(entry.tobytes())
+        self._records.write(record)
+        self._offset += len(record)
+        self.n_documents += 1
+
+    def close(self) -> None:
+        self._records.close()
+        self._index.close()
+
+    def index(self) -> np.ndarray:
+        """(documents,) of INDEX, read-only, mapped from disk."""
+        return np.memmap(self._paths[1], INDEX, "r") if self.n_documents else np.empty(0, INDEX)
+
+    def records(self) -> Iterator[bytes]:
+        """All records in the order of input."""
+        with self._paths[0].open("rb") as stream:
+            for entry in self.index():
+                yield stream.read(int(entry["size"]))
+
+    def reader(self) -> "SpoolReader":
+        return SpoolReader(self._paths[0], self.index())
+
+
+class SpoolReader:
+    """Random access to the records of a spool."""
+
+    def __init__(self, path: Path, index: np.ndarray):
+        self._stream, self._index = path.open("rb"), index
+
+    def __getitem__(self, number: int) -> bytes:
+        entry = self._index[number]
+        self._stream.seek(int(entry["offset"]))
+        return self._stream.read(int(entry["size"]))
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class ExternalSort:
+    """Payloads in the order of 64-bit keys, equal keys in the order of arrival.
+
+    They are dealt to files by the top bits of their key; a file that fits into memory is sorted there, a larger one
+    is dealt again by the next bits.
+    """
+
+    def __init__(self, folder: Path, *, memory: int = 32 << 20, depth: int = 0):
+        folder.mkdir(parents=True)
+        self._folder, self._memory, self._depth = folder, memory, depth
+        self._paths = [folder / f"{number:02d}" for number in range(1 << _BITS)]
+        self._files = [path.open("wb") for path in self._paths]
+
+    def add(self, key: int, payload: bytes) -> None:
+        place = (key >> (64 - _BITS * (self._depth + 1))) & ((1 << _BITS) - 1)
+        self._files[place].write(_KEYED.pack(key, len(payload)) + payload)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yields the payloads in order and deletes what was read. Can be iterated once."""
+        for file in self._files:
+            file.close()
+        for path in self._paths:
+            deepest = _BITS * (self._depth + 2) > 64
+            if path.stat().st_size <= self._memory or deepest:
+                yield from (payload for _, payload in sorted(_keyed(path), key=lambda pair: pair[0]))
+            else:
+                finer = ExternalSort(path.with_suffix(".d"), memory=self._memory, depth=self._depth + 1)
+                for key, payload in _keyed(path):
+                    finer.add(key, payload)
+                yield from finer
+            path.unlink()
+        self._folder.rmdir()
+
+
+def _keyed(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as stream:
+        while head := stream.read(_KEYED.size):
+            key, length = _KEYED.unpack(head)
+            yield key, stream.read(length)

@@ -1,0 +1,229 @@
+"""The folder of a corpus: built beside its place, renamed when it is whole, checked when it is opened.
+
+DIR/manifest.json     inputs, parameters, code and library versions, funnel, size and checksum of every file
+DIR/text/             TFDS dataset of the documents (text, id, source, meta), in shuffled order
+DIR/tokens/           TFDS dataset of fixed-size blocks: the same documents as one stream of tokens
+DIR/tokenizer.json    byte-level BPE
+DIR/removed.parquet   every document that was removed: rule, score, survivor, excerpt
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import efftrain
+from efftrain.config import difference
+from efftrain.data.shards import file_digest, sync
+from efftrain.errors import CorpusError
+from efftrain.progress import Progress, console
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_LIBRARIES = ("tensorflow-datasets", "array-record", "tokenizers", "pyarrow", "numpy")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads ``manifest.json``.
+
+    Raises:
+      CorpusError: the folder is missing, unfinished, not a corpus, or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if not folder.exists():
+            unfinished = unfinished_path(folder)
+            found = f" (a build was interrupted: {unfinished})" if unfinished.exists() else ""
+            raise CorpusError(
+                f"there is no corpus {folder}{found}; build one, for example: python data/python.py --out {folder}"
+            )
+        raise CorpusError(f"{folder} is not a corpus (it has no {MANIFEST}); choose another folder")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise CorpusError(
+                f"{folder} has corpus format {manifest['format']} and this version reads {FORMAT}; build it again"
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{path} is damaged ({error!r}); build the corpus again") from error
+    return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], *, contents: bool) -> None:
+    """Compares every file with the manifest: its size and, with ``contents``, its checksum (about 1 GB/s per core).
+
+    Raises:
+      CorpusError: a file is missing, truncated, altered or replaced; the message names it.
+    """
+    for name, recorded in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CorpusError(f"{path} is missing; {rebuild_hint(folder)}")
+        if (size := path.stat().st_size) != recorded["bytes"]:
+            raise CorpusError(
+                f"{path} has {size:,} bytes and its manifest says {recorded['bytes']:,}; {rebuild_hint(folder)}"
+            )
+    if not contents:
+        return
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(file_digest, [folder / name for name in manifest["files"]])
+        for (name, recorded), digest in zip(manifest["files"].items(), found, strict=True):
+            if digest != recorded["blake2b"]:
+                raise CorpusError(
+                    f"{folder / name} has another checksum than its manifest (expected {recorded['blake2b'][:8]}.., "
+                    f"found {digest[:8]}..); {rebuild_hint(folder)}"
+                )
+
+
+def rebuild_hint(folder: Path) -> str:
+    return f"build it again with --overwrite, for example: python data/python.py --out {folder} --overwrite"
+
+
+def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """True where ``out`` holds what is wanted; False where it is free or may be overwritten.
+
+    Args:
+      wanted: the parts of the manifest that decide: ``parameters`` and ``inputs``.
+
+    Raises:
+      CorpusError: ``out`` holds something else. Nothing is touched.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / MANIFEST).is_file():
+        raise CorpusError(f"{out} exists and is not a corpus; choose another --out")
+    if overwrite:
+        return False
+    manifest = read_manifest(out)
+    changed = [line for key in wanted for line in difference(manifest.get(key), wanted[key], key)]
+    if changed:
+        shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise CorpusError(
+            f"{out} was built from something else ({shown}); choose another --out, or replace it with --overwrite"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """Gives a fresh ``out.incomplete`` to build in, and renames it to ``out`` when the block ends without an error.
+
+    Raises:
+      CorpusError: another process is building the same corpus, or the disk is full.
+    """
+    folder = unfinished_path(out)
+    try:
+        _claim(folder)
+        yield folder
+        for path in folder.rglob("*"):
+            sync(path)
+        (folder / "pid").unlink()
+        _replace(folder, out)
+    except Exception as error:
+        # The writers in C++ and Rust raise errors of their own that carry only the message.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise CorpusError(
+                f"the disk of {out} is full; free space or choose another --out (the unfinished {folder} can be "
+                "deleted)"
+            ) from error
+        raise
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Adds format, versions and the checksum of every file in the folder, and writes ``manifest.json``."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "pid")
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
+        for path in paths
+    }
+    manifest = {"format": FORMAT, **content, "code": _code_version(), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def fingerprint(name: str, files: Iterator[tuple[str, Path]]) -> dict[str, Any]:
+    """Number, bytes and a digest of the names and contents of a source's files.
+
+    An unreadable file counts by its name; the reader will list it.
+    """
+    import hashlib
+
+    state = hashlib.blake2b(digest_size=16)
+    n_files = n_bytes = 0
+    with Progress(f"Reading inputs of {name}", unit="files") as progress:
+        for label, path in files:
+            try:
+                size, digest = path.stat().st_size, file_digest(path)
+            except OSError:
+                size, digest = 0, "unreadable"
+            state.update(f"{label}\0{digest}\n".encode(errors="surrogateescape"))
+            n_files, n_bytes = n_files + 1, n_bytes + size
+            if n_files % 64 == 0:
+                progress.advance(64)
+        progress.advance(n_files % 64)
+    return {"files": n_files, "bytes": n_bytes, "blake2b": state.hexdigest()}
+
+
+def unfinished_path(out: Path) -> Path:
+    return out.with_name(out.name + ".incomplete")
+
+
+def _claim(folder: Path) -> None:
+    import psutil
+
+    owner = folder / "pid"
+    if owner.is_file() and (text := owner.read_text().strip()).isdigit():
+        pid = int(text)
+        # A process that started after the file was written only inherited the number.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if pid != os.getpid() and psutil.Process(pid).create_time() <= owner.stat().st_mtime:
+                raise CorpusError(f"process {pid} is building {folder}; wait for it or choose another --out")
+    if folder.exists():
+        console.print(f"{folder} is left from a build that was interrupted; starting again", markup=False)
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise CorpusError(f"cannot write {folder} ({error.strerror}); choose another --out") from error
+    owner.write_text(str(os.getpid()))
+
+
+def _replace(folder: Path, out: Path) -> None:
+    old = out.with_name(out.name + ".replaced")
+    if (out / MANIFEST).is_file():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    elif out.is_dir():
+        out.rmdir()
+    folder.rename(out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _code_version() -> dict[str, Any]:
+    root = Path(efftrain.__file__).parent.parent
+    commit = None
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(
+                ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                cwd=root,
+                capture_output=True,
+                text=True,
+                timeout=20,
+            ).stdout.strip()
+    return {
+        "efftrain": efftrain.__version__,
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
