@@ -1,0 +1,83 @@
+"""How many numbers a model holds, and in how many bytes they are stored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from efftrain.models.cache import empty_cache
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.models.linear import Embedding
+
+HEAD = ("head",)  # path of the untied head in a decoder
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of trained parameters.
+
+    Attributes:
+      total: all of them; a tied head is the embedding and counts once.
+      active: those that one token uses. All of them in a dense model; the whole embedding table counts.
+      embedding: of the look-up tables.
+      head: of the head's own matrix, 0 where it is tied.
+    """
+
+    total: int
+    active: int
+    embedding: int
+    head: int
+
+    @property
+    def non_embedding(self) -> int:
+        """Without tables and head: what depth and width cost, whatever the vocabulary."""
+        return self.total - self.embedding - self.head
+
+
+def abstract_decoder(config: ModelConfig) -> Decoder:
+    """The decoder with shapes in place of arrays: to count in, without memory."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def count_parameters(model: nnx.Module) -> Parameters:
+    """Counts the ``nnx.Param`` of a model, abstract or not."""
+    tables = embedding_paths(model)
+    sizes = {path: variable.size for path, variable in parameters(model)}
+    total = sum(sizes.values())
+    return Parameters(
+        total=total,
+        active=total,
+        embedding=sum(size for path, size in sizes.items() if path[:-1] in tables),
+        head=sum(size for path, size in sizes.items() if path[:-1] == HEAD),
+    )
+
+
+def stored_bytes(model: nnx.Module) -> int:
+    """Bytes of every variable in the type that it has, those that are not trained too."""
+    return _bytes(nnx.state(model))
+
+
+def cache_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes that decoding keeps for each token of a row: keys and values of all layers, as the cache stores them.
+
+    A window does not lower it: the cache has a slot for every position.
+    """
+    return _bytes(jax.eval_shape(lambda: empty_cache(config, batch=1, slots=1).layers))
+
+
+def parameters(model: nnx.Module) -> Iterator[tuple[Path, nnx.Param]]:
+    """Every ``nnx.Param`` with its path from the model, such as ``("blocks", 0, "mlp", "up", "kernel")``."""
+    yield from nnx.to_flat_state(nnx.state(model, nnx.Param))
+
+
+def embedding_paths(model: nnx.Module) -> set[Path]:
+    """Where the look-up tables are."""
+    return {path for path, module in nnx.iter_modules(model) if isinstance(module, Embedding)}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,87 @@
+"""What is timed is what users run; the times themselves belong to the machine and are not asserted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import pytest
+from flax import nnx
+
+from efftrain.errors import ConfigError
+from efftrain.measure import latency, memory
+from efftrain.measure.latency import Latency, draw, measure_latency
+from efftrain.models.config import llama
+from efftrain.models.decode import generate, prefill
+from efftrain.models.decoder import Decoder
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = llama(vocab_size=48, d_model=16, n_layers=2, n_heads=2, d_ff=24, max_length=24)
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+
+def test_figures_of_a_latency():
+    found = Latency(batch=4, tokens=10, rounds_s=(0.5, 0.2, 0.3), compile_s=1.0)
+    assert found.median_s == 0.3
+    assert found.spread_s == pytest.approx(0.3)
+    assert found.s_per_token == pytest.approx(0.03)
+    assert found.tokens_per_s == pytest.approx(4 * 10 / 0.3)
+
+
+def test_both_halves(model):
+    prefill, decode = measure_latency(model, batch=3, prompt_length=8, n_new=16, rounds=4)
+    assert (prefill.batch, prefill.tokens, len(prefill.rounds_s)) == (3, 8, 4)
+    assert (decode.batch, decode.tokens, len(decode.rounds_s)) == (3, 16, 4)
+    for half in (prefill, decode):
+        assert 0 < min(half.rounds_s) <= half.median_s <= min(half.rounds_s) + half.spread_s
+        assert half.compile_s > 0
+
+
+def test_compiling_and_warming_up_are_no_rounds(model, monkeypatch):
+    """With a clock that ticks once a reading, each round lasts one tick."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(next(ticks)))
+    for half in measure_latency(model, batch=3, prompt_length=8, n_new=16, rounds=3):
+        assert half.rounds_s == (1.0, 1.0, 1.0)
+        assert half.compile_s == 1.0
+
+
+def test_the_timed_loop_draws_what_generate_draws(model):
+    graph, state = nnx.split(model)
+    prompts = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 5)), jnp.int32)
+    lengths = jnp.array([5, 3], jnp.int32)
+    expected = generate(model, prompts, lengths, n_new=9)
+    _, cache = jax.jit(lambda: prefill(model, prompts, lengths, slots=5 + 8))()
+    assert len(np.unique(expected)) > 2  # the loop does not merely repeat a token
+    for n in (3, 8):
+        assert (draw(graph, state, expected[:, 0], cache, n) == expected[:, n]).all()
+
+
+def test_too_long_or_nothing_is_refused(model):
+    with pytest.raises(ConfigError, match=r"prompt and new tokens are 26 together and model\.max_length is 24"):
+        measure_latency(model, batch=1, prompt_length=20, n_new=6)
+    for name in ("batch", "prompt_length", "n_new", "rounds"):
+        sizes = {"batch": 1, "prompt_length": 2, "n_new": 2, "rounds": 1} | {name: 0}
+        with pytest.raises(ConfigError, match=rf"latency\.{name} is 0"):
+            measure_latency(model, **sizes)
+
+
+def test_host_peak_grows_with_what_is_held():
+    before = memory.host_peak_bytes()
+    free_below = max(before - psutil.Process().memory_info().rss, 0)
+    held = np.ones((free_below + 2**26) // 8)  # every page is touched
+    assert memory.host_peak_bytes() - before > 2**25
+    assert held.nbytes < memory.host_peak_bytes() < 2**40
+
+
+def test_device_peak_is_that_of_the_fullest(monkeypatch):
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    devices = [Device({"peak_bytes_in_use": 5}), Device(None), Device({"peak_bytes_in_use": 9})]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory.device_peak_bytes() == 9
+    monkeypatch.setattr(jax, "local_devices", lambda: devices[1:2])
+    assert memory.device_peak_bytes() is None
