@@ -55,16 +55,12 @@ def run_efftrain(arguments) -> None:
     from efftrain.train.state import init_state, split_model
     from efftrain.train.step import make_step
 
-    config = llama(
-        vocab_size=VOCAB, d_model=D_MODEL, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_length=LENGTH
-    )
+    config = llama(vocab_size=VOCAB, d_model=D_MODEL, n_layers=LAYERS, n_heads=HEADS, d_ff=D_FF, max_length=LENGTH)
 
     def build(rngs):
         return Decoder(config, rngs=rngs)
 
-    optimizer = with_clipping(
-        AdamW(peak_lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY).build(lambda step: 1.0), CLIP
-    )
+    optimizer = with_clipping(AdamW(peak_lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY).build(lambda step: 1.0), CLIP)
     graph = split_model(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
     state = jax.jit(lambda: init_state(build, optimizer, seed=0, ema=False))()
     np.savez(arguments.weights, **to_llama(nnx.merge(graph, state.params, state.model_state)))

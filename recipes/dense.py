@@ -1,0 +1,147 @@
+"""A dense decoder (Llama's shape), the baseline of every other recipe.
+
+    python data/python.py --out corpora/python
+    python recipes/dense.py cpu --corpus corpora/python
+    python recipes/dense.py gpu --corpus corpora/python --training.steps 5000
+    python recipes/dense.py v5e-64 --corpus corpora/python          # on every worker of a TPU slice
+
+Measured: not yet (cpu), not yet (gpu), not yet (v5e-64).
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from efftrain import data
+from efftrain.measure.evaluate import Evaluator
+from efftrain.measure.flops import training_flops
+from efftrain.measure.parameters import abstract_decoder
+from efftrain.measure.score import score
+from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
+from efftrain.models.config import ModelConfig, llama
+from efftrain.models.decoder import Decoder
+from efftrain.progress import console
+from efftrain.recipe import run_recipe
+from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.loop import Training, fit
+from efftrain.train.objective import next_token_loss
+from efftrain.train.optimizers import AdamW
+from efftrain.train.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A dense run.
+
+    Attributes:
+      corpus: a folder that a script under data/ made.
+      out: the run directory; the same command continues what it finds there.
+    """
+
+    model: ModelConfig
+    training: Training
+    corpus: Path = Path("corpora/python")
+    out: Path = Path("runs/dense")
+
+
+cpu = Config(
+    model=llama(vocab_size=4096, d_model=256, n_layers=6, n_heads=4, d_ff=688, max_length=512, tied_embedding=True),
+    training=Training(
+        steps=600,
+        batch_size=16,
+        length=256,
+        n_microbatches=4,
+        optimizer=AdamW(peak_lr=3e-3),
+        eval_every=200,
+        checkpoint_every=100,
+    ),
+)
+gpu = replace(  # about 125M parameters
+    cpu,
+    model=llama(
+        vocab_size=4096,
+        d_model=768,
+        n_layers=16,
+        n_heads=12,
+        d_ff=2304,
+        max_length=2048,
+        tied_embedding=True,
+        dtype="bfloat16",
+    ),
+    training=replace(
+        cpu.training,
+        steps=5000,
+        batch_size=64,
+        length=2048,
+        n_microbatches=1,
+        optimizer=AdamW(peak_lr=1.5e-3),
+        eval_every=500,
+        checkpoint_every=500,
+    ),
+)
+v5e_64 = replace(  # about 1B parameters
+    gpu,
+    model=llama(
+        vocab_size=4096,
+        d_model=2048,
+        n_layers=20,
+        n_heads=16,
+        n_kv_heads=8,
+        d_ff=5632,
+        max_length=2048,
+        dtype="bfloat16",
+        scan=True,
+        remat="full",
+    ),
+    training=replace(
+        gpu.training,
+        steps=20_000,
+        batch_size=512,
+        optimizer=AdamW(peak_lr=6e-4),
+        mesh=MeshConfig(fsdp=-1),
+    ),
+)
+configs = {"cpu": cpu, "gpu": gpu, "v5e-64": v5e_64}
+
+
+def main(config: Config) -> Scorecard:
+    corpus = data.open(config.corpus)
+    corpus.check_model(config.model.vocab_size)
+    run = Run(config.out, config)
+    training = config.training
+
+    loader = data.LoaderConfig(
+        corpora=(data.Part(path=config.corpus),),
+        length=training.length,
+        batch_size=training.batch_size,
+        seed=training.seed,
+    )
+    held_out = replace(loader, split="validation", shuffle=False, repeat=False)
+    evaluator = Evaluator(lambda: data.batches(held_out, verify=False), corpus.token_bytes())
+
+    fitted = fit(
+        lambda rngs: Decoder(config.model, rngs=rngs),
+        next_token_loss,
+        data.batches(loader, jax.process_index(), jax.process_count(), verify=False),
+        training,
+        run,
+        evaluate=evaluator,
+        flops_per_token=training_flops(abstract_decoder(config.model), training.length),
+    )
+    card = score(
+        fitted.model,
+        name=run.path.name,
+        length=training.length,
+        quality=fitted.evaluation,
+        training_tokens=training.tokens,
+        training_figures=fitted.figures,
+        checkpoint=run.path / "checkpoints" / str(training.steps),
+    )
+    card.write(run.path / FILE_NAME)
+    console.print(table([card]))
+    return card
+
+
+if __name__ == "__main__":
+    run_recipe(main, configs)

@@ -1,0 +1,156 @@
+"""The dense recipe as a user starts it: from the command line, on a small corpus, killed and started again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+import efftrain
+from efftrain import data
+from efftrain.measure.evaluate import Evaluator
+from efftrain.measure.parameters import abstract_decoder, count_parameters
+from efftrain.recipe import import_script
+from efftrain.train.run import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 24
+SMALL = f"""
+    --model.vocab-size 300 --model.d-model 16 --model.n-repeats 1 --model.max-length 32
+    --model.pattern.0.attention.n-heads 2 --model.pattern.0.attention.n-kv-heads 2
+    --model.pattern.0.attention.d-head 8 --model.pattern.0.mlp.d-ff 24
+    --training.steps {STEPS} --training.batch-size 4 --training.length 16 --training.n-microbatches 2
+    --training.eval-every 8 --training.checkpoint-every 4
+""".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    draw = random.Random(0)
+    words = "def return import class value number list print for while if else in range self name".split()
+    for package in range(6):
+        (folder / f"package{package}").mkdir()
+        for i in range(8):
+            lines = [" ".join(draw.choices(words, k=8)) for _ in range(30)]
+            (folder / f"package{package}" / f"{i}.py").write_text("\n".join(lines) + "\n")
+    out = tmp_path_factory.mktemp("corpora") / "small"
+    source = data.TextFolder(path=folder, pattern="*.py", package_by_folder=True)
+    data.build(data.CorpusConfig(sources=(source,), rules=(), vocabulary=300), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def command(corpus):
+    def make(out: Path, *changes: str) -> list[str]:
+        script = str(ROOT / "recipes" / "dense.py")
+        return [sys.executable, script, "cpu", "--corpus", str(corpus), "--out", str(out), *SMALL, *changes]
+
+    return make
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    process = start(command)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def unbroken(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    code, output = run(command(out))
+    assert code == 0, output
+    return out
+
+
+def computed(out: Path, split: str) -> list[dict]:
+    """The rows of a run without the times."""
+    return [
+        {k: v for k, v in row.items() if k not in ("step_s", "input_wait_s", "tokens_per_s", "mfu")}
+        for row in read_metrics(out, split)
+    ]
+
+
+def test_a_run_leaves_metrics_a_scorecard_and_a_model(unbroken, corpus):
+    assert [row["step"] for row in computed(unbroken, "train")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in computed(unbroken, "validation")] == [8, 16, 24]
+    figures = json.loads((unbroken / "scorecard.json").read_text())["figures"]
+    opened = data.open(corpus)
+    held_out = data.LoaderConfig(
+        corpora=(data.Part(path=corpus),), length=16, batch_size=4, split="validation", shuffle=False, repeat=False
+    )
+    again = Evaluator(lambda: data.batches(held_out), opened.token_bytes())(efftrain.load(unbroken))
+    assert figures["bpb"]["value"] == pytest.approx(again["bpb"], rel=1e-5)
+    assert figures["train_tokens"]["value"] == STEPS * 4 * 16
+    assert figures["mfu"] | {"note": ""} == {"value": None, "unit": "share", "method": "unavailable", "note": ""}
+
+
+def test_a_killed_run_continues_to_the_same_metrics(command, unbroken, tmp_path):
+    out = tmp_path / "killed"
+    kills = 0
+    for wait_for in (3, 11):
+        process = start(command(out))
+        while process.poll() is None and len(rows_written(out)) < wait_for:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 2
+    code, output = run(command(out))
+    assert code == 0, output
+    for split in ("train", "validation"):
+        assert computed(out, split) == computed(unbroken, split)
+
+
+def rows_written(out: Path) -> list[str]:
+    path = out / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_finished_run_is_left_as_it_is(command, unbroken):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    code, output = run(command(unbroken))
+    assert code == 0, output
+    assert "trained already" in output
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (("--training.optimizer.peak-lr", "0.5"), "holds a run with another configuration (training.optimizer.peak_lr"),
+        (("--out", "NEW", "--model.vocab-size", "200"), "the tokenizer of"),
+        (("--out", "NEW", "--training.length", "64"), "model.max_length is 32"),
+        (("--out", "NEW", "--training.mesh.fsdp", "3"), "mesh: fsdp=3 needs 3 devices and there are 1"),
+        (("--out", "NEW", "--corpus", "nowhere"), "there is no corpus"),
+        (("--out", "NEW", "--training.stepz", "3"), "--training.stepz"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_changes_nothing(command, unbroken, tmp_path, changes, sentence):
+    before = {p: p.read_bytes() for p in unbroken.glob("*.json*")}
+    code, output = run(command(unbroken, *(str(tmp_path / "new") if c == "NEW" else c for c in changes)))
+    assert code == 2, output
+    assert sentence in " ".join(output.split())
+    assert "Traceback" not in output
+    assert {p: p.read_bytes() for p in unbroken.glob("*.json*")} == before
+
+
+def test_the_named_configurations_have_the_size_that_they_claim():
+    configs = import_script(ROOT / "recipes" / "dense.py").configs
+    sizes = {name: count_parameters(abstract_decoder(config.model)).total for name, config in configs.items()}
+    assert sizes["gpu"] == pytest.approx(125e6, rel=0.03)
+    assert sizes["v5e-64"] == pytest.approx(1e9, rel=0.05)
+    for config in configs.values():
+        assert config.training.length <= config.model.max_length
+    jax.clear_caches()
