@@ -1,7 +1,8 @@
 """Frozen dataclasses to JSON and back, so that a run directory can rebuild any model.
 
 A choice between components is a union of dataclasses, so every object carries its type: ``{"type": "module:Class",
-"field": value, ...}``; a class that a script defines is ``script.py:Class``. Fields at their default are written too: a file made today means the same after a default changed.
+"field": value, ...}``; a class that a script defines is ``script.py:Class``. Fields at their default are written too: a
+file made today means the same after a default changed.
 """
 
 import dataclasses
@@ -65,14 +66,23 @@ def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any
             raise ConfigError(
                 f"{value['type']} has no field {unknown[0]!r}; it was written by another version of efftrain"
             )
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in given]:
+            raise ConfigError(
+                f"{value['type']} lacks its field {missing[0]!r}; it was written by another version of efftrain"
+            )
         return cls(**{k: _decode(v, hints[k], script) for k, v in given.items()})
+    # Of an optional field, the kind that a JSON list or object can stand for.
+    kinds = [annotation, *typing.get_args(annotation)]
     if isinstance(value, dict):
-        return {k: _decode(v, Any, script) for k, v in value.items()}
+        kind = next((k for k in kinds if typing.get_origin(k) is dict), Any)
+        inner = typing.get_args(kind)[1] if kind is not Any else Any
+        return {k: _decode(v, inner, script) for k, v in value.items()}
     if isinstance(value, list):
-        kinds = [annotation, *typing.get_args(annotation)]
-        as_tuple = any(kind is tuple or typing.get_origin(kind) is tuple for kind in kinds)
-        items = [_decode(v, Any, script) for v in value]
-        return tuple(items) if as_tuple else items
+        kind = next((k for k in kinds if (typing.get_origin(k) or k) in (tuple, list)), Any)
+        inner = [k for k in typing.get_args(kind) if k is not ...] or [Any]
+        items = [_decode(v, inner[min(i, len(inner) - 1)], script) for i, v in enumerate(value)]
+        return tuple(items) if (typing.get_origin(kind) or kind) is tuple else items
     if isinstance(value, str) and Path in (annotation, *typing.get_args(annotation)):
         return Path(value)
     return value

@@ -15,8 +15,8 @@ from efftrain.progress import console
 
 Config = TypeVar("Config")
 
-# glibc then asks for huge pages. XLA on CPU allocates and frees its temporaries each step, and the page faults cost up to
-# 20 % of a training step. It is read when a process starts, so it cannot be set from inside.
+# glibc then asks for huge pages. XLA on CPU allocates and frees its temporaries each step, and the page faults cost up
+# to 20 % of a training step. It is read when a process starts, so it cannot be set from inside.
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 

@@ -2,9 +2,9 @@
 
     python recipes/quickstart.py [--out runs/quickstart]
 
-Builds a corpus from the Python standard library, trains a tokenizer and a small decoder, measures it in bits per byte on
-packages that it has not seen, decodes a sample, and leaves a run directory with a scorecard. A second start continues
-where the first stopped.
+Builds a corpus from the Python standard library, trains a tokenizer and a small decoder, measures it in bits per byte
+on packages that it has not seen, decodes a sample, and leaves a run directory with a scorecard. A second start
+continues where the first stopped.
 
 Measured: MEASURED
 """

@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, and compiled programs kept between runs.
+"""Eight fake CPU devices, programs compiled without optimisation, and kept between runs.
 
 Set in the environment: before JAX starts, and for the subprocesses of tests too.
 """
@@ -12,6 +12,9 @@ FAKE_DEVICES = "--xla_force_host_platform_device_count"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if FAKE_DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE_DEVICES}=8".strip()
+
+if "--xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # most of the tests' time is compilation
 
 cache = Path(tempfile.gettempdir()) / f"efftrain-test-cache-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

@@ -2,13 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from flax import nnx
 
 from efftrain.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "dots"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +111,15 @@ class ModelConfig:
     norm_eps: float = 1e-5
     dtype: Dtype = "float32"
     scan: bool = False
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Remat = "none"
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_repeats", "max_length"):
             _positive(f"model.{name}", getattr(self, name))
         if not self.pattern:
             raise ConfigError("model.pattern is empty; give it at least one BlockConfig")
+        _one_of("model.dtype", self.dtype, Dtype)
+        _one_of("model.remat", self.remat, Remat)
 
     @property
     def n_layers(self) -> int:
@@ -143,6 +146,7 @@ def llama(
     **changes,
 ) -> ModelConfig:
     """The plain dense decoder (Llama's shape): one block, repeated."""
+    _positive("n_heads", n_heads)
     if d_model % n_heads:
         raise ConfigError(f"model.d_model is {d_model}, which n_heads {n_heads} does not divide; make it a multiple")
     attention = Attention(
@@ -161,3 +165,8 @@ def llama(
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+def _one_of(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} is {value!r}; use one of {', '.join(map(repr, get_args(choices)))}")

@@ -32,8 +32,9 @@ def sample(logits_bv: Array, key: Array, sampling: Sampling) -> Array:
     if sampling.temperature == 0:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
     if sampling.top_k is not None and sampling.top_k < logits_bv.shape[-1]:
-        least = jax.lax.top_k(logits_bv, sampling.top_k)[0][:, -1:]
-        logits_bv = jnp.where(logits_bv < least, -jnp.inf, logits_bv)
+        logits_bk, tokens_bk = jax.lax.top_k(logits_bv, sampling.top_k)
+        drawn_b = jax.random.categorical(key, logits_bk / sampling.temperature)
+        return jnp.take_along_axis(tokens_bk, drawn_b[:, None], axis=-1)[:, 0].astype(jnp.int32)
     return jax.random.categorical(key, logits_bv / sampling.temperature).astype(jnp.int32)
 
 
@@ -61,8 +62,10 @@ def generate(
       (batch, n_new) int32.
 
     Raises:
-      ConfigError: prompt and new tokens together are longer than ``max_length``.
+      ConfigError: prompt and new tokens together are longer than ``max_length``, or a temperature has no key.
     """
+    if n_new < 1:
+        raise ConfigError(f"n_new is {n_new}; it must be at least 1")
     longest = prompts_bp.shape[1] + n_new
     if longest > model.config.max_length:
         raise ConfigError(
@@ -108,8 +111,8 @@ def prefill(model: Decoder, prompts_bp: Array, prompt_lengths_b: Array, *, slots
     """Reads padded prompts into a new cache.
 
     Returns:
-      Logits (batch, vocab) behind each prompt's last token, and the cache. The slots of the padding hold what is never seen: a
-      query sees slots up to its own position, and each is written before its position is reached.
+      Logits (batch, vocab) behind each prompt's last token, and the cache. The slots of the padding hold what is never
+      seen: a query sees slots up to its own position, and each is written before its position is reached.
     """
     hidden_bpd, cache = model.extend(prompts_bp, empty_cache(model.config, len(prompts_bp), slots), fresh=True)
     last_bd = jnp.take_along_axis(hidden_bpd, (prompt_lengths_b - 1)[:, None, None], axis=1)[:, 0]

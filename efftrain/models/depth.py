@@ -36,6 +36,11 @@ def _with_layer_axis(n: int):
     return add
 
 
+def _without_layer_axis(variable: nnx.Variable) -> nnx.Variable:
+    metadata = variable.get_metadata()
+    return variable.replace(axes=metadata["axes"][1:], units=metadata["units"][1:])
+
+
 def _is_variable(leaf: object) -> bool:
     return isinstance(leaf, nnx.Variable)
 
@@ -43,11 +48,13 @@ def _is_variable(leaf: object) -> bool:
 def unstack(state: nnx.State, n: int) -> list[nnx.State]:
     """The states of the single layers.
 
-    ``lax.split`` and not indexing: its gradient is one concatenation, where that of n slices is n padded arrays and their sum.
+    ``lax.split`` and not indexing: its gradient is one concatenation, where that of n slices is n padded arrays and
+    their sum.
     """
     leaves, tree = jax.tree.flatten(state)
     pieces = [[jnp.squeeze(p, 0) for p in jax.lax.split(leaf, [1] * n, axis=0)] for leaf in leaves]
-    return [jax.tree.unflatten(tree, layer) for layer in zip(*pieces, strict=True)]
+    layers = [jax.tree.unflatten(tree, layer) for layer in zip(*pieces, strict=True)]
+    return jax.tree.map(_without_layer_axis, layers, is_leaf=_is_variable)
 
 
 def run_layers(

@@ -20,15 +20,16 @@ def cross_entropy(
 ) -> Array:
     """Weighted sum of the negative log likelihoods of the targets.
 
-    The gradient is formed in the forward pass, chunk by chunk, so nothing is computed twice. A chunk takes every n-th token of
-    each row, which leaves the sharding of batch and length as it is.
+    The gradient is formed in the forward pass, chunk by chunk, so nothing is computed twice. A chunk takes every n-th
+    token of each row, which leaves the sharding of batch and length as it is.
 
     Args:
       x_btd: (batch, length, d_model) hidden states, any float dtype.
       kernel_dv: (d_model, vocab) head in x's dtype.
       targets_bt: (batch, length) integers.
       weights_bt: (batch, length) float32 or bool; 0 leaves a token out.
-      n_chunks: how many chunks, a divisor of the length. None: so that a chunk has at most ``CHUNK_ELEMENTS`` logits a shard.
+      n_chunks: how many chunks, a divisor of the length. None: so that a chunk has at most ``CHUNK_ELEMENTS`` logits a
+        shard.
       shards: over how many devices the tokens are divided, for that choice.
 
     Returns:
@@ -39,6 +40,8 @@ def cross_entropy(
     batch, length, _ = x_btd.shape
     if n_chunks is None:
         n_chunks = choose_chunks(length, batch * length * kernel_dv.shape[1] // shards)
+    # int32: the targets are compared with 0 .. vocab - 1, which a smaller type may not hold.
+    targets_bt = targets_bt.astype(jnp.int32)
     return _cross_entropy(x_btd, kernel_dv, targets_bt, weights_bt.astype(jnp.float32), n_chunks)
 
 

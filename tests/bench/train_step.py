@@ -2,8 +2,9 @@
 
     python tests/bench/train_step.py --peer-python SIDE_ENVIRONMENT/bin/python
 
-Both sides start from the same weights, see the same tokens and use AdamW with clipping; the losses after the timed steps are
-printed, so that a difference in what is computed shows. The side environment holds torch==2.13.0 and transformers.
+Both sides start from the same weights, see the same tokens and use AdamW with clipping; the losses after the timed
+steps are printed, so that a difference in what is computed shows. The side environment holds torch==2.13.0 and
+transformers.
 Goal: ratio (efftrain tokens/s over transformers tokens/s) >= 1.0.
 """
 

@@ -28,7 +28,7 @@ def test_a_full_scorecard(model, tmp_path):
         model,
         name="dense",
         length=24,
-        evaluator=lambda m: {"bpb": 1.5, "loss": 3.0},
+        quality={"bpb": 1.5, "loss": 3.0},
         training_tokens=10_000,
         training_figures=TRAINING,
         checkpoint=tmp_path / "checkpoint",
@@ -75,7 +75,7 @@ def test_what_was_not_given_says_so(model, monkeypatch):
 
 def test_what_is_not_finite_is_not_measured(model, monkeypatch):
     monkeypatch.setattr(score_module, "LATENCY_BATCHES", ())
-    card = score(model, name="diverged", length=24, evaluator=lambda m: {"bpb": float("nan"), "loss": float("inf")})
+    card = score(model, name="diverged", length=24, quality={"bpb": float("nan"), "loss": float("inf")})
     assert (card.figures["bpb"].value, card.figures["bpb"].note) == (None, "it came out as nan")
     assert card.figures["loss"].note == "it came out as inf"
 

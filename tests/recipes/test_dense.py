@@ -34,7 +34,24 @@ SMALL = f"""
 def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     draw = random.Random(0)
-    words = "def return import class value number list print for while if else in range self name".split()
+    words = [
+        "def",
+        "return",
+        "import",
+        "class",
+        "value",
+        "number",
+        "list",
+        "print",
+        "for",
+        "while",
+        "if",
+        "else",
+        "in",
+        "range",
+        "self",
+        "name",
+    ]
     for package in range(6):
         (folder / f"package{package}").mkdir()
         for i in range(8):

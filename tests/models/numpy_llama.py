@@ -1,0 +1,62 @@
+"""The decoder's truth: a Llama forward pass in NumPy float64, one token and one head at a time."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+def forward(model, tokens, segments=None, positions=None):
+    """Logits (batch, length, vocab) of a ``Decoder``: layer i is repeat ``i // P`` of the pattern's block ``i % P``."""
+    config = model.config
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model)))
+    tokens = np.asarray(tokens)
+    positions = (
+        np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else np.asarray(positions)
+    )
+    segments = np.zeros_like(tokens) if segments is None else np.asarray(segments)
+    x = params["embedding"]["table"][tokens]
+    n_pattern = len(config.pattern)
+    for i in range(n_pattern * config.n_repeats):
+        block, where = config.pattern[i % n_pattern], (i % n_pattern, i // n_pattern)
+        layer = jax.tree.map(lambda a, where=where: a[where[1]], params["blocks"][where[0]])
+        normed = _norm(x, layer["attention_norm"]["scale"], config.norm_eps)
+        x = x + _attention(block.attention, layer["attention"], normed, positions, segments, config.norm_eps)
+        normed = _norm(x, layer["mlp_norm"]["scale"], config.norm_eps)
+        gate, up = (normed @ layer["mlp"][name]["kernel"] for name in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp"]["down"]["kernel"]
+    x = _norm(x, params["norm"]["scale"], config.norm_eps)
+    return x @ (params["embedding"]["table"].T if config.tied_embedding else params["head"]["kernel"])
+
+
+def _norm(x, scale, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def _attention(config, params, x, positions, segments, eps):
+    batch, length, _ = x.shape
+    d = config.d_head
+
+    def heads(name, n):
+        return (x @ params[name]["kernel"]).reshape(batch, length, n, d)
+
+    q, k, v = heads("query", config.n_heads), heads("key", config.n_kv_heads), heads("value", config.n_kv_heads)
+    if config.qk_norm:
+        q, k = _norm(q, params["query_norm"]["scale"], eps), _norm(k, params["key_norm"]["scale"], eps)
+    turn = np.exp(1j * positions[..., None, None] * config.rope_theta ** (-2 * np.arange(d // 2) / d))
+
+    def rotate(y):
+        z = (y[..., : d // 2] + 1j * y[..., d // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    q, k = rotate(q), rotate(k)
+    out = np.zeros_like(q)
+    for b in range(batch):
+        for t in range(length):
+            first = 0 if config.window is None else max(0, t - config.window + 1)
+            seen = [s for s in range(first, t + 1) if segments[b, s] == segments[b, t]]
+            for h in range(config.n_heads):
+                g = h * config.n_kv_heads // config.n_heads
+                scores = k[b, seen, g] @ q[b, t, h] / np.sqrt(d)
+                weights = np.exp(scores - scores.max())
+                out[b, t, h] = weights / weights.sum() @ v[b, seen, g]
+    return out.reshape(batch, length, -1) @ params["out"]["kernel"]
