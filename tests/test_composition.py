@@ -1,0 +1,115 @@
+"""Every pair of techniques: three steps on 8 devices, a gradient for every leaf, a checkpoint that restores.
+
+A technique is one function that changes the model or the training; a step that builds one adds it to ``TECHNIQUES``.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import efftrain
+from efftrain.models.config import BlockConfig, ModelConfig, llama
+from efftrain.models.decoder import Decoder
+from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.loop import Training, fit
+from efftrain.train.objective import next_token_loss
+from efftrain.train.optimizers import Muon
+from efftrain.train.run import Run, read_metrics
+
+ROWS, LENGTH, VOCAB = 16, 16, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    training: Training
+
+
+BASE = Config(
+    model=llama(vocab_size=VOCAB, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, max_length=LENGTH),
+    training=Training(steps=3, batch_size=ROWS, length=LENGTH, mesh=MeshConfig(fsdp=4, tensor=2)),
+)
+
+
+def change_model(**changes) -> Callable[[Config], Config]:
+    return lambda config: dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def change_training(**changes) -> Callable[[Config], Config]:
+    return lambda config: dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+
+
+def local_and_global(config: Config) -> Config:
+    """Every second layer sees a window, with normalised queries and keys."""
+    block = config.model.pattern[0]
+    local = dataclasses.replace(block.attention, window=4, qk_norm=True)
+    pattern = (BlockConfig(attention=local, mlp=block.mlp), block)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=pattern, n_repeats=1))
+
+
+TECHNIQUES: dict[str, Callable[[Config], Config]] = {
+    "bfloat16": change_model(dtype="bfloat16"),
+    "scan and remat": change_model(scan=True, remat="full"),
+    "local and global layers": local_and_global,
+    "muon": change_training(optimizer=Muon(peak_lr=1e-2)),
+    "averaged, in micro-batches": change_training(ema_decay=0.5, n_microbatches=2),
+}
+
+
+class Rows:
+    """The same packed rows in every step."""
+
+    def __init__(self):
+        tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1), dtype=np.int32)
+        positions = np.arange(LENGTH, dtype=np.int32)
+        self.batch = {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segments": np.broadcast_to(1 + (positions >= 6), (ROWS, LENGTH)).astype(np.int32),
+            "positions": np.broadcast_to(np.where(positions >= 6, positions - 6, positions), (ROWS, LENGTH)),
+            "mask": np.ones((ROWS, LENGTH), bool),
+        }
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return self.batch
+
+    def get_state(self) -> None:
+        return None
+
+    def set_state(self, state: None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(TECHNIQUES, 2)), ids=" + ".join)
+def test_two_techniques_work_together(pair: tuple[str, str], tmp_path: Path):
+    config = BASE
+    for name in pair:
+        config = TECHNIQUES[name](config)
+    fitted = fit(
+        lambda rngs: Decoder(config.model, rngs=rngs), next_token_loss, Rows(), config.training, Run(tmp_path, config)
+    )
+
+    losses = [row["loss"] for row in read_metrics(tmp_path)]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+    graph, params = nnx.split(fitted.model)
+    batch = Rows().batch
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(params: nnx.State) -> jax.Array:
+        return next_token_loss(nnx.merge(graph, params), batch, jax.random.key(0))[0]
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradient_of(params)):
+        assert np.isfinite(gradient).all(), path
+        assert np.abs(gradient).max() > 0, path
+
+    restored = nnx.split(efftrain.load(tmp_path))[1]
+    jax.tree.map(np.testing.assert_array_equal, params, restored)
