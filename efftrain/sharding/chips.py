@@ -27,12 +27,8 @@ CHIPS = {
     "TPU v5": Chip(name="v5p", bf16_flops=459e12, hbm_bytes=95e9, hbm_bytes_per_s=2.765e12),
     "TPU v5p": Chip(name="v5p", bf16_flops=459e12, hbm_bytes=95e9, hbm_bytes_per_s=2.765e12),
     "TPU v6 lite": Chip(name="v6e", bf16_flops=918e12, hbm_bytes=32e9, hbm_bytes_per_s=1.64e12),
-    "NVIDIA A100-SXM4-40GB": Chip(
-        name="a100-40", bf16_flops=312e12, hbm_bytes=40e9, hbm_bytes_per_s=1.555e12
-    ),
-    "NVIDIA A100-SXM4-80GB": Chip(
-        name="a100-80", bf16_flops=312e12, hbm_bytes=80e9, hbm_bytes_per_s=2.039e12
-    ),
+    "NVIDIA A100-SXM4-40GB": Chip(name="a100-40", bf16_flops=312e12, hbm_bytes=40e9, hbm_bytes_per_s=1.555e12),
+    "NVIDIA A100-SXM4-80GB": Chip(name="a100-80", bf16_flops=312e12, hbm_bytes=80e9, hbm_bytes_per_s=2.039e12),
     "NVIDIA H100 80GB HBM3": Chip(name="h100", bf16_flops=989e12, hbm_bytes=80e9, hbm_bytes_per_s=3.35e12),
     "NVIDIA H200": Chip(name="h200", bf16_flops=989e12, hbm_bytes=141e9, hbm_bytes_per_s=4.8e12),
 }

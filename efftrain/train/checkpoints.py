@@ -1,32 +1,50 @@
 """Checkpoints of state, data iterator and configuration together, written in the background by Orbax."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax import Array
 
-from efftrain.config import difference
+from efftrain.config import difference, digest
 from efftrain.errors import RunError
 from efftrain.progress import console
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save in ten lines
+# Orbax reports each save in ten lines, and each failure once a thread before it raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     The state is kept as a flat dict from path (``params/embedding/table``) to array, so that a checkpoint can be read
-    without the classes that made it, and onto any mesh.
+    without the classes that made it, and onto any mesh. Beside it stand a fingerprint of each array and of the data
+    iterator's state: Orbax does not notice when the bytes of an array change on disk.
+
+    Args:
+      directory: where they are.
+      keep: so many of the newest stay. None: all.
+      read_only: nothing is made, tidied or deleted: another process may be writing here.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None = None):
+    def __init__(self, directory: Path, *, keep: int | None = None, read_only: bool = False):
         self.directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                read_only=read_only,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,  # left by a process that was killed while it saved
+            ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
@@ -38,32 +56,38 @@ class Checkpoints:
         """Starts a save and returns once the arrays are copied; a step that is there already is left as it is."""
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(flatten(state)),
-                data=ocp.args.JsonSave({"iterator": data_state}),
-                config=ocp.args.JsonSave(config),
-            ),
-            force=True,
-        )
+        flat = flatten(state)
+        data = {"iterator": data_state, "iterator_digest": digest(data_state), "fingerprints": fingerprints(flat)}
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(flat),
+                    data=ocp.args.JsonSave(data),
+                    config=ocp.args.JsonSave(config),
+                ),
+                force=True,
+            )
 
     def wait(self) -> None:
         """Returns when everything started is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Waits for what was started, and closes."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, Any] | None:
-        """The newest complete checkpoint. Newer ones that are damaged are named and deleted: the run writes them again.
+        """The newest complete checkpoint. Newer ones that are damaged are named and moved to ``damaged/`` beside the
+        directory: the run writes them again.
 
         Args:
           abstract_state: the state as ShapeDtypeStructs; where they carry shardings, the arrays come sharded so.
@@ -80,7 +104,7 @@ class Checkpoints:
             return None
         step, (flat, data_state) = found
         for newer in [s for s in self.steps() if s > step]:
-            self._manager.delete(newer)
+            self._set_aside(newer)
         return step, unflatten(flat, abstract_state), data_state
 
     def restore_model(self, abstract_variables: Any) -> Any:
@@ -95,7 +119,8 @@ class Checkpoints:
             saved = self._saved_shapes(step)
             trained = "ema" if any(name.startswith("ema/") for name in saved) else "params"
             places = {
-                name: next(p for p in (f"{trained}/{name}", f"model_state/{name}") if p in saved) for name in variables
+                name: f"model_state/{name}" if f"model_state/{name}" in saved else f"{trained}/{name}"
+                for name in variables
             }
             flat, _ = self._read(step, {place: variables[name] for name, place in places.items()}, partial=True)
             return {name: flat[place] for name, place in places.items()}
@@ -114,6 +139,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax has no one class for a file that is missing, short or altered
                 damaged.append(str(step))
+                _ignore_late_callbacks()
                 console.print(
                     f"warning: checkpoint {self.directory / str(step)} is damaged ({_first_line(error)}); trying the "
                     "one before",
@@ -122,8 +148,8 @@ class Checkpoints:
                 )
         if damaged:
             raise RunError(
-                f"no checkpoint in {self.directory} can be read (damaged: {', '.join(damaged)}); restore a copy, or start "
-                "again with another --out"
+                f"no checkpoint in {self.directory} can be read (damaged: {', '.join(damaged)}); restore a copy, or "
+                "start again with another --out"
             )
         return None
 
@@ -133,7 +159,7 @@ class Checkpoints:
     def _read(self, step: int, wanted: dict[str, Any], *, partial: bool = False) -> tuple[dict[str, Any], Any]:
         saved = self._saved_shapes(step)
         if partial:
-            saved = {name: saved[name] for name in wanted}
+            saved = {name: saved[name] for name in wanted if name in saved}
         _check_same(self.directory / str(step), saved, wanted)
         restored = self._manager.restore(
             step,
@@ -146,7 +172,29 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return restored["state"], restored["data"]["iterator"]
+        data = restored["data"]
+        _check_unaltered(restored["state"], data["fingerprints"], data["iterator"], data["iterator_digest"])
+        return restored["state"], data["iterator"]
+
+    def _set_aside(self, step: int) -> None:
+        target = self.directory.with_name("damaged") / str(step)
+        if jax.process_index() == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors of the file system, which Orbax wraps in several ways and often raises one save later."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            _ignore_late_callbacks()
+            raise RunError(
+                f"cannot write a checkpoint to {self.directory} ({_first_line(error)}); free the disk, then the same "
+                "command continues from the newest complete checkpoint"
+            ) from error
 
 
 def flatten(state: Any) -> dict[str, Any]:
@@ -160,9 +208,38 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(tree, [flat[_name(path)] for path, _ in paths])
 
 
+def fingerprints(flat: dict[str, Any]) -> dict[str, int]:
+    """32 bits of each array, the same on every mesh."""
+    # One after the other: many small programs in flight, each with an all-reduce, block fake devices on CPU for ever.
+    return {name: int(_fingerprint(array)) for name, array in flat.items()}
+
+
+@jax.jit
+def _fingerprint(x: Array) -> Array:
+    """The sum of all elements' bits, each times an odd number that says its place; modulo 2^32.
+
+    An odd factor is invertible, so that no change of a single element goes unnoticed; and an integer sum does not
+    depend on its order, so that no sharding changes it.
+    """
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _check_unaltered(flat: dict[str, Any], saved: dict[str, int], data_state: Any, data_digest: str) -> None:
+    for name, found in fingerprints(flat).items():
+        if found != saved[name]:
+            raise ValueError(f"{name} has other bytes than were saved")
+    if digest(data_state) != data_digest:
+        raise ValueError("the data iterator's state is not the one that was saved")
+
+
 def _name(path: tuple) -> str:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return name.removesuffix("/value").replace("/value/", "/")
+    in_variable = jax.tree_util.GetAttrKey("value")  # a module called ``value`` is a DictKey
+    return jax.tree_util.keystr(tuple(key for key in path if key != in_variable), simple=True, separator="/")
 
 
 def _check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -170,11 +247,24 @@ def _check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> N
         {k: str(tuple(v.shape)) for k, v in saved.items()},
         {k: str(tuple(v.shape)) for k, v in wanted.items()},
     )
+    lines.sort(key=lambda line: not line.startswith("params/"))  # the optimizer only follows
     if lines:
         raise RunError(
             f"{where} is a checkpoint of another model or optimizer: {lines[0]}"
-            f"{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}; use the run's own configuration or another --out"
+            f"{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}; use the run's own configuration or "
+            "another --out"
         )
+
+
+def _ignore_late_callbacks() -> None:
+    """Orbax closes its event loop when one file fails, and every other file then prints a traceback."""
+    before = sys.unraisablehook
+
+    def hook(report: Any) -> None:
+        if str(report.exc_value) != "Event loop is closed":
+            before(report)
+
+    sys.unraisablehook = hook
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """The loop: it feeds the step, writes metrics one step late, saves, and continues where a run stopped."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,8 +20,8 @@ from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.interruption import Interruption
 from efftrain.train.objective import Objective
 from efftrain.train.optimizers import AdamW, Muon, with_clipping
-from efftrain.train.recorder import Recorder
-from efftrain.train.run import Run
+from efftrain.train.recorder import Recorder, read_figures
+from efftrain.train.run import Run, read_metrics
 from efftrain.train.schedules import Cosine, WarmupStableDecay
 from efftrain.train.state import TrainState, init_state, merge_model, split_model
 from efftrain.train.step import make_step
@@ -79,10 +79,14 @@ class Training:
         for name in (*names, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise ConfigError(f"training.eval_every is {self.eval_every}; give at least 1, or None")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"training.clip_norm is {self.clip_norm}; give a positive number or None")
         if self.batch_size % self.n_microbatches:
             raise ConfigError(
-                f"training.batch_size is {self.batch_size}, which n_microbatches {self.n_microbatches} does not divide; "
-                "make it a multiple"
+                f"training.batch_size is {self.batch_size}, which n_microbatches {self.n_microbatches} does not divide"
+                "; make it a multiple"
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number between 0 and 1, or None")
@@ -95,10 +99,17 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What ``fit`` returns: the model, and the run's figures (units in their names)."""
+    """What ``fit`` returns.
+
+    Attributes:
+      model: trained; with the averaged parameters where the run keeps them.
+      figures: the run's times, units in their names.
+      evaluation: what ``evaluate`` said behind the last step; None where there was none.
+    """
 
     model: nnx.Module
     figures: dict[str, float]
+    evaluation: dict[str, float] | None
 
 
 def fit(
@@ -111,6 +122,7 @@ def fit(
     evaluate: Callable[[nnx.Module], dict[str, float]] | None = None,
     flops_per_token: float | None = None,
     rules: ShardingRules = DEFAULT_RULES,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Fitted:
     """Trains a model, or continues the run that the directory holds.
 
@@ -123,16 +135,24 @@ def fit(
       evaluate: model -> figures on held-out text, written to the metrics.
       flops_per_token: model FLOPs of a training token, for MFU.
       rules: which mesh axis splits which logical axis.
+      devices: that the mesh is made of; by default all.
 
     Raises:
       RunError: ``max_bad_steps`` steps in a row were not finite, or the checkpoint is of another model.
       SystemExit: with code 75 after SIGTERM or Ctrl-C, when everything is saved.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     factor = config.schedule.build(config.steps)
     optimizer = with_clipping(config.optimizer.build(factor), config.clip_norm)
     graph = split_model(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
-    step = make_step(graph, objective, optimizer, n_microbatches=config.n_microbatches, ema_decay=config.ema_decay)
+    step = make_step(
+        graph,
+        objective,
+        optimizer,
+        n_microbatches=config.n_microbatches,
+        ema_decay=config.ema_decay,
+        learning_rate=lambda step: config.optimizer.peak_lr * factor(step),
+    )
 
     def init() -> TrainState:
         return init_state(build, optimizer, seed=config.seed, ema=config.ema_decay is not None)
@@ -145,34 +165,44 @@ def fit(
         state = _restore_or_init(init, checkpoints, batches, mesh, rules)
         start = int(state.step)
         if start == config.steps:
-            console.print(f"{run.path} is trained already ({start} steps); nothing to do")
+            console.print(f"{run.path} is trained already ({start} steps); nothing to do", markup=False)
+            return _fitted(graph, state, run)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None
-        with Recorder(run.path, config, factor, timing, start=start) as recorder:
+        with Recorder(run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps) as recorder:
             for number in range(start + 1, config.steps + 1):
                 asked = time.perf_counter()
                 batch = place(next(batches), config, mesh, rules)
                 wait_s = time.perf_counter() - asked
                 if compiled is None:
                     recorder.progress.note("compiling")
-                    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+                    same = jax.tree.map(lambda array: array.sharding, state)  # or XLA may choose another for the result
+                    program = jax.jit(step, donate_argnums=0, out_shardings=(same, None))
+                    compiled = program.lower(state, batch).compile()
                     recorder.compiled(compiled, time.perf_counter() - asked)
                 state, metrics = compiled(state, batch)
                 recorder.push(number, metrics, wait_s)  # reads the metrics of the step before: no waiting
 
-                last = number == config.steps
+                last, asked_by = number == config.steps, interruption.asked  # a signal may come between two lines
                 evaluate_now = evaluate and (last or (config.eval_every and number % config.eval_every == 0))
-                if evaluate_now or last or interruption.asked or number % config.checkpoint_every == 0:
+                save_now = last or asked_by or number % config.checkpoint_every == 0
+                if evaluate_now or save_now:
                     recorder.flush()
                 if evaluate_now:
                     recorder.write_evaluation(number, evaluate(merge_model(graph, state)))
-                if last or interruption.asked or number % config.checkpoint_every == 0:
+                if save_now:
                     checkpoints.save(number, state, batches.get_state(), run.config)
-                if interruption.asked and not last:
+                if asked_by and not last:
                     checkpoints.wait()
-                    console.print(f"{interruption.asked}: saved step {number}; the same command continues from there")
+                    console.print(f"{asked_by}: saved step {number}; the same command continues from there")
                     raise SystemExit(EXIT_INTERRUPTED)
-    return Fitted(model=merge_model(graph, state), figures=recorder.figures(run))
+            recorder.write_figures()
+    return _fitted(graph, state, run)
+
+
+def _fitted(graph: nnx.GraphDef, state: TrainState, run: Run) -> Fitted:
+    last = [row for row in read_metrics(run.path, "validation") if row["step"] == int(state.step)]
+    return Fitted(model=merge_model(graph, state), figures=read_figures(run), evaluation=last[-1] if last else None)
 
 
 def place(

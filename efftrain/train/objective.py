@@ -1,7 +1,7 @@
 """What a model is trained on: a function from a batch to sums.
 
-An objective returns sums and counts and never means, so that padding, accumulation and sharding change nothing: the step
-divides once, by the global count.
+An objective returns sums and counts and never means, so that padding, accumulation and sharding change nothing: the
+step divides once, by the global count.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,8 +24,8 @@ def next_token_loss(model: Decoder, batch: Batch, key: Array) -> tuple[Array, Ar
 
     Args:
       model: the decoder.
-      batch: ``tokens``, ``targets``, ``segments``, ``positions``: (batch, length) int32; ``mask``: bool, False where the
-        target does not count.
+      batch: ``tokens``, ``targets``, ``segments``, ``positions``: (batch, length) int32; ``mask``: bool, False where
+        the target does not count.
       key: not used; objectives that draw have it.
 
     Returns:

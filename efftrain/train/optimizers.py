@@ -56,25 +56,22 @@ class Muon:
         _check(self)
 
     def build(self, factor: optax.Schedule) -> optax.GradientTransformation:
-        return optax.contrib.muon(
+        muon = optax.contrib.muon(
             lambda step: self.peak_lr * factor(step),
             beta=self.momentum,
-            adam_b1=self.b1,
-            adam_b2=self.b2,
             weight_decay=self.weight_decay,
-            adam_weight_decay=self.weight_decay,
-            weight_decay_mask=is_matrix,
             consistent_rms=self.consistent_rms,
             muon_weight_dimension_numbers=muon_dimensions,
         )
+        # Our own: the Adam inside optax's Muon has Nesterov momentum, and decays norms.
+        adam = AdamW(peak_lr=self.peak_lr, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay).build(factor)
+        return optax.partition({"muon": muon, "adam": adam}, muon_or_adam)
 
 
 def with_clipping(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
     """The optimizer behind a clip of the global gradient norm. None: no clip."""
     if clip_norm is None:
         return optimizer
-    if clip_norm <= 0:
-        raise ConfigError(f"training.clip_norm is {clip_norm}; give a positive number or None")
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
@@ -97,21 +94,37 @@ def muon_dimensions(params: Any) -> Any:
     return _per_parameter(dimensions, params)
 
 
+def muon_or_adam(params: Any) -> Any:
+    """The label ``muon`` or ``adam`` of each parameter."""
+    return jax.tree.map(
+        lambda variable: variable.replace("adam" if variable.get_value() is None else "muon"),
+        muon_dimensions(params),
+        is_leaf=_is_variable,
+    )
+
+
 def _per_parameter(rule: Callable[[tuple[str | None, ...]], Any], params: Any) -> Any:
     """A tree like ``params`` with the rule's answer, from the logical axes, in place of each array."""
 
     def answer(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(rule(variable.get_metadata()["axes"]))
 
-    return jax.tree.map(answer, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.map(answer, params, is_leaf=_is_variable)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _own_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
     return tuple(axis for axis in axes if axis not in ("layers", "experts"))
 
 
-def _check(config) -> None:
-    if config.peak_lr <= 0:
+def _check(config: AdamW | Muon) -> None:
+    if not config.peak_lr > 0:
         raise ConfigError(f"optimizer.peak_lr is {config.peak_lr}; it must be above 0")
-    if config.weight_decay < 0:
+    if not config.weight_decay >= 0:
         raise ConfigError(f"optimizer.weight_decay is {config.weight_decay}; it must not be negative")
+    for name in ("b1", "b2", "momentum"):
+        if not 0 <= getattr(config, name, 0) < 1:
+            raise ConfigError(f"optimizer.{name} is {getattr(config, name)}; give a number from 0 to below 1")

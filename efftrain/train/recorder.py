@@ -1,10 +1,9 @@
 """What a run shows and keeps of itself while it goes: progress, metrics, times."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+import numpy as np
 
 from efftrain.errors import RunError
 from efftrain.progress import Progress
@@ -12,20 +11,26 @@ from efftrain.train.objective import Metrics
 from efftrain.train.run import MetricsLog, Run, read_json
 from efftrain.train.timing import Timing
 
-if TYPE_CHECKING:
-    from efftrain.train.loop import Training
+FIGURES = "training.json"
 
 
 class Recorder:
-    """Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host."""
+    """Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host.
 
-    def __init__(self, directory: Path, config: "Training", factor: Callable, timing: Timing, *, start: int):
-        self._config, self._factor, self._timing = config, factor, timing
-        self._log = MetricsLog(directory, after_step=start)
-        self._pending: tuple[int, Metrics, float] | None = None
+    Args:
+      run: where they are written.
+      timing: of this run's step.
+      start: the step that was restored, 0 for a new run.
+      steps: the last one.
+      max_bad_steps: see ``Training``.
+    """
+
+    def __init__(self, run: Run, timing: Timing, *, start: int, steps: int, max_bad_steps: int):
+        self._run, self._timing, self._max_bad_steps = run, timing, max_bad_steps
+        self._log = MetricsLog(run.path, after_step=start)
+        self._pending: tuple[int, Metrics] | None = None
         self._figures: dict[str, float] = {}
-        self._bad_steps = 0
-        self.progress = Progress("train", config.steps, unit="steps", initial=start)
+        self.progress = Progress("train", steps, unit="steps", initial=start)
 
     def __enter__(self) -> "Recorder":
         self.progress.__enter__()
@@ -48,43 +53,57 @@ class Recorder:
             )
 
     def push(self, number: int, metrics: Metrics, wait_s: float) -> None:
-        """Takes the metrics of a step that was just dispatched, and writes those of the one before."""
+        """Takes the metrics of a step that was just dispatched, and writes those of the one before.
+
+        Args:
+          number: of the step.
+          metrics: its (sum, count) pairs, on the device.
+          wait_s: how long the loop waited for its batch.
+        """
+        self._timing.waited(wait_s)
         self._write_pending()
-        self._pending = number, metrics, wait_s
+        self._pending = number, metrics
 
     def flush(self) -> None:
-        """Waits for the last step; what follows is no part of any step's time."""
+        """Waits for the last step. It has no time: nothing was dispatched behind it; nor has what follows."""
+        self._timing.interrupt()
         self._write_pending()
+        self._log.flush()
         self._timing.interrupt()
 
     def write_evaluation(self, number: int, values: dict[str, float]) -> None:
         self._log.write(number, values, split="validation")
+        self._log.flush()
         self.progress.print(f"step {number}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
-    def figures(self, run: Run) -> dict[str, float]:
-        """The run's times; those of the process that trained it last where this one had nothing to do."""
-        path = run.path / "training.json"
-        if not self._timing.figures() and path.exists():
-            return read_json(path)
+    def write_figures(self) -> dict[str, float]:
+        """Keeps the times of this process in the run, and returns them."""
         figures = self._figures | self._timing.figures()
-        run.write_json(path.name, figures)
+        if jax.process_index() == 0:
+            self._run.write_json(FIGURES, figures)
         return figures
 
     def _write_pending(self) -> None:
         if self._pending is None:
             return
-        number, metrics, wait_s = self._pending
+        number, metrics = self._pending
         self._pending = None
-        values = {name: float(total / count) for name, (total, count) in jax.device_get(metrics).items()}
-        values["lr"] = float(self._config.optimizer.peak_lr * self._factor(number - 1))
-        times = self._timing.step_arrived(wait_s)
+        pairs = jax.device_get(metrics)
+        values = {name: float(total / count) if count else np.nan for name, (total, count) in pairs.items()}
+        bad_steps = int(values.pop("bad_steps"))
+        times = self._timing.step_arrived()
         self._log.write(number, values | times)
         self.progress.advance()
         rate = f", {times['tokens_per_s']:,.0f} tokens/s" if times else ""
         self.progress.note(f"loss {values['loss']:.4f}{rate}")
-        self._bad_steps = self._bad_steps + 1 if values["skipped"] else 0
-        if self._bad_steps >= self._config.max_bad_steps:
+        if bad_steps >= self._max_bad_steps:
             raise RunError(
-                f"{self._bad_steps} steps in a row, up to step {number}, had a loss or gradient that was not finite; "
+                f"{bad_steps} steps in a row, up to step {number}, had a loss or gradient that was not finite; "
                 "lower optimizer.peak_lr, or look at the data of these steps"
             )
+
+
+def read_figures(run: Run) -> dict[str, float]:
+    """The times that the process that trained the run last has kept; none where it was killed before."""
+    path = run.path / FIGURES
+    return read_json(path) if path.exists() else {}

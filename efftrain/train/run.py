@@ -1,19 +1,22 @@
 """The run directory: the unit of work, from which everything that was done can be loaded and continued."""
 
+import contextlib
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from efftrain.config import difference, from_json, to_json
 from efftrain.errors import RunError
@@ -26,7 +29,7 @@ OPERATIONAL = ("mesh", "checkpoint_every", "keep_checkpoints", "eval_every", "ou
 
 
 class Run:
-    """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/`` and more.
+    """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/``, ...
 
     Raises:
       RunError: the directory holds a run of another configuration, or something that is not a run.
@@ -36,20 +39,16 @@ class Run:
         self.path, self.config = Path(path), to_json(config)
         if (self.path / "config.json").exists():
             self._check_same_config()
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(p.suffix != ".incomplete" for p in self.path.iterdir()):
             raise RunError(
                 f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
             )
-        try:
+        with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
-                self._copy_recipe()
+                self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
                 self.write_json("environment.json", environment())
-                self.write_json("config.json", self.config)
-        except OSError as error:
-            raise RunError(
-                f"cannot write to {self.path} ({error.strerror}); choose another --out or free the disk"
-            ) from error
+                self._copy_recipe()
 
     def _check_same_config(self) -> None:
         lines = difference(
@@ -63,9 +62,9 @@ class Run:
             )
 
     def _copy_recipe(self) -> None:
-        script = getattr(sys.modules["__main__"], "__file__", None)
-        if script and script.endswith(".py"):
-            shutil.copyfile(script, self.path / "recipe.py")
+        script, copy = getattr(sys.modules["__main__"], "__file__", None), self.path / "recipe.py"
+        if script and script.endswith(".py") and not (copy.exists() and copy.samefile(script)):
+            shutil.copyfile(script, copy)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file of the run, whole or not at all."""
@@ -79,25 +78,58 @@ class MetricsLog:
 
     def __init__(self, directory: Path, *, after_step: int):
         """Rows of steps behind ``after_step`` (the one restored) are taken back: they will be written again."""
-        from tensorboardX import SummaryWriter
-
         self._path = directory / "metrics.jsonl"
-        if self._path.exists():
-            rows = [row for row in _complete_rows(self._path) if row["step"] <= after_step]
-            temporary = self._path.with_suffix(".incomplete")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(temporary, self._path)
-        self._file = self._path.open("a", buffering=1)
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=after_step + 1)
+        with _writing(directory):
+            if self._path.exists():
+                rows = [row for row in _complete_rows(self._path) if row["step"] <= after_step]
+                temporary = self._path.with_suffix(".incomplete")
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                os.replace(temporary, self._path)
+            self._file = self._path.open("a", buffering=1)
+            self._events = Events(directory / "tensorboard", after_step=after_step)
 
     def write(self, step: int, values: Mapping[str, float], *, split: str = "train") -> None:
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+        """A figure that is not finite becomes null: JSON has no word for it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with _writing(self._path):
+            self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+            self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    def flush(self) -> None:
+        """What was written survives the process from here on."""
+        with _writing(self._path):
+            self._events.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        with _writing(self._path):
+            self._file.close()
+            self._events.close()
+
+
+class Events:
+    """A TensorBoard event file. Written in this thread: the thread of ``SummaryWriter`` hangs when the disk is full."""
+
+    def __init__(self, directory: Path, *, after_step: int):
+        """TensorBoard drops what earlier files say of steps behind ``after_step``."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        directory.mkdir(exist_ok=True)
+        self._proto, self._writer = event_pb2, EventsWriter(str(directory / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=after_step + 1, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.summary import Summary
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._writer.write_event(self._proto.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(directory: Path | str, split: str = "train") -> list[dict[str, Any]]:
@@ -126,7 +158,9 @@ def load(directory: Path | str) -> Decoder:
     directory = Path(directory)
     model_config = load_model_config(directory)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
-    with Checkpoints(directory / "checkpoints") as checkpoints:
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         return nnx.merge(graph, checkpoints.restore_model(abstract))
 
 
@@ -174,7 +208,10 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``+changes`` where files differ from it."""
+    """The commit of the checkout that this package runs from, with ``+changes`` where files differ from it.
+
+    None for an installed package, also where its environment stands in a checkout of something else.
+    """
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -184,7 +221,7 @@ def git_commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "--short=12", "HEAD")
+    commit = git("ls-files", "--error-unmatch", __file__) and git("rev-parse", "--short=12", "HEAD")
     return commit and commit + ("+changes" if git("status", "--porcelain") else "")
 
 
@@ -196,6 +233,17 @@ def cpu_name() -> str:
         else []
     )
     return names[0] if names else platform.processor()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {path} ({error.strerror or error}); choose another --out, or free the disk and give the "
+            "same command again"
+        ) from error
 
 
 def read_json(path: Path) -> Any:

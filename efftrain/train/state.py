@@ -23,7 +23,8 @@ class TrainState:
       opt_state: the optimizer's.
       ema: exponential moving average of params, or None.
       key: (2,) uint32 data of the run's random key; a step uses it folded with its number.
-      bad_steps: () int32, consecutive steps whose gradient was not finite.
+      bad_steps: () int32, consecutive steps up to this one whose loss or gradient was not finite.
+      skipped: () int32, all such steps. ``step - skipped`` updates were made.
     """
 
     step: Array
@@ -33,6 +34,7 @@ class TrainState:
     ema: nnx.State | None
     key: Array
     bad_steps: Array
+    skipped: Array
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -55,6 +57,7 @@ def init_state(
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         key=jax.random.key_data(run_key),
         bad_steps=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
     )
 
 

@@ -24,10 +24,11 @@ def make_step(
     *,
     n_microbatches: int = 1,
     ema_decay: float | None = None,
+    learning_rate: optax.Schedule | None = None,
 ) -> Step:
     """The step as a pure function; the caller jits it, donating the state.
 
-    A step whose loss or gradient is not finite changes nothing but ``step`` and ``bad_steps``.
+    A step whose loss or gradient is not finite changes nothing but ``step``, ``bad_steps`` and ``skipped``.
 
     Args:
       graph: static part of the model.
@@ -35,10 +36,11 @@ def make_step(
       optimizer: over ``TrainState.params``.
       n_microbatches: rows are taken in so many parts, one after the other; divides the batch.
       ema_decay: of the averaged parameters, for a state that has them.
+      learning_rate: the one in ``optimizer``, to be reported.
 
     Returns:
-      (state, batch) -> (state, metrics as (sum, count) pairs). Metrics: the objective's, ``grad_norm`` before clipping,
-      and ``skipped``, 1 for a step that was not finite.
+      (state, batch) -> (state, metrics as (sum, count) pairs). Metrics: ``loss``, those of the objective, ``grad_norm``
+      before clipping, ``lr``, ``skipped`` (1 for a step that was not finite) and ``bad_steps`` (so many in a row).
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -47,7 +49,7 @@ def make_step(
             partial(_value_and_gradient, graph, objective, state), batch, key, n_microbatches
         )
         gradients = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -56,16 +58,20 @@ def make_step(
         def keep(new, old):
             return jax.tree.map(partial(jnp.where, finite), new, old)
 
-        state = dataclasses.replace(
+        after = dataclasses.replace(
             state,
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
             ema=keep(ema, state.ema),
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            skipped=state.skipped + (1 - finite),
         )
-        one = jnp.ones(())
-        return state, metrics | {"grad_norm": (norm, one), "skipped": (1.0 - finite, one)}
+        figures = {"grad_norm": norm, "skipped": 1 - finite, "bad_steps": after.bad_steps}
+        if learning_rate is not None:
+            # Here and not on the host, where it would wait behind the next step; and by the optimizer's own count.
+            figures["lr"] = learning_rate(state.step - state.skipped)
+        return after, {"loss": (loss, count)} | metrics | {name: (value, 1) for name, value in figures.items()}
 
     return step
 

@@ -19,19 +19,24 @@ class Timing:
         self._steps: list[float] = []
         self._waits: list[float] = []
         self._last: float | None = None
+        self._waited = 0.0
 
-    def step_arrived(self, input_wait_s: float) -> dict[str, float]:
+    def waited(self, seconds: float) -> None:
+        """Notes a wait for input: part of the time until the next arrival, whichever step's batch it was."""
+        self._waited += seconds
+
+    def step_arrived(self) -> dict[str, float]:
         """Notes a step; the figures of this one step, empty where its time means nothing."""
-        now, last = time.perf_counter(), self._last
-        self._last = now
+        now, last, waited = time.perf_counter(), self._last, self._waited
+        self._last, self._waited = now, 0.0
         if last is None:
             return {}
         self._steps.append(now - last)
-        self._waits.append(input_wait_s)
-        return self._rates(now - last) | {"step_s": now - last, "input_wait_s": input_wait_s}
+        self._waits.append(waited)
+        return self._rates(now - last) | {"step_s": now - last, "input_wait_s": waited}
 
     def interrupt(self) -> None:
-        """Something else took time (an evaluation, a checkpoint): the next arrival starts anew."""
+        """What comes is no step after a step (an evaluation, a checkpoint): the next arrival starts anew."""
         self._last = None
 
     def figures(self) -> dict[str, float]:
