@@ -59,7 +59,7 @@ configs = {
             length=128,
             n_microbatches=2,
             optimizer=AdamW(peak_lr=5e-3),
-            eval_every=200,
+            eval_every=300,
             checkpoint_every=100,
         ),
     )
