@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+import tiny_models as tiny
 from flax import nnx
 from numpy_llama import forward
 

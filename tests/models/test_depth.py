@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+import tiny_models as tiny
 from flax import nnx
 
 from efftrain.models.depth import add_metrics, run_layers, stack_layers, unstack

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+import tiny_models as tiny
 from flax import nnx
 
 from efftrain.config import from_json, to_json

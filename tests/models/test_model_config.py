@@ -3,7 +3,7 @@
 import re
 
 import pytest
-import tiny
+import tiny_models as tiny
 
 from efftrain.errors import ConfigError
 from efftrain.models.config import Attention, Dense, llama

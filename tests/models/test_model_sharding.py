@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-import tiny
+import tiny_models as tiny
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
