@@ -37,6 +37,13 @@ def truncate(step: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def truncate_all(step: Path) -> None:
+    """Each file that can hold arrays: which of them holds the model's differs from save to save."""
+    for path in (step / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def delete_an_array_file(step: Path) -> None:
     largest_file(step / "state").unlink()
 
@@ -75,7 +82,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(crashed, damag
 
 def test_where_every_checkpoint_is_damaged_nothing_is_lost(crashed, capsys):
     for step in ("3", "6"):
-        truncate(crashed / "checkpoints" / step)
+        truncate_all(crashed / "checkpoints" / step)
     before = (crashed / "metrics.jsonl").read_bytes()
     for use in (tiny.train, load):
         with pytest.raises(RunError, match=r"no checkpoint in .* can be read \(damaged: 6, 3\).* --out"):

@@ -135,7 +135,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path, ends_like):
-    ends_like(tmp_path / "run", tiny.train(tmp_path / "run", tiny.Walks(kill_self=(8, signal.SIGTERM))))
+    fitted = tiny.train(tmp_path / "run", tiny.Walks(kill_self=(8, signal.SIGTERM)))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 9))
+    ends_like(tmp_path / "run", fitted)
 
 
 def test_a_signal_between_two_lines_of_the_loop_loses_no_row(tmp_path, monkeypatch, ends_like):
