@@ -48,7 +48,7 @@ def main(config: Config) -> data.Corpus:
     corpus = data.build(
         data.CorpusConfig(
             sources=(data.PythonFiles(standard_library_only=config.standard_library_only),),
-            rules=data.CODE_RULES,
+            rules=(data.Code(),),
             deduplicate=True,
             vocabulary=config.vocabulary,
             split=config.split,

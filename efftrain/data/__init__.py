@@ -25,7 +25,7 @@ _HOMES = {
     "PythonFiles": "sources",
     "TextFolder": "sources",
     "Tfds": "tfds_source",
-    "CODE_RULES": "rules",
+    "Code": "rules",
     "Loader": "loader",
     "LoaderConfig": "loader",
     "PackedRows": "loader",

@@ -13,7 +13,7 @@ from rich.table import Table
 from efftrain.config import digest
 from efftrain.data.documents import Document
 from efftrain.data.funnel import funnel_table
-from efftrain.data.rules import CODE_RULES, Rule
+from efftrain.data.rules import Code, Edit, Rule, RuleSet
 from efftrain.data.sources import Source
 from efftrain.data.splits import SplitByPackage
 from efftrain.data.store import check_files, read_manifest
@@ -43,7 +43,7 @@ class CorpusConfig:
     """
 
     sources: tuple[Source, ...]
-    rules: tuple[Rule, ...] = CODE_RULES
+    rules: tuple[Rule | RuleSet | Edit, ...] = (Code(),)
     deduplicate: bool = True
     vocabulary: int = 4096
     tokenizer: Path | None = None

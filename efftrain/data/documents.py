@@ -55,10 +55,15 @@ class Verdict:
 
 
 class Text:
-    """A text with the counts that several rules need, each computed once and only when asked for."""
+    """A text with the counts that several rules need, each computed once and only when asked for.
 
-    def __init__(self, text: str):
-        self.text = text
+    Attributes:
+      text: the text.
+      id: of its document, for rules that look a score up.
+    """
+
+    def __init__(self, text: str, id: str = ""):
+        self.text, self.id = text, id
         self.n_chars = len(text)
 
     @cached_property

@@ -21,7 +21,7 @@ from efftrain.data.documents import Document, Skipped, Text
 from efftrain.data.evidence import Evidence
 from efftrain.data.funnel import Funnel
 from efftrain.data.packing import write_tokens
-from efftrain.data.rules import judge
+from efftrain.data.rules import flatten, judge
 from efftrain.data.shards import ShardWriter, text_features, token_features, write_metadata
 from efftrain.data.sources import PythonFiles, TextFolder
 from efftrain.data.splits import N_BUCKETS, SPLITS, assign_buckets, bucket
@@ -123,7 +123,7 @@ def _judged(
                 evidence.add(id=kept.id, source=kept.source, rule=kept.rule, n_bytes=n_bytes, text=kept.detail)
                 continue
             text, document = kept
-            if (verdict := judge(config.rules, text)) is None:
+            if (verdict := judge(tuple(flatten(config.rules)), text).verdict) is None:
                 yield text, document
                 continue
             funnel.drop(verdict.rule, n_bytes)

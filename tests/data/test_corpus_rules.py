@@ -4,7 +4,7 @@ import pytest
 
 from efftrain.data.documents import Text
 from efftrain.data.rules import (
-    CODE_RULES,
+    Code,
     FewLetters,
     Generated,
     LongLine,
@@ -29,7 +29,7 @@ def read(path, *, delimiter=","):
 
 
 def test_ordinary_code_passes_every_rule():
-    assert judge(CODE_RULES, Text(CODE)) is None
+    assert judge(Code().rules(), Text(CODE)).verdict is None
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_code_that_only_speaks_of_generating_stays(head):
 
 @pytest.mark.parametrize("text", ["", "\n", "\n\n\n", "\0", "x" * 2_000_000, "1" * 5000, "\r\n\r\n"])
 def test_no_rule_fails_on_extreme_texts(text):
-    assert judge(CODE_RULES, Text(text)) is not None
-    for rule in CODE_RULES:
+    assert judge(Code().rules(), Text(text)).verdict is not None
+    for rule in Code().rules():
         rule(Text(text))
 
 
 def test_first_rule_names_the_verdict():
     text = Text("\0" * 3000)
-    assert judge((NonText(), LongLine()), text).rule == "non_text"
-    assert judge((LongLine(), NonText()), text).rule == "long_line"
+    assert judge((NonText(), LongLine()), text).verdict.rule == "non_text"
+    assert judge((LongLine(), NonText()), text).verdict.rule == "long_line"
 
 
 def test_rules_are_fast():
@@ -106,5 +106,5 @@ def test_rules_are_fast():
     document = CODE * 100
     started = time.process_time()
     for _ in range(150):
-        judge(CODE_RULES, Text(document))
+        judge(Code().rules(), Text(document))
     assert 150 * len(document) / 1e6 / (time.process_time() - started) > 5

@@ -1,145 +1,144 @@
-"""A first set of rules for source code. Each says why a text is not worth training on, and how clearly.
+"""Rules for source code. Each says why a text is not worth training on, and how clearly.
 
 Codex is Chen et al. 2021, section 3.1; The Stack (Kocetkov et al. 2022) and StarCoder kept its line lengths.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 
-from efftrain.data.documents import Text, Verdict
-
-
-class Rule(Protocol):
-    """A frozen dataclass whose fields are its thresholds."""
-
-    def __call__(self, text: Text) -> Verdict: ...
+from efftrain.data.documents import Text
+from efftrain.data.rules.base import AtLeast, AtMost, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class TooShort:
+class TooShort(AtLeast):
     """Empty package markers and one-line imports: no context to learn from.
 
-    Score: characters that are not space.
+    Score: characters that are not ASCII space.
     """
 
+    name: ClassVar[str] = "too_short"
     limit: int = 64
 
-    def __call__(self, text: Text) -> Verdict:
-        # Only a text near the limit needs the exact count.
-        score = text.n_chars if text.n_chars > 64 * self.limit else len("".join(text.text.split()))
-        return Verdict(keep=score >= self.limit, rule="too_short", score=float(score))
+    def score(self, text: Text) -> float:
+        return float(text.n_chars - text.byte_counts[_SPACE].sum())
 
 
 @dataclass(frozen=True, kw_only=True)
-class TooLong:
+class TooLong(AtMost):
     """Nearly always data or bundled output, and one such file outweighs a package. Score: bytes.
 
     Limit: The Stack, 1 MB.
     """
 
+    name: ClassVar[str] = "too_long"
     limit: int = 1_000_000
 
-    def __call__(self, text: Text) -> Verdict:
-        score = len(text.utf8)
-        return Verdict(keep=score <= self.limit, rule="too_long", score=float(score))
+    def score(self, text: Text) -> float:
+        return float(len(text.utf8))
 
 
 @dataclass(frozen=True, kw_only=True)
-class NonText:
+class NonText(AtMost):
     """Binary content under a text name. Score: share of control bytes other than tab, newlines and form feed.
 
     Limit: one in a thousand, so that a test file with an escape character in a string stays.
     """
 
+    name: ClassVar[str] = "non_text"
     limit: float = 0.001
 
-    def __call__(self, text: Text) -> Verdict:
-        score = float(text.byte_counts[_CONTROL].sum()) / max(len(text.utf8), 1)
-        return Verdict(keep=score <= self.limit, rule="non_text", score=score)
+    def score(self, text: Text) -> float:
+        return float(text.byte_counts[_CONTROL].sum()) / max(len(text.utf8), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generated:
+class Generated(AtMost):
     """Written by a program, which says so near the top: the model should learn from the generator instead.
 
     Score: 1 where a marker stands in the first lines. Twelve of them, because licence headers push the marker down.
     """
 
+    name: ClassVar[str] = "generated"
+    limit: float = 0.5
     lines: int = 12
 
-    def __call__(self, text: Text) -> Verdict:
+    def score(self, text: Text) -> float:
         head = "\n".join(text.text[:4000].split("\n", self.lines)[: self.lines])
-        found = _GENERATED.search(head) is not None
-        return Verdict(keep=not found, rule="generated", score=float(found))
+        return float(_GENERATED.search(head) is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongLine:
+class LongLine(AtMost):
     """Minified code or embedded data. Score: characters of the longest line. Limit: Codex, 1,000."""
 
+    name: ClassVar[str] = "long_line"
     limit: int = 1000
 
-    def __call__(self, text: Text) -> Verdict:
-        score = int(text.line_lengths.max())
-        return Verdict(keep=score <= self.limit, rule="long_line", score=float(score))
+    def score(self, text: Text) -> float:
+        return float(int(text.line_lengths.max()))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongLines:
+class LongLines(AtMost):
     """Lines that are long on average: minified, or records of data. Score: mean length.
 
     Limit: Codex, 100.
     """
 
+    name: ClassVar[str] = "long_lines"
     limit: float = 100.0
 
-    def __call__(self, text: Text) -> Verdict:
-        score = float(text.line_lengths.mean())
-        return Verdict(keep=score <= self.limit, rule="long_lines", score=score)
+    def score(self, text: Text) -> float:
+        return float(text.line_lengths.mean())
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewLetters:
+class FewLetters(AtLeast):
     """Mostly numbers and punctuation. Score: share of letters in what is not space; non-ASCII bytes count as letters.
 
     The Stack asks for 25 % alphanumeric characters, which a table of numbers passes; letters alone are sharper.
     """
 
+    name: ClassVar[str] = "few_letters"
     limit: float = 0.4
 
-    def __call__(self, text: Text) -> Verdict:
-        score = float(text.byte_counts[_LETTERS].sum()) / _n_visible(text)
-        return Verdict(keep=score >= self.limit, rule="few_letters", score=score)
+    def score(self, text: Text) -> float:
+        return float(text.byte_counts[_LETTERS].sum()) / _n_visible(text)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableLike:
+class TableLike(AtMost):
     """Tables of numbers or hexadecimal in code's clothing. Score: share of digits and commas in what is not space.
 
     Limit: set by reading the rejects among installed distributions; test files with many numbers begin below it.
     """
 
+    name: ClassVar[str] = "table_like"
     limit: float = 0.35
 
-    def __call__(self, text: Text) -> Verdict:
-        score = float(text.byte_counts[_TABLE].sum()) / _n_visible(text)
-        return Verdict(keep=score <= self.limit, rule="table_like", score=score)
+    def score(self, text: Text) -> float:
+        return float(text.byte_counts[_TABLE].sum()) / _n_visible(text)
 
 
-def judge(rules: Sequence[Rule], text: Text) -> Verdict | None:
-    """The verdict of the first rule that rejects the text, or None where all keep it.
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """The rules above with their limits, cheap ones first."""
 
-    Put cheap rules first.
-    """
-    for rule in rules:
-        verdict = rule(text)
-        if not verdict.keep:
-            return verdict
-    return None
+    too_short: TooShort = TooShort()
+    too_long: TooLong = TooLong()
+    generated: Generated = Generated()
+    non_text: NonText = NonText()
+    long_line: LongLine = LongLine()
+    long_lines: LongLines = LongLines()
+    table_like: TableLike = TableLike()
+    few_letters: FewLetters = FewLetters()
+
+    def rules(self) -> tuple[Rule, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def _n_visible(text: Text) -> int:
@@ -168,15 +167,4 @@ _GENERATED = re.compile(
     | ^\s*(\#|//|\'\'\'|\"\"\")\s*generated\s+(by|from|with|using)\b
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
-)
-
-CODE_RULES: tuple[Rule, ...] = (
-    TooShort(),
-    TooLong(),
-    Generated(),
-    NonText(),
-    LongLine(),
-    LongLines(),
-    TableLike(),
-    FewLetters(),
 )
