@@ -10,6 +10,10 @@ from typing import Any, BinaryIO
 _CHUNK = 8192  # small, because a chunk may unpack to many thousand times its size
 
 
+def is_compressed(path: Path) -> bool:
+    return path.suffix in (".gz", ".zst")
+
+
 def open_bytes(path: Path) -> BinaryIO:
     """Opens by suffix: ``.gz``, ``.zst``, anything else as it is."""
     if path.suffix == ".gz":
@@ -26,15 +30,39 @@ def reading_errors() -> tuple[type[Exception], ...]:
     return OSError, EOFError, zlib.error, zstandard.ZstdError
 
 
-def lines(stream: BinaryIO, most: int) -> Iterator[bytes | None]:
-    """Lines of at most ``most`` bytes; a longer one is passed over and yields None."""
+def lines(stream: BinaryIO, most: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that begin in the bytes [start, stop) of a stream, so that neighbouring ranges share the lines out.
+
+    Args:
+      stream: at its beginning; it must be seekable where ``start`` is not 0.
+      most: bytes of the longest line that is held in memory; a longer one is passed over.
+
+    Yields:
+      Where the line begins and the line, or None in the place of one that is too long.
+    """
+    at = start
+    if start:
+        stream.seek(start - 1)  # the byte before tells whether a line begins at ``start``
+        at = start - 1 + _pass(stream, most, stop)
+    while stop is None or at < stop:
+        line = stream.readline(most + 1)
+        if not line:
+            return
+        size = len(line)
+        if size > most and not line.endswith(b"\n"):
+            size, line = size + _pass(stream, most), None
+        yield at, line
+        at += size
+
+
+def _pass(stream: BinaryIO, most: int, stop: int | None = None) -> int:
+    """Reads to the end of the line, or over ``stop``; returns the number of bytes."""
+    n_bytes = 0
     while line := stream.readline(most):
-        if len(line) < most or line.endswith(b"\n"):
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(most)
-        yield None
+        n_bytes += len(line)
+        if line.endswith(b"\n") or (stop is not None and stream.tell() >= stop):
+            break
+    return n_bytes
 
 
 class _ZstdReader(io.RawIOBase):

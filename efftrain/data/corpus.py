@@ -11,8 +11,11 @@ import numpy as np
 from rich.table import Table
 
 from efftrain.config import digest
+from efftrain.data.decontaminate import Decontaminate
 from efftrain.data.documents import Document
 from efftrain.data.funnel import funnel_table
+from efftrain.data.minhash import MinHash
+from efftrain.data.repeated_lines import RepeatedLines
 from efftrain.data.rules import Code, Edit, Rule, RuleSet
 from efftrain.data.sources import Source
 from efftrain.data.splits import SplitByPackage
@@ -31,7 +34,11 @@ class CorpusConfig:
     Attributes:
       sources: read one after the other; of equal documents the first is kept.
       rules: applied in this order; a document is counted under the first that rejects it.
-      deduplicate: remove exact repeats of normalised text.
+      deduplicate: remove exact repeats of normalised text; the first is kept.
+      repeated_lines: keep lines that documents share in one of them; None keeps them everywhere.
+      near_duplicates: find documents whose shingles are nearly the same, verify and remove them; None keeps them.
+      decontaminate: keep held-out splits apart from training, and training from evaluation sets; None does neither.
+      quality: name of the rule by whose score the best of near duplicates is kept.
       vocabulary: entries of the tokenizer that is trained.
       tokenizer: a ``tokenizer.json`` to use and not train one; corpora are mixed only if they have the same.
       tokenizer_sample: bytes of training text that the tokenizer is trained on. They are held in memory while it
@@ -45,6 +52,10 @@ class CorpusConfig:
     sources: tuple[Source, ...]
     rules: tuple[Rule | RuleSet | Edit, ...] = (Code(),)
     deduplicate: bool = True
+    repeated_lines: RepeatedLines | None = None
+    near_duplicates: MinHash | None = None
+    decontaminate: Decontaminate | None = field(default_factory=Decontaminate)
+    quality: str | None = None
     vocabulary: int = 4096
     tokenizer: Path | None = None
     tokenizer_sample: int = 32 << 20

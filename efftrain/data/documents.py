@@ -1,7 +1,10 @@
 """What flows through the corpus room, and the view of a text that the rules share."""
 
+import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 
 import numpy as np
 
@@ -60,11 +63,14 @@ class Text:
     Attributes:
       text: the text.
       id: of its document, for rules that look a score up.
+      n_chars: characters, white space included.
+      derived: what the rules of one topic compute once and share, by a name of theirs.
     """
 
     def __init__(self, text: str, id: str = ""):
         self.text, self.id = text, id
         self.n_chars = len(text)
+        self.derived: dict = {}
 
     @cached_property
     def utf8(self) -> bytes:
@@ -83,3 +89,61 @@ class Text:
             return np.fromiter(map(len, self.text.split("\n")), np.int64)
         newlines = np.flatnonzero(np.frombuffer(self.utf8, np.uint8) == ord("\n"))
         return np.diff(newlines, prepend=-1, append=self.n_chars) - 1
+
+    @cached_property
+    def lowered(self) -> str:
+        """The text in lower case."""
+        return self.text.lower()
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The lines that are not blank, without white space around them; every line boundary of Unicode counts."""
+        return [line for line in map(str.strip, self.text.splitlines()) if line]
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        """What stands between blank lines, without white space around it."""
+        return [paragraph for paragraph in map(str.strip, _BLANK_LINES.split(self.text)) if paragraph]
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The words: what stands between white space, punctuation included."""
+        return self.text.split()
+
+    @property
+    def n_words(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def word_ids(self) -> np.ndarray:
+        """(words,) int64, the place of each word in ``vocabulary``: equal words, and only they, have equal numbers."""
+        return self._numbered_words[0]
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """The distinct words in the order in which they first occur."""
+        return self._numbered_words[1]
+
+    @cached_property
+    def word_counts(self) -> np.ndarray:
+        """(vocabulary,) how often each distinct word occurs."""
+        return np.bincount(self.word_ids, minlength=len(self.vocabulary))
+
+    @cached_property
+    def word_lengths(self) -> np.ndarray:
+        """(vocabulary,) characters of each distinct word."""
+        return np.fromiter(map(len, self.vocabulary), np.int64, len(self.vocabulary))
+
+    @cached_property
+    def n_visible(self) -> int:
+        """Characters that are not white space."""
+        return int(self.word_counts @ self.word_lengths)
+
+    @cached_property
+    def _numbered_words(self) -> tuple[np.ndarray, list[str]]:
+        numbers = defaultdict(count().__next__)
+        ids = np.fromiter(map(numbers.__getitem__, self.words), np.int64, len(self.words))
+        return ids, list(numbers)
+
+
+_BLANK_LINES = re.compile(r"\n\s*\n")

@@ -1,14 +1,17 @@
 """What was removed and why, as a Parquet table that can be opened beside the corpus."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 EXCERPT = 200  # characters of the removed text that are kept
 
 
 class Evidence:
-    """Rows of ``removed.parquet``: id, source, rule, score, survivor, bytes, excerpt.
+    """Rows of ``removed.parquet``, written as they come.
 
-    Written as they come.
+    id, source, rule, score, bytes, excerpt; for duplicates the survivor; for near duplicates the estimated similarity
+    beside the exact one, which is the score, the bands in which both agree, the cluster, its size, and for some a diff.
     """
 
     def __init__(self, path: Path):
@@ -24,6 +27,11 @@ class Evidence:
                 ("survivor", pa.string()),
                 ("bytes", pa.int64()),
                 ("excerpt", pa.string()),
+                ("estimated", pa.float32()),
+                ("bands", pa.int32()),
+                ("cluster", pa.string()),
+                ("cluster_size", pa.int32()),
+                ("diff", pa.string()),
             ]
         )
         self._batch = pa.RecordBatch
@@ -40,10 +48,11 @@ class Evidence:
         text: str,
         score: float | None = None,
         survivor: str | None = None,
+        **near_duplicate: Any,
     ) -> None:
         """``text`` is what the excerpt is taken from, or the message of the reader."""
-        values = (_clean(id), _clean(source), rule, score, survivor, n_bytes, _clean(text[:EXCERPT]))
-        self._rows.append(dict(zip(self._schema.names, values, strict=True)))
+        row = {"id": clean(id), "source": clean(source), "rule": rule, "score": score, "survivor": survivor}
+        self._rows.append(row | {"bytes": n_bytes, "excerpt": clean(text[:EXCERPT])} | near_duplicate)
         if len(self._rows) >= 4096:
             self._flush()
 
@@ -56,6 +65,18 @@ class Evidence:
         self._rows.clear()
 
 
-def _clean(text: str) -> str:
+def join_tables(parts: Iterable[Path], out: Path) -> None:
+    """Writes the rows of all parts, which have the same columns, into one Parquet file."""
+    import pyarrow.parquet as pq
+
+    parts = list(parts)
+    with pq.ParquetWriter(out, pq.read_schema(parts[0]), compression="zstd") as writer:
+        for part in parts:
+            with pq.ParquetFile(part) as file:
+                for batch in file.iter_batches(batch_size=1 << 14):
+                    writer.write_batch(batch)
+
+
+def clean(text: str) -> str:
     """Half a surrogate pair, as in the name of a badly encoded file, cannot be written and becomes a question mark."""
     return text.encode(errors="replace").decode()

@@ -1,5 +1,6 @@
 """How many documents came in, where they were lost, and how many are left."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -19,6 +20,16 @@ class Funnel:
     def drop(self, rule: str, n_bytes: int) -> None:
         documents, size = self._dropped.get(rule, (0, 0))
         self._dropped[rule] = documents + 1, size + n_bytes
+
+    def add(self, counts: Mapping[str, Any]) -> None:
+        """Adds what ``to_json`` of another gave."""
+        self._seen = [a + b for a, b in zip(self._seen, counts["seen"], strict=True)]
+        for rule, (documents, n_bytes) in counts["dropped"].items():
+            before = self._dropped.get(rule, (0, 0))
+            self._dropped[rule] = before[0] + documents, before[1] + n_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {"seen": self._seen, "dropped": {rule: list(count) for rule, count in self._dropped.items()}}
 
     def check_something_left(self, n_documents: int) -> None:
         if n_documents:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from efftrain.data.shards import Shard, ShardWriter, token_features
+from efftrain.data.shards import Serializer, Shard, ShardWriter, token_features
 from efftrain.data.tokenizer import END_OF_TEXT_ID, encode_documents, token_dtype
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ def write_tokens(
       The number of tokens, without the padding of the last block, and the shards.
     """
     dtype = token_dtype(tokenizer.get_vocab_size())
-    features = token_features(block, dtype)
+    serialize = Serializer(token_features(block, dtype))
     writer = ShardWriter(folder, "tokens", split, shard_bytes=shard_bytes)
     n_tokens = 0
     for tokens in blocks(encode_documents(tokenizer, texts), block):
         n_tokens += len(tokens)
         padded = np.zeros(block, dtype)
         padded[: len(tokens)] = tokens
-        writer.write(features.serialize_example({"tokens": padded}))
+        writer.write(serialize({"tokens": padded}))
     return n_tokens, writer.finish()
 
 

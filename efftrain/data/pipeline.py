@@ -1,50 +1,62 @@
-"""Builds a corpus: read and judge, deduplicate, split and shuffle, write text, train the tokenizer, write tokens.
+"""Builds a corpus in stages: read and judge, deduplicate, split, decontaminate, write text, tokenize.
 
-Each stage reads what the one before it left on disk, so memory does not grow with the corpus. The shuffled order
-makes the first megabytes of the training split a random sample; the tokenizer is trained on them.
+Each stage leaves files in the unfinished folder. Interrupted, the same command goes on where it stopped. What is kept
+depends on the inputs and the configuration alone, not on the engine or the number of its workers.
 """
 
+import contextlib
+import dataclasses
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from efftrain.config import to_json
 from efftrain.data import corpus as corpora
 from efftrain.data import store
+from efftrain.data.canary import check_recall
+from efftrain.data.contamination import decontaminate
 from efftrain.data.corpus import Corpus, CorpusConfig
-from efftrain.data.dedup import ExactDuplicates, text_digest
-from efftrain.data.documents import Document, Skipped, Text
-from efftrain.data.evidence import Evidence
-from efftrain.data.funnel import Funnel
+from efftrain.data.engines import Local
+from efftrain.data.evidence import join_tables
+from efftrain.data.exact_duplicates import remove_exact_duplicates
+from efftrain.data.minhash import MinHash
+from efftrain.data.near_duplicates import remove_near_duplicates
 from efftrain.data.packing import write_tokens
-from efftrain.data.rules import flatten, judge
-from efftrain.data.shards import ShardWriter, text_features, token_features, write_metadata
-from efftrain.data.sources import PythonFiles, TextFolder
+from efftrain.data.reading import Kept, Read, list_pieces
+from efftrain.data.removals import Survivors, alive_records
+from efftrain.data.repeated_lines import remove_repeated_lines
+from efftrain.data.rules import flatten, is_edit, scoring
+from efftrain.data.shards import Serializer, Shard, ShardWriter, text_features, token_features, write_metadata
 from efftrain.data.splits import N_BUCKETS, SPLITS, assign_buckets, bucket
-from efftrain.data.spool import ExternalSort, Spool, pack_document, stable_hash, unpack_record
+from efftrain.data.spool import ExternalSort, unpack_record
+from efftrain.data.stages import Engine, read_json, run_stage, stem, write_json
 from efftrain.data.tokenizer import load_tokenizer, token_dtype, tokenizer_json, train_tokenizer
+from efftrain.errors import ConfigError
 from efftrain.progress import Progress, console, track
 
-DUPLICATE = "exact_duplicate"
+SCORES = "scores.parquet"
 _DESCRIPTION = "Built by efftrain; see manifest.json beside this folder."
 
 
-def build(config: CorpusConfig, out: Path | str, *, overwrite: bool = False) -> Corpus:
+def build(config: CorpusConfig, out: Path | str, *, overwrite: bool = False, engine: Engine | None = None) -> Corpus:
     """Builds the corpus, or finds that it is there already.
 
     Args:
       config: what it is made of.
       out: the folder, which is complete or not there; until then it is called ``out.incomplete``.
-      overwrite: build in any case and replace the corpus that is there, once the new one is whole.
+      overwrite: build in any case and replace the corpus that is there, once the new one is whole. Where only
+        thresholds changed, its scores are used again.
+      engine: where the work is done, by default on the cores of this machine.
 
     Raises:
       CorpusError: ``out`` holds something else, a source is missing or empty, nothing is left, the disk is full.
     """
     out, started = Path(out), time.monotonic()
+    _check_rules(config)
     inputs = [store.fingerprint(type(source).__name__, source.files()) for source in config.sources]
     if config.tokenizer:
         load_tokenizer(config.tokenizer)  # before the work, not after it
@@ -54,156 +66,127 @@ def build(config: CorpusConfig, out: Path | str, *, overwrite: bool = False) -> 
         corpus = corpora.open(out)
         console.print(f"{out} is up to date: same inputs and parameters; nothing to do", markup=False)
         return corpus
-    with store.building(out) as folder:
-        one_document_a_file = all(isinstance(source, PythonFiles | TextFolder) for source in config.sources)
-        n_bytes = sum(item["bytes"] for item in inputs) if one_document_a_file else None
-        content = _build_in(folder, config, n_bytes)
-        store.write_manifest(folder, {**wanted, **content, "seconds": round(time.monotonic() - started, 1)})
+    with store.building(out, wanted) as folder, contextlib.closing(engine or Local()) as engine:
+        content = _build_in(folder, config, engine, _scores_to_reuse(out, config, inputs))
+        content["seconds"] = round(time.monotonic() - started, 1)
+        store.write_manifest(folder, {**wanted, **content})
     return corpora.open(out, verify=False)  # its checksums were computed a moment ago
 
 
-def _build_in(folder: Path, config: CorpusConfig, n_bytes: int | None) -> dict:
+def _build_in(
+    folder: Path, config: CorpusConfig, engine: Engine, scores: tuple[Path, tuple[int, ...]] | None
+) -> dict[str, Any]:
+    """Runs all stages; returns what the manifest says of the corpus."""
     work = folder / "work"
-    evidence = Evidence(folder / "removed.parquet")
-    funnel = Funnel()
-    spool, duplicates = Spool(work / "spool"), ExactDuplicates(work / "digests")
-    with Progress("Reading documents", n_bytes and n_bytes / 1e6, unit="MB") as progress:
-        for text, document in _judged(config, evidence, funnel, progress):
-            order = stable_hash(document.id, f"order {config.seed}")
-            group = stable_hash(document.package, f"split {config.split.seed}")
-            spool.add(pack_document(document, text.utf8), order=order, group=group)
-            if config.deduplicate:
-                duplicates.add(text_digest(document.text))
-    spool.close()
-    funnel.check_something_left(spool.n_documents)
-    survivors = duplicates.survivors() if config.deduplicate else np.arange(spool.n_documents)
-    splits = _write_text(folder, config, spool, survivors, evidence, funnel)
-    evidence.close()
-    shutil.rmtree(work)
+    pieces = list_pieces(config.sources)
+    read = Read(
+        sources=config.sources,
+        pieces=pieces,
+        rules=config.rules,
+        seed=config.seed,
+        split_seed=config.split.seed,
+        quality=config.quality,
+        scores=scores,
+    )
+    summaries = run_stage(engine, work, "read", read, len(pieces), "Reading and judging")
+    kept = Kept(work / "read", [summary["kept"] for summary in summaries])
+    left = Survivors(kept, summaries)
+    left.funnels.total().check_something_left(len(kept))
+    if config.deduplicate:
+        remove_exact_duplicates(engine, work, left)
+    lines = remove_repeated_lines(engine, work, left, config.repeated_lines) if config.repeated_lines else None
+    near = _remove_near_duplicates(engine, work, left, config.near_duplicates) if config.near_duplicates else None
+    split_of = _assign_splits(config, left)
+    contaminated = decontaminate(engine, work, left, split_of, config.decontaminate) if config.decontaminate else None
 
-    if config.tokenizer:
-        tokenizer = load_tokenizer(config.tokenizer)
-    else:
-        tokenizer = train_tokenizer(_sample(folder / "text", config.tokenizer_sample), config.vocabulary)
-    (folder / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
-    token_shards = {}
+    join_tables(left.evidence, folder / "removed.parquet")
+    join_tables([kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))], folder / SCORES)
+    splits = _once(work / "text.json", lambda: _write_text(folder, config, left, split_of))
+    tokenizer = _tokenizer(folder, config)
+    shards = {}
     for split, figures in splits.items():
-        texts = (document.text for document in corpora.read_documents(folder / "text", split))
-        progress = track(texts, f"Tokenizing {split}", figures["documents"], unit="documents")
-        figures["tokens"], token_shards[split] = write_tokens(
-            folder / "tokens", split, tokenizer, progress, block=config.block, shard_bytes=config.shard_bytes
-        )
+        written = _once(work / f"tokens-{split}.json", lambda s=split, n=figures: _write_tokens(folder, config, s, n))
+        figures["tokens"], shards[split] = written["tokens"], [Shard(**shard) for shard in written["shards"]]
     size = tokenizer.get_vocab_size()
-    features = token_features(config.block, token_dtype(size))
-    write_metadata(folder / "tokens", "tokens", features, token_shards, _DESCRIPTION)
+    write_metadata(folder / "tokens", "tokens", token_features(config.block, token_dtype(size)), shards, _DESCRIPTION)
+    shutil.rmtree(work)
     return {
-        "funnel": funnel.rows(),
+        "funnel": left.funnels.total().rows(),
+        "sources": left.funnels.rows(),
+        "repeated_lines": lines,
+        "near_duplicates": near,
+        "decontamination": contaminated,
         "splits": splits,
+        "scoring": scoring(config.rules),
+        "pieces": [summary["scored"] for summary in summaries],
         "tokenizer": {"vocabulary": size, "dtype": np.dtype(token_dtype(size)).name},
         "block": config.block,
     }
 
 
-def _judged(
-    config: CorpusConfig, evidence: Evidence, funnel: Funnel, progress: Progress
-) -> Iterator[tuple[Text, Document]]:
-    """The documents that every rule keeps; the others become evidence."""
-    pending = 0
-    for source in config.sources:
-        for item in source.documents():
-            kept = item if isinstance(item, Skipped) else _encodable(item)
-            n_bytes = kept.n_bytes if isinstance(kept, Skipped) else len(kept[0].utf8)
-            funnel.see(n_bytes)
-            pending += n_bytes
-            if pending > 1e6:
-                progress.advance(pending / 1e6)
-                pending = 0
-            if isinstance(kept, Skipped):
-                funnel.drop(kept.rule, n_bytes)
-                evidence.add(id=kept.id, source=kept.source, rule=kept.rule, n_bytes=n_bytes, text=kept.detail)
-                continue
-            text, document = kept
-            if (verdict := judge(tuple(flatten(config.rules)), text).verdict) is None:
-                yield text, document
-                continue
-            funnel.drop(verdict.rule, n_bytes)
-            evidence.add(
-                id=document.id,
-                source=document.source,
-                rule=verdict.rule,
-                score=verdict.score,
-                n_bytes=n_bytes,
-                text=document.text,
-            )
-    progress.advance(pending / 1e6)
+def _remove_near_duplicates(engine: Engine, work: Path, left: Survivors, config: MinHash) -> dict[str, Any]:
+    alive = left.alive.copy()
+    signed, figures = remove_near_duplicates(engine, work, left, config)
+    figures |= check_recall(left.kept, alive, signed, config)
+    canary = figures["canary"]
+    if canary["found"] < 0.9 * canary["planted"]:
+        console.print(
+            f"warning: of {canary['planted']} planted duplicates only {canary['found']} were found; some near "
+            "duplicates are left: use more bands of fewer rows",
+            style="yellow",
+            markup=False,
+        )
+    return figures
 
 
-def _encodable(document: Document) -> tuple[Text, Document] | Skipped:
-    text = Text(document.text)
-    try:
-        _ = text.utf8
-    except UnicodeEncodeError as error:  # JSON and some codecs can spell half a surrogate pair
-        return Skipped(document.id, document.source, "undecodable", str(error), text.n_chars)
-    return text, document
+def _assign_splits(config: CorpusConfig, left: Survivors) -> np.ndarray:
+    """(documents,) int8, the index in SPLITS of each document, whether it is still there or not."""
+    groups = bucket(left.kept.column("group"))
+    sizes = np.bincount(groups, np.where(left.alive, left.kept.column("n_bytes"), 0), N_BUCKETS)
+    return assign_buckets(config.split, sizes)[groups]
 
 
-def _write_text(
-    folder: Path,
-    config: CorpusConfig,
-    spool: Spool,
-    survivors: np.ndarray,
-    evidence: Evidence,
-    funnel: Funnel,
-) -> dict[str, dict[str, int]]:
-    """Splits and shuffles the survivors and writes the text dataset."""
-    index = spool.index()
-    sizes = np.zeros(N_BUCKETS, np.int64)
-    for start in range(0, len(index), 1 << 16):
-        piece, numbers = index[start : start + (1 << 16)], np.arange(start, min(start + (1 << 16), len(index)))
-        alive = piece[survivors[start : start + (1 << 16)] == numbers]
-        np.add.at(sizes, bucket(alive["group"]), alive["size"].astype(np.int64))
-    split_of = assign_buckets(config.split, sizes)
-
-    sorts = {split: ExternalSort(folder / "work" / split) for split in SPLITS}
-    counts = Counter()
-    reader = spool.reader()
-    for number, record in enumerate(track(spool.records(), "Shuffling", spool.n_documents, unit="documents")):
-        if (survivor := int(survivors[number])) == number:
-            split = SPLITS[split_of[int(index["group"][number]) >> 48]]
-            sorts[split].add(int(index["order"][number]), record)
-            counts[split] += 1
-        else:
-            id, source, _, utf8 = unpack_record(record)
-            funnel.drop(DUPLICATE, len(utf8))
-            evidence.add(
-                id=id,
-                source=source,
-                rule=DUPLICATE,
-                n_bytes=len(utf8),
-                text=utf8.decode(),
-                score=1.0,
-                survivor=unpack_record(reader[survivor])[0],
-            )
-    reader.close()
-    return _write_splits(folder / "text", config, {s: sorts[s] for s in SPLITS if counts[s]}, counts)
-
-
-def _write_splits(
-    folder: Path, config: CorpusConfig, sorts: dict[str, ExternalSort], counts: Counter
-) -> dict[str, dict[str, int]]:
+def _write_text(folder: Path, config: CorpusConfig, left: Survivors, split_of: np.ndarray) -> dict[str, dict[str, int]]:
+    """Shuffles the survivors of each split and writes the text dataset."""
+    for name in ("work/sort", "text", "tokens"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    counts = np.bincount(split_of[left.alive], minlength=len(SPLITS))
+    sorts = {split: ExternalSort(folder / "work" / "sort" / split) for split in SPLITS}
+    order = left.kept.column("order")
+    with Progress("Shuffling", float(counts.sum()), unit="documents") as progress:
+        for piece in range(left.kept.n_pieces):
+            for number, record in alive_records(left.kept, left.alive, piece):
+                sorts[SPLITS[split_of[number]]].add(int(order[number]), record)
+                progress.advance()
     features = text_features()
+    serialize = Serializer(features)
     shards, splits = {}, {}
-    for split, records in sorts.items():
-        writer = ShardWriter(folder, "text", split, shard_bytes=config.shard_bytes)
+    for split, count in zip(SPLITS, counts.tolist(), strict=True):
+        if not count:
+            continue
+        writer = ShardWriter(folder / "text", "text", split, shard_bytes=config.shard_bytes)
         n_bytes = 0
-        for record in track(records, f"Writing {split}", counts[split], unit="documents"):
+        for record in track(sorts[split], f"Writing {split}", count, unit="documents"):
             id, source, meta, utf8 = unpack_record(record)
-            writer.write(features.serialize_example({"text": utf8, "id": id, "source": source, "meta": meta}))
+            writer.write(serialize({"text": utf8, "id": id, "source": source, "meta": meta}))
             n_bytes += len(utf8)
         shards[split] = writer.finish()
-        splits[split] = {"documents": counts[split], "bytes": n_bytes, "tokens": 0}
-    write_metadata(folder, "text", features, shards, _DESCRIPTION)
+        splits[split] = {"documents": count, "bytes": n_bytes, "tokens": 0}
+    write_metadata(folder / "text", "text", features, shards, _DESCRIPTION)
     return splits
+
+
+def _tokenizer(folder: Path, config: CorpusConfig) -> Any:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        if config.tokenizer:
+            tokenizer = load_tokenizer(config.tokenizer)
+        else:
+            tokenizer = train_tokenizer(_sample(folder / "text", config.tokenizer_sample), config.vocabulary)
+        partial = path.with_suffix(".partial")
+        partial.write_text(tokenizer_json(tokenizer), encoding="utf-8")
+        partial.rename(path)
+    return load_tokenizer(path)
 
 
 def _sample(folder: Path, n_bytes: int) -> Iterable[str]:
@@ -217,3 +200,46 @@ def _sample(folder: Path, n_bytes: int) -> Iterable[str]:
             left -= size
             if left <= 0:
                 return
+
+
+def _write_tokens(folder: Path, config: CorpusConfig, split: str, figures: dict[str, int]) -> dict[str, Any]:
+    for path in (folder / "tokens").glob(f"tokens-{split}.*"):
+        path.unlink()
+    texts = (document.text for document in corpora.read_documents(folder / "text", split))
+    progress = track(texts, f"Tokenizing {split}", figures["documents"], unit="documents")
+    n_tokens, shards = write_tokens(
+        folder / "tokens",
+        split,
+        _tokenizer(folder, config),
+        progress,
+        block=config.block,
+        shard_bytes=config.shard_bytes,
+    )
+    return {"tokens": n_tokens, "shards": [dataclasses.asdict(shard) for shard in shards]}
+
+
+def _once(path: Path, step: Callable[[], Any]) -> Any:
+    """The result of a step, from the file where an interrupted build has done it already."""
+    if not path.exists():
+        write_json(path, step())
+    return read_json(path)
+
+
+def _check_rules(config: CorpusConfig) -> None:
+    names = [rule.name for rule in flatten(config.rules) if not is_edit(rule)]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"corpus.rules has {repeated[0]!r} twice; keep one, or give the other a name of its own")
+    if config.quality is not None and config.quality not in names:
+        raise ConfigError(f"corpus.quality is {config.quality!r}, which is not one of the rules: {', '.join(names)}")
+
+
+def _scores_to_reuse(out: Path, config: CorpusConfig, inputs: list) -> tuple[Path, tuple[int, ...]] | None:
+    """The scores of the corpus that is about to be replaced, where only thresholds differ."""
+    if not (out / SCORES).is_file():
+        return None
+    manifest = store.read_manifest(out)
+    if manifest["inputs"] != inputs or manifest["scoring"] != scoring(config.rules):
+        return None
+    store.check_files(out, manifest | {"files": {SCORES: manifest["files"][SCORES]}}, contents=True)
+    console.print(f"using the scores in {out / SCORES} again: only thresholds differ", markup=False)
+    return out / SCORES, tuple(np.concatenate([[0], np.cumsum(manifest["pieces"])])[:-1].tolist())

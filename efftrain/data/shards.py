@@ -80,6 +80,22 @@ def token_features(block: int, dtype: Any) -> Any:
     return features.FeaturesDict({"tokens": features.Tensor(shape=(block,), dtype=dtype, encoding="bytes")})
 
 
+class Serializer:
+    """Records of a TFDS dataset whose bytes depend on the values alone.
+
+    ``features.serialize_example`` orders the fields of a record by hashes that change from process to process.
+    """
+
+    def __init__(self, features: Any):
+        from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+        self._features, self._serializer = features, ExampleSerializer(features.get_serialized_info())
+
+    def __call__(self, values: Mapping[str, Any]) -> bytes:
+        example = self._serializer.get_tf_example(self._features.encode_example(values))
+        return example.SerializeToString(deterministic=True)
+
+
 def write_metadata(
     folder: Path, dataset: str, features: Any, shards: Mapping[str, list[Shard]], description: str
 ) -> None:

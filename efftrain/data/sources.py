@@ -1,6 +1,8 @@
 """Where documents come from.
 
-A source lists its files, for the fingerprint of the inputs, and streams their documents.
+A source lists its files, for the fingerprint of the inputs, cuts them into pieces, and streams the documents of a
+piece. Pieces are what workers share out and what a resumed build continues at: they depend on the files alone and
+never on the number of workers.
 """
 
 import fnmatch
@@ -10,21 +12,41 @@ import os
 import site
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from efftrain.data.compressed import lines, open_bytes, reading_errors
+from efftrain.data.compressed import is_compressed, lines, open_bytes, reading_errors
 from efftrain.data.documents import Document, Skipped
 from efftrain.errors import CorpusError
 
 # A larger file or line is counted as skipped and never held in memory.
 MAX_BYTES = 64 << 20
 
+PIECE_BYTES = 16 << 20  # small files are read together up to here: about a second of work
+PIECE_FILES = 2000
+RANGE_BYTES = 32 << 20  # a file that is larger is read in ranges of about this size
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that one worker reads in one go.
+
+    Attributes:
+      files: (name, path) as in ``Source.files``.
+      start: first unit of a range, where the piece is a part of one file. The source decides what it counts: bytes,
+        row groups, record batches or records.
+      stop: the first unit after the range; None for all that is left.
+    """
+
+    files: tuple[tuple[str, Path], ...]
+    start: int = 0
+    stop: int | None = None
+
 
 class Source(Protocol):
-    """A frozen dataclass that says what to read; nothing is opened before ``documents`` is iterated."""
+    """A frozen dataclass that says what to read; nothing is opened before an iteration begins."""
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """Yields (name, path) of each file that is read, always in the same order.
@@ -32,12 +54,48 @@ class Source(Protocol):
         Raises CorpusError if there is none.
         """
 
-    def documents(self) -> Iterator[Document | Skipped]:
-        """Yields what the files hold, one document in memory at a time."""
+    def pieces(self) -> Iterator[Piece]:
+        """Yields the parts of the source, in the order of ``files``. Equal files give equal pieces."""
+
+    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
+        """Yields what a piece holds, one document in memory at a time."""
+
+
+class FileSource:
+    """The base of a source of files: ``files`` and ``documents`` are enough, the pieces are made here."""
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        raise NotImplementedError
+
+    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
+        raise NotImplementedError
+
+    def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
+        """The (start, stop) of the pieces of one file of ``size`` bytes. Here: the whole file."""
+        return [(0, None)]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Whole files together up to 16 MB or 2,000 files; a file with several ranges by itself."""
+        held: list[tuple[str, Path]] = []
+        n_bytes = 0
+        for name, path in self.files():
+            size = _size(path)
+            ranges = list(self.ranges(path, size))
+            alone = len(ranges) > 1 or is_compressed(path)  # a compressed file holds more than its size says
+            if held and (alone or n_bytes + size > PIECE_BYTES or len(held) == PIECE_FILES):
+                yield Piece(tuple(held))
+                held, n_bytes = [], 0
+            if alone:
+                yield from (Piece(((name, path),), start, stop) for start, stop in ranges)
+            else:
+                held.append((name, path))
+                n_bytes += size
+        if held:
+            yield Piece(tuple(held))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PythonFiles:
+class PythonFiles(FileSource):
     """The ``.py`` files of the running interpreter: its standard library and every installed distribution.
 
     The id is ``stdlib/json/decoder.py`` or ``site-packages/numpy/linalg/_linalg.py``; the package is ``json`` or
@@ -52,8 +110,8 @@ class PythonFiles:
                 if path.suffix == ".py" and not path.is_symlink():
                     yield f"{name}/{path.relative_to(root).as_posix()}", path
 
-    def documents(self) -> Iterator[Document | Skipped]:
-        for name, path in self.files():
+    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
+        for name, path in piece.files:
             source, package = name.split("/")[:2]
             yield _read_file(path, name, source, {"package": package.removesuffix(".py")}, _decode_python)
 
@@ -70,7 +128,7 @@ class PythonFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextFolder:
+class TextFolder(FileSource):
     """Every file below a folder whose name matches a pattern is one document, in UTF-8.
 
     The id is the path below the folder; the package is its first folder, if there is one and ``package_by_folder`` is
@@ -88,20 +146,23 @@ class TextFolder:
         named = ((path.relative_to(self.path).as_posix(), path) for path in matching)
         yield from _not_empty(named, f"the folder {self.path} holds no file that matches {self.pattern!r}")
 
-    def documents(self) -> Iterator[Document | Skipped]:
-        for name, path in self.files():
+    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
+        for name, path in piece.files:
             folder, _, rest = name.partition("/")
             meta = {"package": folder} if rest and self.package_by_folder else {}
             yield _read_file(path, name, self.path.name, meta, bytes.decode)
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonLines:
+class JsonLines(FileSource):
     """One JSON object a line, in a file or a folder of files: ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst``.
+
+    A line is named ``file@byte``, by where it begins in the unpacked file: unlike its number, that is known wherever
+    reading starts (``tail -c +$((byte + 1)) file | head -1`` shows it).
 
     Attributes:
       text_field: the field that holds the text.
-      id_field: the field that holds the id; by default ``file:line``.
+      id_field: the field that holds the id; by default ``file@byte``.
       package_field: the field that names the group which must stay in one split.
     """
 
@@ -111,21 +172,28 @@ class JsonLines:
     package_field: str | None = None
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        yield from _named_files(self.path, (".jsonl", ".jsonl.gz", ".jsonl.zst"))
+        yield from named_files(self.path, (".jsonl", ".jsonl.gz", ".jsonl.zst"))
 
-    def documents(self) -> Iterator[Document | Skipped]:
-        for name, path in self.files():
-            number = 0
+    def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
+        """Ranges of bytes. A line belongs to the range in which it begins."""
+        if is_compressed(path) or size <= RANGE_BYTES:
+            return [(0, None)]
+        starts = range(0, size, RANGE_BYTES)
+        return zip(starts, [*starts[1:], None], strict=True)
+
+    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
+        for name, path in piece.files:
+            place = piece.start
             try:
                 with open_bytes(path) as stream:
-                    for number, line in enumerate(lines(stream, MAX_BYTES), start=1):
+                    for place, line in lines(stream, MAX_BYTES, piece.start, piece.stop):
                         if line is None or line.strip():
-                            yield self._document(name, number, line)
+                            yield self._document(f"{name}@{place}", line)
             except reading_errors() as error:
-                yield Skipped(f"{name}:{number + 1}", self.path.name, "unreadable", str(error))
+                yield Skipped(f"{name}@{place}", self.path.name, "unreadable", f"behind this place: {error}")
 
-    def _document(self, name: str, number: int, line: bytes | None) -> Document | Skipped:
-        place, source = f"{name}:{number}", self.path.name
+    def _document(self, place: str, line: bytes | None) -> Document | Skipped:
+        source = self.path.name
         if line is None:
             return Skipped(place, source, "too_large", f"the line is longer than {MAX_BYTES:,} bytes", MAX_BYTES)
         try:
@@ -143,48 +211,40 @@ class JsonLines:
             return Skipped(place, source, "bad_record", str(error), len(line))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parquet:
-    """One row a document, in a file or a folder of ``.parquet`` files. The fields are as in ``JsonLines``."""
+def ranges_of(sizes: Iterable[int]) -> list[tuple[int, int | None]]:
+    """Cuts units of the given bytes, in their order, into ranges (start, stop) of about ``RANGE_BYTES``."""
+    starts, held = [0], 0
+    for number, size in enumerate(sizes):
+        if held and held + size > RANGE_BYTES:
+            starts.append(number)
+            held = 0
+        held += size
+    return list(zip(starts, [*starts[1:], None], strict=True))
 
-    path: Path
-    column: str = "text"
-    id_column: str | None = None
-    package_column: str | None = None
 
-    def files(self) -> Iterator[tuple[str, Path]]:
-        yield from _named_files(self.path, (".parquet",))
+def as_document(id: str, source: str, text: object, meta: dict, place: str = "") -> Document | Skipped:
+    """A document of what a reader found where the text should be.
 
-    def documents(self) -> Iterator[Document | Skipped]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    Args:
+      text: str, or bytes in UTF-8; anything else is a bad record.
+      place: names it where it is skipped; by default its id.
+    """
+    place = place or id
+    if not isinstance(text, str | bytes):
+        return Skipped(place, source, "bad_record", f"the text is {type(text).__name__}, not a string")
+    if len(text) > MAX_BYTES:
+        return Skipped(place, source, "too_large", f"the text is longer than {MAX_BYTES:,} bytes", len(text))
+    try:
+        return Document(id, text.decode() if isinstance(text, bytes) else text, source, meta)
+    except UnicodeDecodeError as error:
+        return Skipped(place, source, "undecodable", str(error), len(text))
 
-        columns = [c for c in (self.column, self.id_column, self.package_column) if c]
-        for name, path in self.files():
-            row = 0
-            try:
-                with pq.ParquetFile(path) as file:
-                    if missing := [c for c in columns if c not in file.schema_arrow.names]:
-                        found = ", ".join(file.schema_arrow.names)
-                        raise CorpusError(f"{path} has no column {missing[0]!r}; it has {found}")
-                    for batch in file.iter_batches(batch_size=256, columns=columns):
-                        for values in zip(*(batch.column(c) for c in columns), strict=True):
-                            yield self._document(name, row, dict(zip(columns, values, strict=True)))
-                            row += 1
-            except (OSError, pa.ArrowException) as error:
-                yield Skipped(f"{name}:{row}", self.path.name, "unreadable", str(error))
 
-    def _document(self, name: str, row: int, values: dict) -> Document | Skipped:
-        place, source = f"{name}:{row}", self.path.name
-        try:
-            text = values[self.column].as_py()
-            text = text.decode() if isinstance(text, bytes) else text
-        except UnicodeDecodeError as error:
-            return Skipped(place, source, "undecodable", str(error))
-        if not isinstance(text, str):
-            return Skipped(place, source, "bad_record", f"column {self.column!r} holds {type(text).__name__}")
-        package = {"package": str(values[self.package_column])} if self.package_column else {}
-        return Document(str(values[self.id_column]) if self.id_column else place, text, source, package)
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # the reader will list it
+        return 0
 
 
 def _walk(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -193,7 +253,11 @@ def _walk(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names))
 
 
-def _named_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+def named_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    """The file ``path``, or the files below the folder ``path`` that end in one of ``suffixes``, in sorted order.
+
+    Raises CorpusError if there is none.
+    """
     if path.is_file():
         yield path.name, path
         return

@@ -1,4 +1,4 @@
-"""Documents on disk between two stages, and a sort that needs no more memory for a larger corpus."""
+"""Documents as records between two stages, and a sort that needs no more memory for a larger corpus."""
 
 import hashlib
 import json
@@ -6,15 +6,11 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from efftrain.data.documents import Document
 
 _LENGTHS = struct.Struct("<IIIQ")  # id, source, meta, text
 _KEYED = struct.Struct("<QQ")  # key, payload length
 _BITS = 6  # 64 open files at a time: far below the limit of any system
-
-INDEX = np.dtype([("offset", "<u8"), ("order", "<u8"), ("group", "<u8"), ("size", "<u8")])
 
 
 def stable_hash(text: str, salt: str) -> int:
@@ -35,64 +31,19 @@ def pack_document(document: Document, utf8: bytes) -> bytes:
     return _LENGTHS.pack(*map(len, parts)) + b"".join(parts)
 
 
+def replace_text(record: bytes, utf8: bytes) -> bytes:
+    """The record with another text."""
+    n_id, n_source, n_meta, _ = _LENGTHS.unpack_from(record)
+    end = _LENGTHS.size + n_id + n_source + n_meta
+    return _LENGTHS.pack(n_id, n_source, n_meta, len(utf8)) + record[_LENGTHS.size : end] + utf8
+
+
 def unpack_record(record: bytes) -> tuple[str, str, str, bytes]:
     """(id, source, meta as JSON, text in UTF-8)."""
     n_id, n_source, n_meta, _ = _LENGTHS.unpack_from(record)
     a = _LENGTHS.size
     b, c = a + n_id, a + n_id + n_source
     return record[a:b].decode(), record[b:c].decode(), record[c : c + n_meta].decode(), record[c + n_meta :]
-
-
-class Spool:
-    """Records in the order of input, with a fixed-size index entry for each. Written once, then read.
-
-    The index is what later stages keep looking things up in; it stays on disk and is mapped into memory.
-    """
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True)
-        self._paths = folder / "records", folder / "index"
-        self._records, self._index = (path.open("wb") for path in self._paths)
-        self._offset = self.n_documents = 0
-
-    def add(self, record: bytes, *, order: int, group: int) -> None:
-        entry = np.array((self._offset, order, group, len(record)), INDEX)
-        self._index.write(entry.tobytes())
-        self._records.write(record)
-        self._offset += len(record)
-        self.n_documents += 1
-
-    def close(self) -> None:
-        self._records.close()
-        self._index.close()
-
-    def index(self) -> np.ndarray:
-        """(documents,) of INDEX, read-only, mapped from disk."""
-        return np.memmap(self._paths[1], INDEX, "r") if self.n_documents else np.empty(0, INDEX)
-
-    def records(self) -> Iterator[bytes]:
-        """All records in the order of input."""
-        with self._paths[0].open("rb") as stream:
-            for entry in self.index():
-                yield stream.read(int(entry["size"]))
-
-    def reader(self) -> "SpoolReader":
-        return SpoolReader(self._paths[0], self.index())
-
-
-class SpoolReader:
-    """Random access to the records of a spool."""
-
-    def __init__(self, path: Path, index: np.ndarray):
-        self._stream, self._index = path.open("rb"), index
-
-    def __getitem__(self, number: int) -> bytes:
-        entry = self._index[number]
-        self._stream.seek(int(entry["offset"]))
-        return self._stream.read(int(entry["size"]))
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 class ExternalSort:

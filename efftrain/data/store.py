@@ -4,6 +4,7 @@ DIR/manifest.json     inputs, parameters, code and library versions, funnel, siz
 DIR/text/             TFDS dataset of the documents (text, id, source, meta), in shuffled order
 DIR/tokens/           TFDS dataset of fixed-size blocks: the same documents as one stream of tokens
 DIR/tokenizer.json    byte-level BPE
+DIR/scores.parquet    every document that was read, with the score of each rule
 DIR/removed.parquet   every document that was removed: rule, score, survivor, excerpt
 """
 
@@ -28,6 +29,7 @@ from efftrain.progress import Progress, console
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_OWN = ("pid", "plan.json")  # in an unfinished folder
 _LIBRARIES = ("tensorflow-datasets", "array-record", "tokenizers", "pyarrow", "numpy")
 
 
@@ -113,19 +115,22 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
 
 
 @contextlib.contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """Gives a fresh ``out.incomplete`` to build in, and renames it to ``out`` when the block ends without an error.
+def building(out: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
+    """Gives ``out.incomplete`` to build in, and renames it to ``out`` when the block ends without an error.
+
+    The folder is fresh, or that of an interrupted build with the same plan, of the same version of the code.
 
     Raises:
       CorpusError: another process is building the same corpus, or the disk is full.
     """
     folder = unfinished_path(out)
     try:
-        _claim(folder)
+        _claim(folder, plan)
         yield folder
         for path in folder.rglob("*"):
             sync(path)
-        (folder / "pid").unlink()
+        for name in _OWN:
+            (folder / name).unlink()
         _replace(folder, out)
     except Exception as error:
         # The writers in C++ and Rust raise errors of their own that carry only the message.
@@ -139,7 +144,7 @@ def building(out: Path) -> Iterator[Path]:
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Adds format, versions and the checksum of every file in the folder, and writes ``manifest.json``."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "pid")
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _OWN)
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
         for path in paths
@@ -175,7 +180,7 @@ def unfinished_path(out: Path) -> Path:
     return out.with_name(out.name + ".incomplete")
 
 
-def _claim(folder: Path) -> None:
+def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
     import psutil
 
     owner = folder / "pid"
@@ -185,8 +190,14 @@ def _claim(folder: Path) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             if pid != os.getpid() and psutil.Process(pid).create_time() <= owner.stat().st_mtime:
                 raise CorpusError(f"process {pid} is building {folder}; wait for it or choose another --out")
+    content = json.dumps({**plan, "code": _code_version()}, sort_keys=True)
     if folder.exists():
-        console.print(f"{folder} is left from a build that was interrupted; starting again", markup=False)
+        same = (folder / "plan.json").is_file() and (folder / "plan.json").read_text() == content
+        what = "going on with it" if same else "of other inputs, parameters or code; starting again"
+        console.print(f"{folder} is left from a build that was interrupted; {what}", markup=False)
+        if same:
+            owner.write_text(str(os.getpid()))
+            return
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True)
@@ -195,6 +206,7 @@ def _claim(folder: Path) -> None:
             raise
         raise CorpusError(f"cannot write {folder} ({error.strerror}); choose another --out") from error
     owner.write_text(str(os.getpid()))
+    (folder / "plan.json").write_text(content)
 
 
 def _replace(folder: Path, out: Path) -> None:

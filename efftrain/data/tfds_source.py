@@ -6,15 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from efftrain.data.documents import Document, Skipped
+from efftrain.data.sources import Piece, as_document
 from efftrain.errors import CorpusError
+
+_RECORDS = 4096  # of one piece, where records are read by number
+_BLOCK = 256  # records that are read together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tfds:
-    """A split of a prepared TFDS dataset in ArrayRecord or Parquet, by name (``lm1b``) or by directory.
+    """A split of a prepared TFDS dataset, by name (``lm1b``, ``wiki40b/en``) or by directory.
+
+    ArrayRecord and Parquet are read by record number, TFRecord from one end of a shard to the other. A document is
+    named ``dataset/split:number`` in each of them. Nothing is downloaded.
 
     Attributes:
       name_or_directory: a directory with ``dataset_info.json``, or a name that ``tfds.builder`` knows.
+      split: a split or a slice of one (``train[:10%]``).
       text_feature: the feature that holds the text; by default the only text feature there is.
       data_dir: where named datasets were prepared; by default TFDS's own.
     """
@@ -28,20 +36,71 @@ class Tfds:
         folder = Path(str(self._builder().data_path))
         yield from ((path.name, path) for path in sorted(folder.iterdir()) if path.is_file())
 
-    def documents(self) -> Iterator[Document | Skipped]:
+    def pieces(self) -> Iterator[Piece]:
+        """A shard or 4,096 records of one; ``start`` and ``stop`` count the records of the split."""
+        builder = self._builder()
+        self._text_feature(builder.info.features)
+        step = None if _kind(builder) == "tfrecord" else _RECORDS
+        for path, first, _, n_records in self._shards(builder):
+            for start in range(0, n_records, step or max(n_records, 1)):
+                stop = min(start + (step or n_records), n_records)
+                yield Piece(((path.name, path),), first + start, first + stop)
+
+    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
         builder = self._builder()
         feature = self._text_feature(builder.info.features)
-        rows = self._rows(builder)
+        read = self._tfrecords if _kind(builder) == "tfrecord" else self._random_access
         name = f"{builder.name}/{self.split}"
-        for start in range(0, len(rows), 256):
-            keys = range(start, min(start + 256, len(rows)))
-            for key, row in zip(keys, rows.__getitems__(list(keys)), strict=True):
-                try:
-                    text = row[feature].decode()
-                except UnicodeDecodeError as error:
-                    yield Skipped(f"{name}:{key}", name, "undecodable", str(error), len(row[feature]))
-                else:
-                    yield Document(f"{name}:{key}", text, name)
+        ((shard, _),) = piece.files
+        for number, row in read(builder, piece):
+            if isinstance(row, Exception):
+                yield Skipped(f"{name}:{number}", name, "unreadable", f"{shard}, from this record on: {str(row)[:300]}")
+            elif not isinstance(row[feature], bytes):  # ArrayRecord gives empty records where a shard was cut
+                yield Skipped(f"{name}:{number}", name, "unreadable", f"{shard}: the record has no {feature!r}")
+            else:
+                yield as_document(f"{name}:{number}", name, row[feature], {})
+
+    def _random_access(self, builder: Any, piece: Piece) -> Iterator[tuple[int, Any]]:
+        rows = builder.as_data_source(self.split)
+        for start in range(piece.start, piece.stop, _BLOCK):
+            numbers = range(start, min(start + _BLOCK, piece.stop))
+            try:
+                block = rows.__getitems__(list(numbers))
+            except (OSError, RuntimeError, ValueError, IndexError) as error:
+                yield start, ValueError(f"{len(numbers)} records: {error}")
+            else:
+                yield from zip(numbers, block, strict=True)
+
+    def _tfrecords(self, builder: Any, piece: Piece) -> Iterator[tuple[int, Any]]:
+        """Grain's reader notices a cut inside a record; one between two records shows in their number alone."""
+        import grain
+
+        ((_, path),) = piece.files
+        _, first, skip, _ = next(shard for shard in self._shards(builder) if shard[0] == path)
+        number = first - skip  # of the first record in the file, negative where the slice begins behind it
+        try:
+            for record in grain.experimental.TFRecordIterDataset(str(path)):
+                if number >= piece.stop:
+                    return
+                if number >= piece.start:
+                    yield number, builder.info.features.deserialize_example_np(record)
+                number += 1
+            if number < piece.stop:
+                raise ValueError(f"the shard ends here, and the dataset's metadata count {piece.stop - number} more")
+        except Exception as error:  # protobuf and TFDS raise classes of their own for a damaged record
+            yield max(number, piece.start), error
+
+    def _shards(self, builder: Any) -> Iterator[tuple[Path, int, int, int]]:
+        """Yields (path, number of its first record in the split, records to skip in the file, records to read)."""
+        first = 0
+        try:
+            instructions = builder.info.splits[self.split].file_instructions
+        except (ValueError, KeyError) as error:
+            known = ", ".join(builder.info.splits)
+            raise CorpusError(f"{self.name_or_directory} has no split {self.split!r}; it has {known}") from error
+        for item in instructions:
+            yield Path(item.filename), first, item.skip, item.take
+            first += item.take
 
     def _builder(self) -> Any:
         import tensorflow_datasets as tfds
@@ -53,30 +112,32 @@ class Tfds:
             builder = tfds.builder_from_directory(folder)
         else:
             builder = self._named_builder(tfds)
-        kind = builder.info.file_format.file_suffix if builder.info.file_format else "unknown"
-        if kind not in ("array_record", "parquet"):
+        if (kind := _kind(builder)) not in ("array_record", "parquet", "tfrecord"):
             raise CorpusError(
-                f"{self.name_or_directory} is stored as {kind}, which has no random access without TensorFlow; "
-                f"prepare it again with: tfds build {builder.name} --file_format=array_record"
+                f"{self.name_or_directory} is stored as {kind}, which cannot be read without TensorFlow; prepare it "
+                f"again with: {self._build_command()}"
             )
         return builder
 
     def _named_builder(self, tfds: Any) -> Any:
         _ = tfds.text.C4  # registers the text datasets, which are otherwise not found without TensorFlow
         try:
-            builder = tfds.builder(self.name_or_directory, data_dir=self.data_dir, file_format="array_record")
+            builder = tfds.builder(self.name_or_directory, data_dir=self.data_dir)
         except (tfds.core.DatasetNotFoundError, ValueError) as error:
             raise CorpusError(
                 f"TFDS knows no dataset {self.name_or_directory!r}, and there is no such directory; see "
                 "https://www.tensorflow.org/datasets/catalog or give a directory"
             ) from error
         if not Path(str(builder.data_path)).is_dir():
-            place = f" --data_dir={self.data_dir}" if self.data_dir else ""
             raise CorpusError(
                 f"the dataset {self.name_or_directory} is not prepared in {builder.data_path}; prepare it with: "
-                f"tfds build {self.name_or_directory} --file_format=array_record{place}"
+                f"{self._build_command()}"
             )
         return builder
+
+    def _build_command(self) -> str:
+        place = f" --data_dir={self.data_dir}" if self.data_dir else ""
+        return f"tfds build {self.name_or_directory} --file_format=array_record{place}"
 
     def _text_feature(self, features: Any) -> str:
         import tensorflow_datasets as tfds
@@ -91,11 +152,12 @@ class Tfds:
                 f"{self.name_or_directory} has {len(names)} text features ({', '.join(names)}); choose one with "
                 "text_feature"
             )
+        if self.text_feature and self.text_feature not in names:
+            raise CorpusError(
+                f"the feature {self.text_feature!r} of {self.name_or_directory} is no text; use one of {names}"
+            )
         return self.text_feature or names[0]
 
-    def _rows(self, builder: Any) -> Any:
-        try:
-            return builder.as_data_source(self.split)
-        except (ValueError, KeyError) as error:
-            known = ", ".join(builder.info.splits)
-            raise CorpusError(f"{self.name_or_directory} has no split {self.split!r}; it has {known}") from error
+
+def _kind(builder: Any) -> str:
+    return builder.info.file_format.file_suffix if builder.info.file_format else "unknown"

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from efftrain import data
-from efftrain.config import from_json, to_json
+from efftrain.config import difference, from_json, to_json
 from efftrain.data import pipeline
-from efftrain.data.rules import LongLine, TooShort
+from efftrain.data.engines import Local
+from efftrain.data.rules import Generated, LongLine, TooShort
 from efftrain.data.shards import file_digest
 from efftrain.data.splits import SPLITS, SplitByPackage
 from efftrain.data.store import unfinished_path
@@ -237,20 +238,19 @@ def test_impossible_configurations_are_named(config_for):
 
 
 SLOW_BUILD = """
-import json, sys, time
+import importlib, json, sys, time
 from efftrain import data
 from efftrain.config import from_json
-from efftrain.data import pipeline
-stage = sys.argv[3]
+module, stage = sys.argv[3].split(":")
 def slow(*args, **kwargs):
     print("here", flush=True)
     time.sleep(60)
-setattr(pipeline, stage, slow)
+setattr(importlib.import_module("efftrain.data." + module), stage, slow)
 data.build(from_json(json.loads(sys.argv[1])), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("stage", ["text_digest", "train_tokenizer", "write_tokens"])
+@pytest.mark.parametrize("stage", ["reading:text_digest", "pipeline:train_tokenizer", "pipeline:write_tokens"])
 def test_a_killed_build_leaves_nothing_that_looks_complete(corpus, documents, tmp_path, stage, capfd, config_for):
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -267,10 +267,13 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(corpus, documents, tm
     assert unfinished_path(out).exists()
     with pytest.raises(CorpusError, match="interrupted"):
         data.open(out)
+    capfd.readouterr()
     again = data.build(config_for(documents), out)
-    assert "starting again" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "going on with it" in said
+    assert ("Reading and judging" in said) == stage.startswith("reading")  # what was done is not done again
     assert not unfinished_path(out).exists()
-    assert again.token_fingerprint == corpus.token_fingerprint
+    assert difference(corpus.manifest["files"], again.manifest["files"]) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a small file system")
@@ -318,3 +321,53 @@ def test_pipeline_names_the_missing_source_before_it_writes(tmp_path, config_for
     with pytest.raises(CorpusError, match="nowhere"):
         pipeline.build(config_for(tmp_path / "nowhere"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_threshold_is_applied_without_scoring_again(documents, tmp_path, config_for, monkeypatch, capfd):
+    """And gives what scoring again gives, to the byte."""
+    lengths = sorted(len("".join(text.split())) for text in read_all(documents).values())
+    strict, loose = (config_for(documents, rules=(TooShort(limit=limit),)) for limit in (lengths[30], lengths[10]))
+    expected = data.build(loose, tmp_path / "fresh")
+    out = data.build(strict, tmp_path / "out").path
+
+    def score(self, text):
+        raise AssertionError("scored again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TooShort, "score", score)
+        changed = data.build(loose, out, overwrite=True, engine=Local(processes=1))
+    assert "only thresholds differ" in capfd.readouterr().err
+    assert changed.manifest["files"] == expected.manifest["files"]
+    assert changed.funnel != data.build(strict, tmp_path / "strict").funnel
+
+
+def test_a_rule_that_scores_differently_scores_again(documents, tmp_path, config_for):
+    out = data.build(config_for(documents, rules=(Generated(lines=3),)), tmp_path / "out").path
+    again = data.build(config_for(documents, rules=(Generated(lines=4),)), out, overwrite=True)
+    assert again.manifest["scoring"][0]["lines"] == 4
+
+
+def test_two_rules_of_one_name_are_refused(documents, tmp_path, config_for):
+    with pytest.raises(ConfigError, match="'too_short' twice"):
+        data.build(config_for(documents, rules=(TooShort(), TooShort(limit=3))), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"corpus\.quality is 'beauty'"):
+        data.build(config_for(documents, quality="beauty"), tmp_path / "out")
+
+
+def test_texts_that_are_empty_are_counted(documents, tmp_path, config_for):
+    folder = shutil.copytree(documents, tmp_path / "text")
+    (folder / "p00" / "empty.txt").write_text("")
+    (folder / "p00" / "blank.txt").write_text(" \n\t\n")
+    (folder / "p00" / "null.txt").write_text("\0" * 50)
+    built = data.build(config_for(folder), tmp_path / "out")
+    assert {row["stage"]: row["documents"] for row in built.funnel}["empty"] == 2
+    assert built.splits["train"]["documents"] + sum(built.splits[s]["documents"] for s in SPLITS[1:]) == 91
+
+
+def test_documents_that_are_all_the_same_say_so(tmp_path, config_for):
+    for number in range(20):
+        path = tmp_path / "text" / f"p{number}" / "a.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text("the same text again and again\n" * 3)
+    with pytest.raises(CorpusError, match="only 1 groups of documents are left"):
+        data.build(config_for(tmp_path / "text"), tmp_path / "out")

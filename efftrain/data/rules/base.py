@@ -105,16 +105,20 @@ class Judgement:
     verdict: Verdict | None
 
 
-def judge(rules: Iterable[Rule | Edit], text: Text) -> Judgement:
-    """Applies flattened rules in their order."""
-    edited, scores = [], {}
+def judge(rules: Iterable[Rule | Edit], text: Text, known: Mapping[str, float] | None = None) -> Judgement:
+    """Applies flattened rules in their order.
+
+    Args:
+      known: the scores of all rules, where they were computed before; then only the edits are done.
+    """
+    edited, scores = [], dict(known or {})
     for rule in rules:
         if is_edit(rule):
             changed = rule.edit(text)
             if changed is not text:
                 edited.append(rule.name)
             text = changed
-        else:
+        elif known is None:
             scores[rule.name] = rule.score(text)
     return Judgement(text, tuple(edited), scores, verdict(rules, scores))
 
