@@ -1,0 +1,196 @@
+"""Gopher's rules for the quality of prose: Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1.
+
+Words are what stands between white space. The paper leaves open what a word, a bullet and a line are; what is chosen
+stands at each rule, together with what datatrove (``gopher_quality_filter.py``, 0.10) chose.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from efftrain.data.documents import Text
+from efftrain.data.rules.base import AtLeast, AtMost, Between, Rule
+from efftrain.data.rules.words import BULLETS, DATATROVE_PUNCTUATION, ELLIPSES, stop_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordCount(Between):
+    """Too short to learn from, or a dump. Score: words that have a letter or a digit.
+
+    datatrove: words that have anything but punctuation.
+    """
+
+    name: ClassVar[str] = "gopher/words"
+    low: int = 50
+    high: int = 100_000
+    as_datatrove: bool = False
+
+    def score(self, text: Text) -> float:
+        return float(text.word_counts[_proper_words(text, self.as_datatrove)].sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanWordLength(Between):
+    """Not words of a language. Score: mean characters of the words that ``WordCount`` counts, 0 without any."""
+
+    name: ClassVar[str] = "gopher/mean_word_length"
+    low: float = 3.0
+    high: float = 10.0
+    as_datatrove: bool = False
+
+    def score(self, text: Text) -> float:
+        counts = text.word_counts * _proper_words(text, self.as_datatrove)
+        return float(counts @ text.word_lengths) / max(int(counts.sum()), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashRatio(AtMost):
+    """Lists of tags. Score: '#' per word."""
+
+    name: ClassVar[str] = "gopher/hash_ratio"
+    limit: float = 0.1
+
+    def score(self, text: Text) -> float:
+        return text.text.count("#") / max(text.n_words, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EllipsisRatio(AtMost):
+    """Truncated teasers. Score: ellipses per word, as three dots or as one character."""
+
+    name: ClassVar[str] = "gopher/ellipsis_ratio"
+    limit: float = 0.1
+
+    def score(self, text: Text) -> float:
+        return sum(map(text.text.count, ELLIPSES)) / max(text.n_words, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulletLines(AtMost):
+    """Nothing but a list. Score: share of the lines that begin with a bullet; blank lines are none.
+
+    datatrove: blank lines count, and only '•' and '-' are bullets.
+    """
+
+    name: ClassVar[str] = "gopher/bullet_lines"
+    limit: float = 0.9
+    as_datatrove: bool = False
+
+    def score(self, text: Text) -> float:
+        bullets = ("•", "-") if self.as_datatrove else BULLETS
+        return sum(line.startswith(bullets) for line in text.lines) / _n_lines(text, self.as_datatrove)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EllipsisLines(AtMost):
+    """Lists of teasers. Score: share of the lines that end in an ellipsis; blank lines are none.
+
+    datatrove: blank lines count.
+    """
+
+    name: ClassVar[str] = "gopher/ellipsis_lines"
+    limit: float = 0.3
+    as_datatrove: bool = False
+
+    def score(self, text: Text) -> float:
+        return sum(line.endswith(ELLIPSES) for line in text.lines) / _n_lines(text, self.as_datatrove)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphabeticWords(AtLeast):
+    """Tables and logs. Score: share of the words that have a letter, 0 without any word."""
+
+    name: ClassVar[str] = "gopher/alphabetic_words"
+    limit: float = 0.8
+
+    def score(self, text: Text) -> float:
+        return float(text.word_counts[_has_letter(text)].sum()) / max(text.n_words, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopWords(AtLeast):
+    """Another language, or no sentences. Score: how many different stop words occur, whatever their case.
+
+    datatrove: the case counts, and its tokenizer has to part punctuation from words.
+    """
+
+    name: ClassVar[str] = "gopher/stop_words"
+    limit: int = 2
+    language: str = "en"
+    as_datatrove: bool = False
+
+    def __post_init__(self):
+        stop_words(self.language)
+
+    def score(self, text: Text) -> float:
+        words = text.vocabulary
+        if not self.as_datatrove:
+            lowered = " ".join(words).lower().split()
+            words = (word if word.isalpha() else word.strip(_AROUND_WORDS) for word in lowered)
+        return float(len(stop_words(self.language).intersection(words)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gopher:
+    """The rules above with the paper's thresholds, in datatrove's order."""
+
+    min_words: int = 50
+    max_words: int = 100_000
+    min_word_length: float = 3.0
+    max_word_length: float = 10.0
+    max_hash_ratio: float = 0.1
+    max_ellipsis_ratio: float = 0.1
+    max_bullet_lines: float = 0.9
+    max_ellipsis_lines: float = 0.3
+    min_alphabetic_words: float = 0.8
+    min_stop_words: int = 2
+    language: str = "en"
+    as_datatrove: bool = False
+
+    def __post_init__(self):
+        stop_words(self.language)
+
+    @classmethod
+    def datatrove(cls) -> "Gopher":
+        """Scores and decides as datatrove's GopherQualityFilter does on the same words."""
+        return cls(as_datatrove=True)
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            WordCount(low=self.min_words, high=self.max_words, as_datatrove=self.as_datatrove),
+            MeanWordLength(low=self.min_word_length, high=self.max_word_length, as_datatrove=self.as_datatrove),
+            HashRatio(limit=self.max_hash_ratio),
+            EllipsisRatio(limit=self.max_ellipsis_ratio),
+            BulletLines(limit=self.max_bullet_lines, as_datatrove=self.as_datatrove),
+            EllipsisLines(limit=self.max_ellipsis_lines, as_datatrove=self.as_datatrove),
+            AlphabeticWords(limit=self.min_alphabetic_words),
+            StopWords(limit=self.min_stop_words, language=self.language, as_datatrove=self.as_datatrove),
+        )
+
+
+def _has_letter(text: Text) -> np.ndarray:
+    """(vocabulary,) bool: which words have a letter."""
+    if "has letter" not in text.derived:
+        found = [word.isalpha() or any(map(str.isalpha, word)) for word in text.vocabulary]
+        text.derived["has letter"] = np.array(found, bool)
+    return text.derived["has letter"]
+
+
+def _proper_words(text: Text, as_datatrove: bool) -> np.ndarray:
+    """(vocabulary,) bool: which words are more than symbols."""
+    key = ("proper words", as_datatrove)
+    if key not in text.derived:
+        proper = _has_letter(text).copy()
+        for number in np.flatnonzero(~proper):
+            word = text.vocabulary[number]
+            proper[number] = not DATATROVE_PUNCTUATION.issuperset(word) if as_datatrove else any(map(str.isalnum, word))
+        text.derived[key] = proper
+    return text.derived[key]
+
+
+def _n_lines(text: Text, with_blank: bool) -> int:
+    return max(len(text.text.splitlines() if with_blank else text.lines), 1)
+
+
+_AROUND_WORDS = "".join(sorted(DATATROVE_PUNCTUATION))
