@@ -21,6 +21,7 @@ from efftrain.data.decontaminate import (
 )
 from efftrain.data.reading import Kept
 from efftrain.data.removals import Removal, Survivors, alive_records
+from efftrain.data.shingles import distinct
 from efftrain.data.splits import SPLITS
 from efftrain.data.spool import unpack_record
 from efftrain.data.stages import Engine, run_stage, stem
@@ -41,8 +42,8 @@ class HashHeldOut:
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
         texts = (unpack_record(record)[3] for _, record in alive_records(self.kept, np.load(self.held_out), number))
-        found = [np.unique(hashes) for hashes, _ in hash_blocks(texts, self.n)]
-        np.save(folder / f"{stem(number)}.ngrams.npy", np.unique(np.concatenate([np.empty(0, np.uint64), *found])))
+        found = [distinct(hashes) for hashes, _ in hash_blocks(texts, self.n)]
+        np.save(folder / f"{stem(number)}.ngrams.npy", distinct(np.concatenate([np.empty(0, np.uint64), *found])))
         return {}
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from efftrain.data.documents import Document
-from efftrain.data.shingles import wide_shingle_hashes
+from efftrain.data.shingles import distinct, wide_shingle_hashes, without_repeats
 from efftrain.data.sources import Source
+from efftrain.data.splits import SPLITS
 from efftrain.errors import ConfigError, CorpusError
 
 # (hashes, offsets) of the n-grams of texts, as of ``shingles.shingle_hashes``.
@@ -74,6 +75,8 @@ class Decontaminate:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"decontaminate.{name} is {getattr(self, name)}; it is a share, from 0 to below 1")
         names = [item.name for item in self.sets]
+        if taken := sorted({*names} & {*SPLITS}):
+            raise ConfigError(f"decontaminate.sets has one named {taken[0]!r}, like a split; give it another name")
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"decontaminate.sets has two sets named {min(twice)!r}; give each a name of its own")
 
@@ -147,6 +150,7 @@ def hits(index: NgramIndex, hashes: np.ndarray) -> np.ndarray:
     if not len(index):
         return positions
     candidates = np.flatnonzero(index._occupied[hashes >> index._shift])
+    candidates = candidates[np.argsort(hashes[candidates])]  # in order, neighbours of an index are still in the cache
     wanted = hashes[candidates]
     places = np.minimum(np.searchsorted(index.hashes, wanted), len(index) - 1)
     found = index.hashes[places] == wanted
@@ -266,16 +270,7 @@ def _texts(item: EvaluationSet) -> Iterator[bytes]:
             yield document.text.encode(errors="replace")
 
 
-def distinct(values: np.ndarray) -> np.ndarray:
-    """Sorted, each once: ``np.unique``, which goes through a hash table and takes ten times as long for millions."""
-    return _without_repeats(np.sort(values))
-
-
 def _union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     merged = np.concatenate([a, b])
     merged.sort(kind="stable")  # linear for two sorted runs
-    return _without_repeats(merged)
-
-
-def _without_repeats(ordered: np.ndarray) -> np.ndarray:
-    return ordered[np.diff(ordered, prepend=~ordered[:1]) != 0]
+    return without_repeats(merged)

@@ -1,25 +1,35 @@
 import gzip
 import json
+import pickle
 import sys
 import sysconfig
+import tracemalloc
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from efftrain.data import sources
+from efftrain.data import parquet_source, sources
 from efftrain.data.documents import Document, Skipped
-from efftrain.data.sources import JsonLines, Parquet, PythonFiles, TextFolder
-from efftrain.data.tfds_source import Tfds
+from efftrain.data.parquet_source import Parquet
+from efftrain.data.sources import FileSource, JsonLines, Piece, PythonFiles, TextFolder
 from efftrain.errors import CorpusError
 
 
+def read(source) -> list[Document | Skipped]:
+    return [item for piece in source.pieces() for item in source.documents(piece)]
+
+
 def kept(source) -> dict[str, str]:
-    return {item.id: item.text for item in source.documents() if isinstance(item, Document)}
+    return {item.id: item.text for item in read(source) if isinstance(item, Document)}
 
 
 def skipped(source) -> dict[str, str]:
-    return {item.id: item.rule for item in source.documents() if isinstance(item, Skipped)}
+    return {item.id: item.rule for item in read(source) if isinstance(item, Skipped)}
 
 
 @pytest.fixture
@@ -54,7 +64,7 @@ def test_python_files_are_read_once_with_their_own_encoding():
         "site-packages/numpy/bad.py": "undecodable",
         "site-packages/numpy/unknown.py": "undecodable",
     }
-    packages = {item.id: item.package for item in PythonFiles().documents() if isinstance(item, Document)}
+    packages = {item.id: item.package for item in read(PythonFiles()) if isinstance(item, Document)}
     assert set(packages.values()) == {"argparse", "json", "numpy"}
 
 
@@ -79,7 +89,7 @@ def test_text_folder_counts_what_it_cannot_decode(tmp_path):
     source = TextFolder(path=tmp_path, package_by_folder=True)
     assert kept(source) == {"a/one.txt": "naïve\r\n"}
     assert skipped(source) == {"two.txt": "undecodable", "gone.txt": "unreadable"}
-    assert [d.package for d in source.documents() if isinstance(d, Document)] == ["a"]
+    assert [d.package for d in read(source) if isinstance(d, Document)] == ["a"]
 
 
 def test_a_file_too_large_for_memory_is_skipped(tmp_path, monkeypatch):
@@ -87,8 +97,8 @@ def test_a_file_too_large_for_memory_is_skipped(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x" * 101)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "y" * 300}) + "\n" + json.dumps({"text": "z"}) + "\n")
     assert skipped(TextFolder(path=tmp_path)) == {"a.txt": "too_large"}
-    assert skipped(JsonLines(path=tmp_path / "b.jsonl")) == {"b.jsonl:1": "too_large"}
-    assert kept(JsonLines(path=tmp_path / "b.jsonl")) == {"b.jsonl:2": "z"}
+    assert skipped(JsonLines(path=tmp_path / "b.jsonl")) == {"b.jsonl@0": "too_large"}
+    assert kept(JsonLines(path=tmp_path / "b.jsonl")) == {"b.jsonl@313": "z"}
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -99,12 +109,13 @@ def test_json_lines_in_every_compression(tmp_path, suffix):
     name = f"x.jsonl{suffix}"
     (tmp_path / name).write_bytes(pack(lines))
     source = JsonLines(path=tmp_path)
-    assert kept(source) == {f"{name}:1": "one", f"{name}:3": "t\0wo", f"{name}:9": "last"}
-    bad = {4: "bad_record", 5: "bad_record", 6: "bad_record", 7: "undecodable", 8: "bad_record"}
-    assert skipped(source) == {f"{name}:{line}": rule for line, rule in bad.items()}
+    at = [0, *(place + 1 for place, byte in enumerate(lines) if byte == ord("\n"))]  # where line n begins
+    assert kept(source) == {f"{name}@{at[0]}": "one", f"{name}@{at[2]}": "t\0wo", f"{name}@{at[8]}": "last"}
+    bad = {3: "bad_record", 4: "bad_record", 5: "bad_record", 6: "undecodable", 7: "bad_record"}
+    assert skipped(source) == {f"{name}@{at[line]}": rule for line, rule in bad.items()}
     named = JsonLines(path=tmp_path / name, id_field="n", package_field="repo")
     assert list(kept(named)) == ["1", "2", "6"]
-    assert [d.package for d in named.documents() if isinstance(d, Document)] == ["r", "r", "q"]
+    assert [d.package for d in read(named) if isinstance(d, Document)] == ["r", "r", "q"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -135,39 +146,14 @@ def test_a_cut_between_lines_is_noticed(tmp_path):
 
 
 def test_parquet(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pa.table({"body": ["one", None, "three"], "name": ["a", "b", "c"], "repo": ["r", "r", "q"]})
     pq.write_table(table, tmp_path / "x.parquet")
     (tmp_path / "y.parquet").write_bytes(b"not parquet")
     source = Parquet(path=tmp_path, column="body", id_column="name", package_column="repo")
     assert kept(source) == {"a": "one", "c": "three"}
-    assert skipped(source) == {"x.parquet:1": "bad_record", "y.parquet:0": "unreadable"}
+    assert skipped(source) == {"x.parquet:1": "bad_record", "y.parquet": "unreadable"}
     with pytest.raises(CorpusError, match="no column 'text'; it has body"):
-        list(Parquet(path=tmp_path / "x.parquet").documents())
-
-
-def test_tfds_reads_the_corpus_that_efftrain_wrote(corpus):
-    source = Tfds(name_or_directory=str(corpus.path / "text"), split="train", text_feature="text")
-    assert list(kept(source).values()) == [d.text for d in corpus.documents("train")]
-    assert any(name.startswith("text-train") for name, _ in source.files())
-
-
-def test_tfds_says_how_to_mend_it(corpus, tmp_path):
-    text = str(corpus.path / "text")
-    with pytest.raises(CorpusError, match="4 text features"):
-        list(Tfds(name_or_directory=text).documents())
-    with pytest.raises(CorpusError, match="no feature 'body'"):
-        list(Tfds(name_or_directory=text, text_feature="body").documents())
-    with pytest.raises(CorpusError, match="no split 'dev'; it has train, validation, test"):
-        list(Tfds(name_or_directory=text, text_feature="text", split="dev").documents())
-    with pytest.raises(CorpusError, match="tfds build lm1b --file_format=array_record"):
-        list(Tfds(name_or_directory="lm1b", data_dir=str(tmp_path)).files())
-    with pytest.raises(CorpusError, match="knows no dataset 'no_such_set'"):
-        list(Tfds(name_or_directory="no_such_set", data_dir=str(tmp_path)).files())
-    with pytest.raises(CorpusError, match="not a TFDS dataset"):
-        list(Tfds(name_or_directory=str(tmp_path)).files())
+        read(Parquet(path=tmp_path / "x.parquet"))
 
 
 @pytest.mark.parametrize("source", [TextFolder, JsonLines, Parquet])
@@ -176,3 +162,115 @@ def test_missing_and_empty_places_are_named(tmp_path, source):
         list(source(path=tmp_path / "nowhere").files())
     with pytest.raises(CorpusError, match=str(tmp_path)):
         list(source(path=tmp_path).files())
+
+
+@dataclass(frozen=True)
+class Own(FileSource):
+    """What a user writes: two methods."""
+
+    path: Path
+
+    def files(self):
+        yield from ((path.name, path) for path in sorted(self.path.iterdir()))
+
+    def documents(self, piece):
+        for name, path in piece.files:
+            yield Document(name, path.read_text(), "own")
+
+
+def test_a_source_of_ones_own_is_cut_by_size_and_number(tmp_path, monkeypatch):
+    for number, size in enumerate([6, 4, 1, 30, 2, 2, 2, 2]):
+        (tmp_path / str(number)).write_text("x" * size)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 10)
+    monkeypatch.setattr(sources, "PIECE_FILES", 3)
+    pieces = list(Own(tmp_path).pieces())
+    assert [[name for name, _ in piece.files] for piece in pieces] == [["0", "1"], ["2"], ["3"], ["4", "5", "6"], ["7"]]
+    assert [item.id for item in read(Own(tmp_path))] == [str(n) for n in range(8)]
+    assert pickle.loads(pickle.dumps(pieces)) == pieces
+
+
+def test_a_compressed_file_is_a_piece_by_itself(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl.gz", "d.jsonl"):
+        (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"{}\n")
+    pieces = JsonLines(path=tmp_path).pieces()
+    assert [[name for name, _ in piece.files] for piece in pieces] == [
+        ["a.jsonl", "b.jsonl"],
+        ["c.jsonl.gz"],
+        ["d.jsonl"],
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40, 1000])
+def test_ranges_of_bytes_share_out_the_lines(tmp_path, monkeypatch, size):
+    """Whatever the border falls on: inside a line, on its newline, behind it, on an empty line, in a long line."""
+    texts = ["", "a", "é" * 5, "x" * 300, "b\nc", "z" * 31, "\0"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    content = ("\n".join([*lines, "", "", "broken", lines[1]]) + "\n").encode() + lines[2].encode()
+    (tmp_path / "x.jsonl").write_bytes(content)
+    monkeypatch.setattr(sources, "MAX_BYTES", 200)
+    source = JsonLines(path=tmp_path)
+    whole = list(source.documents(Piece(tuple(source.files()))))
+    assert [item.text for item in whole if isinstance(item, Document)] == [*texts[:3], *texts[4:], "a", "é" * 5]
+    monkeypatch.setattr(sources, "RANGE_BYTES", size)
+    assert len(list(source.pieces())) == max(-(-len(content) // size), 1)
+    assert read(source) == whole
+
+
+def test_a_long_line_takes_no_more_memory_than_the_limit(tmp_path, monkeypatch):
+    """100 MB without a newline, whole and in ranges."""
+    monkeypatch.setattr(sources, "MAX_BYTES", 1 << 20)
+    with (tmp_path / "x.jsonl").open("wb") as file:
+        for _ in range(100):
+            file.write(b"x" * 1_000_000)
+        file.write(b'\n{"text": "next"}\n')
+    tracemalloc.start()
+    items = read(JsonLines(path=tmp_path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [(item.id, type(item)) for item in items] == [("x.jsonl@0", Skipped), ("x.jsonl@100000001", Document)]
+    assert peak < 8 << 20
+
+
+def _write_groups(path: Path, texts: list[str], rows: int) -> None:
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=rows, compression="none", use_dictionary=False)
+
+
+def test_row_groups_share_out_the_rows(tmp_path, monkeypatch):
+    texts = [f"{number} " + "word " * (number % 7) for number in range(1000)]
+    _write_groups(tmp_path / "x.parquet", texts, 90)
+    source = Parquet(path=tmp_path)
+    assert len(list(source.pieces())) == 1
+    whole = read(source)
+    monkeypatch.setattr(parquet_source, "RANGE_BYTES", 4000)
+    monkeypatch.setattr(sources, "RANGE_BYTES", 4000)
+    assert len(list(source.pieces())) > 3
+    assert read(source) == whole
+    assert [(item.id, item.text) for item in whole] == [(f"x.parquet:{n}", text) for n, text in enumerate(texts)]
+
+
+def test_a_damaged_row_group_costs_no_other_one(tmp_path):
+    texts = [f"document {number:05d}" for number in range(300)]
+    _write_groups(tmp_path / "x.parquet", texts, 100)
+    first = pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(1).column(0).data_page_offset
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[first : first + 16] = b"\xff" * 16
+    (tmp_path / "x.parquet").write_bytes(content)
+    source = Parquet(path=tmp_path)
+    assert list(kept(source).values()) == texts[:100] + texts[200:]
+    assert skipped(source) == {"x.parquet:100": "unreadable"}
+
+
+def test_a_column_with_bytes_that_are_no_text(tmp_path):
+    column = pa.array([b"good", b"\xff\xfe", "é\0".encode(), b""])
+    pq.write_table(pa.table({"text": column, "id": ["a", "b", "c", "d"]}), tmp_path / "bytes.parquet")
+    source = Parquet(path=tmp_path, id_column="id")
+    assert kept(source) == {"a": "good", "c": "é\0", "d": ""}
+    assert skipped(source) == {"bytes.parquet:1": "undecodable"}
+
+
+def test_unreadable_strings_of_arrow_are_listed(tmp_path):
+    """Arrow does not check that a string column is UTF-8."""
+    column = pa.array([b"good", b"\xff"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    assert kept(Parquet(path=tmp_path)) == {"x.parquet:0": "good"}
+    assert skipped(Parquet(path=tmp_path)) == {"x.parquet:1": "undecodable"}
