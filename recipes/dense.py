@@ -5,7 +5,8 @@
     python recipes/dense.py gpu --corpus corpora/python --training.steps 5000
     python recipes/dense.py v5e-64 --corpus corpora/python          # on every worker of a TPU slice
 
-Measured: not yet (cpu), not yet (gpu), not yet (v5e-64).
+Measured, cpu: 1.788 bits per byte on validation (427 batches), 3,050 tokens/s at the median step, 1.25 GB peak memory;
+one run on two cores of an AMD EPYC, beside other work. gpu, v5e-64: not measured.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ cpu = Config(
         length=256,
         n_microbatches=4,
         optimizer=AdamW(peak_lr=3e-3),
-        eval_every=200,
+        eval_every=300,
         checkpoint_every=100,
     ),
 )

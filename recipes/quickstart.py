@@ -68,7 +68,7 @@ configs = {
 
 def main(config: Config) -> Scorecard:
     python = import_script(ROOT / "data" / "python.py")
-    corpus = python.main(python.Config(out=config.corpus, standard_library_only=True))
+    corpus = python.main(python.Config(out=config.corpus, standard_library_only=True, processes=1))
     corpus.check_model(config.model.vocab_size)
     run = Run(config.out, config)
     training = config.training
