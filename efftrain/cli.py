@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,10 +26,54 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one verb. An unknown verb or flag, or a mistake that the user can mend, ends with exit code 2."""
     import tyro
 
+    verbs = [tyro.conf.subcommand(f.__name__, constructor=f) for f in (report, inspect)]
+
+    def corpus(verb: Annotated[Any, verbs[0]] | Annotated[Any, verbs[1]]) -> None:
+        """Look at what a corpus was made of and what was removed from it."""
+
     with exit_cleanly():
         tyro.extras.subcommand_cli_from_dict(
-            {"doctor": doctor}, prog="efftrain", description=efftrain.__doc__.splitlines()[0], args=args
+            {"doctor": doctor, "corpus": corpus},
+            prog="efftrain",
+            description=efftrain.__doc__.splitlines()[0],
+            args=args,
+            config=(tyro.conf.OmitSubcommandPrefixes,),
         )
+
+
+def report(dir: Path, /, *, out: Path | None = None) -> None:
+    """Write one HTML page about a corpus that works offline: funnel, scores, near duplicates, rejects, alarms.
+
+    Args:
+      dir: the folder of the corpus.
+      out: the file to write; by default NAME-report.html beside the folder.
+    """
+    from efftrain.data.report import write_report
+
+    print(write_report(dir, out))
+
+
+def inspect(
+    dir: Path,
+    /,
+    *,
+    rule: str | None = None,
+    source: str | None = None,
+    seed: int | None = None,
+    limit: int | None = None,
+) -> None:
+    """Page through the documents that were removed from a corpus.
+
+    Args:
+      dir: the folder of the corpus.
+      rule: only those that this rule removed.
+      source: only those of this source.
+      seed: a random choice instead of the first ones; another seed, another choice.
+      limit: end after so many; by default 20 with a seed or where stdin is no terminal, else all.
+    """
+    from efftrain.data.inspect import inspect_corpus
+
+    inspect_corpus(dir, rule=rule, source=source, seed=seed, limit=limit)
 
 
 def doctor(

@@ -1,9 +1,12 @@
 """``efftrain VERB`` as a user calls it: in its own process."""
 
+import json
 import os
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 RECIPE = """
@@ -43,19 +46,40 @@ def recipe(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"]])
-def test_help_does_not_wait_for_jax(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--help"], "doctor"),
+        (["doctor", "--help"], "--mesh.fsdp"),
+        (["corpus", "--help"], "inspect"),
+        (["corpus", "report", "--help"], "--out"),
+        (["corpus", "inspect", "--help"], "--rule"),
+    ],
+)
+def test_help_does_not_wait_for_heavy_imports(arguments, word):
     program = (
         "import sys\nfrom efftrain.cli import main\n"
         f"try: main({arguments!r})\n"
-        "except SystemExit as stop: print('code', stop.code, 'jax' in sys.modules)"
+        "except SystemExit as stop: print('code', stop.code, not {'jax', 'pyarrow', 'plotly'}.isdisjoint(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "doctor" in done.stdout
+    assert word in done.stdout
     assert done.stdout.endswith("code 0 False\n")
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], [], ["doctor", "--nonsense", "3"], ["doctor", "--mesh.fsdp", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        [],
+        ["doctor", "--nonsense", "3"],
+        ["doctor", "--mesh.fsdp", "x"],
+        ["corpus"],
+        ["corpus", "nonsense"],
+        ["corpus", "report"],
+        ["corpus", "inspect", "folder", "--limit", "x"],
+    ],
+)
 def test_unknown_verb_or_flag_ends_with_code_2(arguments):
     done = efftrain(*arguments)
     assert done.returncode == 2
@@ -107,3 +131,42 @@ def test_a_mistake_is_one_sentence_and_code_2(arguments, sentence, recipe):
     assert done.returncode == 2
     assert sentence in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["report", "inspect"])
+def test_corpus_verbs_name_what_is_missing(verb, tmp_path):
+    done = efftrain("corpus", verb, str(tmp_path / "nowhere"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no corpus" in done.stderr
+    (tmp_path / "manifest.json").write_text('{"format": 1, "parameters": {}}')
+    done = efftrain("corpus", verb, str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "removed.parquet is missing; build the corpus again" in done.stderr
+
+
+def test_corpus_report_and_inspect(tmp_path):
+    removed = {"id": ["a"], "source": ["web"], "rule": ["too_short"], "score": [3.0], "survivor": [None], "bytes": [3]}
+    table = pa.table(removed | {"excerpt": ["abc"]}).cast(
+        pa.schema([(name, pa.string()) for name in ("id", "source", "rule")])
+        .append(pa.field("score", pa.float64()))
+        .append(pa.field("survivor", pa.string()))
+        .append(pa.field("bytes", pa.int64()))
+        .append(pa.field("excerpt", pa.string()))
+    )
+    corpus = tmp_path / "small"
+    corpus.mkdir()
+    pq.write_table(table, corpus / "removed.parquet")
+    pq.write_table(pa.table({"id": ["a", "b"], "too_short": [3.0, 90.0]}), corpus / "scores.parquet")
+    funnel = [
+        {"stage": stage, "documents": n, "bytes": 3 * n} for stage, n in (("seen", 2), ("too_short", 1), ("kept", 1))
+    ]
+    splits = {"train": {"documents": 1, "bytes": 3, "tokens": 1}}
+    (corpus / "manifest.json").write_text(
+        json.dumps({"format": 1, "parameters": {}, "funnel": funnel, "splits": splits})
+    )
+    done = efftrain("corpus", "report", str(corpus), "--out", str(tmp_path / "page.html"))
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'page.html'}\n"), done.stderr
+    assert "<!doctype html>" in (tmp_path / "page.html").read_text()
+    done = efftrain("corpus", "inspect", str(corpus), "--rule", "too_short", "--source", "web", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    assert "abc" in done.stdout

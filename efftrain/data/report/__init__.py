@@ -1,0 +1,176 @@
+"""One HTML page about a corpus: what was removed, by which rule, and what a person should look at.
+
+The page is complete in itself: plotly stands in it, nothing is loaded from a network, and its content security policy
+forbids it. The corpus is only read, a batch of rows at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from efftrain.data.report.alarms import alarms
+from efftrain.data.report.figures import RECALL_STEP, collision_curve, expected_recall, score_histogram
+from efftrain.data.report.scores import Histogram, histograms, intervals, number
+from efftrain.data.report.tables import REMOVED, LargestClusters, RandomRows, batches, count_removed, total, visible
+from efftrain.data.store import read_manifest
+from efftrain.errors import ConfigError
+
+REJECTS = 20  # shown of each rule
+MOST_SOURCES = 100  # with a funnel of their own on the page
+
+
+def write_report(corpus: Path | str, out: Path | str | None = None, *, seed: int = 0) -> Path:
+    """Writes the page.
+
+    Args:
+      corpus: the folder of a corpus.
+      out: the HTML file; by default ``NAME-report.html`` beside the folder.
+      seed: of the choice of rejected documents that are shown.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      CorpusError: there is no corpus, or one of its tables is missing or damaged.
+      ConfigError: ``out`` lies inside the corpus, which holds only what its manifest lists, or cannot be written.
+    """
+    corpus = Path(corpus)
+    manifest = read_manifest(corpus)
+    folder = corpus.resolve()
+    out = Path(out) if out is not None else folder.with_name(f"{folder.name}-report.html")
+    if out.resolve().is_relative_to(folder):
+        raise ConfigError(f"--out {out} lies inside the corpus {corpus}; choose a place outside")
+    page = _render(_content(corpus, folder.name, manifest, seed))
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose another place") from error
+    return out
+
+
+def _content(corpus: Path, name: str, manifest: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What the template is filled with."""
+    counts = count_removed(corpus)
+    samples, clusters = RandomRows(REJECTS, seed), LargestClusters()
+    for batch in batches(corpus, REMOVED):
+        samples.add(batch)
+        clusters.add(batch)
+    kept = intervals(manifest["parameters"])
+    rows, splits = manifest["funnel"], manifest["splits"]
+    tokens_per_byte = _tokens_per_byte(splits)
+    sources = sorted((manifest.get("sources") or {}).items(), key=lambda item: -item[1][0]["bytes"])
+    rejected = samples.rows()
+    stages = [row["stage"] for row in rows if row["stage"] in rejected]
+    near = manifest.get("near_duplicates")
+    return {
+        "name": name,
+        "manifest": manifest,
+        "alarms": alarms(manifest),
+        "funnel": funnel(rows, tokens_per_byte, _total(splits, "tokens")),
+        "tokens_per_byte": tokens_per_byte,
+        "n_sources": len(sources),
+        "sources": [(source, funnel(part, tokens_per_byte)) for source, part in sources[:MOST_SOURCES]],
+        "splits": splits,
+        "split_bytes": _total(splits, "bytes"),
+        "histograms": [_described(histogram, counts) for histogram in histograms(corpus, kept)],
+        "near": near,
+        "curve": collision_curve(near) if near else None,
+        "recall": _recall(near) if near else [],
+        "recall_step": RECALL_STEP,
+        "clusters": clusters.clusters(),
+        "rejects": [
+            (rule, total(counts, rule=rule), kept.get(rule), rejected[rule])
+            for rule in dict.fromkeys([*stages, *sorted(rejected)])
+        ],
+        "decontamination": manifest.get("decontamination") or {},
+    }
+
+
+def funnel(
+    rows: Sequence[Mapping[str, Any]], tokens_per_byte: float | None, n_kept: int | None = None
+) -> list[dict[str, Any]]:
+    """The rows of a funnel with what is left after each stage.
+
+    Args:
+      rows: ``stage``, ``documents`` and ``bytes``, from seen through what each stage drops to kept.
+      tokens_per_byte: of what was kept; None where nothing was counted.
+      n_kept: tokens that were kept, where they were counted.
+
+    Returns:
+      Each row with ``left`` documents after it, ``share`` (left of seen), ``reached`` (documents before it), ``tokens``
+      and whether these are ``estimated`` from the bytes.
+    """
+    seen = left = rows[0]["documents"]
+    result = []
+    for row in rows:
+        drops = row["stage"] not in ("seen", "kept")
+        reached, left = left, left - drops * row["documents"]
+        counted = row["stage"] == "kept" and n_kept is not None
+        estimate = None if tokens_per_byte is None else round(row["bytes"] * tokens_per_byte)
+        tokens = n_kept if counted else estimate
+        result.append(
+            {**row, "drops": drops, "reached": reached, "left": left, "share": left / seen if seen else 0.0}
+            | {"tokens": tokens, "estimated": not counted}
+        )
+    return result
+
+
+def _tokens_per_byte(splits: Mapping[str, Mapping[str, int]]) -> float | None:
+    n_bytes, n_tokens = _total(splits, "bytes"), _total(splits, "tokens")
+    return n_tokens / n_bytes if n_bytes and n_tokens else None
+
+
+def _total(splits: Mapping[str, Mapping[str, int]], unit: str) -> int:
+    return sum(figures[unit] for figures in splits.values())
+
+
+def _described(histogram: Histogram, counts: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    return {
+        "rule": histogram.rule,
+        "interval": histogram.interval,
+        "rejected": histogram.n_rejected,
+        "scored": histogram.n_kept + histogram.n_rejected,
+        "first": total(counts, rule=histogram.rule),
+        "figure": score_histogram(histogram),
+    }
+
+
+def _recall(near: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Measured points beside what the curve promises."""
+    return [
+        {**point, "expected": expected_recall(point["similarity"], near["bands"], near["rows"])}
+        for point in near.get("recall") or ()
+    ]
+
+
+def _render(content: Mapping[str, Any]) -> str:
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"visible": visible, "count": _count, "size": size, "percent": _percent, "score": _score}
+    return environment.get_template("page.html").render(content, plotly=get_plotlyjs())
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.1f} TB"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 or not share else f"{100 * share:.2g}%"
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else number(value)

@@ -1,0 +1,73 @@
+"""What a person should look at before training on a corpus."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+SOURCE_LOSS = 0.5  # share of a source's documents or bytes
+RULE_LOSS = 0.3  # share of the documents that reach a rule
+RECALL = 0.9  # of the planted duplicates at or above the threshold; bands never promise all of them
+
+
+def alarms(manifest: Mapping[str, Any]) -> list[str]:
+    """One sentence for each alarm, from the manifest of a corpus; the worst kinds and the largest sources first."""
+    return [
+        *_canary(manifest.get("near_duplicates")),
+        *_splits(manifest),
+        *_decontamination(manifest.get("decontamination") or {}),
+        *_rules(manifest["funnel"]),
+        *_sources(manifest.get("sources") or {}),
+    ]
+
+
+def _canary(found: Mapping[str, Any] | None) -> Iterator[str]:
+    if not found or not (canary := found.get("canary")):
+        return
+    if not canary["planted"]:
+        yield "No canary was planted, so nothing shows that the search for near duplicates works."
+    elif canary["found"] < RECALL * canary["planted"]:
+        yield (
+            f"Of {canary['planted']:,} planted duplicates only {canary['found']:,} were found: near duplicates are "
+            "left in the corpus; use more bands of fewer rows."
+        )
+
+
+def _splits(manifest: Mapping[str, Any]) -> Iterator[str]:
+    configured = manifest["parameters"].get("split") or {}
+    wanted = ["train", *(name for name in ("validation", "test") if configured.get(name))]
+    for split in dict.fromkeys([*wanted, *manifest["splits"]]):
+        if not manifest["splits"].get(split, {}).get("documents"):
+            yield f"The split {split} has no documents."
+
+
+def _decontamination(sets: Mapping[str, Any]) -> Iterator[str]:
+    for name, figures in sets.items():
+        if not figures["documents"]:
+            yield f"The evaluation set {name} has no documents, so nothing was compared with it."
+
+
+def _rules(funnel: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    reached = funnel[0]["documents"]
+    for row in funnel[1:-1]:
+        if reached and row["documents"] / reached > RULE_LOSS:
+            yield (
+                f"{row['stage']} drops {row['documents'] / reached:.0%} of the documents that reach it "
+                f"({row['documents']:,} of {reached:,})."
+            )
+        reached -= row["documents"]
+
+
+def _sources(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    for source, funnel in sorted(sources.items(), key=lambda item: -item[1][0]["bytes"]):
+        lost = {unit: _lost(funnel, unit) for unit in ("documents", "bytes")}
+        if max(lost.values()) > SOURCE_LOSS:
+            rules = [row for row in funnel if row["stage"] not in ("seen", "kept")]
+            most = max(rules, key=lambda row: row["documents"])
+            yield (
+                f"The source {source} loses {lost['documents']:.0%} of its documents and {lost['bytes']:.0%} of its "
+                f"bytes, most documents to {most['stage']} ({most['documents']:,})."
+            )
+
+
+def _lost(funnel: Sequence[Mapping[str, Any]], unit: str) -> float:
+    rows = {row["stage"]: row[unit] for row in funnel}
+    return 1 - rows["kept"] / rows["seen"] if rows["seen"] else 0.0
