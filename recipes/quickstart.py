@@ -79,6 +79,7 @@ def main(config: Config) -> Scorecard:
         batch_size=training.batch_size,
         seed=training.seed,
     )
+    data.show_mixture(loader, training.tokens)
     held_out = replace(loader, split="validation", shuffle=False, repeat=False)
     evaluator = Evaluator(lambda: data.batches(held_out, verify=False), corpus.token_bytes())
 

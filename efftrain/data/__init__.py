@@ -41,6 +41,7 @@ _HOMES = {
     "LoaderConfig": "loader",
     "PackedRows": "loader",
     "Part": "loader",
+    "show_mixture": "mixture",
     "batches": "loader",
 }
 __all__ = sorted(_HOMES)

@@ -27,6 +27,8 @@ from efftrain.data.spool import unpack_record
 from efftrain.data.stages import Engine, run_stage, stem
 from efftrain.progress import track
 
+CONTAMINATED = "contaminated"  # of the rules "contaminated/SET" and "contaminated/SPLIT"
+
 
 @dataclass(frozen=True)
 class HashHeldOut:
@@ -72,7 +74,7 @@ class CheckTraining:
             for name, index in sets:
                 shares = contamination(hashes, offsets, index)
                 for i in np.flatnonzero(stays & (shares > self.config.limit)):
-                    removal.add(numbers[i], records[i], f"contaminated/{name}", score=float(shares[i]))
+                    removal.add(numbers[i], records[i], f"{CONTAMINATED}/{name}", score=float(shares[i]))
                     by_set[name] += 1
                     stays[i] = False
             found = np.where(np.repeat(stays, np.diff(offsets)), hits(held_out, hashes), -1)
@@ -104,7 +106,7 @@ class CheckHeldOut:
             shares = contamination(hashes, offsets, seen)
             for i in np.flatnonzero(shares > self.config.held_out_limit):
                 split = SPLITS[split_of[numbers[i]]]
-                removal.add(numbers[i], records[i], f"contaminated/{split}", score=float(shares[i]))
+                removal.add(numbers[i], records[i], f"{CONTAMINATED}/{split}", score=float(shares[i]))
                 by_set[split] += 1
         return removal.close() | {"by_set": by_set}
 

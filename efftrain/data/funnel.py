@@ -1,6 +1,6 @@
 """How many documents came in, where they were lost, and how many are left."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -42,9 +42,12 @@ class Funnel:
             "check the sources"
         )
 
-    def rows(self) -> list[dict]:
+    def rows(self, order: Sequence[str] = ()) -> list[dict]:
+        """Seen, dropped, kept. What ``order`` does not name comes first: what could not be read."""
+        place = {name: i for i, name in enumerate(order)}
         kept = [seen - sum(d[i] for d in self._dropped.values()) for i, seen in enumerate(self._seen)]
-        table = [("seen", self._seen), *self._dropped.items(), ("kept", kept)]
+        dropped = sorted(self._dropped.items(), key=lambda item: place.get(item[0], -1))
+        table = [("seen", self._seen), *dropped, ("kept", kept)]
         return [{"stage": stage, "documents": int(d), "bytes": int(b)} for stage, (d, b) in table]
 
 

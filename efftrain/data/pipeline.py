@@ -18,17 +18,17 @@ from efftrain.config import to_json
 from efftrain.data import corpus as corpora
 from efftrain.data import store
 from efftrain.data.canary import check_recall
-from efftrain.data.contamination import decontaminate
+from efftrain.data.contamination import CONTAMINATED, decontaminate
 from efftrain.data.corpus import Corpus, CorpusConfig
 from efftrain.data.engines import Local
 from efftrain.data.evidence import join_tables
-from efftrain.data.exact_duplicates import remove_exact_duplicates
+from efftrain.data.exact_duplicates import EXACT_DUPLICATE, remove_exact_duplicates
 from efftrain.data.minhash import MinHash
-from efftrain.data.near_duplicates import remove_near_duplicates
+from efftrain.data.near_duplicates import NEAR_DUPLICATE, remove_near_duplicates
 from efftrain.data.packing import write_tokens
-from efftrain.data.reading import Kept, Read, list_pieces
+from efftrain.data.reading import EMPTY, Kept, Read, list_pieces
 from efftrain.data.removals import Survivors, alive_records
-from efftrain.data.repeated_lines import remove_repeated_lines
+from efftrain.data.repeated_lines import REPEATED, remove_repeated_lines
 from efftrain.data.rules import flatten, is_edit, scoring
 from efftrain.data.shards import Serializer, Shard, ShardWriter, text_features, token_features, write_metadata
 from efftrain.data.splits import N_BUCKETS, SPLITS, assign_buckets, bucket
@@ -110,9 +110,11 @@ def _build_in(
     size = tokenizer.get_vocab_size()
     write_metadata(folder / "tokens", "tokens", token_features(config.block, token_dtype(size)), shards, _DESCRIPTION)
     shutil.rmtree(work)
+    order = [*_score_names(config), EMPTY, EXACT_DUPLICATE, REPEATED, NEAR_DUPLICATE]
+    order += [f"{CONTAMINATED}/{name}" for name in contaminated or ()]
     return {
-        "funnel": left.funnels.total().rows(),
-        "sources": left.funnels.rows(),
+        "funnel": left.funnels.total().rows(order),
+        "sources": left.funnels.rows(order),
         "repeated_lines": lines,
         "near_duplicates": near,
         "decontamination": contaminated,
@@ -225,8 +227,12 @@ def _once(path: Path, step: Callable[[], Any]) -> Any:
     return read_json(path)
 
 
+def _score_names(config: CorpusConfig) -> list[str]:
+    return [rule.name for rule in flatten(config.rules) if not is_edit(rule)]
+
+
 def _check_rules(config: CorpusConfig) -> None:
-    names = [rule.name for rule in flatten(config.rules) if not is_edit(rule)]
+    names = _score_names(config)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"corpus.rules has {repeated[0]!r} twice; keep one, or give the other a name of its own")
     if config.quality is not None and config.quality not in names:

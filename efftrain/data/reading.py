@@ -144,8 +144,8 @@ class Funnels:
     def to_json(self) -> dict[str, Any]:
         return {source: funnel.to_json() for source, funnel in self._of.items()}
 
-    def rows(self) -> dict[str, list[dict]]:
-        return {source: funnel.rows() for source, funnel in self._of.items()}
+    def rows(self, order: Sequence[str]) -> dict[str, list[dict]]:
+        return {source: funnel.rows(order) for source, funnel in self._of.items()}
 
     def total(self) -> Funnel:
         total = Funnel()
@@ -268,7 +268,6 @@ class Kept:
 
     def _path(self, piece: int) -> Path:
         return self.folder / f"{stem(piece)}.records"
-
 
 
 def list_pieces(sources: Sequence[Source]) -> tuple[tuple[int, Piece], ...]:

@@ -90,7 +90,7 @@ def shingle_hashes(
     """Hashes the shingles of many texts.
 
     Args:
-      texts: UTF-8. Blocks of about 256 kB run fastest.
+      texts: UTF-8. Blocks of about 512 kB run fastest.
       n: words per shingle.
       max_bytes: of a longer text only so much is read, to the last whole character; None reads all.
 
