@@ -24,7 +24,7 @@ from efftrain.data.stages import Engine, run_stage, stem
 from efftrain.data.verify import leaders
 
 NEAR_DUPLICATE = "near_duplicate"
-_BATCH = 256 << 10  # bytes of text that are signed at once: the arrays stay in the cache
+_BATCH = 512 << 10  # bytes of text that are signed at once: the arrays stay in the cache
 _ROW = 48  # bytes per document while a band is sorted
 _GROUP = 512  # documents that are verified as one item
 _DIFFS = 3  # members of a cluster whose difference to the survivor is shown
