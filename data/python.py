@@ -8,8 +8,8 @@ splits by package, takes out of validation and test what repeats the training sp
 keeps text and packed tokens as TFDS datasets. A second run with the same inputs does nothing; an interrupted one goes
 on where it stopped.
 
-Measured (two cores of an AMD EPYC, Python 3.11, efftrain's dependencies installed): 56 s; 10,877 files and 149 MB in, 8,232
-files and 116 MB kept, 37 million tokens; 603 exact and 425 near duplicates, such as tyro's copy of argparse.
+Measured (two cores of an AMD EPYC, Python 3.11, efftrain's dependencies installed): 56 s; 10,877 files and 149 MB in,
+8,232 files and 116 MB kept, 37 million tokens; 603 exact and 425 near duplicates, such as tyro's copy of argparse.
 """
 
 from dataclasses import dataclass, field
