@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from efftrain.data.batching import by_size
 from efftrain.data.documents import Document
 from efftrain.data.shingles import distinct, wide_shingle_hashes, without_repeats
 from efftrain.data.sources import Source
@@ -229,16 +230,7 @@ def hash_blocks(
     texts: Iterable[bytes], n: int, hasher: Hasher = ngram_hashes
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (hashes, offsets) of blocks of texts that are small enough to be hashed fast."""
-    held: list[bytes] = []
-    n_bytes = 0
-    for text in texts:
-        held.append(text)
-        n_bytes += len(text)
-        if n_bytes >= _BLOCK:
-            yield hasher(held, n)
-            held, n_bytes = [], 0
-    if held:
-        yield hasher(held, n)
+    return (hasher(batch, n) for batch in by_size(texts, _BLOCK))
 
 
 def index_evaluation_set(item: EvaluationSet, n: int, hasher: Hasher = ngram_hashes) -> EvaluationIndex:

@@ -7,13 +7,13 @@ similarity to a survivor reaches the threshold. Nothing is removed on an estimat
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from efftrain.data.batching import by_size
 from efftrain.data.lsh import band_edges, band_hashes, components
 from efftrain.data.minhash import MinHash, document_hashes, signatures
 from efftrain.data.reading import Kept
@@ -47,7 +47,7 @@ class Sign:
         start, stop = self.kept.starts[number : number + 2]
         numbers = start + np.flatnonzero(alive[start:stop])
         texts = (unpack_record(record)[3] for _, record in alive_records(self.kept, alive, number))
-        found = [sign(batch, self.config) for batch in _batches(texts)]
+        found = [sign(batch, self.config) for batch in by_size(texts, _BATCH)]
         signed = np.concatenate(found) if found else np.empty((0, self.config.n_permutations), np.uint32)
         sources = self.kept.index(number)["source"][numbers - start]
         np.save(folder / f"{stem(number)}.numbers.npy", numbers)
@@ -230,15 +230,3 @@ def _groups(bounds: np.ndarray) -> tuple[int, ...]:
         if bounds[component] - bounds[groups[-1]] >= _GROUP or component == len(bounds) - 1:
             groups.append(component)
     return tuple(groups)
-
-
-def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from efftrain.data.batching import by_size
 from efftrain.errors import ConfigError, CorpusError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def token_bytes(tokenizer: "Tokenizer") -> np.ndarray:
 
 def encode_documents(tokenizer: "Tokenizer", texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Yields for each text the int32 ids of ``<|endoftext|>`` and its tokens. Batches run on all cores."""
-    for batch in _batches(texts):
+    for batch in by_size(texts, _BATCH_CHARS):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
             yield np.array([END_OF_TEXT_ID, *encoding.ids], np.int32)
 
@@ -97,16 +98,3 @@ def _prepared(tokenizer: "Tokenizer") -> "Tokenizer":
     # A text that spells the end of text must not become it: it would cut the document and lose its bytes.
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,12 +112,13 @@ def signature_speed(config: Config) -> dict:
 
 
 def _own_seconds(texts: list[bytes]) -> float:
+    from efftrain.data.batching import by_size
     from efftrain.data.minhash import MinHash, document_hashes, signatures
 
     config = MinHash(n_permutations=N_PERMUTATIONS, bands=BANDS, shingle=SHINGLE)
 
     def run() -> None:
-        for batch in _batches(texts):
+        for batch in by_size(texts, BATCH_BYTES):
             signatures(*document_hashes(batch, config), config)
 
     return _seconds(run)
@@ -130,18 +131,6 @@ def _seconds(run: Callable[[], object]) -> float:
         run()
         n += 1
     return (time.process_time() - started) / n
-
-
-def _batches(texts: list[bytes]) -> Iterator[list[bytes]]:
-    """About ``BATCH_BYTES`` each."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    yield batch
 
 
 class Peers:
