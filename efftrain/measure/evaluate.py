@@ -8,13 +8,17 @@ from contextlib import ExitStack
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.models.decoder import Decoder
 from efftrain.progress import Progress
+from efftrain.sharding import hosts
+from efftrain.sharding.rules import activation_axes
 from efftrain.train.objective import Batch, next_token_loss
 
 SHOW_AFTER_S = 2.0  # a shorter evaluation shows no progress
@@ -27,7 +31,8 @@ class Evaluator:
     Bits per byte are the nats of all counted targets / ln 2 / the bytes of text that these targets stand for. Special
     tokens have nats and no bytes: a model pays for the ends of documents.
 
-    Compiled once for each shape of batch and model, whatever the parameters. Works in one process.
+    Compiled once for each shape of batch and model, whatever the parameters. Of several processes each gives its part
+    of every batch (``train.loop.batch_part``), within the ``fit`` that trains the model, and all get the same figures.
 
     Args:
       batches: starts a fresh pass over the rows; a batch has ``tokens``, ``targets``, ``segments``, ``positions``:
@@ -42,7 +47,7 @@ class Evaluator:
     ):
         if max_batches is not None and max_batches < 1:
             raise ConfigError(f"evaluation.max_batches is {max_batches}; it must be at least 1, or None for all")
-        self._batches, self._token_bytes, self._max_batches = batches, np.asarray(token_bytes, np.int64), max_batches
+        self._batches, self._token_bytes, self._max_batches = batches, np.asarray(token_bytes, np.int32), max_batches
 
     def __call__(self, model: Decoder) -> dict[str, float]:
         """``bpb`` in bits per byte, ``loss`` in nats per target.
@@ -53,36 +58,49 @@ class Evaluator:
         """
         graph, state = nnx.split(model)
         nats, n_targets, n_bytes = 0.0, 0, 0
-        pending = None
+        pending = 0.0, 0, 0
         for batch in _show(itertools.islice(self._batches(), self._max_batches), self._max_batches):
-            dispatched = batch_nats(graph, state, dict(batch))
-            targets = np.asarray(batch["targets"])[np.asarray(batch["mask"])]
-            n_targets += len(targets)
-            n_bytes += self._bytes(targets)
+            self._check(batch)
+            dispatched = batch_nats(graph, state, _place(batch), self._token_bytes)
             # One batch late: the device works on this one while the host waits for the one before.
-            nats += 0.0 if pending is None else float(pending)
+            nats, n_targets, n_bytes = nats + float(pending[0]), n_targets + int(pending[1]), n_bytes + int(pending[2])
             pending = dispatched
+        nats, n_targets, n_bytes = nats + float(pending[0]), n_targets + int(pending[1]), n_bytes + int(pending[2])
         if not n_bytes:
             raise CorpusError(
                 "the evaluation rows have no target that stands for text; give a validation split that is not empty"
             )
-        nats += float(pending)
         return {"bpb": nats / math.log(2) / n_bytes, "loss": nats / n_targets}
 
-    def _bytes(self, targets: np.ndarray) -> int:
-        largest = targets.max(initial=0)
+    def _check(self, batch: NumpyBatch) -> None:
+        largest = np.asarray(batch["targets"])[np.asarray(batch["mask"])].max(initial=0)
         if largest >= len(self._token_bytes):
             raise ConfigError(
                 f"an evaluation target is token {largest} and token_bytes has {len(self._token_bytes)} entries; "
                 "take both from the same tokenizer"
             )
-        return int(self._token_bytes[targets].sum())
 
 
 @partial(jax.jit, static_argnums=0)
-def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
-    """Sum of the nats of a batch's counted targets, () float32."""
-    return next_token_loss(nnx.merge(graph, state), batch, jax.random.key(0))[0]
+def batch_nats(
+    graph: nnx.GraphDef, state: nnx.State, batch: Batch, token_bytes: Array
+) -> tuple[Array, Array, Array]:
+    """Of a batch's counted targets: the sum of their nats, () float32; their number and their bytes, () int32."""
+    nats = next_token_loss(nnx.merge(graph, state), batch, jax.random.key(0))[2]["loss"][0]
+    n_bytes = jnp.where(batch["mask"], token_bytes[batch["targets"]], 0).sum()
+    return nats, batch["mask"].sum(dtype=jnp.int32), n_bytes
+
+
+def _place(batch: NumpyBatch) -> Batch:
+    """This process's rows as parts of global arrays; as they are where there is one process."""
+    if hosts.process_count() == 1:
+        return dict(batch)
+    spec = PartitionSpec(activation_axes("batch") or None, activation_axes("length") or None)
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (None, rows.shape[1]))
+        for name, rows in batch.items()
+    }
 
 
 def _show(batches: Iterable[NumpyBatch], total: int | None) -> Iterator[NumpyBatch]:

@@ -3,7 +3,8 @@
 Conventions, printed wherever a figure is:
 
 - a multiply-add is 2 FLOPs, and only products count: norms, softmax and rotations are a few per cent and left out;
-- every parameter matrix is multiplied with every token once; a look-up table is free; the head counts, tied or not;
+- every parameter matrix is multiplied with every token once, of experts those that a token goes to; a look-up table is
+  free; the head counts, tied or not;
 - attention in training and prefill counts the keys that the causal mask and the window leave visible, on average
   (length + 1) / 2 without a window: the usual "causal halved". Rows count as one document each, so that packing
   changes nothing;
@@ -16,7 +17,7 @@ import math
 
 from flax import nnx
 
-from efftrain.measure.parameters import HEAD, embedding_paths, parameters
+from efftrain.measure.parameters import HEAD, active_size, embedding_paths, parameters
 from efftrain.models.config import Attention
 
 FORWARD_AND_BACKWARD = 3  # in forward passes
@@ -72,7 +73,9 @@ def matrix_flops(model: nnx.Module) -> float:
     """
     free = embedding_paths(model) | {HEAD}
     return sum(
-        2.0 * variable.size for path, variable in parameters(model) if path[:-1] not in free and _is_matrix(variable)
+        2.0 * active_size(variable)
+        for path, variable in parameters(model)
+        if path[:-1] not in free and _is_matrix(variable)
     )
 
 

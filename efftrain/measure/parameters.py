@@ -22,7 +22,7 @@ class Parameters:
 
     Attributes:
       total: all of them; a tied head is the embedding and counts once.
-      active: those that one token uses. All of them in a dense model; the whole embedding table counts.
+      active: those that one token uses: all but the experts that it does not go to. The whole embedding table counts.
       embedding: of the look-up tables.
       head: of the head's own matrix, 0 where it is tied.
     """
@@ -47,10 +47,9 @@ def count_parameters(model: nnx.Module) -> Parameters:
     """Counts the ``nnx.Param`` of a model, abstract or not."""
     tables = embedding_paths(model)
     sizes = {path: variable.size for path, variable in parameters(model)}
-    total = sum(sizes.values())
     return Parameters(
-        total=total,
-        active=total,
+        total=sum(sizes.values()),
+        active=round(sum(active_size(variable) for _, variable in parameters(model))),
         embedding=sum(size for path, size in sizes.items() if path[:-1] in tables),
         head=sum(size for path, size in sizes.items() if path[:-1] == HEAD),
     )
@@ -72,6 +71,11 @@ def cache_bytes_per_token(config: ModelConfig) -> int:
 def parameters(model: nnx.Module) -> Iterator[tuple[Path, nnx.Param]]:
     """Every ``nnx.Param`` with its path from the model, such as ``("blocks", 0, "mlp", "up", "kernel")``."""
     yield from nnx.to_flat_state(nnx.state(model, nnx.Param))
+
+
+def active_size(variable: nnx.Param) -> float:
+    """How many of a variable's numbers one token is multiplied with; ``active`` in its metadata is their share."""
+    return variable.size * variable.get_metadata().get("active", 1.0)
 
 
 def embedding_paths(model: nnx.Module) -> set[Path]:

@@ -8,7 +8,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.attention import SelfAttention
 from efftrain.models.cache import Cache, LayerCache
 from efftrain.models.config import BlockConfig, ModelConfig
-from efftrain.models.depth import run_layers, stack_layers, unstack
+from efftrain.models.depth import add_metrics, run_layers, stack_layers, unstack
 from efftrain.models.linear import Embedding, Linear, RMSNorm
 from efftrain.sharding.rules import constrain
 
@@ -117,6 +117,14 @@ class Decoder(nnx.Module):
             x_btd, layer_cache = block.extend(x_btd, positions_bt, layer_cache, fresh=fresh)
             caches.append(layer_cache)
         return self.norm(x_btd), Cache(layers=tuple(caches), lengths_b=cache.lengths_b + length)
+
+    def after_step(self, statistics: list[dict]) -> dict:
+        """Updates what is not trained but follows the data, from the ``statistics`` of a step; returns its figures."""
+        figures: dict = {}
+        for stack, found in zip(self.blocks, statistics, strict=True):
+            if found:
+                figures = add_metrics(figures, stack.mlp.after_step(found))
+        return figures
 
     def layers(self) -> list[Block]:
         """The blocks of the stack as single modules, first to last."""

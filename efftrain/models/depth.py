@@ -71,31 +71,39 @@ def run_layers(
     Args:
       stacks: one stacked module for each position of the pattern.
       x_btd: (batch, length, d_model).
-      apply: (layer, x) -> (x, metrics as (sum, count) pairs).
+      apply: (layer, x) -> (x, metrics). Metrics are summed over layers: (sum, count) pairs, the scalar ``auxiliary``,
+        which is added to the loss, and ``statistics``, a dict that is stacked over the repeats instead.
       n_repeats, scan, remat: see ``ModelConfig``.
 
     Returns:
-      x and the metrics, summed over layers.
+      x and the metrics. Their ``statistics``, where a layer has any, is a list with one dict of (n_repeats, ...) arrays
+      for each position of the pattern.
     """
     split = [nnx.split(stack) for stack in stacks]
 
-    def repeat(x: Array, layers: Sequence[nnx.State]) -> tuple[Array, dict]:
-        metrics: dict = {}
+    def repeat(x: Array, layers: Sequence[nnx.State]) -> tuple[Array, tuple[dict, list[dict]]]:
+        metrics, statistics = {}, []
         for (layer_def, _), state in zip(split, layers, strict=True):
             x, more = apply(nnx.merge(layer_def, state), x)
-            metrics = add_metrics(metrics, more)
-        return x, metrics
+            statistics.append(more.get("statistics", {}))
+            metrics = add_metrics(metrics, {name: value for name, value in more.items() if name != "statistics"})
+        return x, (metrics, statistics)
 
     if remat != "none":
         repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=not scan)
     if scan:
-        x_btd, stacked = jax.lax.scan(repeat, x_btd, [state for _, state in split])
-        return x_btd, jax.tree.map(lambda a: a.sum(0), stacked)
-    metrics: dict = {}
+        x_btd, (stacked, statistics) = jax.lax.scan(repeat, x_btd, [state for _, state in split])
+        return x_btd, _with_statistics(jax.tree.map(lambda a: a.sum(0), stacked), statistics)
+    metrics, found = {}, []
     for layers in zip(*(unstack(state, n_repeats) for _, state in split), strict=True):
-        x_btd, more = repeat(x_btd, layers)
+        x_btd, (more, statistics) = repeat(x_btd, layers)
         metrics = add_metrics(metrics, more)
-    return x_btd, metrics
+        found.append(statistics)
+    return x_btd, _with_statistics(metrics, jax.tree.map(lambda *layers: jnp.stack(layers), *found))
+
+
+def _with_statistics(metrics: dict, statistics: list[dict]) -> dict:
+    return metrics | ({"statistics": statistics} if any(statistics) else {})
 
 
 def add_metrics(left: dict, right: dict) -> dict:

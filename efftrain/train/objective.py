@@ -29,7 +29,8 @@ def next_token_loss(model: Decoder, batch: Batch, key: Array) -> tuple[Array, Ar
       key: not used; objectives that draw have it.
 
     Returns:
-      Sum of nats () float32, number of targets () float32, and metrics.
+      Sum of nats () float32, with the model's ``auxiliary`` loss for each target; number of targets () float32; and
+      metrics, of which ``loss`` is the cross entropy alone.
     """
     hidden_btd, metrics = model.hidden(batch["tokens"], segments_bt=batch["segments"], positions_bt=batch["positions"])
     loss = cross_entropy(
@@ -40,4 +41,5 @@ def next_token_loss(model: Decoder, batch: Batch, key: Array) -> tuple[Array, Ar
         shards=shard_count("batch", "length"),
     )
     count = batch["mask"].sum(dtype=jnp.float32)
-    return loss, count, {"loss": (loss, count)} | metrics
+    auxiliary = metrics.pop("auxiliary", 0.0)
+    return loss + auxiliary * count, count, {"loss": (loss, count)} | metrics

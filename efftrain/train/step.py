@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax import Array
 
 from efftrain.sharding.rules import constrain
 from efftrain.train.objective import Batch, Metrics, Objective
-from efftrain.train.state import TrainState
+from efftrain.train.state import TrainState, split_model
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -49,6 +50,7 @@ def make_step(
             partial(_value_and_gradient, graph, objective, state), batch, key, n_microbatches
         )
         gradients = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), gradients)
+        model_state, figures = _after_step(graph, state, metrics.pop("statistics", None))
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -62,16 +64,17 @@ def make_step(
             state,
             step=state.step + 1,
             params=keep(params, state.params),
+            model_state=keep(model_state, state.model_state),
             opt_state=keep(opt_state, state.opt_state),
             ema=keep(ema, state.ema),
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             skipped=state.skipped + (1 - finite),
         )
-        figures = {"grad_norm": norm, "skipped": 1 - finite, "bad_steps": after.bad_steps}
+        values = {"grad_norm": norm, "skipped": 1 - finite, "bad_steps": after.bad_steps}
         if learning_rate is not None:
             # Here and not on the host, where it would wait behind the next step; and by the optimizer's own count.
-            figures["lr"] = learning_rate(state.step - state.skipped)
-        return after, {"loss": (loss, count)} | metrics | {name: (value, 1) for name, value in figures.items()}
+            values["lr"] = learning_rate(state.step - state.skipped)
+        return after, {"loss": (loss, count)} | metrics | figures | {name: (v, 1) for name, v in values.items()}
 
     return step
 
@@ -95,6 +98,15 @@ def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: 
     shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a[0], micro), keys[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def _after_step(graph: nnx.GraphDef, state: TrainState, statistics: Any) -> tuple[nnx.State, Metrics]:
+    """The model's untrained variables after the step, once and by the global statistics, and its figures."""
+    if statistics is None:
+        return state.model_state, {}
+    model = nnx.merge(graph, state.params, state.model_state)
+    figures = model.after_step(statistics)
+    return split_model(model)[2], figures
 
 
 def _value_and_gradient(graph, objective, state, batch, key):

@@ -1,0 +1,92 @@
+"""Which experts a token goes to, and how evenly the tokens fall."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Scores = Literal["softmax", "sigmoid"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """Attributes:
+    experts_nk: (tokens, k) int32, best first; equal scores go to the smaller number.
+    gates_nk: (tokens, k) float32 weights of their outputs.
+    probabilities_ne: (tokens, experts) float32, sum 1: the scores, normalised.
+    """
+
+    experts_nk: Array
+    gates_nk: Array
+    probabilities_ne: Array
+
+
+def route(logits_ne: Array, bias_e: Array, *, top_k: int, scores: Scores, renormalize: bool) -> Routing:
+    """Token-choice top-k routing.
+
+    Args:
+      logits_ne: (tokens, experts) float32.
+      bias_e: (experts,) float32, added for the choice alone: the gates do not see it.
+      top_k: experts of a token.
+      scores: softmax over the experts (Shazeer et al. 2017), or a sigmoid each (DeepSeek-V3).
+      renormalize: the gates of a token sum to 1. With k = 1 they would be 1 and the router never learn.
+
+    Source: Wang et al. 2024 (the bias); DeepSeek-AI 2024, section 2.1.2.
+    """
+    if scores == "softmax":
+        scores_ne = probabilities_ne = jax.nn.softmax(logits_ne)
+    else:
+        scores_ne = jax.nn.sigmoid(logits_ne)
+        probabilities_ne = scores_ne / scores_ne.sum(-1, keepdims=True)
+    experts_nk = jax.lax.top_k(jax.lax.stop_gradient(scores_ne) + bias_e, top_k)[1]
+    gates_nk = jnp.take_along_axis(scores_ne, experts_nk, axis=-1)
+    if renormalize:
+        gates_nk /= gates_nk.sum(-1, keepdims=True) + 1e-20
+    return Routing(experts_nk.astype(jnp.int32), gates_nk, probabilities_ne)
+
+
+def balance_loss(loads_e: Array, probabilities_ne: Array) -> Array:
+    """() float32, 1 where both the tokens and the probabilities are even, up to the number of experts.
+
+    Args:
+      loads_e: (experts,) assignments of each expert, over the global batch; no gradient flows through them.
+      probabilities_ne: (tokens, experts).
+
+    Source: Fedus et al. 2022 (Switch), equation 4.
+    """
+    shares_e = jax.lax.stop_gradient(loads_e / loads_e.sum())
+    return len(loads_e) * jnp.sum(shares_e * probabilities_ne.mean(0))
+
+
+def z_loss(logits_ne: Array) -> Array:
+    """() float32: mean squared log-partition of the router, which keeps its logits small. Zoph et al. 2022, 2.2."""
+    return jnp.mean(jax.nn.logsumexp(logits_ne, axis=-1) ** 2)
+
+
+def entropy(probabilities_ne: Array) -> Array:
+    """(tokens,) nats."""
+    return -jnp.sum(probabilities_ne * jnp.log(jnp.maximum(probabilities_ne, 1e-30)), axis=-1)
+
+
+def max_violation(loads_e: Array) -> Array:
+    """By how much the fullest expert exceeds the mean load: ``max / mean - 1``. Wang et al. 2024, equation 4.
+
+    Args:
+      loads_e: (..., experts).
+    """
+    return loads_e.max(-1) / jnp.maximum(loads_e.mean(-1), 1e-9) - 1
+
+
+def balanced_bias(bias_e: Array, loads_e: Array, rate: float) -> Array:
+    """The bias after a step: a little more for experts below the mean load, a little less for those above.
+
+    Args:
+      bias_e: (..., experts) float32.
+      loads_e: (..., experts) assignments in the global batch.
+
+    Source: Wang et al. 2024, algorithm 1.
+    """
+    return bias_e + rate * jnp.sign(loads_e.mean(-1, keepdims=True) - loads_e)

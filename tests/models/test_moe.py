@@ -1,0 +1,167 @@
+"""A mixture of experts in the decoder and in the training step."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efftrain.errors import ConfigError
+from efftrain.measure.flops import matrix_flops
+from efftrain.measure.parameters import abstract_decoder, count_parameters
+from efftrain.models.config import llama
+from efftrain.models.decoder import Decoder
+from efftrain.models.moe import MoE
+from efftrain.train.objective import next_token_loss
+from efftrain.train.optimizers import AdamW
+from efftrain.train.state import init_state, split_model
+from efftrain.train.step import make_step
+
+DENSE = llama(vocab_size=32, d_model=16, n_layers=2, n_heads=2, d_ff=24, max_length=16)
+ROUTED = MoE(n_experts=4, top_k=2, d_expert=12, block=8)
+
+
+def with_mlp(mlp, **changes):
+    block = replace(DENSE.pattern[0], mlp=mlp)
+    return replace(DENSE, pattern=(block,), **changes)
+
+
+def batch(rows=4, seed=0):
+    tokens = np.random.default_rng(seed).integers(0, 32, (rows, 17), dtype=np.int32)
+    positions = np.tile(np.arange(16, dtype=np.int32), (rows, 1))
+    ones = np.ones((rows, 16), np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": ones,
+        "positions": positions,
+        "mask": ones.astype(bool),
+    }
+
+
+def loss_and_gradient(config, rows=batch()):  # noqa: B008, not changed
+    graph, params, rest = split_model(Decoder(config, rngs=nnx.Rngs(0)))
+
+    def loss(params):
+        total, count, _ = next_token_loss(nnx.merge(graph, params, rest), rows, jax.random.key(0))
+        return total / count
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return loss_and_gradient(with_mlp(replace(ROUTED, dispatch="reference")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dispatch": "padded"}, {"dispatch": "capacity", "capacity_factor": 4.0}, {"dispatch": "ragged"}],
+    ids=lambda change: change["dispatch"],
+)
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_every_dispatch_is_the_reference(reference, change, scan):
+    found = loss_and_gradient(with_mlp(replace(ROUTED, **change), scan=scan, remat="full" if scan else "none"))
+    np.testing.assert_allclose(found[0], reference[0], rtol=1e-6)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(reference[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=str(path))
+
+
+def test_every_parameter_learns_also_with_one_expert_a_token():
+    _, gradient = loss_and_gradient(with_mlp(replace(ROUTED, top_k=1, n_shared=1)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert jnp.abs(leaf).max() > 0, path
+
+
+def test_auxiliary_losses_are_trained_on_and_not_reported_as_loss():
+    plain = next_token_loss(Decoder(with_mlp(ROUTED), rngs=nnx.Rngs(0)), batch(), None)
+    heavy = replace(ROUTED, auxiliary_loss=0.5, z_loss=0.1)
+    added = next_token_loss(Decoder(with_mlp(heavy), rngs=nnx.Rngs(0)), batch(), None)
+    assert float(added[0] - plain[0]) > 0.5 * float(plain[1])  # at least 0.5 for each of two layers, times the count
+    np.testing.assert_allclose(added[2]["loss"][0], plain[2]["loss"][0], rtol=1e-6)
+
+
+def train(config, steps=3, n_microbatches=1):
+    optimizer = AdamW(peak_lr=1e-2).build(lambda step: 1.0)
+    graph = split_model(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
+    state = init_state(lambda rngs: Decoder(config, rngs=rngs), optimizer, seed=0, ema=False)
+    step = jax.jit(make_step(graph, next_token_loss, optimizer, n_microbatches=n_microbatches))
+    for number in range(steps):
+        before, (state, metrics) = state, step(state, batch(seed=number))
+    return graph, before, state, metrics
+
+
+def bias_of(state):
+    (leaf,) = jax.tree.leaves(state.model_state)
+    return np.asarray(leaf)
+
+
+def test_the_bias_moves_once_a_step_by_the_global_loads():
+    graph, before, after, _ = train(with_mlp(replace(ROUTED, bias_rate=0.1)))
+    model = nnx.merge(graph, before.params, before.model_state)
+    rows = batch(seed=2)
+    metrics = next_token_loss(model, rows, None)[2]
+    loads = np.asarray(metrics["statistics"][0]["loads"])
+    assert loads.shape == (2, 4)
+    assert loads.sum(-1).tolist() == [4 * 16 * 2] * 2
+    expected = bias_of(before) + 0.1 * np.sign(loads.mean(-1, keepdims=True) - loads)
+    np.testing.assert_allclose(bias_of(after), expected, atol=1e-6)
+    assert np.abs(bias_of(after)).max() > 0.05
+
+
+def test_micro_batches_and_remat_change_neither_bias_nor_parameters():
+    """Counted twice under recomputation is how others got it wrong."""
+    config = with_mlp(replace(ROUTED, bias_rate=0.1))
+    _, _, whole, _ = train(config)
+    _, _, parts, _ = train(replace(config, remat="full", scan=True), n_microbatches=4)
+    np.testing.assert_allclose(bias_of(parts), bias_of(whole), atol=1e-6)
+    for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_figures_of_the_routing_are_reported():
+    *_, metrics = train(with_mlp(ROUTED))
+    figures = {name: float(total / count) for name, (total, count) in metrics.items()}
+    assert 0 < figures["moe/entropy"] <= 2 * np.log(4)
+    assert figures["moe/dropped"] == 0
+    assert figures["moe/max_violation"] >= 0
+    assert 0 <= figures["moe/least_load"] <= 1
+
+
+def test_dropped_assignments_are_counted():
+    *_, metrics = train(with_mlp(replace(ROUTED, dispatch="capacity", capacity_factor=0.5)), steps=1)
+    total, count = metrics["moe/dropped"]
+    assert 0.5 <= float(total / count) < 1
+
+
+def test_active_and_total_parameters_are_counted_apart():
+    dense, routed = abstract_decoder(with_mlp(DENSE.pattern[0].mlp)), abstract_decoder(with_mlp(ROUTED))
+    dense_count, count = count_parameters(dense), count_parameters(routed)
+    router = 2 * 16 * 4
+    assert count.active == dense_count.active + router  # two experts of half the width
+    assert count.total == count.active + 2 * 3 * 16 * 24
+    assert matrix_flops(routed) == matrix_flops(dense) + 2 * router
+
+
+def test_experts_start_with_the_spread_of_a_dense_layer():
+    """The expert axis does not count as fan."""
+    model = Decoder(replace(with_mlp(replace(ROUTED, n_experts=64)), d_model=64), rngs=nnx.Rngs(0))
+    assert float(model.blocks[0].mlp.gate[...].std()) == pytest.approx(64**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 5}, r"moe\.top_k is 5 but there are 4 experts"),
+        ({"top_k": 1, "renormalize": True}, r"moe\.renormalize with top_k 1"),
+        ({"d_expert": 0}, r"moe\.d_expert"),
+        ({"bias_rate": -1.0}, r"moe\.bias_rate"),
+        ({"dispatch": "magic"}, r"moe\.dispatch is 'magic'"),
+        ({"capacity_factor": 0.0}, r"moe\.capacity_factor"),
+    ],
+)
+def test_impossible_mixtures_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(ROUTED, **change)
