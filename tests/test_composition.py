@@ -58,6 +58,7 @@ TECHNIQUES: dict[str, Callable[[Config], Config]] = {
     "scan and remat": change_model(scan=True, remat="full"),
     "local and global layers": local_and_global,
     "muon": change_training(optimizer=Muon(peak_lr=1e-2)),
+    "tokens split over devices": change_training(mesh=MeshConfig(fsdp=2, tensor=2, context=2)),
     "averaged, in micro-batches": change_training(ema_decay=0.5, n_microbatches=2),
 }
 

@@ -1,5 +1,7 @@
 """The attention part of a block: projections, rotary positions, and the two ways to attend."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -7,9 +9,11 @@ from jax import Array
 from efftrain.models.cache import LayerCache
 from efftrain.models.config import Attention
 from efftrain.models.linear import Linear, RMSNorm
-from efftrain.ops.attention import cached_attention, causal_attention
+from efftrain.ops.attention import cached_attention
+from efftrain.ops.attention_backends import attention, choose_backend
 from efftrain.ops.rope import apply_rope, rope_angles
-from efftrain.sharding.rules import constrain
+from efftrain.sharding.context import attend_on_mesh
+from efftrain.sharding.rules import constrain, shard_count
 
 
 class SelfAttention(nnx.Module):
@@ -74,12 +78,16 @@ class SelfAttention(nnx.Module):
         return apply_rope(q_bthd, cos, sin), apply_rope(k_btkd, cos, sin), v_btkd
 
     def _attend_fresh(self, x_btd, q_bthd, k_btkd, v_btkd, segments_bt) -> Array:
-        out_bthd = causal_attention(
+        config = self.config
+        length = q_bthd.shape[1] // shard_count("length")
+        backend = choose_backend(config.backend, q_bthd.dtype, config.d_head, length)
+        out_bthd = attend_on_mesh(
+            partial(attention, window=config.window, backend=backend, n_blocks=config.n_blocks),
             q_bthd,
             k_btkd,
             v_btkd,
-            segments_bt=segments_bt,
-            window=self.config.window,
-            n_blocks=self.config.n_blocks,
+            segments_bt,
+            window=config.window,
+            per_device=backend != "xla",
         )
         return self.out(jnp.reshape(out_bthd, (*x_btd.shape[:2], -1)))

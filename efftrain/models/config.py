@@ -10,6 +10,7 @@ from efftrain.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
+AttentionBackend = Literal["auto", "xla", "splash", "cudnn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class Attention:
       qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020): stable at high learning rates.
       window: how many tokens back a token sees, itself included; None sees all.
       rope_theta: base of the rotary frequencies.
-      n_blocks: query blocks in training, see ``ops.attention``.
+      n_blocks: query blocks in training, see ``ops.attention``; of the backend "xla".
+      backend: the kernel in training, see ``ops.attention_backends``: by the platform of the mesh, or always this one.
     """
 
     n_heads: int
@@ -33,6 +35,7 @@ class Attention:
     window: int | None = None
     rope_theta: float = 10_000.0
     n_blocks: int = 4
+    backend: AttentionBackend = "auto"
 
     def __post_init__(self):
         for name in ("n_heads", "n_kv_heads", "d_head", "n_blocks"):
@@ -48,6 +51,7 @@ class Attention:
             )
         if self.window is not None:
             _positive("attention.window", self.window)
+        _one_of("attention.backend", self.backend, AttentionBackend)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,44 +7,48 @@ from jax import Array
 
 def causal_attention(
     q_bthd: Array,
-    k_btkd: Array,
-    v_btkd: Array,
+    k_bskd: Array,
+    v_bskd: Array,
     *,
-    segments_bt: Array | None = None,
+    segments_bs: Array | None = None,
     window: int | None = None,
     n_blocks: int = 4,
 ) -> Array:
     """Softmax attention of each token to itself and earlier tokens of its segment.
 
+    The queries are those of the last t of the s tokens: all of them where t = s, the device's own part of the row where
+    a mesh splits it.
+
     Queries are cut into blocks, each against the keys it can see: that skips most of the upper triangle, and on CPU the
     independent products keep all cores busy (one batched product uses one core).
 
     Args:
-      q_bthd: (batch, length, heads, d_head).
-      k_btkd: (batch, length, kv_heads, d_head); heads is a multiple of kv_heads.
-      v_btkd: like k.
-      segments_bt: (batch, length) integers; tokens see only their own segment. None: one segment a row.
+      q_bthd: (batch, t, heads, d_head).
+      k_bskd: (batch, s, kv_heads, d_head), s >= t; heads is a multiple of kv_heads.
+      v_bskd: like k.
+      segments_bs: (batch, s) integers; tokens see only their own segment. None: one segment a row.
       window: how many tokens back a token sees, itself included. None: all.
       n_blocks: query blocks; any number, the last block may be shorter.
 
     Returns:
-      (batch, length, heads, d_head) in q's dtype; scores and sums are float32.
+      (batch, t, heads, d_head) in q's dtype; scores and sums are float32.
     """
-    length = q_bthd.shape[1]
-    q_bkgtd, k_bktd, v_bktd = _group(q_bthd, k_btkd), k_btkd.swapaxes(1, 2), v_btkd.swapaxes(1, 2)
+    length, before = q_bthd.shape[1], k_bskd.shape[1] - q_bthd.shape[1]
+    q_bkgtd, k_bksd, v_bksd = _group(q_bthd, k_bskd), k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
     size = -(-length // min(n_blocks, length))
     outs = []
     for start in range(0, length, size):
         stop = min(start + size, length)
-        first = max(0, start - window + 1) if window else 0
-        query, key = jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None]
+        low, high = before + start, before + stop  # the queries' places among the keys
+        first = max(0, low - window + 1) if window else 0
+        query, key = jnp.arange(low, high)[:, None], jnp.arange(first, high)[None]
         mask = key <= query
         if window:
             mask &= query - key < window
-        if segments_bt is not None:
-            same = segments_bt[:, start:stop, None] == segments_bt[:, None, first:stop]
+        if segments_bs is not None:
+            same = segments_bs[:, low:high, None] == segments_bs[:, None, first:high]
             mask = (mask & same)[:, None, None]
-        outs.append(_attend(q_bkgtd[:, :, :, start:stop], k_bktd[:, :, first:stop], v_bktd[:, :, first:stop], mask))
+        outs.append(_attend(q_bkgtd[:, :, :, start:stop], k_bksd[:, :, first:high], v_bksd[:, :, first:high], mask))
     return _ungroup(jnp.concatenate(outs, axis=3) if len(outs) > 1 else outs[0])
 
 

@@ -12,13 +12,17 @@ from efftrain.errors import ConfigError
 
 if TYPE_CHECKING:
     import jax
+    import numpy as np
 
 AXES = ("replica", "fsdp", "expert", "tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices stand along each mesh axis. One axis may be -1: it takes what the others leave."""
+    """How many devices stand along each mesh axis. One axis may be -1: it takes what the others leave.
+
+    What each axis does to memory and traffic, and when to choose it: ``efftrain/sharding/README.md``.
+    """
 
     replica: int = 1
     """Copies of the whole model. Costs one all-reduce of the gradients a step, so it can span slow links."""
@@ -29,14 +33,23 @@ class MeshConfig:
     tensor: int = 1
     """Splits heads, feed-forward and vocabulary. Talks in every layer: keep it within fast links."""
     context: int = 1
-    """Splits the sequence."""
+    """Splits the sequence. Fetches the keys and values of the tokens before a device's own in every layer."""
+    slices: int = 1
+    """Groups of devices (TPU slices) between which links are slow. replica spans them, and fsdp where it must."""
 
     def __post_init__(self) -> None:
-        for axis, size in dataclasses.asdict(self).items():
+        sizes = self.sizes()
+        for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise ConfigError(f"mesh.{axis} is {size}; give a positive number, or -1 for what is left")
-        if (open_axes := [a for a, n in dataclasses.asdict(self).items() if n == -1]) and len(open_axes) > 1:
+        if (open_axes := [a for a, n in sizes.items() if n == -1]) and len(open_axes) > 1:
             raise ConfigError(f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1; leave only one of them open")
+        if self.slices < 1:
+            raise ConfigError(f"mesh.slices is {self.slices}; give a positive number")
+
+    def sizes(self) -> dict[str, int]:
+        """How many devices stand along each of ``AXES``."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     def fill(self, n_devices: int) -> "MeshConfig":
         """The same mesh with -1 replaced, so that the axes multiply to ``n_devices``.
@@ -44,7 +57,7 @@ class MeshConfig:
         Raises:
           ConfigError: no such number exists.
         """
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes()
         fixed = math.prod(n for n in sizes.values() if n != -1)
         shape = " x ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all axes 1"
         for axis, size in sizes.items():
@@ -62,6 +75,21 @@ class MeshConfig:
             )
         return self
 
+    def across_slices(self) -> dict[str, int]:
+        """How many slices each axis spans, for a mesh without -1. They multiply to ``slices``.
+
+        Raises:
+          ConfigError: replica and fsdp together cannot be cut into so many equal parts.
+        """
+        replica = math.gcd(self.replica, self.slices)
+        fsdp = self.slices // replica
+        if self.fsdp % fsdp:
+            raise ConfigError(
+                f"mesh: {self.slices} slices do not divide replica={self.replica} x fsdp={self.fsdp}; make "
+                f"replica a multiple of {self.slices}, the other axes stay within a slice"
+            )
+        return dict.fromkeys(AXES, 1) | {"replica": replica, "fsdp": fsdp}
+
 
 def make_mesh(config: MeshConfig, devices: "Sequence[jax.Device] | None" = None) -> "jax.sharding.Mesh":
     """A mesh over all devices with the axes ``AXES``, in which the compiler places what is not constrained.
@@ -71,15 +99,53 @@ def make_mesh(config: MeshConfig, devices: "Sequence[jax.Device] | None" = None)
       devices: by default all devices of all processes.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, or TPU slices are not those of ``mesh.slices``.
     """
     import jax
 
     devices = list(jax.devices() if devices is None else devices)
     filled = config.fill(len(devices))
-    return jax.make_mesh(
-        tuple(getattr(filled, axis) for axis in AXES),
-        AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-        devices=devices,
-    )
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    check_slices(config.slices, devices)
+    if filled.slices == 1:
+        return jax.make_mesh(tuple(filled.sizes().values()), AXES, axis_types=types, devices=devices)
+    return jax.sharding.Mesh(arrange(filled, devices), AXES, axis_types=types)
+
+
+def check_slices(slices: int, devices: "Sequence[jax.Device]") -> None:
+    """Refuses TPU slices that the mesh does not know of: its fast axes would run over slow links.
+
+    Raises:
+      ConfigError: there are several, and not ``slices``.
+    """
+    if devices[0].platform != "tpu":
+        return
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found > 1 and found != slices:
+        raise ConfigError(f"mesh.slices is {slices} and the TPU devices come in {found} slices; set it to {found}")
+
+
+def arrange(config: MeshConfig, devices: "Sequence[jax.Device]") -> "np.ndarray":
+    """Devices in the shape of the mesh, those of a slice next to each other on every axis.
+
+    Args:
+      config: without -1.
+      devices: with ``slice_index`` they are taken by it; else ``slices`` equal groups in their order, which on several
+        hosts is that of the hosts.
+
+    Returns:
+      An array of devices; on an axis that spans slices, the slice is the slower index.
+    """
+    import numpy as np
+    from jax.experimental import mesh_utils
+
+    across = config.across_slices()
+    within = {axis: size // across[axis] for axis, size in config.sizes().items()}
+    shape, outer = tuple(within.values()), tuple(across.values())
+    if len({getattr(device, "slice_index", None) for device in devices}) == config.slices:
+        return mesh_utils.create_hybrid_device_mesh(shape, outer, devices)
+    groups = np.asarray(devices, dtype=object).reshape(config.slices, -1)
+    slices = np.stack([mesh_utils.create_device_mesh(shape, list(group)) for group in groups])
+    # (outer axes, inner axes) -> outer 0, inner 0, outer 1, inner 1, ... -> one axis each
+    pairs = slices.reshape(*outer, *shape).transpose([i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))])
+    return pairs.reshape(tuple(config.sizes().values()))

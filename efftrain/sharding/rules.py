@@ -163,11 +163,23 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     Raises:
       ConfigError: see ``ShardingRules.resolve``.
     """
+    spec = activation_spec(x.shape, *logical_axes)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def activation_spec(shape: tuple[int, ...], *logical_axes: str | None) -> PartitionSpec | None:
+    """Where ``constrain`` puts an activation of this shape; None where it does nothing. Errors: as there."""
     mesh = _current_mesh()
     if mesh is None:
-        return x
-    name = f"activation ({', '.join(map(str, logical_axes))}) of shape {x.shape}"
-    return jax.lax.with_sharding_constraint(x, _rules.get().resolve(logical_axes, x.shape, mesh, name=name))
+        return None
+    name = f"activation ({', '.join(map(str, logical_axes))}) of shape {tuple(shape)}"
+    return _rules.get().resolve(logical_axes, shape, mesh, name=name)
+
+
+def activation_axes(logical: str) -> tuple[str, ...]:
+    """The mesh axes that split an activation's dimension of this name; () where ``constrain`` does nothing."""
+    mesh = _current_mesh()
+    return () if mesh is None else _rules.get().split(logical, mesh, f"activation ({logical})")
 
 
 def shard_count(*logical_axes: str | None) -> int:

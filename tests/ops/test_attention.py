@@ -43,7 +43,7 @@ def naive(q, k, v, segments=None, window=None):
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_each_token_attends_to_what_it_may_see(kv_heads, segments, window):
     q, k, v = draw(kv_heads=kv_heads)
-    out = attend(q, k, v, segments_bt=segments, window=window)
+    out = attend(q, k, v, segments_bs=segments, window=window)
     np.testing.assert_allclose(out, naive(q, k, v, segments, window), atol=2e-6)
 
 
@@ -52,7 +52,7 @@ def test_the_number_of_blocks_changes_nothing(n_blocks):
     """7 tokens: no number of blocks but 1 divides them; 40 blocks are more than there are tokens."""
     q, k, v = draw(length=7)
     segments = SEGMENTS[:, :7]
-    out = attend(q, k, v, segments_bt=segments, window=3, n_blocks=n_blocks)
+    out = attend(q, k, v, segments_bs=segments, window=3, n_blocks=n_blocks)
     np.testing.assert_allclose(out, naive(q, k, v, segments, window=3), atol=2e-6)
 
 
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_plain_formula(window, n_blocks):
         return (jnp.einsum("bhts,bshd->bthd", weights, v.repeat(2, axis=2)) * direction).sum()
 
     def blocked(q, k, v):
-        out = causal_attention(q, k, v, segments_bt=SEGMENTS, window=window, n_blocks=n_blocks)
+        out = causal_attention(q, k, v, segments_bs=SEGMENTS, window=window, n_blocks=n_blocks)
         return (out * direction).sum()
 
     chex.assert_trees_all_close(*(jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (blocked, plain)), atol=3e-6)
@@ -102,7 +102,7 @@ def test_a_document_never_moves_another_in_its_row(n_blocks):
     q, k, v = draw()
     changed = SEGMENTS == 2
     elsewhere = [jnp.where(changed[..., None, None], a + 7, a) for a in (q, k, v)]
-    before, after = (attend(*qkv, segments_bt=SEGMENTS, n_blocks=n_blocks) for qkv in ((q, k, v), elsewhere))
+    before, after = (attend(*qkv, segments_bs=SEGMENTS, n_blocks=n_blocks) for qkv in ((q, k, v), elsewhere))
     chex.assert_trees_all_equal(before[~changed], after[~changed])
     assert jnp.abs(before - after)[changed].min(axis=-1).max() > 1  # the change did reach document 2
 
@@ -110,7 +110,7 @@ def test_a_document_never_moves_another_in_its_row(n_blocks):
 @pytest.mark.parametrize("n_blocks", [1, 4])
 def test_no_gradient_crosses_a_document_boundary(n_blocks):
     def outputs_of_document_2(q, k, v):
-        out = causal_attention(q, k, v, segments_bt=SEGMENTS, n_blocks=n_blocks)
+        out = causal_attention(q, k, v, segments_bs=SEGMENTS, n_blocks=n_blocks)
         return (out[SEGMENTS == 2] ** 2).sum()
 
     for gradient in jax.jit(jax.grad(outputs_of_document_2, (0, 1, 2)))(*draw()):

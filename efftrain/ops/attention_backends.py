@@ -1,0 +1,172 @@
+"""One attention, several kernels: chosen by the platform of the mesh, and compared with the reference before use."""
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from efftrain.errors import ConfigError
+from efftrain.ops.attention import causal_attention
+from efftrain.ops.attention_cudnn import cudnn_attention, refusal
+from efftrain.ops.attention_splash import splash_attention
+
+Backend = Literal["auto", "xla", "splash", "cudnn"]
+PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # where each kernel runs; xla runs everywhere
+
+
+def attention(
+    q_bthd: Array,
+    k_bskd: Array,
+    v_bskd: Array,
+    *,
+    segments_bs: Array | None = None,
+    window: int | None = None,
+    backend: Backend = "auto",
+    n_blocks: int = 4,
+) -> Array:
+    """Softmax attention of each token to itself and earlier tokens of its segment, by the kernel that is asked for.
+
+    Operates on what one device has. On a mesh, ``efftrain.sharding.context`` calls it for each device's part.
+
+    Args:
+      q_bthd: (batch, t, heads, d_head), the last t of the s tokens.
+      k_bskd: (batch, s, kv_heads, d_head); heads is a multiple of kv_heads.
+      v_bskd: like k.
+      segments_bs: (batch, s) integers. None: one segment a row.
+      window: how many tokens back a token sees, itself included. None: all.
+      backend: "auto": see ``choose_backend``. "xla": query blocks in plain JAX. "splash": the Pallas kernel for TPU,
+        interpreted on CPU (slow, for tests). "cudnn": cuDNN's flash kernels.
+      n_blocks: of "xla".
+
+    Returns:
+      (batch, t, heads, d_head) in q's dtype; scores and sums are float32.
+
+    Raises:
+      ConfigError: the backend cannot do this, or is not right on this device.
+    """
+    backend = choose_backend(backend, q_bthd.dtype, q_bthd.shape[-1], q_bthd.shape[1])
+    kernel = _kernel(backend, platform(), n_blocks)
+    return kernel(q_bthd, k_bskd, v_bskd, segments_bs=segments_bs, window=window)
+
+
+def _kernel(backend: Backend, platform: str, n_blocks: int = 4) -> Callable[..., Array]:
+    if backend == "splash":
+        return functools.partial(splash_attention, interpret=platform != "tpu")
+    return cudnn_attention if backend == "cudnn" else functools.partial(causal_attention, n_blocks=n_blocks)
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the devices of the current mesh, attached or not; without a mesh, JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.config.jax_default_device
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
+def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Backend:
+    """The kernel that ``attention`` runs: never "auto".
+
+    A kernel is checked once a process, on the first use, where a device of its platform is attached (compiling for a
+    topology that is not here checks nothing).
+
+    Args:
+      backend: "auto" takes splash on TPU, cuDNN on GPU where it can do the type, the head and the row, else xla; one
+        that fails its check is left with a warning. Several processes must agree, so there it is an error.
+      dtype: of the queries.
+      d_head: size of a head.
+      length: of a device's queries.
+
+    Raises:
+      ConfigError: an unknown name, a kernel of another platform, or one that failed its check.
+    """
+    if backend not in get_args(Backend):
+        names = ", ".join(map(repr, get_args(Backend)))
+        raise ConfigError(f"attention.backend is {backend!r}; use one of {names}")
+    if backend == "xla":
+        return backend
+    here = platform()
+    if backend != "auto" and here != PLATFORM[backend] and (backend, here) != ("splash", "cpu"):
+        raise ConfigError(
+            f"attention.backend is {backend!r}, which needs a {PLATFORM[backend].upper()}, and the devices are {here}; "
+            "use 'auto'"
+        )
+    if backend != "auto":
+        if reason := _failure(backend, here):
+            raise ConfigError(f"{reason}; use attention.backend 'xla', or another jax")
+        return backend
+    chosen = next((name for name, where in PLATFORM.items() if where == here), "xla")
+    # Whether the row has segments is the caller's to change; the rule is the same for both.
+    if chosen == "cudnn" and refusal(dtype, d_head, length, length, masked=True):
+        return "xla"
+    if chosen == "xla" or not (reason := _failure(chosen, here)):
+        return chosen
+    if jax.process_count() > 1:
+        raise ConfigError(f"{reason}; set attention.backend to 'xla', so that all processes agree")
+    warnings.warn(f"{reason}; attention.backend 'auto' takes 'xla', which is slower", stacklevel=2)
+    return "xla"
+
+
+@functools.cache
+def _failure(backend: str, platform: str) -> str | None:
+    """What is wrong with a kernel on the attached device, as a sentence without its end; None if nothing is."""
+    try:
+        device = jax.local_devices(backend=platform)[0]
+    except RuntimeError:
+        return None  # not attached: the program is only compiled
+    found: list[str | None] = []
+
+    def run() -> None:
+        try:
+            found.append(difference(backend, device))
+        except Exception as error:  # whatever a kernel or its compiler raises is the answer
+            found.append(f"attention.backend {backend!r} does not run on {device.device_kind}: {error}".split("\n")[0])
+
+    # A thread of its own knows nothing of the mesh and the trace from which the first use comes.
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def difference(backend: Backend, device: jax.Device) -> str | None:
+    """Compares a kernel with float32 on a small packed input with a window and grouped heads, gradients too.
+
+    Returns:
+      A sentence without its end where they differ by more than bfloat16 rounds; None where they agree.
+    """
+    rng = np.random.default_rng(0)
+    length, heads, kv_heads, d_head = 256, 4, 2, 64
+    shapes = [(2, length, n, d_head) for n in (heads, kv_heads, kv_heads, heads)]
+    *qkv, direction = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    segments = (np.arange(length) >= rng.integers(1, length, (2, 3, 1))).sum(1).astype(np.int32)
+
+    def results(attend, qkv, segments, window):
+        def weighted(q, k, v):
+            out = attend(q, k, v, segments_bs=segments, window=window)
+            return (out.astype(jnp.float32) * direction).sum(), out
+
+        (_, out), gradients = jax.value_and_grad(weighted, (0, 1, 2), has_aux=True)(*qkv)
+        return out, *gradients
+
+    with jax.default_device(device):
+        names = ("output", "gradient of q", "gradient of k", "gradient of v")
+        rounded = [jnp.asarray(a, jnp.bfloat16) for a in qkv]
+        for name, ids, window in (("segments and a window", segments, 33), ("whole rows", None, None)):
+            run = jax.jit(results, static_argnums=(0, 3))
+            with jax.default_matmul_precision("highest"):
+                truth = run(causal_attention, [a.astype(jnp.float32) for a in rounded], ids, window)
+            tried = run(_kernel(backend, device.platform), rounded, ids, window)
+            for what, a, b in zip(names, tried, truth, strict=True):
+                error = np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
+                if not error < 0.03:
+                    return (
+                        f"attention.backend {backend!r} gives another {what} than the reference for {name} on "
+                        f"{device.device_kind} (relative error {error:.2g})"
+                    )
+    return None

@@ -1,0 +1,69 @@
+"""Attention by cuDNN's flash kernels, for NVIDIA GPUs: not run here, no GPU was at hand (tests marked ``gpu``)."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efftrain.errors import ConfigError
+
+DTYPES = ("bfloat16", "float16")
+
+
+def cudnn_attention(
+    q_bthd: Array, k_bskd: Array, v_bskd: Array, *, segments_bs: Array | None = None, window: int | None = None
+) -> Array:
+    """What ``causal_attention`` computes, forward and backward, without keeping scores.
+
+    JAX's wrapper takes no segment ids. Segments go in as an explicit mask (batch, 1, t, s), which becomes an additive
+    bias in q's dtype: right, and of quadratic memory, once for all heads; no block below the diagonal is skipped.
+    Without segments and with t = s the mask is cuDNN's own and costs no memory.
+
+    Args:
+      q_bthd: (batch, t, heads, d_head) bfloat16 or float16, the last t of the s tokens; d_head a multiple of 8, at most
+        256 (128 before Hopper).
+      k_bskd: (batch, s, kv_heads, d_head); heads is a multiple of kv_heads.
+      v_bskd: like k.
+      segments_bs: (batch, s) integers; t and s are then even. None: one segment a row.
+      window: how many tokens back a token sees, itself included. None: all.
+
+    Returns:
+      (batch, t, heads, d_head) in q's dtype.
+
+    Raises:
+      ConfigError: what cuDNN cannot do.
+    """
+    t, s = q_bthd.shape[1], k_bskd.shape[1]
+    masked = segments_bs is not None or t != s
+    if reason := refusal(q_bthd.dtype, q_bthd.shape[-1], t, s, masked=masked):
+        raise ConfigError(f"attention.backend 'cudnn' {reason}")
+    if not masked:
+        # The pair is (how many before, how many behind); cuDNN's own window counts the token itself.
+        local = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q_bthd, k_bskd, v_bskd, is_causal=True, local_window_size=local, implementation="cudnn"
+        )
+    mask = explicit_mask(t, s, segments_bs, window)
+    # The mask says it already; cuDNN skips what lies above its own diagonal, which starts at the first key.
+    return jax.nn.dot_product_attention(q_bthd, k_bskd, v_bskd, mask=mask, is_causal=t == s, implementation="cudnn")
+
+
+def explicit_mask(t: int, s: int, segments_bs: Array | None, window: int | None) -> Array:
+    """(batch or 1, 1, t, s) bool: what each of the last t of s tokens sees."""
+    query, key = jnp.arange(s - t, s)[:, None], jnp.arange(s)
+    mask = key <= query
+    if window is not None:
+        mask &= query - key < window
+    if segments_bs is None:
+        return mask[None, None]
+    return (mask & (segments_bs[:, s - t :, None] == segments_bs[:, None]))[:, None]
+
+
+def refusal(dtype: jnp.dtype, d_head: int, t: int, s: int, *, masked: bool) -> str | None:
+    """Why cuDNN's kernels cannot do it, as the end of a sentence; None where they can."""
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"takes {' or '.join(DTYPES)} and the model computes in {jnp.dtype(dtype).name}; set model.dtype"
+    if d_head % 8 or d_head > 256:
+        return f"takes heads of at most 256 in multiples of 8 and attention.d_head is {d_head}; change it or use 'xla'"
+    if masked and (t % 2 or s % 2):
+        return f"takes segments in rows of even length and the row has {s} tokens; add one or use 'xla'"
+    return None

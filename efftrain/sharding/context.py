@@ -1,0 +1,117 @@
+"""Context parallelism: attention over rows whose tokens are split over devices, and kernels on each device's part.
+
+Each device keeps its queries and fetches the keys and values before them, which grouped heads make small. They come in
+the order of the row and end with the device's own, so that all devices run one program: the queries are always those
+of the last tokens, and what lies before the row is in a segment that no query has. (The other way, to rotate keys and
+values in a ring and to merge partial softmaxes, Liu et al. 2023, needs less memory and cannot use kernels as they are.)
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from efftrain.sharding.rules import activation_axes, activation_spec, shard_count
+
+BEFORE_THE_ROW = np.iinfo(np.int32).min  # a segment that no token has
+
+
+def attend_on_mesh(
+    attend: Callable[..., Array],
+    q_bthd: Array,
+    k_btkd: Array,
+    v_btkd: Array,
+    segments_bt: Array | None,
+    *,
+    window: int | None,
+    per_device: bool,
+) -> Array:
+    """Causal self-attention of whole rows, whatever the mesh splits: rows, heads and tokens.
+
+    Args:
+      attend: (q_bthd, k_bskd, v_bskd, segments_bs=...) -> (batch, t, heads, d_head) on one device, where the queries
+        are the last t of s tokens.
+      q_bthd: (batch, length, heads, d_head).
+      k_btkd: (batch, length, kv_heads, d_head).
+      v_btkd: like k.
+      segments_bt: (batch, length) integers. None: one segment a row.
+      window: that ``attend`` applies; keys that no query of a device sees are not fetched.
+      per_device: ``attend`` is a kernel that the compiler cannot divide: call it on each device even where rows and
+        heads alone are split.
+
+    Raises:
+      ConfigError: a dimension that the mesh cannot split, see ``ShardingRules.resolve``.
+    """
+    context = activation_axes("length")
+    q_spec = activation_spec(q_bthd.shape, "batch", "length", "heads", None)
+    if q_spec is None or not (context or per_device):
+        return attend(q_bthd, k_btkd, v_btkd, segments_bs=segments_bt)
+    k_btkd, v_btkd = (_one_for_each_shard(a) for a in (k_btkd, v_btkd))
+    k_spec = activation_spec(k_btkd.shape, "batch", "length", "heads", None)
+    if context and segments_bt is None:
+        segments_bt = jnp.zeros(q_bthd.shape[:2], jnp.int32)
+    arrays, specs = [q_bthd, k_btkd, v_btkd], [q_spec, k_spec, k_spec]
+    if segments_bt is not None:
+        arrays.append(segments_bt.astype(jnp.int32))
+        specs.append(activation_spec(segments_bt.shape, "batch", "length"))
+
+    def on_one_device(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
+        if context:
+            with jax.named_scope("context"):
+                k, v, segments = fetch_earlier(k, v, segments, context, window)
+        return attend(q, k, v, segments_bs=segments)
+
+    specs = [_over_all_axes(spec) for spec in specs]
+    # Kernels do not say how their results vary over the mesh, so this cannot be checked (check_vma).
+    return jax.shard_map(on_one_device, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def fetch_earlier(
+    k_btkd: Array, v_btkd: Array, segments_bt: Array, axes: tuple[str, ...], window: int | None
+) -> tuple[Array, Array, Array]:
+    """Inside ``shard_map``: keys, values and segments of the tokens before a device's own, and then its own.
+
+    Returns:
+      (batch, s, ...) each; s is the same on all devices, the length of the row or what the window reaches. What would
+      lie before the row has the segment ``BEFORE_THE_ROW``.
+    """
+    n, length = jax.lax.axis_size(axes), k_btkd.shape[1]
+    index = jax.lax.axis_index(axes)
+    hops = n - 1 if window is None else min(n - 1, -(-(window - 1) // length))
+    chunk = index + jnp.arange(-hops, 1)  # which parts of the row, in their order; negative: before it
+
+    def fetch(a: Array) -> Array:
+        if hops == n - 1:  # everything: one collective, which runs both ways round the ring
+            return jnp.take(jax.lax.all_gather(a, axes), chunk % n, axis=0)
+        parts = [a]
+        for _ in range(hops):
+            parts.append(jax.lax.ppermute(parts[-1], axes, [(i, i + 1) for i in range(n - 1)]))
+        return jnp.stack(parts[::-1])
+
+    def join(parts: Array) -> Array:
+        return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], -1, *parts.shape[3:])
+
+    segments = jnp.where(chunk[:, None, None] < 0, BEFORE_THE_ROW, fetch(segments_bt))
+    return join(fetch(k_btkd)), join(fetch(v_btkd)), join(segments)
+
+
+def _over_all_axes(spec: PartitionSpec) -> PartitionSpec:
+    """The spec with the mesh axes of size 1 on the first dimension: gradients are summed over axes that it lacks."""
+    single = [axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1]
+    first, *rest = spec or (None,)
+    named = [first] if isinstance(first, str) else list(first or ())
+    return PartitionSpec((*named, *single), *rest)
+
+
+def _one_for_each_shard(a_btkd: Array) -> Array:
+    """Repeats key and value heads where the mesh splits the query heads more often than there are of them.
+
+    Without a copy where ``kv_heads`` is kept whole, as each device then has all of them.
+    """
+    kv_heads = a_btkd.shape[2]
+    shards = shard_count("heads")
+    return jnp.repeat(a_btkd, math.lcm(kv_heads, shards) // kv_heads, axis=2) if kv_heads % shards else a_btkd
