@@ -1,8 +1,10 @@
 """What turns a file of named configurations into a command: ``main(recipe_cli(configs))``."""
 
 import contextlib
+import hashlib
 import importlib.util
 import os
+import platform
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,8 @@ Config = TypeVar("Config")
 # glibc then asks for huge pages. XLA on CPU allocates and frees its temporaries each step, and the page faults cost up
 # to 20 % of a training step. It is read when a process starts, so it cannot be set from inside.
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+JAX_CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None) -> Config:
@@ -51,6 +55,7 @@ def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None)
             prog=f"python {sys.argv[0]} {name}",
             config=(tyro.conf.AvoidSubcommands,),
         )
+    use_compilation_cache()
     restart_with_huge_pages()
     return config
 
@@ -74,6 +79,40 @@ def exit_cleanly() -> Iterator[None]:
 def fail(error: EfftrainError) -> None:
     console.print(f"error: {error}", style="red", markup=False)
     raise SystemExit(2)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs for the next process, in ``compilation_cache()``; before the first one is compiled.
+
+    ``EFFTRAIN_CACHE=off`` prevents it; a folder that JAX was given (``JAX_COMPILATION_CACHE_DIR``) stays.
+    """
+    jax = sys.modules.get("jax")  # whoever has not imported it yet will read the environment
+    if os.environ.get("EFFTRAIN_CACHE") == "off" or JAX_CACHE in os.environ:
+        return
+    if jax is not None and jax.config.jax_compilation_cache_dir:
+        return
+    folder = compilation_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written to: everything works, and is compiled each time
+    os.environ[JAX_CACHE] = str(folder)
+    if jax is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def compilation_cache() -> Path:
+    """The folder of this user's compiled programs for this kind of machine.
+
+    Programs for the CPU use its instructions, and JAX's key does not hold them for certain: a home that is shared by
+    unlike machines needs a folder for each kind.
+    """
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])
+    kind = hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return base / "efftrain" / "xla" / f"{platform.machine()}-{kind}"
 
 
 def restart_with_huge_pages() -> None:

@@ -5,14 +5,17 @@
     python recipes/dense.py gpu --corpus corpora/python --training.steps 5000
     python recipes/dense.py v5e-64 --corpus corpora/python          # on every worker of a TPU slice
 
+Of several processes (``sharding.hosts``) each feeds its part of the batches, and the first one writes the run.
+
 Measured, cpu: 1.788 bits per byte on validation (427 batches), 3,050 tokens/s at the median step, 1.25 GB peak memory;
 one run on two cores of an AMD EPYC, beside other work. gpu, v5e-64: not measured.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
+from flax import nnx
 
 from efftrain import data
 from efftrain.measure.evaluate import Evaluator
@@ -24,9 +27,10 @@ from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
+from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.loop import Training, fit
-from efftrain.train.objective import next_token_loss
+from efftrain.train.loop import Training, batch_part, fit
+from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.run import Run
 
@@ -106,9 +110,16 @@ v5e_64 = replace(  # about 1B parameters
 configs = {"cpu": cpu, "gpu": gpu, "v5e-64": v5e_64}
 
 
+def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective]:
+    """The model and what is minimised: what ``fit`` trains, and what ``efftrain aot`` compiles."""
+    return lambda rngs: Decoder(config.model, rngs=rngs), next_token_loss
+
+
 def main(config: Config) -> Scorecard:
-    corpus = data.open(config.corpus)
-    corpus.check_model(config.model.vocab_size)
+    hosts.connect()
+    with hosts.together():
+        corpus = data.open(config.corpus)
+        corpus.check_model(config.model.vocab_size)
     run = Run(config.out, config)
     training = config.training
 
@@ -120,12 +131,12 @@ def main(config: Config) -> Scorecard:
     )
     data.show_mixture(loader, training.tokens)
     held_out = replace(loader, split="validation", shuffle=False, repeat=False)
-    evaluator = Evaluator(lambda: data.batches(held_out, verify=False), corpus.token_bytes())
+    part = batch_part(training)
+    evaluator = Evaluator(lambda: data.batches(held_out, *part, verify=False), corpus.token_bytes())
 
     fitted = fit(
-        lambda rngs: Decoder(config.model, rngs=rngs),
-        next_token_loss,
-        data.batches(loader, jax.process_index(), jax.process_count(), verify=False),
+        *program(config),
+        data.batches(loader, *part, verify=False),
         training,
         run,
         evaluate=evaluator,
@@ -138,9 +149,10 @@ def main(config: Config) -> Scorecard:
         quality=fitted.evaluation,
         training_tokens=training.tokens,
         training_figures=fitted.figures,
-        checkpoint=run.path / "checkpoints" / str(training.steps),
+        checkpoint=run.checkpoints / str(training.steps),
     )
-    card.write(run.path / FILE_NAME)
+    if hosts.process_index() == 0:
+        card.write(run.path / FILE_NAME)
     console.print(table([card]))
     return card
 

@@ -82,9 +82,7 @@ class Evaluator:
 
 
 @partial(jax.jit, static_argnums=0)
-def batch_nats(
-    graph: nnx.GraphDef, state: nnx.State, batch: Batch, token_bytes: Array
-) -> tuple[Array, Array, Array]:
+def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, token_bytes: Array) -> tuple[Array, Array, Array]:
     """Of a batch's counted targets: the sum of their nats, () float32; their number and their bytes, () int32."""
     nats = next_token_loss(nnx.merge(graph, state), batch, jax.random.key(0))[2]["loss"][0]
     n_bytes = jnp.where(batch["mask"], token_bytes[batch["targets"]], 0).sum()
@@ -97,10 +95,9 @@ def _place(batch: NumpyBatch) -> Batch:
         return dict(batch)
     spec = PartitionSpec(activation_axes("batch") or None, activation_axes("length") or None)
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (None, rows.shape[1]))
-        for name, rows in batch.items()
-    }
+    n_rows, length = batch["targets"].shape
+    shape = n_rows * hosts.part_of_rows(sharding, (sharding.mesh.size, length))[1], length
+    return {name: jax.make_array_from_process_local_data(sharding, rows, shape) for name, rows in batch.items()}
 
 
 def _show(batches: Iterable[NumpyBatch], total: int | None) -> Iterator[NumpyBatch]:

@@ -13,6 +13,7 @@ from efftrain.measure.parameters import cache_bytes_per_token, count_parameters,
 from efftrain.measure.scorecard import Figure, Method, Scorecard, not_measured
 from efftrain.models.decoder import Decoder
 from efftrain.progress import Progress
+from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
 from efftrain.train.run import environment
 
@@ -120,7 +121,9 @@ def _training(given: Mapping[str, float], training_tokens: int | None) -> dict[s
         "step_s_p95": ("step_s_p95", "s", ""),
         "input_wait_share": ("input_wait_share", "share", "of the step time"),
         "mfu": ("mfu", "share", "model FLOPs of the dense bf16 peak"),
-        "compile_s": ("compile_s", "s", "training step"),
+        "checkpoint_share": ("checkpoint_share", "share", "of the loop's wall time that it waited for a checkpoint"),
+        "evaluation_share": ("evaluation_share", "share", "of the loop's wall time"),
+        "compile_s": ("compile_s", "s", _compiled(given)),
     }
     reasons = {"mfu": _why_no_mfu()} if "step_s_p50" in given else {}
     tokens = (
@@ -136,6 +139,10 @@ def _training(given: Mapping[str, float], training_tokens: int | None) -> dict[s
     }
 
 
+def _compiled(given: Mapping[str, float]) -> str:
+    return "training step" + (", loaded from the compilation cache" if given.get("compile_cached") else "")
+
+
 def _why_no_mfu() -> str:
     kind = jax.devices()[0].device_kind
     return "fit was not given flops_per_token" if find_chip(kind) else f"the peak FLOP/s of this {kind} is not known"
@@ -143,6 +150,13 @@ def _why_no_mfu() -> str:
 
 def _latencies(model: Decoder, prompt_length: int, n_new: int, rounds: int) -> dict[str, Figure]:
     reading, drawing = {}, {}
+    if (n := hosts.process_count()) > 1:
+        why = f"the model is spread over {n} processes; load the run in one and measure it there"
+        return {
+            f"{name}_b{batch}": not_measured(unit, why)
+            for name, unit in (("prefill_s", "s"), ("decode_s_per_token", "s/token"))
+            for batch in LATENCY_BATCHES
+        }
     with Progress("latency", len(LATENCY_BATCHES), unit="batch sizes") as progress:
         for batch in LATENCY_BATCHES:
             progress.note(f"batch {batch}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax import Array
 
 from efftrain.config import difference, digest
 from efftrain.errors import RunError
 from efftrain.progress import console
+from efftrain.sharding import hosts
 
 # Orbax reports each save in ten lines, and each failure once a thread before it raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -28,22 +29,44 @@ class Checkpoints:
     without the classes that made it, and onto any mesh. Beside it stand a fingerprint of each array and of the data
     iterator's state: Orbax does not notice when the bytes of an array change on disk.
 
+    Of several processes each writes and reads the shards of its own devices, in one folder that all of them see.
+
     Args:
-      directory: where they are.
+      directory: where they are; a path, or a URL that etils knows (gs://bucket/folder).
       keep: so many of the newest stay. None: all.
+      keep_every: those whose step is a multiple of it stay too.
       read_only: nothing is made, tidied or deleted: another process may be writing here.
+
+    Raises:
+      RunError: the folder cannot be written to by one of the processes, or is not the same one for all.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None = None, read_only: bool = False):
-        self.directory = Path(directory).absolute()
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        read_only: bool = False,
+    ):
+        place = epath.Path(directory)
+        self.directory = place if "://" in str(directory) else Path(directory).absolute()
+        if not read_only:
+            _check_writable(epath.Path(self.directory))
+        several = hosts.process_count() > 1
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
+                keep_period=keep_every,
                 enable_async_checkpointing=True,
                 read_only=read_only,
-                create=not read_only,
+                create=False,
                 cleanup_tmp_directories=not read_only,  # left by a process that was killed while it saved
+                # With names, Orbax lets them meet at the coordinator, where a wait has an end, and not on the devices.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(hosts.process_count())) if several else None
+                ),
             ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(),
@@ -157,11 +180,18 @@ class Checkpoints:
         return dict(self._manager.item_metadata(step)["state"].tree)
 
     def _read(self, step: int, wanted: dict[str, Any], *, partial: bool = False) -> tuple[dict[str, Any], Any]:
+        with _all_or_none():
+            restored = self._restore(step, wanted, partial=partial)
+        data = restored["data"]
+        _check_unaltered(restored["state"], data["fingerprints"], data["iterator"], data["iterator_digest"])
+        return restored["state"], data["iterator"]
+
+    def _restore(self, step: int, wanted: dict[str, Any], *, partial: bool) -> Any:
         saved = self._saved_shapes(step)
         if partial:
             saved = {name: saved[name] for name in wanted if name in saved}
         _check_same(self.directory / str(step), saved, wanted)
-        restored = self._manager.restore(
+        return self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
@@ -172,16 +202,15 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        data = restored["data"]
-        _check_unaltered(restored["state"], data["fingerprints"], data["iterator"], data["iterator_digest"])
-        return restored["state"], data["iterator"]
 
     def _set_aside(self, step: int) -> None:
-        target = self.directory.with_name("damaged") / str(step)
-        if jax.process_index() == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(target)
+        target = epath.Path(self.directory).parent / "damaged" / str(step)
+        with hosts.together():
+            if hosts.process_index() == 0:
+                if target.exists():
+                    target.rmtree()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (epath.Path(self.directory) / str(step)).rename(target)
         self._manager.reload()
 
     @contextlib.contextmanager
@@ -195,6 +224,58 @@ class Checkpoints:
                 f"cannot write a checkpoint to {self.directory} ({_first_line(error)}); free the disk, then the same "
                 "command continues from the newest complete checkpoint"
             ) from error
+
+
+def _check_writable(directory: epath.Path) -> None:
+    """Makes the folder; leaves nothing in it. The save would find out too, but hours later."""
+    probe, seen = directory / f".probe-{hosts.process_index()}", directory / ".probe-0"
+
+    def explain(error: BaseException) -> RunError:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        return RunError(
+            f"cannot write a checkpoint to {directory} ({reason}); free the disk, mend its permissions or choose "
+            "another --out or --training.checkpoints"
+        )
+
+    with hosts.together():
+        try:
+            if hosts.process_index() == 0:
+                directory.mkdir(parents=True, exist_ok=True)
+                probe.write_text("written at the start, to see whether it can be")
+        except Exception as error:  # a bucket's client has its own classes
+            raise explain(error) from error
+    try:
+        with hosts.together():
+            if not seen.exists():
+                raise RunError(
+                    f"{directory} on process {hosts.process_index()} is not the folder of process 0; put checkpoints "
+                    "where all hosts see them: a shared disk, or a bucket with --training.checkpoints gs://..."
+                )
+            try:
+                if hosts.process_index():
+                    probe.write_text("")
+                    probe.unlink()
+            except Exception as error:
+                raise explain(error) from error
+    finally:
+        if hosts.process_index() == 0:
+            seen.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[None]:
+    """What fails on one process, fails on all: what follows is computed by all of them together."""
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    said = hosts.exchange("" if problem is None else _first_line(problem))
+    if problem is not None:
+        raise problem
+    for number, sentence in enumerate(said):
+        if sentence:
+            raise ValueError(f"process {number}: {sentence}")
 
 
 def flatten(state: Any) -> dict[str, Any]:

@@ -1,31 +1,37 @@
 """The loop: it feeds the step, writes metrics one step late, saves, and continues where a run stopped."""
 
-import time
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efftrain.errors import ConfigError
 from efftrain.progress import console
+from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
-from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
+from efftrain.sharding.peers import Peers
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.interruption import Interruption
-from efftrain.train.objective import Objective
-from efftrain.train.optimizers import AdamW, Muon, with_clipping
-from efftrain.train.recorder import Recorder, read_figures
+from efftrain.train.objective import Metrics, Objective
+from efftrain.train.optimizers import AdamW, Muon
+from efftrain.train.profile import Profiler, parse_steps
+from efftrain.train.program import Program, batch_sharding, make_program
+from efftrain.train.recorder import VOTES, Recorder, read_figures
 from efftrain.train.run import Run, read_metrics
 from efftrain.train.schedules import Cosine, WarmupStableDecay
-from efftrain.train.state import TrainState, init_state, merge_model, split_model
-from efftrain.train.step import make_step
+from efftrain.train.state import TrainState, merge_model
+from efftrain.train.step import Step
+from efftrain.train.supervise import report_checkpoint
 from efftrain.train.timing import Timing
+from efftrain.train.watchdog import Watchdog
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: everything is saved, the same command continues
 
@@ -56,7 +62,11 @@ class Training:
       eval_every: steps between evaluations. None: only at the end.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: the newest ones that stay.
+      keep_every: every checkpoint whose step is a multiple of this stays too. None: only the newest.
+      checkpoints: the folder of this run's checkpoints, also on a bucket (gs://bucket/run). None: in the run directory.
       mesh: how the devices are used.
+      profile: first and last step of a trace, such as 10:15, written to the run directory. None: no trace.
+      watchdog: when a run counts as hung.
     """
 
     steps: int
@@ -72,7 +82,11 @@ class Training:
     eval_every: int | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    checkpoints: str | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: str | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def __post_init__(self):
         names = ("steps", "batch_size", "length", "n_microbatches", "max_bad_steps", "checkpoint_every")
@@ -81,6 +95,11 @@ class Training:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
         if self.eval_every is not None and self.eval_every < 1:
             raise ConfigError(f"training.eval_every is {self.eval_every}; give at least 1, or None")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ConfigError(
+                f"training.keep_every is {self.keep_every}; give a multiple of checkpoint_every "
+                f"{self.checkpoint_every}, or None"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"training.clip_norm is {self.clip_norm}; give a positive number or None")
         if self.batch_size % self.n_microbatches:
@@ -90,6 +109,8 @@ class Training:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number between 0 and 1, or None")
+        if self.profile is not None:
+            parse_steps(self.profile, self.steps)
 
     @property
     def tokens(self) -> int:
@@ -139,70 +160,106 @@ def fit(
 
     Raises:
       RunError: ``max_bad_steps`` steps in a row were not finite, or the checkpoint is of another model.
-      SystemExit: with code 75 after SIGTERM or Ctrl-C, when everything is saved.
+      SystemExit: with code 75 after SIGTERM or Ctrl-C, when everything is saved. Of several processes, all save the
+        same step whichever of them got the signal; where one is lost, the others end (``sharding.peers``).
     """
     mesh = make_mesh(config.mesh, devices)
-    factor = config.schedule.build(config.steps)
-    optimizer = with_clipping(config.optimizer.build(factor), config.clip_norm)
-    graph = split_model(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
-    step = make_step(
-        graph,
-        objective,
-        optimizer,
-        n_microbatches=config.n_microbatches,
-        ema_decay=config.ema_decay,
-        learning_rate=lambda step: config.optimizer.peak_lr * factor(step),
-    )
-
-    def init() -> TrainState:
-        return init_state(build, optimizer, seed=config.seed, ema=config.ema_decay is not None)
+    program = make_program(build, objective, config)
+    if hosts.process_count() > 1:
+        program = replace(program, step=_with_votes(program.step))
 
     with (
+        Peers(),
         use(mesh, rules),
         Interruption() as interruption,
-        Checkpoints(run.path / "checkpoints", keep=config.keep_checkpoints) as checkpoints,
+        Checkpoints(run.checkpoints, keep=config.keep_checkpoints, keep_every=config.keep_every) as checkpoints,
     ):
-        state = _restore_or_init(init, checkpoints, batches, mesh, rules)
+        state = _restore_or_init(program, checkpoints, batches, mesh, rules)
         start = int(state.step)
+        report_checkpoint(start)
         if start == config.steps:
             console.print(f"{run.path} is trained already ({start} steps); nothing to do", markup=False)
-            return _fitted(graph, state, run)
+            return _fitted(program.graph, state, run)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None
-        with Recorder(run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps) as recorder:
+        chosen = config.profile and parse_steps(config.profile, config.steps)
+        with (
+            Recorder(run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps) as recorder,
+            config.watchdog.watch(timing, run.path),
+            Profiler(chosen, run.path / "profile", recorder, start=start) as profiler,
+        ):
             for number in range(start + 1, config.steps + 1):
-                asked = time.perf_counter()
-                batch = place(next(batches), config, mesh, rules)
-                wait_s = time.perf_counter() - asked
+                profiler.before(number)
+                with recorder.phase("input_wait"):
+                    batch = place(next(batches), config, mesh, rules) | _vote(interruption, mesh)
                 if compiled is None:
-                    recorder.progress.note("compiling")
-                    same = jax.tree.map(lambda array: array.sharding, state)  # or XLA may choose another for the result
-                    program = jax.jit(step, donate_argnums=0, out_shardings=(same, None))
-                    compiled = program.lower(state, batch).compile()
-                    recorder.compiled(compiled, time.perf_counter() - asked)
-                state, metrics = compiled(state, batch)
-                recorder.push(number, metrics, wait_s)  # reads the metrics of the step before: no waiting
+                    compiled = recorder.compile(program.jit(state), state, batch)
+                with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                    state, metrics = compiled(state, batch)
+                recorder.push(number, metrics)  # reads the metrics of the step before: no waiting
+                profiler.after(number)
 
-                last, asked_by = number == config.steps, interruption.asked  # a signal may come between two lines
+                last = number == config.steps
+                # Read once, as a signal may come between two lines; of several processes what all of them know.
+                asked_by = interruption.asked if hosts.process_count() == 1 else recorder.asked_before(number)
                 evaluate_now = evaluate and (last or (config.eval_every and number % config.eval_every == 0))
                 save_now = last or asked_by or number % config.checkpoint_every == 0
                 if evaluate_now or save_now:
                     recorder.flush()
                 if evaluate_now:
-                    recorder.write_evaluation(number, evaluate(merge_model(graph, state)))
+                    with recorder.phase("evaluation"):
+                        evaluation = evaluate(merge_model(program.graph, state))
+                    recorder.write_evaluation(number, evaluation)
                 if save_now:
-                    checkpoints.save(number, state, batches.get_state(), run.config)
+                    with recorder.phase("checkpoint"):
+                        checkpoints.save(number, state, batches.get_state(), run.config)
+                        if last or asked_by:
+                            checkpoints.wait()
                 if asked_by and not last:
-                    checkpoints.wait()
+                    report_checkpoint(number)
                     console.print(f"{asked_by}: saved step {number}; the same command continues from there")
                     raise SystemExit(EXIT_INTERRUPTED)
             recorder.write_figures()
-    return _fitted(graph, state, run)
+    return _fitted(program.graph, state, run)
 
 
 def _fitted(graph: nnx.GraphDef, state: TrainState, run: Run) -> Fitted:
-    last = [row for row in read_metrics(run.path, "validation") if row["step"] == int(state.step)]
-    return Fitted(model=merge_model(graph, state), figures=read_figures(run), evaluation=last[-1] if last else None)
+    def kept() -> dict[str, Any]:
+        rows = [row for row in read_metrics(run.path, "validation") if row["step"] == int(state.step)]
+        return {"figures": read_figures(run), "evaluation": rows[-1] if rows else None}
+
+    return Fitted(model=merge_model(graph, state), **hosts.from_first(kept))
+
+
+def batch_part(config: Training, rules: ShardingRules = DEFAULT_RULES) -> tuple[int, int]:
+    """Which part of each global batch this process feeds: (number, of how many), for ``data.batches``.
+
+    Processes whose devices hold the same rows (a tensor or context axis goes through them) feed the same part.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, or gives this process rows that do not lie together.
+    """
+    sharding = batch_sharding(config, make_mesh(config.mesh), rules)
+    return hosts.part_of_rows(sharding, (config.batch_size, config.length))
+
+
+def _vote(interruption: Interruption, mesh: Mesh) -> dict[str, jax.Array]:
+    """Whether a signal asked this process to stop, as a part of the batch: so all of them learn it at the same step."""
+    if hosts.process_count() == 1:
+        return {}
+    asked_by = interruption.asked  # read once: a signal may come between two looks
+    vote = hosts.process_index() * 256 + signal.Signals[asked_by] if asked_by else -1
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    votes = np.full(len(mesh.local_devices), vote, np.int32)
+    return {VOTES: jax.make_array_from_process_local_data(sharding, votes, (mesh.size,))}
+
+
+def _with_votes(step: Step) -> Step:
+    def voting(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state, {name: rows for name, rows in batch.items() if name != VOTES})
+        return state, metrics | {VOTES: (jnp.max(batch[VOTES]), 1)}
+
+    return voting
 
 
 def place(
@@ -210,8 +267,7 @@ def place(
 ) -> dict[str, jax.Array]:
     """This process's rows as parts of global arrays (batch_size, length), sharded over the mesh."""
     shape = (config.batch_size, config.length)
-    spec = rules.resolve(("batch", "length"), shape, mesh, name="training (batch_size, length)")
-    sharding = NamedSharding(mesh, spec)
+    sharding = batch_sharding(config, mesh, rules)
     return {name: jax.make_array_from_process_local_data(sharding, rows, shape) for name, rows in batch.items()}
 
 
@@ -222,17 +278,16 @@ def peak_flops(mesh: Mesh) -> float | None:
 
 
 def _restore_or_init(
-    init: Callable[[], TrainState],
+    program: Program,
     checkpoints: Checkpoints,
     batches: Batches,
     mesh: Mesh,
     rules: ShardingRules,
 ) -> TrainState:
-    abstract = jax.eval_shape(init)
-    shardings = state_shardings(abstract, mesh, rules)
-    found = checkpoints.restore(with_shardings(abstract, shardings))
+    abstract = program.abstract_state(mesh, rules)
+    found = checkpoints.restore(abstract)
     if found is None:
-        return jax.jit(init, out_shardings=shardings)()
+        return jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
     step, state, data_state = found
     batches.set_state(data_state)
     console.print(f"continuing from step {step}")

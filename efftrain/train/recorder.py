@@ -1,5 +1,8 @@
 """What a run shows and keeps of itself while it goes: progress, metrics, times."""
 
+import contextlib
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,15 +10,19 @@ import numpy as np
 
 from efftrain.errors import RunError
 from efftrain.progress import Progress
+from efftrain.sharding import hosts
 from efftrain.train.objective import Metrics
 from efftrain.train.run import MetricsLog, Run, read_json
 from efftrain.train.timing import Timing
 
 FIGURES = "training.json"
+VOTES = "votes"  # among the metrics of several processes: process * 256 + signal that asks it to stop, or -1
 
 
 class Recorder:
     """Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host.
+
+    Of several processes all read, and the first one writes.
 
     Args:
       run: where they are written.
@@ -27,7 +34,8 @@ class Recorder:
 
     def __init__(self, run: Run, timing: Timing, *, start: int, steps: int, max_bad_steps: int):
         self._run, self._timing, self._max_bad_steps = run, timing, max_bad_steps
-        self._log = MetricsLog(run.path, after_step=start)
+        self._log = MetricsLog(run.path, after_step=start) if hosts.process_index() == 0 else None
+        self._asked: tuple[int, str] | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._figures: dict[str, float] = {}
         self.progress = Progress("train", steps, unit="steps", initial=start)
@@ -38,12 +46,33 @@ class Recorder:
 
     def __exit__(self, *exception: Any) -> None:
         self.progress.__exit__(*exception)
-        self._log.close()
+        if self._log:
+            self._log.close()
 
-    def compiled(self, program: jax.stages.Compiled, seconds: float) -> None:
-        """Notes what compiling took and, where the platform says it, the memory that the program needs."""
-        self._figures["compile_s"] = seconds
-        memory = program.memory_analysis()
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens within counts as this phase (see ``Timing``), also in a profile."""
+        with self._timing.phase(name), jax.profiler.TraceAnnotation(name):
+            yield
+
+    def compile(self, program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
+        """Compiles for these arguments; notes what it took, whether it came from the cache of an earlier process, and,
+        where the platform says it, the memory that the program needs."""
+        self.progress.note("compiling")
+        events: list[str] = []
+
+        def note(event: str, **_: Any) -> None:
+            events.append(event)
+
+        with self.phase("compile"):
+            lowered = program.lower(*arguments)
+            jax.monitoring.register_event_listener(note)
+            try:
+                compiled = lowered.compile()
+            finally:
+                jax.monitoring.unregister_event_listener(note)
+        self._figures["compile_cached"] = float("/jax/compilation_cache/cache_hits" in events)
+        memory = compiled.memory_analysis()
         if memory is not None:
             self._figures["program_bytes"] = float(
                 memory.argument_size_in_bytes
@@ -51,16 +80,15 @@ class Recorder:
                 - memory.alias_size_in_bytes
                 + memory.temp_size_in_bytes
             )
+        return compiled
 
-    def push(self, number: int, metrics: Metrics, wait_s: float) -> None:
+    def push(self, number: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched, and writes those of the one before.
 
         Args:
           number: of the step.
           metrics: its (sum, count) pairs, on the device.
-          wait_s: how long the loop waited for its batch.
         """
-        self._timing.waited(wait_s)
         self._write_pending()
         self._pending = number, metrics
 
@@ -68,18 +96,25 @@ class Recorder:
         """Waits for the last step. It has no time: nothing was dispatched behind it; nor has what follows."""
         self._timing.interrupt()
         self._write_pending()
-        self._log.flush()
+        if self._log:
+            self._log.flush()
         self._timing.interrupt()
 
+    def asked_before(self, number: int) -> str | None:
+        """The signal that asked one of several processes to stop, and whose, known from the steps before this one: the
+        same on all, also where one of them has read further."""
+        return self._asked[1] if self._asked and self._asked[0] < number else None
+
     def write_evaluation(self, number: int, values: dict[str, float]) -> None:
-        self._log.write(number, values, split="validation")
-        self._log.flush()
+        if self._log:
+            self._log.write(number, values, split="validation")
+            self._log.flush()
         self.progress.print(f"step {number}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def write_figures(self) -> dict[str, float]:
         """Keeps the times of this process in the run, and returns them."""
         figures = self._figures | self._timing.figures()
-        if jax.process_index() == 0:
+        if hosts.process_index() == 0:
             self._run.write_json(FIGURES, figures)
         return figures
 
@@ -89,12 +124,16 @@ class Recorder:
         number, metrics = self._pending
         self._pending = None
         pairs = jax.device_get(metrics)
+        vote = int(pairs.pop(VOTES, (-1, 1))[0])
+        if vote >= 0 and self._asked is None:
+            self._asked = number, f"{signal.Signals(vote % 256).name} on process {vote // 256}"
         values = {name: float(total / count) if count else np.nan for name, (total, count) in pairs.items()}
         bad_steps = int(values.pop("bad_steps"))
         times = self._timing.step_arrived()
-        self._log.write(number, values | times)
+        if self._log:
+            self._log.write(number, values | times)
         self.progress.advance()
-        rate = f", {times['tokens_per_s']:,.0f} tokens/s" if times else ""
+        rate = f", {times['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in times else ""
         self.progress.note(f"loss {values['loss']:.4f}{rate}")
         if bad_steps >= self._max_bad_steps:
             raise RunError(

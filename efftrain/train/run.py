@@ -18,25 +18,42 @@ import jax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from efftrain.config import difference, from_json, to_json
+from efftrain.config import difference, digest, from_json, to_json
 from efftrain.errors import RunError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
+from efftrain.sharding import hosts
 
 # Fields that say how a run is carried out and not what it computes: they may change when it continues.
-OPERATIONAL = ("mesh", "checkpoint_every", "keep_checkpoints", "eval_every", "out")
+OPERATIONAL = (
+    *("mesh", "eval_every", "profile", "watchdog", "out"),
+    *("checkpoint_every", "keep_checkpoints", "keep_every", "checkpoints"),
+)
 
 
 class Run:
     """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/``, ...
 
+    Several processes are one run: the first of them writes.
+
+    Attributes:
+      checkpoints: the folder of the checkpoints: in the directory, or where the configuration says.
+
     Raises:
-      RunError: the directory holds a run of another configuration, or something that is not a run.
+      RunError: the directory holds a run of another configuration, or something that is not a run; the processes
+        differ in configuration, code or packages.
     """
 
     def __init__(self, path: Path | str, config: Any):
         self.path, self.config = Path(path), to_json(config)
+        self.checkpoints = checkpoint_directory(self.path, self.config)
+        hosts.agree({"configuration": self.config} | _code())
+        with hosts.together():
+            if hosts.process_index() == 0:
+                self._make()
+
+    def _make(self) -> None:
         if (self.path / "config.json").exists():
             self._check_same_config()
         elif self.path.is_dir() and any(p.suffix != ".incomplete" for p in self.path.iterdir()):
@@ -45,10 +62,9 @@ class Run:
             )
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
-                self.write_json("environment.json", environment())
-                self._copy_recipe()
+            self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
+            self.write_json("environment.json", environment())
+            self._copy_recipe()
 
     def _check_same_config(self) -> None:
         lines = difference(
@@ -147,6 +163,19 @@ def _complete_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def checkpoint_directory(run: Path, config: Any) -> Any:
+    """Where a run of this configuration (JSON) has its checkpoints: a ``Path``, or an ``epath.Path`` for a URL."""
+    training = config.get("training") if isinstance(config, dict) else None
+    place = training.get("checkpoints") if isinstance(training, dict) else None
+    if place is None:
+        return run / "checkpoints"
+    if "://" not in place:
+        return Path(place)
+    from etils import epath
+
+    return epath.Path(place)
+
+
 def load(directory: Path | str) -> Decoder:
     """The trained model of a run directory, with averaged parameters where the run keeps them.
 
@@ -160,7 +189,8 @@ def load(directory: Path | str) -> Decoder:
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
     here = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+    place = checkpoint_directory(directory, read_json(directory / "config.json"))
+    with Checkpoints(place, read_only=True) as checkpoints:
         return nnx.merge(graph, checkpoints.restore_model(abstract))
 
 
@@ -179,18 +209,25 @@ def load_model_config(directory: Path | str) -> ModelConfig:
     return config
 
 
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "efftrain")
+
+
+def _code() -> dict[str, Any]:
+    """What must be the same on all processes beside the configuration. Files, as a commit does not know of edits."""
+    import efftrain
+
+    root, script = Path(efftrain.__file__).parent, getattr(sys.modules["__main__"], "__file__", None)
+    files = {str(path.relative_to(root)): path.read_bytes().hex() for path in sorted(root.rglob("*.py"))}
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "code": digest(files),
+        "recipe": digest(Path(script).read_bytes().hex()) if script and Path(script).is_file() else None,
+    }
+
+
 def environment() -> dict[str, Any]:
     """What a figure depends on beside the configuration: versions, devices, commit."""
-    packages = (
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "tensorflow-datasets",
-        "efftrain",
-    )
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.orig_argv[1:],
@@ -201,7 +238,7 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "processes": jax.process_count(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: version(name) for name in PACKAGES},
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }

@@ -1,12 +1,33 @@
 """Where the time of a run goes."""
 
+import contextlib
+import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
+IN_STEP = ("input_wait", "compute")
+ASIDE = ("compile", "evaluation", "checkpoint", "profile")
+N_RECENT = 100  # steps behind the median that a watchdog compares with
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a watchdog sees: the phase, seconds since a step or a phase aside ended, median seconds of recent steps."""
+
+    phase: str
+    quiet_s: float
+    median_s: float | None
+
 
 class Timing:
-    """Step times, measured from the arrival of one step's metrics to that of the next.
+    """The wall time of the loop, split into phases, and step times from the arrival of one step's metrics to the next.
+
+    At each moment the host is in one phase, so that the phases add up to the wall time: ``input_wait`` for a batch (on
+    an accelerator a part of it may pass while the device still computes), one of ``compile``, ``evaluation``,
+    ``checkpoint`` (as far as the loop waits for it) and ``profile``, and otherwise ``compute``.
 
     Args:
       tokens_per_step: over all devices.
@@ -19,36 +40,76 @@ class Timing:
         self._steps: list[float] = []
         self._waits: list[float] = []
         self._last: float | None = None
-        self._waited = 0.0
+        self._phase = "compute"
+        self._since = self._beat = time.perf_counter()
+        self._row = dict.fromkeys(IN_STEP, 0.0)  # seconds of each phase since the row before
+        self._totals: dict[str, float] = {}
 
-    def waited(self, seconds: float) -> None:
-        """Notes a wait for input: part of the time until the next arrival, whichever step's batch it was."""
-        self._waited += seconds
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens within counts as this phase, and not as the one around it."""
+        before = self._phase
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._enter(before)
 
     def step_arrived(self) -> dict[str, float]:
-        """Notes a step; the figures of this one step, empty where its time means nothing."""
-        now, last, waited = time.perf_counter(), self._last, self._waited
-        self._last, self._waited = now, 0.0
+        """Notes a step: the seconds of each phase since the one before; its own time and rates where they mean
+        something."""
+        self._account()
+        now, last, row = self._since, self._last, self._row
+        self._last, self._beat, self._row = now, now, dict.fromkeys(IN_STEP, 0.0)
+        times = {f"{phase}_s": seconds for phase, seconds in row.items()}
         if last is None:
-            return {}
+            return times
         self._steps.append(now - last)
-        self._waits.append(waited)
-        return self._rates(now - last) | {"step_s": now - last, "input_wait_s": waited}
+        self._waits.append(row["input_wait"])
+        return self._rates(now - last) | {"step_s": now - last} | times
 
     def interrupt(self) -> None:
         """What comes is no step after a step (an evaluation, a checkpoint): the next arrival starts anew."""
         self._last = None
 
+    def standing(self) -> Standing:
+        """May be called from another thread."""
+        recent = self._steps[-N_RECENT:]
+        quiet_s = time.perf_counter() - self._beat
+        return Standing(self._phase, quiet_s, statistics.median(recent) if recent else None)
+
     def figures(self) -> dict[str, float]:
-        """Over all steps noted: median and 95th percentile of the step time, rates at the median, share of waiting."""
+        """Seconds of each phase and of all together; over all steps that have a time: median and 95th percentile, rates
+        at the median, share of waiting."""
+        self._account()
+        wall_s = sum(self._totals.values())
+        split = {f"{phase}_s": seconds for phase, seconds in self._totals.items()} | {"wall_s": wall_s}
+        if wall_s:
+            split |= {f"{name}_share": self._totals.get(name, 0.0) / wall_s for name in ("evaluation", "checkpoint")}
         if not self._steps:
-            return {}
+            return split
         p50, p95 = np.percentile(self._steps, [50, 95])
-        return self._rates(p50) | {
-            "step_s_p50": float(p50),
-            "step_s_p95": float(p95),
-            "input_wait_share": sum(self._waits) / sum(self._steps),
-        }
+        return (
+            split
+            | self._rates(p50)
+            | {
+                "step_s_p50": float(p50),
+                "step_s_p95": float(p95),
+                "input_wait_share": sum(self._waits) / sum(self._steps),
+            }
+        )
+
+    def _enter(self, name: str) -> None:
+        self._account()
+        if name in ASIDE or self._phase in ASIDE:
+            self._beat = self._since
+        self._phase = name
+
+    def _account(self) -> None:
+        now = time.perf_counter()
+        for seconds in (self._row, self._totals):
+            seconds[self._phase] = seconds.get(self._phase, 0.0) + now - self._since
+        self._since = now
 
     def _rates(self, step_s: float) -> dict[str, float]:
         tokens_per_s = float(self._tokens / step_s)

@@ -11,7 +11,16 @@ from efftrain.measure.scorecard import Scorecard
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 
-TRAINING = {"compile_s": 3.0, "tokens_per_s": 500.0, "step_s_p50": 0.1, "step_s_p95": 0.2, "input_wait_share": 0.01}
+TRAINING = {
+    "compile_s": 3.0,
+    "compile_cached": 0.0,
+    "tokens_per_s": 500.0,
+    "step_s_p50": 0.1,
+    "step_s_p95": 0.2,
+    "input_wait_share": 0.01,
+    "checkpoint_share": 0.02,
+    "evaluation_share": 0.03,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +48,7 @@ def test_a_full_scorecard(model, tmp_path):
     assert values["checkpoint_bytes"] == 123
     assert values["train_flops"] == 10_000 * training_flops(model, 24)
     assert values["train_tokens_per_s"] == 500.0
+    assert (values["checkpoint_share"], values["evaluation_share"]) == (0.02, 0.03)
     missing = {name for name, figure in card.figures.items() if figure.method == "unavailable"}
     energy = {"train_energy", "decode_energy_per_token", "train_cost", "decode_cost_per_token"}
     assert missing == energy | {"mfu"}
@@ -71,6 +81,14 @@ def test_what_was_not_given_says_so(model, monkeypatch):
     assert notes["train_tokens"] == notes["train_flops"] == "the number of training tokens was not given"
     assert notes["step_s_p50"] == notes["mfu"] == notes["compile_s"] == "no figures of a training run were given"
     assert all(notes.values())
+
+
+@pytest.mark.parametrize(("cached", "note"), [(0.0, "training step"), (1.0, "training step, loaded from the compi")])
+def test_a_program_from_the_cache_was_not_compiled(model, monkeypatch, cached, note):
+    monkeypatch.setattr(score_module, "LATENCY_BATCHES", ())
+    card = score(model, name="dense", length=24, training_figures=TRAINING | {"compile_cached": cached})
+    assert card.figures["compile_s"].note.startswith(note)
+    assert ("cache" in card.figures["compile_s"].note) == bool(cached)
 
 
 def test_what_is_not_finite_is_not_measured(model, monkeypatch):

@@ -2,14 +2,17 @@
 
 import json
 import struct
+import time
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from tensorboardX.proto.event_pb2 import Event
 
 from efftrain.errors import RunError
 from efftrain.train import timing as timing_module
+from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.recorder import Recorder
 from efftrain.train.run import MetricsLog, Run, read_metrics
 from efftrain.train.timing import Timing
@@ -43,9 +46,9 @@ def run(tmp_path) -> Run:
 def test_metrics_are_read_one_step_late(run):
     reads: list[str] = []
     with recorder(run) as log:
-        log.push(1, metrics_of(1, reads), 0.0)
+        log.push(1, metrics_of(1, reads))
         assert reads == []
-        log.push(2, metrics_of(2, reads), 0.0)
+        log.push(2, metrics_of(2, reads))
         assert reads
         assert all(name.endswith(" 1") for name in reads)
         log.flush()
@@ -57,19 +60,19 @@ def test_reading_metrics_starts_nothing_on_the_device(run):
     """Anything computed on the device to write a row would wait there behind the step that was just dispatched."""
     reads: list[str] = []
     with recorder(run) as log:
-        log.push(1, metrics_of(1, reads), 0.0)
+        log.push(1, metrics_of(1, reads))
         with jax.transfer_guard_host_to_device("disallow"):
             with pytest.raises(Exception, match="Disallowed"):
                 jax.numpy.minimum(1.0, 0.5)  # the trap works
-            log.push(2, metrics_of(2, reads), 0.0)
+            log.push(2, metrics_of(2, reads))
     assert len(read_metrics(run.path)) == 1
 
 
 def test_so_many_bad_steps_in_a_row_end_the_run(run):
     with recorder(run) as log:
         for number, bad in enumerate((1, 2, 0, 1, 2), start=1):
-            log.push(number, metrics_of(number, [], bad_steps=bad), 0.0)
-        log.push(6, metrics_of(6, [], bad_steps=3), 0.0)
+            log.push(number, metrics_of(number, [], bad_steps=bad))
+        log.push(6, metrics_of(6, [], bad_steps=3))
         with pytest.raises(RunError, match=r"3 steps in a row, up to step 6, .* lower optimizer\.peak_lr"):
             log.flush()
     assert len(read_metrics(run.path)) == 6
@@ -77,13 +80,15 @@ def test_so_many_bad_steps_in_a_row_end_the_run(run):
 
 def test_every_row_is_json_that_others_can_read(run):
     with recorder(run) as log:
-        log.push(1, metrics_of(1, [], loss=np.nan) | {"none": (np.float32(0), np.float32(0))}, 0.0)
+        log.push(1, metrics_of(1, [], loss=np.nan) | {"none": (np.float32(0), np.float32(0))})
         log.flush()
 
     def refuse(word):
         pytest.fail(f"{word} is not JSON")
 
     row = json.loads((run.path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    times = [row.pop("input_wait_s"), row.pop("compute_s")]
+    assert all(seconds >= 0 for seconds in times)
     assert row == {"step": 1, "split": "train", "loss": None, "skipped": 0.0, "none": None}
 
 
@@ -139,39 +144,79 @@ class Clock:
         self.now += seconds
 
 
+def wait(clock: Clock, times: Timing, seconds: float, phase: str = "input_wait") -> None:
+    with times.phase(phase):
+        clock.pass_(seconds)
+
+
+def fail_within(clock: Clock, times: Timing) -> None:
+    with times.phase("checkpoint"):
+        clock.pass_(4.0)
+        raise OSError
+
+
 def test_times_and_rates_by_hand(monkeypatch):
     clock = Clock(monkeypatch)
     times = Timing(1000, flops_per_token=6.0, peak_flops=24_000.0)
-    times.waited(77.0)  # for the first batch
-    assert times.step_arrived() == {}  # the time of the first step means nothing: it had no step before it
-    clock.pass_(2.0)
-    times.waited(0.5)
+    wait(clock, times, 77.0)  # for the first batch
+    # The first step has no step before it, so that its time means nothing.
+    assert times.step_arrived() == {"input_wait_s": 77.0, "compute_s": 0.0}
+    wait(clock, times, 0.5)
+    clock.pass_(1.5)
     step = times.step_arrived()
-    assert step == {"tokens_per_s": 500.0, "mfu": 500 * 6 / 24_000, "step_s": 2.0, "input_wait_s": 0.5}
+    assert step == {
+        "tokens_per_s": 500.0,
+        "mfu": 500 * 6 / 24_000,
+        "step_s": 2.0,
+        "input_wait_s": 0.5,
+        "compute_s": 1.5,
+    }
     for seconds in (1.0, 2.0, 2.0, 3.0):
-        times.waited(0.25)
-        clock.pass_(seconds)
+        wait(clock, times, 0.25)
+        clock.pass_(seconds - 0.25)
         times.step_arrived()
     times.interrupt()
-    clock.pass_(1000.0)  # an evaluation
-    times.waited(9.0)
-    assert times.step_arrived() == {}
+    wait(clock, times, 1000.0, "evaluation")
+    wait(clock, times, 9.0)
+    assert times.step_arrived() == {"input_wait_s": 9.0, "compute_s": 0.0, "evaluation_s": 1000.0}
+    wall_s = 77 + 2 + 8 + 1009
     assert times.figures() == {
         "tokens_per_s": 500.0,
         "mfu": 0.125,
         "step_s_p50": 2.0,
         "step_s_p95": pytest.approx(2.8),
         "input_wait_share": pytest.approx(1.5 / 10),
+        "input_wait_s": 77 + 0.5 + 4 * 0.25 + 9,
+        "compute_s": 1.5 + 7,
+        "evaluation_s": 1000.0,
+        "wall_s": wall_s,
+        "evaluation_share": 1000 / wall_s,
+        "checkpoint_share": 0.0,
     }
+
+
+def test_a_phase_within_a_phase_counts_once(monkeypatch):
+    clock = Clock(monkeypatch)
+    times = Timing(10, None, None)
+    with times.phase("evaluation"):
+        clock.pass_(2.0)
+        wait(clock, times, 3.0)
+        with pytest.raises(OSError):
+            fail_within(clock, times)
+        clock.pass_(5.0)
+    clock.pass_(6.0)
+    split = {"evaluation_s": 7.0, "input_wait_s": 3.0, "checkpoint_s": 4.0, "compute_s": 6.0}
+    assert times.figures().items() >= (split | {"wall_s": 20.0}).items()
+    assert times.step_arrived() == split
 
 
 def test_what_is_not_known_is_left_out(monkeypatch):
     clock = Clock(monkeypatch)
     times = Timing(10, flops_per_token=6.0, peak_flops=None)
-    assert times.figures() == {}
+    assert not {"tokens_per_s", "step_s_p50", "input_wait_share"} & times.figures().keys()
     times.step_arrived()
     clock.pass_(1.0)
-    assert times.step_arrived().keys() == {"tokens_per_s", "step_s", "input_wait_s"}
+    assert times.step_arrived().keys() == {"tokens_per_s", "step_s", "input_wait_s", "compute_s"}
     assert "mfu" not in times.figures()
 
 
@@ -180,13 +225,55 @@ def test_a_wait_belongs_to_the_time_in_which_it_was(run, monkeypatch):
     clock = Clock(monkeypatch)
     with recorder(run) as log:
         for number, wait_s in enumerate((5.0, 1.0, 3.0, 2.0), start=1):
-            clock.pass_(wait_s)
-            log.push(number, metrics_of(number, []), wait_s)
+            with log.phase("input_wait"):
+                clock.pass_(wait_s)
+            log.push(number, metrics_of(number, []))
         log.flush()
     rows = read_metrics(run.path)
-    assert [(row.get("step_s"), row.get("input_wait_s")) for row in rows] == [
-        (None, None),
-        (3.0, 3.0),
-        (2.0, 2.0),
-        (None, None),
+    assert [(row.get("step_s"), row["input_wait_s"], row["compute_s"]) for row in rows] == [
+        (None, 6.0, 0.0),
+        (3.0, 3.0, 0.0),
+        (2.0, 2.0, 0.0),
+        (None, 0.0, 0.0),
     ]
+
+
+def test_the_phases_of_a_run_add_up_to_its_wall_time(tmp_path, monkeypatch):
+    """Against clocks around the slow parts themselves, and around the whole run."""
+    spent = {"input_wait_s": 0.0, "checkpoint_s": 0.0, "evaluation_s": 0.0}
+
+    def slow(name, seconds, function):
+        def call(*arguments):
+            before = time.perf_counter()
+            time.sleep(seconds)
+            result = function(*arguments)
+            spent[name] += time.perf_counter() - before
+            return result
+
+        return call
+
+    class SlowWalks(tiny.Walks):
+        __next__ = slow("input_wait_s", 0.05, tiny.Walks.__next__)
+
+    monkeypatch.setattr(Checkpoints, "save", slow("checkpoint_s", 0.2, Checkpoints.save))
+    before = time.perf_counter()
+    figures = tiny.train(
+        tmp_path / "run", SlowWalks(), eval_every=4, evaluate=slow("evaluation_s", 0.1, lambda model: {"bpb": 1.0})
+    ).figures
+    around = time.perf_counter() - before
+    parts = ("input_wait_s", "compute_s", "compile_s", "evaluation_s", "checkpoint_s")
+    assert figures["wall_s"] == pytest.approx(sum(figures[name] for name in parts))
+    assert figures["wall_s"] < around
+    assert spent["checkpoint_s"] >= 3 * 0.2
+    for name, seconds in spent.items():
+        assert seconds <= figures[name] + 1e-6  # the phase holds the slow call, and little else
+    assert figures["checkpoint_share"] == pytest.approx(figures["checkpoint_s"] / figures["wall_s"])
+    # The rows say the same but for what follows the last one: an evaluation and a checkpoint.
+    rows = read_metrics(tmp_path / "run")
+    in_rows = {name: sum(row.get(name, 0.0) for row in rows) for name in parts}
+    assert in_rows["compile_s"] == pytest.approx(figures["compile_s"])
+    assert in_rows["input_wait_s"] == pytest.approx(figures["input_wait_s"])
+    assert in_rows["compute_s"] == pytest.approx(figures["compute_s"], abs=0.03 * figures["wall_s"])
+    assert 0.1 <= in_rows["evaluation_s"] < figures["evaluation_s"]
+    assert [row["step"] for row in rows if "checkpoint_s" in row] == [4, 7]
+    assert [row["step"] for row in rows if "evaluation_s" in row] == [5]

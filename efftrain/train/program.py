@@ -1,0 +1,85 @@
+"""What a run computes, without its data: the loop runs it, ``measure.aot`` compiles it for chips that are not here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from efftrain.sharding.layout import state_shardings, with_shardings
+from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules
+from efftrain.train.objective import Objective
+from efftrain.train.optimizers import with_clipping
+from efftrain.train.state import TrainState, init_state, split_model
+from efftrain.train.step import Step, make_step
+
+if TYPE_CHECKING:
+    from efftrain.train.loop import Training
+
+BATCH_TYPES = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "positions": jnp.int32, "mask": bool}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """The functions of a run.
+
+    Attributes:
+      graph: static part of the model.
+      init: makes the first state; to be jitted with the state's shardings.
+      step: see ``make_step``.
+    """
+
+    graph: nnx.GraphDef
+    init: Callable[[], TrainState]
+    step: Step
+
+    def abstract_state(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> TrainState:
+        """The state as ``jax.ShapeDtypeStruct``s that carry their sharding.
+
+        Raises:
+          ConfigError: a parameter cannot be laid out on the mesh.
+        """
+        abstract = jax.eval_shape(self.init)
+        return with_shardings(abstract, state_shardings(abstract, mesh, rules))
+
+    def jit(self, state: Any) -> Any:
+        """The step as it is run: donating the state, whose shardings it returns."""
+        same = jax.tree.map(lambda array: array.sharding, state)  # or XLA may choose another for the result
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(same, None))
+
+
+def make_program(build: Callable[[nnx.Rngs], nnx.Module], objective: Objective, config: "Training") -> Program:
+    """The functions of a run; nothing is computed or allocated. Arguments: those of ``fit``."""
+    factor = config.schedule.build(config.steps)
+    optimizer = with_clipping(config.optimizer.build(factor), config.clip_norm)
+    graph = split_model(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
+    step = make_step(
+        graph,
+        objective,
+        optimizer,
+        n_microbatches=config.n_microbatches,
+        ema_decay=config.ema_decay,
+        learning_rate=lambda step: config.optimizer.peak_lr * factor(step),
+    )
+
+    def init() -> TrainState:
+        return init_state(build, optimizer, seed=config.seed, ema=config.ema_decay is not None)
+
+    return Program(graph=graph, init=init, step=step)
+
+
+def batch_sharding(config: "Training", mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSharding:
+    """Of every array of a batch, (batch_size, length)."""
+    shape = (config.batch_size, config.length)
+    return NamedSharding(mesh, rules.resolve(("batch", "length"), shape, mesh, name="training (batch_size, length)"))
+
+
+def abstract_batch(
+    config: "Training", mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of packed text as the loader gives it, without values."""
+    sharding, shape = batch_sharding(config, mesh, rules), (config.batch_size, config.length)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_TYPES.items()}
