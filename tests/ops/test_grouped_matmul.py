@@ -8,7 +8,12 @@ import pytest
 from efftrain.ops.grouped_matmul import from_rows, grouped_matmul, layout, to_rows
 
 TOKENS, CHOICES, GROUPS, D, F = 40, 2, 5, 8, 6
-WAYS = [("capacity", {"capacity": TOKENS * CHOICES}), ("padded", {"block": 7}), ("padded", {"block": 64}), ("ragged", {})]
+WAYS = [
+    ("capacity", {"capacity": TOKENS * CHOICES}),
+    ("padded", {"block": 7}),
+    ("padded", {"block": 64}),
+    ("ragged", {}),
+]
 CASES = {
     "even": lambda rng: rng.integers(0, GROUPS, (TOKENS, CHOICES)),
     "all to one": lambda rng: np.full((TOKENS, CHOICES), 3),
