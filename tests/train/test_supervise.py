@@ -36,6 +36,8 @@ class Supervised:
             env=tiny.environment(),
             stderr=subprocess.PIPE,
             text=True,
+            # A background job of a shell ignores SIGINT, and what it starts inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     @property
