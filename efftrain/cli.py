@@ -1,6 +1,7 @@
 """``efftrain VERB``. A verb imports what it needs when it runs, so that ``efftrain --help`` is instant."""
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import sys
@@ -13,13 +14,15 @@ from rich.table import Table
 
 import efftrain
 from efftrain.errors import ConfigError
-from efftrain.recipe import HUGE_PAGES, exit_cleanly, import_script
+from efftrain.recipe import HUGE_PAGES, JAX_CACHE, exit_cleanly, import_script, use_compilation_cache
 from efftrain.sharding.mesh import AXES, MeshConfig, make_mesh
 
 if TYPE_CHECKING:
     import jax
 
     from efftrain.models.config import ModelConfig
+
+RESTARTS = "--max-restarts"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -31,14 +34,50 @@ def main(args: Sequence[str] | None = None) -> None:
     def corpus(verb: Annotated[Any, verbs[0]] | Annotated[Any, verbs[1]]) -> None:
         """Look at what a corpus was made of and what was removed from it."""
 
+    own, recipe_arguments = _split_train(list(sys.argv[1:] if args is None else args))
+
+    def train(recipe: Path, /, *, max_restarts: int = 3) -> None:
+        """Run a recipe, and start it again after a crash, a kill or a preemption; it continues from its newest
+        checkpoint.
+
+        What stands behind the recipe belongs to it, such as: efftrain train recipes/dense.py cpu --out runs/dense
+        --max-restarts 5
+
+        Args:
+          recipe: the script.
+          max_restarts: give up after so many in a row that brought no newer checkpoint.
+        """
+        from efftrain.train.supervise import supervise
+
+        if not recipe.is_file():
+            raise ConfigError(f"there is no script {recipe}; give the path of a recipe, such as recipes/dense.py")
+        raise SystemExit(supervise([sys.executable, str(recipe), *recipe_arguments], max_restarts=max_restarts))
+
+    use_compilation_cache()
     with exit_cleanly():
         tyro.extras.subcommand_cli_from_dict(
-            {"doctor": doctor, "corpus": corpus},
+            {"doctor": doctor, "train": train, "aot": aot, "corpus": corpus},
             prog="efftrain",
             description=efftrain.__doc__.splitlines()[0],
-            args=args,
+            args=own,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
+
+
+def _split_train(args: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments of ``efftrain``, and those of the recipe that ``efftrain train`` starts."""
+    positional = (i for i in range(1, len(args)) if not args[i].startswith("-") and args[i - 1] != RESTARTS)
+    recipe = next(positional, None)
+    if args[:1] != ["train"] or recipe is None:
+        return args, []
+    own, words = args[: recipe + 1], iter(args[recipe + 1 :])
+    rest = []
+    for word in words:
+        if word == RESTARTS:
+            own += [word, *itertools.islice(words, 1)]
+        else:
+            (own if word.startswith(f"{RESTARTS}=") else rest).append(word)
+    return own, rest
 
 
 def report(dir: Path, /, *, out: Path | None = None) -> None:
@@ -76,6 +115,55 @@ def inspect(
     inspect_corpus(dir, rule=rule, source=source, seed=seed, limit=limit)
 
 
+def aot(
+    recipe: Path,
+    config: str | None = None,
+    /,
+    *,
+    topology: str,
+    search: bool = False,
+    compile: int = 2,
+    json: bool = False,
+) -> None:
+    """Compile a recipe's train step for a TPU slice that is not here: memory, step time, traffic, warnings.
+
+    Args:
+      recipe: a recipe script.
+      config: the name of one of its configurations; the first one by default.
+      topology: such as v5e:8x8, v6e:4x4, v5p:2x2x2, v4:2x2x4, or cpu:8 to try this out.
+      search: rank the mesh shapes that fit by formulas, and compile the best few.
+      compile: how many a search compiles.
+      json: print one JSON object.
+    """
+    import dataclasses
+    from json import dumps
+
+    kind, _, count = topology.partition(":")
+    if kind == "cpu" and count.isdigit():
+        _fake_devices(int(count))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a program for another machine needs no device of this one
+
+    from efftrain.measure.aot import compile_target, read_target
+    from efftrain.measure.aot_table import show, show_search
+    from efftrain.measure.mesh_advisor import search as search_meshes
+    from efftrain.sharding.topologies import find_topology
+
+    found, target = find_topology(topology), read_target(recipe, config)
+    ranked, reports = search_meshes(target, found, n_compiled=compile) if search else ([], [])
+    if not search:
+        reports = [compile_target(target, found)]
+    if json:
+        plain = [dataclasses.asdict(e) for e in ranked]
+        print(dumps({"meshes": plain, "reports": [r.as_json() for r in reports]} if search else reports[0].as_json()))
+        return
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    if search:
+        show_search(ranked, out)
+    for report in reports:
+        out.print()
+        show(report, out)
+
+
 def doctor(
     *,
     recipe: Path | None = None,
@@ -98,7 +186,8 @@ def doctor(
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     out.print(f"efftrain {importlib.metadata.version('efftrain')}, Python {platform.python_version()}")
     out.print(f"{platform.platform()}, {os.cpu_count()} CPU cores, {_gib(_host_memory())} memory")
-    out.print(f"huge pages for malloc: {_huge_pages()}\n")
+    out.print(f"huge pages for malloc: {_huge_pages()}")
+    out.print(f"compiled programs: {os.environ.get(JAX_CACHE) or 'not kept'}\n")
     out.print(_versions_table())
     out.print(_devices_table(_devices()))
 

@@ -1,0 +1,63 @@
+"""Which mesh a model should be trained on: every shape by formulas, the best few compiled."""
+
+import math
+
+from flax import nnx
+
+from efftrain.errors import ConfigError
+from efftrain.measure.aot import Report, Target, compile_target
+from efftrain.measure.mesh_estimate import Estimate, estimate
+from efftrain.sharding.mesh import MeshConfig, make_mesh
+from efftrain.sharding.rules import use
+from efftrain.sharding.topologies import Topology
+from efftrain.train.program import abstract_batch, make_program
+
+
+def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[list[Estimate], list[Report]]:
+    """Mesh shapes for a slice, fastest first by formulas among those that fit; the best few are compiled.
+
+    Raises:
+      ConfigError: no mesh shape takes this model and batch, or none fits the memory.
+    """
+    training = target.training
+    model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
+    program = make_program(target.build, target.objective, training)
+    found, refused = [], ""
+    for config in mesh_shapes(len(topology.devices), expert=training.mesh.expert):
+        try:
+            mesh = make_mesh(config, topology.devices)
+            with use(mesh):
+                state = program.abstract_state(mesh)
+                abstract_batch(training, mesh)
+            found.append(estimate(model, training, state, mesh, topology))
+        except ConfigError as error:
+            refused = refused or str(error)
+    if not found:
+        raise ConfigError(f"no mesh of {len(topology.devices)} devices takes {target.name} ({refused})")
+    fitting = [e for e in found if e.memory_bytes <= (topology.chip.hbm_bytes if topology.chip else math.inf)]
+    if not fitting:
+        least = min(found, key=lambda e: e.memory_bytes)
+        raise ConfigError(
+            f"{target.name} does not fit {topology.name} on any mesh: the smallest needs about "
+            f"{least.memory_bytes / 1e9:.1f} GB a device; use remat, more micro-batches or a larger slice"
+        )
+    ranked = sorted(fitting, key=lambda e: (e.times.step_s, e.times.ici_s, e.memory_bytes))
+    reports = [compile_target(target.with_mesh(MeshConfig(**e.mesh)), topology) for e in ranked[:n_compiled]]
+    return ranked, sorted(reports, key=lambda r: (r.memory.fits is False, r.times.step_s if r.times else 0.0))
+
+
+def mesh_shapes(n_devices: int, *, expert: int = 1) -> list[MeshConfig]:
+    """Every way to spread devices over replica, fsdp, tensor and context."""
+    left = n_devices // expert if n_devices % expert == 0 else 0
+    return [
+        MeshConfig(
+            replica=replica, fsdp=left // (replica * tensor * context), expert=expert, tensor=tensor, context=context
+        )
+        for tensor in _divisors(left)
+        for context in _divisors(left // tensor)
+        for replica in _divisors(left // (tensor * context))
+    ]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,74 @@
+"""How long a step takes at least: compute, memory and links each at their peak, the slowest of them decides.
+
+Formulas: Austin et al. 2025, "How to Scale Your Model" (jax-ml.github.io/scaling-book), parts 1 to 3. A prediction by
+them is a bound: kernels reach 50 to 90 % of it, and a collective is hidden behind compute only in part.
+"""
+
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from efftrain.errors import ConfigError
+from efftrain.sharding.chips import Chip
+from efftrain.sharding.topologies import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """Seconds that each part of a step needs at its peak."""
+
+    compute_s: float
+    hbm_s: float
+    ici_s: float
+
+    @property
+    def step_s(self) -> float:
+        """The slowest part: the others are taken to be hidden behind it."""
+        return max(self.compute_s, self.hbm_s, self.ici_s)
+
+    @property
+    def dominant(self) -> str:
+        return max((("compute", self.compute_s), ("HBM", self.hbm_s), ("ICI", self.ici_s)), key=lambda term: term[1])[0]
+
+
+def roofline(chip: Chip, *, flops: float, hbm_bytes: float, ici_s: float) -> Roofline:
+    """Of one device's share of a step: FLOPs, bytes through its memory, seconds on its links."""
+    return Roofline(compute_s=flops / chip.bf16_flops, hbm_s=hbm_bytes / chip.hbm_bytes_per_s, ici_s=ici_s)
+
+
+def sent_bytes(kind: str, size: int, n: int) -> float:
+    """Bytes that each device sends for one collective over ``n`` devices by the ring algorithm.
+
+    Args:
+      kind: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute.
+      size: bytes of the whole: the gathered result, the input that is scattered, the array that is reduced, one
+        device's input of an all-to-all or permute.
+      n: devices that take part.
+    """
+    if kind == "collective-permute":
+        return float(size)
+    rounds = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}[kind]
+    return rounds * size * (n - 1) / n
+
+
+def axis_bandwidth(topology: Topology, mesh: Mesh, axes: tuple[str, ...]) -> float:
+    """Bytes/s that one device sends to the others along mesh axes.
+
+    On a torus, each physical dimension that the axes run along gives two links where it closes to a ring and the axes
+    cover it, else one.
+
+    Raises:
+      ConfigError: the bandwidth of the chip is not known.
+    """
+    chip = topology.chip
+    if chip is None or chip.link_bytes_per_s is None:
+        raise ConfigError(f"the bandwidth between the devices of {topology.name} is not known; add it to chips.py")
+    if not topology.shape:
+        return chip.link_bytes_per_s
+    index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+    coordinates = [device.coords for device in mesh.devices[index].flat]
+    links = 0
+    for dim, (size, wraps) in enumerate(zip(topology.shape, topology.wraps, strict=True)):
+        covered = len({c[dim] for c in coordinates})
+        links += (2 if wraps and covered == size else 1) if covered > 1 else 0
+    return max(links, 1) * chip.link_bytes_per_s

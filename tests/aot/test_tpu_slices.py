@@ -1,0 +1,120 @@
+"""Every recipe compiled for TPU slices that are not here, at reduced width; the real configurations under `slow`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from efftrain.errors import ConfigError
+from efftrain.measure.aot import Report, Target, compile_target, read_target
+from efftrain.measure.flops import training_flops
+from efftrain.models.config import Dense, ModelConfig
+from efftrain.recipe import import_script
+from efftrain.sharding.mesh import MeshConfig
+from efftrain.sharding.topologies import find_topology
+
+pytestmark = pytest.mark.tpu_aot
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if "def program(" in path.read_text())
+KEPT = ROOT / "tests" / "bench" / "results" / "aot.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_cache():
+    """A program for another machine does not come back from the cache with its text."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+def narrow(model: ModelConfig) -> ModelConfig:
+    """The same stack with two repeats and small layers, wide enough for a kernel and a tile."""
+    pattern = tuple(
+        replace(
+            block,
+            attention=replace(block.attention, n_heads=4, n_kv_heads=2, d_head=64),
+            mlp=replace(block.mlp, d_ff=512) if isinstance(block.mlp, Dense) else block.mlp,
+        )
+        for block in model.pattern
+    )
+    return model.replace(pattern=pattern, d_model=256, n_repeats=2, vocab_size=512, max_length=256)
+
+
+def reduced(recipe: Path, **mesh) -> Target:
+    """The last, largest configuration of a recipe at reduced width, 8 rows of 256 tokens."""
+    script = import_script(recipe)
+    config = list(script.configs.values())[-1]
+    training = replace(config.training, batch_size=8, length=256, n_microbatches=1, mesh=MeshConfig(**mesh))
+    build, objective = script.program(replace(config, model=narrow(config.model), training=training))
+    return Target(name=recipe.stem, build=build, objective=objective, training=training)
+
+
+def check(report: Report, target: Target) -> None:
+    model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
+    state = report.memory.parameters + report.memory.optimizer + report.memory.other_state + report.memory.batch
+    assert report.memory.fits
+    assert report.memory.total >= state + report.memory.temporaries
+    tokens = target.training.batch_size * target.training.length / report.devices
+    assert report.model_flops == pytest.approx(training_flops(model, target.training.length) * tokens)
+    assert report.counted_from == "program"
+    assert 0.9 < report.flops / report.model_flops < 2
+    assert report.times.step_s > 0
+    assert {axis for row in report.collectives for axis in row.axes} <= {a for a, n in report.mesh.items() if n > 1}
+
+
+@pytest.mark.parametrize("slice_", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_compiles_for_small_slices(recipe, slice_):
+    target = reduced(recipe, fsdp=-1)
+    report = compile_target(target, find_topology(slice_))
+    check(report, target)
+    assert report.mesh["fsdp"] == 4
+    assert any(row.axes == ("fsdp",) for row in report.collectives)
+
+
+def test_tensor_parallelism_compiles_and_talks_along_its_axis():
+    target = reduced(ROOT / "recipes" / "dense.py", fsdp=2, tensor=2)
+    report = compile_target(target, find_topology("v5e:2x2"))
+    check(report, target)
+    assert ("tensor",) in {row.axes for row in report.collectives}
+
+
+@pytest.mark.parametrize(
+    ("name", "n_devices", "chip"),
+    [
+        ("v4:2x2x4", 16, "v4"),  # in megacore mode: one device a chip
+        ("v5e:1x1", 1, "v5e"),
+        ("v5e:2x4", 8, "v5e"),
+        ("v5litepod:16x16", 256, "v5e"),
+        ("v5p:2x2x2", 8, "v5p"),
+        ("v6e:4x8", 32, "v6e"),
+    ],
+)
+def test_slices_have_the_chips_that_their_names_say(name, n_devices, chip):
+    found = find_topology(name)
+    assert (len(found.devices), found.chip.name) == (n_devices, chip)
+
+
+def test_a_shape_that_does_not_exist_is_one_sentence():
+    with pytest.raises(ConfigError, match="--topology v5e:3x3 cannot be had"):
+        find_topology("v5e:3x3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slice_", ["v5e:8x8", "v5e:16x16"])
+def test_the_real_configuration_fits_and_computes_what_was_kept(slice_):
+    topology = find_topology(slice_)
+    kept = json.loads(KEPT.read_text())
+    (before,) = [report for report in kept["reports"] if report["topology"] == slice_]
+    target = read_target(ROOT / "recipes" / "dense.py", "v5e-64")
+    rows = kept["rows_per_chip"] * len(topology.devices)
+    target = replace(target, training=replace(target.training, batch_size=rows))
+    report = compile_target(target, topology)
+    check(report, target)
+    assert report.flops == pytest.approx(before["flops"], rel=0.02)
+    assert report.memory.total <= 1.1 * before["memory"]["total"]
