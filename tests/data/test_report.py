@@ -234,7 +234,8 @@ def test_figures_are_valid_for_plotly(corpus):
     shown = [score_histogram(h) for h in histograms(corpus, intervals(report_corpus.PARAMETERS))]
     for figure in [*shown, collision_curve(manifest["near_duplicates"])]:
         text = json.dumps(figure, allow_nan=False)
-        go.Figure(json.loads(re.sub('"@[a-z]+"', '"#123456"', text)))
+        built = go.Figure(json.loads(re.sub('"@[a-z]+"', '"#123456"', text)))  # raises on an unknown property
+        assert len(built.data) == len(figure["data"]) > 0
 
 
 def test_threshold_of_zero_is_left_out_of_a_logarithmic_axis():

@@ -142,7 +142,9 @@ def test_stop_waits_until_the_job_has_saved(installed):
 def test_status_tells_an_end_with_a_code_from_one_without(installed, job, shown):
     installed.change(job=job)
     installed.run("launch", "n", *RECIPE)
-    wait_for(lambda: f"worker n-w1 {shown}" in installed.run("status", "n").stdout)
+    wait_for(lambda: "running" not in installed.run("status", "n").stdout)
+    for worker in ("n-w0", "n-w1"):
+        assert f"worker {worker} {shown}" in installed.run("status", "n").stdout
 
 
 def test_a_job_of_before_a_restart_of_the_machine_is_lost_though_its_process_id_lives(installed):

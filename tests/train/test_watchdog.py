@@ -155,3 +155,4 @@ def test_each_process_writes_its_own_dump(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "process_index", lambda: 3)
     with Watchdog(factor=2, min_s=0.05, aside_s=0.1).watch(Timing(1, None, None), tmp_path / "run"):
         wait_for(tmp_path / "run" / "stacks-3.txt")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["stacks-3.txt"]
