@@ -21,6 +21,11 @@ class Funnel:
         documents, size = self._dropped.get(rule, (0, 0))
         self._dropped[rule] = documents + 1, size + n_bytes
 
+    def cut(self, rule: str, n_bytes: int) -> None:
+        """Text that went out of documents which stay; negative where an edit made them longer."""
+        documents, size = self._dropped.get(rule, (0, 0))
+        self._dropped[rule] = documents, size + n_bytes
+
     def add(self, counts: Mapping[str, Any]) -> None:
         """Adds what ``to_json`` of another gave."""
         self._seen = [a + b for a, b in zip(self._seen, counts["seen"], strict=True)]

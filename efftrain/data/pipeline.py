@@ -26,7 +26,7 @@ from efftrain.data.exact_duplicates import EXACT_DUPLICATE, remove_exact_duplica
 from efftrain.data.minhash import MinHash
 from efftrain.data.near_duplicates import NEAR_DUPLICATE, remove_near_duplicates
 from efftrain.data.packing import write_tokens
-from efftrain.data.reading import EMPTY, Kept, Read, list_pieces
+from efftrain.data.reading import EDITED, EMPTY, Kept, Read, list_pieces
 from efftrain.data.removals import Survivors, alive_records
 from efftrain.data.repeated_lines import REPEATED, remove_repeated_lines
 from efftrain.data.rules import flatten, is_edit, scoring
@@ -110,7 +110,7 @@ def _build_in(
     size = tokenizer.get_vocab_size()
     write_metadata(folder / "tokens", "tokens", token_features(config.block, token_dtype(size)), shards, _DESCRIPTION)
     shutil.rmtree(work)
-    order = [*_score_names(config), EMPTY, EXACT_DUPLICATE, REPEATED, NEAR_DUPLICATE]
+    order = [*_score_names(config), EDITED, EMPTY, EXACT_DUPLICATE, REPEATED, NEAR_DUPLICATE]
     order += [f"{CONTAMINATED}/{name}" for name in contaminated or ()]
     return {
         "funnel": left.funnels.total().rows(order),

@@ -25,7 +25,7 @@ from efftrain.data.spool import pack_document, stable_hash, unpack_record
 from efftrain.data.stages import stem
 from efftrain.errors import CorpusError
 
-EMPTY, UNDECODABLE = "empty", "undecodable"
+EDITED, EMPTY, UNDECODABLE = "edited", "empty", "undecodable"
 INDEX = np.dtype(
     [
         ("offset", "<u8"),  # of the record in its file
@@ -68,7 +68,7 @@ class Read:
         scores = Scores(Path(f"{path}.scores.parquet"), rules)
         known = self._known_scores(number, rules)
         index: list[tuple] = []
-        offset = edited = 0
+        offset = 0
         with Path(f"{path}.records").open("wb") as records:
             for item in self.sources[source].documents(piece):
                 kept = item if isinstance(item, Skipped) else _encodable(item)
@@ -79,9 +79,11 @@ class Read:
                     continue
                 document, text = item, kept
                 funnels.see(document.source, len(text.utf8))
-                found = judge(rules, text, known and next(known)[document.id])
+                found = judge(rules, text, known and next(known)[clean(document.id)])
                 scores.add(document, len(text.utf8), found)
-                text, edited = found.text, edited + bool(found.edited)
+                if found.edited:
+                    funnels.cut(document.source, EDITED, len(text.utf8) - len(found.text.utf8))
+                text = found.text
                 rejected = found.verdict
                 if rejected is not None or not text.text or text.text.isspace():
                     rule = rejected.rule if rejected else EMPTY
@@ -115,7 +117,7 @@ class Read:
         evidence.close()
         scores.close()
         np.save(f"{path}.index.npy", np.array(index, INDEX))
-        return {"kept": len(index), "scored": scores.n_rows, "edited": edited, "sources": funnels.to_json()}
+        return {"kept": len(index), "scored": scores.n_rows, "sources": funnels.to_json()}
 
     def _known_scores(self, number: int, rules: tuple[Rule | Edit, ...]) -> Iterator[dict] | None:
         if self.scores is None:
@@ -135,6 +137,9 @@ class Funnels:
 
     def drop(self, source: str, rule: str, n_bytes: int) -> None:
         self._of.setdefault(clean(source), Funnel()).drop(rule, n_bytes)
+
+    def cut(self, source: str, rule: str, n_bytes: int) -> None:
+        self._of.setdefault(clean(source), Funnel()).cut(rule, n_bytes)
 
     def add(self, counts: Mapping[str, Any]) -> None:
         """Adds what ``to_json`` of another gave."""

@@ -27,6 +27,10 @@ class Removal:
         self._funnels.drop(source, rule, len(utf8))
         self._evidence.add(id=id, source=source, rule=rule, n_bytes=len(utf8), text=utf8.decode(), **evidence)
 
+    def cut(self, record: bytes, rule: str, n_bytes: int) -> None:
+        """Counts bytes that the text of a document lost which stays."""
+        self._funnels.cut(unpack_record(record)[1], rule, n_bytes)
+
     def close(self) -> dict[str, Any]:
         """The item's summary."""
         self._evidence.close()

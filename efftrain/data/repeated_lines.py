@@ -121,6 +121,7 @@ class CutLines:
                     if not left.strip():
                         removal.add(document, record, REPEATED, score=1.0)
                         continue
+                    removal.cut(record, REPEATED, len(text) - len(left.encode()))
                     record = replace_text(record, left.encode())
                     n_bytes += len(text) - len(left.encode())
                     index["n_bytes"][document - start] = len(left.encode())

@@ -1,11 +1,12 @@
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,12 +15,23 @@ import pytest
 from efftrain import data
 from efftrain.config import difference, from_json, to_json
 from efftrain.data import pipeline
+from efftrain.data.documents import Text
 from efftrain.data.engines import Local
 from efftrain.data.rules import Generated, LongLine, TooShort
 from efftrain.data.shards import file_digest
 from efftrain.data.splits import SPLITS, SplitByPackage
 from efftrain.data.store import unfinished_path
 from efftrain.errors import ConfigError, CorpusError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithoutFirstWord:
+    """An edit."""
+
+    name: ClassVar[str] = "without_first_word"
+
+    def edit(self, text):
+        return Text(text.text.removeprefix("document "), text.id)
 
 
 def read_all(folder: Path) -> dict[str, str]:
@@ -309,12 +321,23 @@ def test_the_script_of_the_python_corpus(tmp_path, monkeypatch, write_documents)
     assert data.open(tmp_path / "out").n_tokens("train") == corpus.n_tokens("train")
 
 
-def test_reading_is_faster_than_training_needs(corpus):
-    started = time.perf_counter()
-    tokens = corpus.tokens("train")
-    for start in range(0, 64_000, 256):
-        tokens[start % 2000 : start % 2000 + 257]
-    assert 64_000 / (time.perf_counter() - started) > 50_000
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="file names are bytes on Linux only")
+def test_scores_are_used_again_for_a_file_with_a_badly_encoded_name(documents, tmp_path, config_for):
+    folder = shutil.copytree(documents, tmp_path / "text")
+    (Path(os.fsdecode(os.fsencode(folder) + b"/p00/caf\xe9.txt"))).write_text("a text of its own " * 9)
+    strict, loose = (config_for(folder, rules=(TooShort(limit=limit),)) for limit in (100, 90))
+    data.build(strict, tmp_path / "out")
+    assert data.build(loose, tmp_path / "out", overwrite=True).funnel[0]["documents"] == 91
+
+
+def test_kept_bytes_are_those_of_the_splits_also_where_texts_were_edited(documents, tmp_path, config_for):
+    config = config_for(documents, rules=(WithoutFirstWord(),), repeated_lines=data.RepeatedLines(min_chars=5))
+    corpus = data.build(config, tmp_path / "out")
+    rows = {row["stage"]: row for row in corpus.funnel}
+    assert rows["edited"]["documents"] == 0
+    assert rows["edited"]["bytes"] == 90 * len("document ")
+    assert rows["kept"]["bytes"] == sum(corpus.splits[split]["bytes"] for split in corpus.splits)
+    assert rows["kept"]["documents"] == sum(corpus.splits[split]["documents"] for split in corpus.splits)
 
 
 def test_pipeline_names_the_missing_source_before_it_writes(tmp_path, config_for):
