@@ -10,44 +10,36 @@ Measured: bpb 1.95 on validation, 282 s with the corpus, 6,300 tokens/s; one run
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efftrain import data
-from efftrain.measure.evaluate import Evaluator
-from efftrain.measure.flops import training_flops
-from efftrain.measure.parameters import abstract_decoder
-from efftrain.measure.score import score
-from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
-from efftrain.models.config import ModelConfig, llama
+from efftrain.measure.experiment import Experiment, train_and_score
+from efftrain.measure.scorecard import Scorecard, table
+from efftrain.models.config import llama
 from efftrain.models.decode import Sampling, generate
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.recipe import import_script, run_recipe
-from efftrain.train.loop import Training, fit
+from efftrain.train.loop import Training
 from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def read_json(path):\n"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Experiment):
     """The quickstart.
 
     Attributes:
       corpus: where the corpus is built, or found from an earlier start.
-      out: the run directory.
     """
 
-    model: ModelConfig
-    training: Training
     corpus: Path = Path("corpora/standard-library")
     out: Path = Path("runs/quickstart")
 
@@ -76,39 +68,8 @@ def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective]:
 def main(config: Config) -> Scorecard:
     python = import_script(ROOT / "data" / "python.py")
     corpus = python.main(python.Config(out=config.corpus, standard_library_only=True, processes=1))
-    corpus.check_model(config.model.vocab_size)
-    run = Run(config.out, config)
-    training = config.training
-
-    loader = data.LoaderConfig(
-        corpora=(data.Part(path=config.corpus),),
-        length=training.length,
-        batch_size=training.batch_size,
-        seed=training.seed,
-    )
-    data.show_mixture(loader, training.tokens)
-    held_out = replace(loader, split="validation", shuffle=False, repeat=False)
-    evaluator = Evaluator(lambda: data.batches(held_out, verify=False), corpus.token_bytes())
-
-    fitted = fit(
-        *program(config),
-        data.batches(loader, verify=False),
-        training,
-        run,
-        evaluate=evaluator,
-        flops_per_token=training_flops(abstract_decoder(config.model), training.length),
-    )
-    console.print(sample(fitted.model, corpus.tokenizer()), markup=False)
-    card = score(
-        fitted.model,
-        name=run.path.name,
-        length=training.length,
-        quality=fitted.evaluation,
-        training_tokens=training.tokens,
-        training_figures=fitted.figures,
-        checkpoint=run.path / "checkpoints" / str(training.steps),
-    )
-    card.write(run.path / FILE_NAME)
+    model, card = train_and_score(config, *program(config))
+    console.print(sample(model, corpus.tokenizer()), markup=False)
     console.print(table([card]))
     return card
 

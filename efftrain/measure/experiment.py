@@ -1,0 +1,89 @@
+"""What recipes share: one run on a corpus from its batches to its scorecard."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flax import nnx
+
+from efftrain import data
+from efftrain.measure.evaluate import Evaluator
+from efftrain.measure.flops import training_flops
+from efftrain.measure.parameters import abstract_decoder
+from efftrain.measure.score import score
+from efftrain.measure.scorecard import FILE_NAME, Scorecard
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.sharding import hosts
+from efftrain.train.loop import Training, batch_part, fit
+from efftrain.train.objective import Objective
+from efftrain.train.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What every recipe's configuration has; a recipe adds fields of its own.
+
+    Attributes:
+      corpus: a folder that a script under data/ made.
+      out: the run directory; the same command continues what it finds there.
+    """
+
+    model: ModelConfig
+    training: Training
+    corpus: Path
+    out: Path
+
+
+def train_and_score(
+    config: Experiment, build: Callable[[nnx.Rngs], Decoder], objective: Objective
+) -> tuple[Decoder, Scorecard]:
+    """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
+
+    Of several processes (``sharding.hosts``) each feeds its part of the batches, and the first one writes.
+
+    Args:
+      config: of the run.
+      build, objective: see ``fit``.
+
+    Raises:
+      EfftrainError: what ``fit``, ``Run`` and ``data`` refuse.
+    """
+    hosts.connect()
+    training = config.training
+    with hosts.together():
+        corpus = data.open(config.corpus)
+        corpus.check_model(config.model.vocab_size)
+    run = Run(config.out, config)
+
+    loader = data.LoaderConfig(
+        corpora=(data.Part(path=config.corpus),),
+        length=training.length,
+        batch_size=training.batch_size,
+        seed=training.seed,
+    )
+    data.show_mixture(loader, training.tokens)
+    held_out = replace(loader, split="validation", shuffle=False, repeat=False)
+    part = batch_part(training)
+
+    fitted = fit(
+        build,
+        objective,
+        data.batches(loader, *part, verify=False),
+        training,
+        run,
+        evaluate=Evaluator(lambda: data.batches(held_out, *part, verify=False), corpus.token_bytes()),
+        flops_per_token=training_flops(abstract_decoder(config.model), training.length),
+    )
+    card = score(
+        fitted.model,
+        name=run.path.name,
+        length=training.length,
+        quality=fitted.evaluation,
+        training_tokens=training.tokens,
+        training_figures=fitted.figures,
+        checkpoint=run.checkpoints / str(training.steps),
+    )
+    if hosts.process_index() == 0:
+        card.write(run.path / FILE_NAME)
+    return fitted.model, card
