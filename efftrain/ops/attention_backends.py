@@ -15,6 +15,7 @@ from efftrain.errors import ConfigError
 from efftrain.ops.attention import causal_attention
 from efftrain.ops.attention_cudnn import cudnn_attention, refusal
 from efftrain.ops.attention_splash import splash_attention
+from efftrain.ops.platform import platform
 
 Backend = Literal["auto", "xla", "splash", "cudnn"]
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # where each kernel runs; xla runs everywhere
@@ -59,14 +60,6 @@ def _kernel(backend: Backend, platform: str, n_blocks: int = 4) -> Callable[...,
     if backend == "splash":
         return functools.partial(splash_attention, interpret=platform != "tpu")
     return cudnn_attention if backend == "cudnn" else functools.partial(causal_attention, n_blocks=n_blocks)
-
-
-def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the devices of the current mesh, attached or not; without a mesh, JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.config.jax_default_device
-    return getattr(device, "platform", device) or jax.default_backend()
 
 
 def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Backend:

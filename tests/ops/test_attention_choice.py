@@ -11,9 +11,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from efftrain.errors import ConfigError
 from efftrain.ops import attention_backends
 from efftrain.ops.attention import causal_attention
-from efftrain.ops.attention_backends import attention, choose_backend, difference, platform
+from efftrain.ops.attention_backends import attention, choose_backend, difference
 from efftrain.ops.attention_cudnn import cudnn_attention, explicit_mask
 from efftrain.ops.attention_splash import splash_attention
+from efftrain.ops.platform import platform
 
 
 @pytest.fixture
