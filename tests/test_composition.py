@@ -55,11 +55,15 @@ def local_and_global(config: Config) -> Config:
 
 
 def mixture_of_experts(config: Config) -> Config:
-    """In every layer."""
-    pattern = tuple(
-        dataclasses.replace(block, mlp=MoE(n_experts=4, d_expert=16, block=8)) for block in config.model.pattern
-    )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=pattern))
+    """In every layer, the experts spread over devices."""
+    pattern = tuple(dataclasses.replace(block, mlp=MoE(n_experts=4, d_expert=16)) for block in config.model.pattern)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=pattern))
+    return change_training(mesh=MeshConfig(fsdp=2, expert=2, tensor=2))(config)
+
+
+def tokens_over_devices(config: Config) -> Config:
+    mesh = config.training.mesh
+    return change_training(mesh=dataclasses.replace(mesh, fsdp=mesh.fsdp // 2, context=2))(config)
 
 
 TECHNIQUES: dict[str, Callable[[Config], Config]] = {
@@ -68,7 +72,7 @@ TECHNIQUES: dict[str, Callable[[Config], Config]] = {
     "local and global layers": local_and_global,
     "mixture of experts": mixture_of_experts,
     "muon": change_training(optimizer=Muon(peak_lr=1e-2)),
-    "tokens split over devices": change_training(mesh=MeshConfig(fsdp=2, tensor=2, context=2)),
+    "tokens split over devices": tokens_over_devices,
     "averaged, in micro-batches": change_training(ema_decay=0.5, n_microbatches=2),
 }
 

@@ -1,8 +1,9 @@
 """A feed-forward part of many experts, of which each token uses a few."""
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.config import Dtype, MlpConfig
+from efftrain.models.expert_parallel import ExpertRun, Experts, experts_on_mesh
 from efftrain.models.mlp import SwiGLU
-from efftrain.ops.grouped_matmul import Dispatch, from_rows, grouped_matmul, layout, to_rows
+from efftrain.ops.grouped_matmul import Dispatch
+from efftrain.ops.platform import platform
 from efftrain.ops.routing import (
     Routing,
     Scores,
@@ -23,6 +26,15 @@ from efftrain.ops.routing import (
     route,
     z_loss,
 )
+from efftrain.progress import console
+
+# The dropless dispatch of each platform. cpu: measured (tests/bench/results/moe.json). tpu: compiled, not run here.
+# gpu: not measured, and not ragged_dot, which may be dense there.
+DISPATCH: dict[str, Dispatch] = {"cpu": "blocks", "gpu": "blocks", "tpu": "megablox"}
+
+STARVED_SHARE = 0.01  # of the mean load: an expert below it learns next to nothing
+STARVED_STEPS = 500
+COLLAPSED = "moe/collapsed"  # the share of experts that have starved for STARVED_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +48,16 @@ class MoE(MlpConfig):
       n_shared: experts that every token uses besides, computed as one.
       scores: see ``ops.routing.route``.
       renormalize: the gates of a token sum to 1. None: where top_k is above 1.
-      bias_rate: step of the balancing bias (auxiliary-loss-free, Wang et al. 2024); 0 for none.
+      bias_rate: of the balancing bias (auxiliary-loss-free, see ``ops.routing.balanced_bias``); 0 for none.
       auxiliary_loss: weight of Switch's balance loss. It pulls against the main loss: small, or 0.
       z_loss: weight of the router's z-loss, 1e-3 where logits grow.
-      dispatch: how rows reach their experts, see ``ops.grouped_matmul``; "reference" computes every expert on every
-        token, for tests.
+      dispatch: how rows reach their experts, see ``ops.grouped_matmul``. "auto": by platform, without dropping;
+        "capacity" drops, also in evaluation; "reference" computes every expert on every token, for tests.
       capacity_factor: rows of an expert over the mean load, for "capacity".
-      block: rows of a block, for "padded".
+      exchange_factor: of an expert-parallel mesh: rows that a device sends to another over the mean. Rows beyond it are
+        dropped and counted. None: room for every row, which takes memory for as many times the rows as there are
+        devices.
+      saliency: keep gate x output norm of each expert beside its load, for pruning.
     """
 
     n_experts: int = 8
@@ -51,15 +66,16 @@ class MoE(MlpConfig):
     n_shared: int = 0
     scores: Scores = "softmax"
     renormalize: bool | None = None
-    bias_rate: float = 1e-3
+    bias_rate: float = 2e-2
     auxiliary_loss: float = 0.0
     z_loss: float = 0.0
-    dispatch: Dispatch | Literal["reference"] = "padded"
+    dispatch: Dispatch | Literal["auto", "reference"] = "auto"
     capacity_factor: float = 1.25
-    block: int = 64
+    exchange_factor: float | None = None
+    saliency: bool = False
 
     def __post_init__(self):
-        for name in ("n_experts", "top_k", "d_expert", "block"):
+        for name in ("n_experts", "top_k", "d_expert"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"moe.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("n_shared", "bias_rate", "auxiliary_loss", "z_loss"):
@@ -73,13 +89,20 @@ class MoE(MlpConfig):
             raise ConfigError(
                 "moe.renormalize with top_k 1 makes every gate 1, and the router never learns; leave it None"
             )
-        if not self.capacity_factor > 0:
-            raise ConfigError(f"moe.capacity_factor is {self.capacity_factor}; it must be positive, such as 1.25")
-        if self.dispatch not in ("capacity", "padded", "ragged", "reference"):
-            raise ConfigError(f"moe.dispatch is {self.dispatch!r}; use capacity, padded, ragged or reference")
+        for name in ("capacity_factor", "exchange_factor"):
+            if (factor := getattr(self, name)) is not None and not factor > 0:
+                raise ConfigError(f"moe.{name} is {factor}; it must be positive, such as 1.25")
+        if self.dispatch not in (names := ("auto", *get_args(Dispatch), "reference")):
+            raise ConfigError(f"moe.dispatch is {self.dispatch!r}; use one of {', '.join(names)}")
+        if self.saliency and self.dispatch == "reference":
+            raise ConfigError("moe.saliency needs rows, which dispatch 'reference' does not make; use auto")
 
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
         return RoutedExperts(self, d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        return self.top_k > 1 if self.renormalize is None else self.renormalize
 
     def capacity(self, n_tokens: int) -> int:
         """Rows of an expert for so many tokens; never more than there are tokens."""
@@ -88,6 +111,10 @@ class MoE(MlpConfig):
 
 class BalanceBias(nnx.Variable):
     """The router's bias: not trained, moved once a step by the global loads."""
+
+
+class StarvedSteps(nnx.Variable):
+    """For how many steps in a row an expert's load was below ``STARVED_SHARE`` of the mean."""
 
 
 class RoutedExperts(nnx.Module):
@@ -115,52 +142,52 @@ class RoutedExperts(nnx.Module):
         self.up = experts(d_model, f, ("embed", "mlp"))
         self.down = experts(f, d_model, ("mlp", "embed"), gain=(2 * n_layers) ** -0.5)
         self.bias = BalanceBias(jnp.zeros(n), axes=(None,), units=(n,))
+        self.starved = StarvedSteps(jnp.zeros(n, jnp.int32), axes=(None,), units=(n,))
         if config.n_shared:
             self.shared = SwiGLU(d_model, config.n_shared * f, n_layers=n_layers, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_btd: Array) -> tuple[Array, dict]:
-        x_nd = x_btd.reshape(-1, x_btd.shape[-1])
         config, n = self.config, x_btd.shape[0] * x_btd.shape[1]
-        logits_ne = x_nd.astype(jnp.float32) @ self.router[...]
+        logits_ne = x_btd.reshape(n, -1).astype(jnp.float32) @ self.router[...]
         routing = route(
             logits_ne,
             self.bias[...],
             top_k=config.top_k,
             scores=config.scores,
-            renormalize=config.top_k > 1 if config.renormalize is None else config.renormalize,
+            renormalize=config.gates_sum_to_one,
         )
-        y_nd, loads_e, dropped = self._experts(x_nd, routing)
-        y_btd = y_nd.astype(x_btd.dtype).reshape(x_btd.shape)
+        found = self._experts(x_btd, routing)
+        y_btd = found.y.astype(x_btd.dtype)
         if config.n_shared:
             y_btd += self.shared(x_btd)[0]
         metrics = {
             "moe/entropy": (entropy(routing.probabilities_ne).sum(), jnp.float32(n)),
-            "moe/dropped": (dropped.astype(jnp.float32), jnp.float32(n * config.top_k)),
-            "statistics": {"loads": loads_e.astype(jnp.float32)},
+            "moe/dropped": (found.dropped, jnp.float32(n * config.top_k)),
+            "statistics": {"loads": found.loads_e} | ({"saliency": found.saliency_e} if config.saliency else {}),
         }
         if config.auxiliary_loss or config.z_loss:
             metrics["auxiliary"] = config.auxiliary_loss * balance_loss(
-                loads_e, routing.probabilities_ne
+                found.loads_e, routing.probabilities_ne
             ) + config.z_loss * z_loss(logits_ne)
         return y_btd, metrics
 
-    def _experts(self, x_nd: Array, routing: Routing) -> tuple[Array, Array, Array]:
-        """Outputs (tokens, d_model) float32, assignments of each expert, and how many were dropped."""
+    def _experts(self, x_btd: Array, routing: Routing) -> Experts:
         config = self.config
-        weights = [w[...].astype(self.dtype) for w in (self.gate, self.up, self.down)]
-        x_nd = x_nd.astype(self.dtype)
+        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
+        x_btd = x_btd.astype(self.dtype)
         if config.dispatch == "reference":
-            loads_e = jnp.bincount(routing.experts_nk.reshape(-1), length=config.n_experts)
-            return every_expert(x_nd, routing, *weights), loads_e, jnp.int32(0)
-        where = layout(
-            routing.experts_nk,
-            config.n_experts,
-            config.dispatch,
-            capacity=config.capacity(len(x_nd)),
-            block=config.block,
+            y_nd = every_expert(x_btd.reshape(-1, x_btd.shape[-1]), routing, gate, up, down)
+            loads_e = jnp.bincount(routing.experts_nk.reshape(-1), length=config.n_experts).astype(jnp.float32)
+            return Experts(y_nd.reshape(x_btd.shape), loads_e, jnp.float32(0), jnp.zeros_like(loads_e))
+        run = ExpertRun(
+            n_experts=config.n_experts,
+            dispatch=choose_dispatch(config.dispatch, platform()),
+            capacity=config.capacity,
+            exchange_factor=config.exchange_factor,
+            saliency=config.saliency,
         )
-        y_rd = expert_rows(to_rows(x_nd, where), *weights, where, config.dispatch)
-        return from_rows(y_rd, routing.gates_nk, where), where.sizes_e, jnp.sum(where.row_nk >= where.n_rows)
+        experts_btk, gates_btk = (a.reshape(*x_btd.shape[:2], -1) for a in (routing.experts_nk, routing.gates_nk))
+        return experts_on_mesh(x_btd, experts_btk, gates_btk, (gate, up, down), run)
 
     def after_step(self, statistics: dict[str, Array]) -> dict:
         """Moves the bias by the loads of a step; the figures of the step.
@@ -170,19 +197,23 @@ class RoutedExperts(nnx.Module):
         """
         loads_le = statistics["loads"]
         self.bias[...] = balanced_bias(self.bias[...], loads_le, self.config.bias_rate)
-        shares_le = loads_le / loads_le.sum(-1, keepdims=True)
+        relative_le = loads_le / jnp.maximum(loads_le.mean(-1, keepdims=True), 1e-9)
+        starved_le = jnp.where(relative_le < STARVED_SHARE, self.starved[...] + 1, 0)
+        self.starved[...] = starved_le
         layers = jnp.float32(len(loads_le))
         return {
             "moe/max_violation": (max_violation(loads_le).sum(), layers),
-            "moe/least_load": (shares_le.min(-1).sum() * self.config.n_experts, layers),
+            "moe/least_load": (relative_le.min(-1).sum(), layers),
+            COLLAPSED: (jnp.sum(starved_le >= STARVED_STEPS, dtype=jnp.float32), jnp.float32(loads_le.size)),
         }
 
 
-def expert_rows(x_rd: Array, gate_edf: Array, up_edf: Array, down_efd: Array, where, dispatch: Dispatch) -> Array:
-    """SwiGLU of each row by the expert of its group."""
-    hidden = jax.nn.silu(grouped_matmul(x_rd, gate_edf, where, dispatch))
-    hidden *= grouped_matmul(x_rd, up_edf, where, dispatch)
-    return grouped_matmul(hidden, down_efd, where, dispatch)
+@functools.cache
+def choose_dispatch(dispatch: Dispatch | Literal["auto"], platform: str) -> Dispatch:
+    """The dispatch that is run, never "auto"; said once a process."""
+    chosen = DISPATCH[platform] if dispatch == "auto" else dispatch
+    console.print(f"experts are dispatched by {chosen!r} ({dispatch!r} on {platform})", markup=False)
+    return chosen
 
 
 def every_expert(x_nd: Array, routing: Routing, gate_edf: Array, up_edf: Array, down_efd: Array) -> Array:

@@ -42,7 +42,9 @@ def route(logits_ne: Array, bias_e: Array, *, top_k: int, scores: Scores, renorm
         scores_ne = jax.nn.sigmoid(logits_ne)
         probabilities_ne = scores_ne / scores_ne.sum(-1, keepdims=True)
     experts_nk = jax.lax.top_k(jax.lax.stop_gradient(scores_ne) + bias_e, top_k)[1]
-    gates_nk = jnp.take_along_axis(scores_ne, experts_nk, axis=-1)
+    # A product and not an index, whose gradient would be a scatter.
+    chosen_nke = jax.nn.one_hot(experts_nk, scores_ne.shape[-1], dtype=scores_ne.dtype)
+    gates_nk = jnp.einsum("nke,ne->nk", chosen_nke, scores_ne, precision="highest")
     if renormalize:
         gates_nk /= gates_nk.sum(-1, keepdims=True) + 1e-20
     return Routing(experts_nk.astype(jnp.int32), gates_nk, probabilities_ne)
@@ -81,12 +83,17 @@ def max_violation(loads_e: Array) -> Array:
 
 
 def balanced_bias(bias_e: Array, loads_e: Array, rate: float) -> Array:
-    """The bias after a step: a little more for experts below the mean load, a little less for those above.
+    """The bias after a step: more for experts below the mean load, less for those above, in proportion to the error.
+
+    The published rule takes steps of one size, by the sign of the error: small ones are slow to balance a new router,
+    and large ones keep swinging.
 
     Args:
       bias_e: (..., experts) float32.
       loads_e: (..., experts) assignments in the global batch.
+      rate: change of the bias for a load that is off by the mean.
 
-    Source: Wang et al. 2024, algorithm 1.
+    Source: Wang et al. 2024, algorithm 1; the proportional variant from its section 4.3.
     """
-    return bias_e + rate * jnp.sign(loads_e.mean(-1, keepdims=True) - loads_e)
+    mean = loads_e.mean(-1, keepdims=True)
+    return bias_e + rate * (1 - loads_e / jnp.maximum(mean, 1e-9))

@@ -1,0 +1,162 @@
+"""The experts of a mixture on a mesh: every device lays out its own tokens, and sends rows to the experts' devices.
+
+One function on one device (``run_experts``), called within ``shard_map`` where there is a mesh. Over the mesh axis that
+splits the experts two all-to-alls carry rows there and back, each device sending every other the same number of rows,
+so that shapes are static (GShard, Lepikhin et al. 2020; ragged exchanges do not exist on CPU).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from efftrain.ops.grouped_matmul import Dispatch, dispatch_layout, grouped_swiglu
+from efftrain.ops.grouped_rows import Layout, from_rows, layout, to_rows
+from efftrain.sharding.rules import activation_axes, activation_spec
+
+Weights = tuple[Array, Array, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRun:
+    """How experts are computed.
+
+    Attributes:
+      n_experts: over all devices.
+      dispatch: see ``ops.grouped_matmul``.
+      capacity: tokens -> rows of an expert, for "capacity".
+      exchange_factor: rows from a device to another over the mean; None: as many as there can be.
+      saliency: sum gate x output norm for each expert, for pruning.
+    """
+
+    n_experts: int
+    dispatch: Dispatch
+    capacity: Callable[[int], int]
+    exchange_factor: float | None
+    saliency: bool
+
+    def sent_rows(self, n_assignments: int, devices: int) -> int:
+        """Rows from a device to each of so many, itself included."""
+        if self.exchange_factor is None:
+            return n_assignments
+        return min(math.ceil(self.exchange_factor * n_assignments / devices), n_assignments)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Experts:
+    """What the experts of a layer return.
+
+    Attributes:
+      y: (..., d_model) in the dtype of x.
+      loads_e: (experts,) float32 assignments, also those that were dropped.
+      dropped: () float32 of them.
+      saliency_e: (experts,) float32, zeros where it was not asked for.
+    """
+
+    y: Array
+    loads_e: Array
+    dropped: Array
+    saliency_e: Array
+
+
+def experts_on_mesh(x_btd: Array, experts_btk: Array, gates_btk: Array, weights: Weights, run: ExpertRun) -> Experts:
+    """The experts of all tokens, whatever the mesh splits: rows, tokens, experts, their hidden width.
+
+    Args:
+      x_btd: (batch, length, d_model).
+      experts_btk: (batch, length, k) int32.
+      gates_btk: (batch, length, k) float32.
+      weights: gate and up (experts, d_model, hidden) and down (experts, hidden, d_model), in the dtype of x.
+      run: how.
+
+    Raises:
+      ConfigError: a dimension that the mesh cannot split, see ``ShardingRules.resolve``.
+    """
+    tokens = activation_spec(x_btd.shape, "batch", "length", None)
+    if tokens is None:
+        return _on_one_device(x_btd, experts_btk, gates_btk, weights, run=run, experts=(), tensor=())
+    experts, tensor = activation_axes("experts"), activation_axes("mlp")
+    into = activation_spec(weights[0].shape, "experts", None, "mlp")
+    out = activation_spec(weights[2].shape, "experts", "mlp", None)
+    rows = (*activation_axes("batch"), *activation_axes("length")) or None
+    # A device has some of the hidden columns, so its outputs are parts of a sum over ``tensor``. They leave with that
+    # axis and are summed outside, where the compiler sums once forward and not at all backward.
+    parts = Experts(
+        y=PartitionSpec(tensor or None, *tokens), loads_e=PartitionSpec(rows), dropped=PartitionSpec(rows),
+        saliency_e=PartitionSpec(rows),
+    )  # fmt: skip
+
+    def on_one_device(*arrays) -> Experts:
+        with jax.named_scope("experts"):
+            found = _on_one_device(*arrays, run=run, experts=experts, tensor=tensor)
+        return jax.tree.map(lambda a: a[None], found)
+
+    found = jax.shard_map(
+        on_one_device, in_specs=(tokens, tokens, tokens, (into, into, out)), out_specs=parts, check_vma=False
+    )(x_btd, experts_btk, gates_btk, weights)
+    return jax.tree.map(lambda a: a.sum(0), found)
+
+
+def _on_one_device(
+    x_btd: Array, experts_btk: Array, gates_btk: Array, weights: Weights, *, run: ExpertRun, experts, tensor
+) -> Experts:
+    x_nd, experts_nk, gates_nk = (a.reshape(-1, a.shape[-1]) for a in (x_btd, experts_btk, gates_btk))
+    local = partial(_local_experts, weights=weights, run=run)
+    if experts:
+        y_rd, where, dropped = _exchange(x_nd, experts_nk, local, run, experts)
+    else:
+        y_rd, where, dropped = local(x_nd, experts_nk, n_tokens=len(x_nd))
+    y_nd = from_rows(y_rd, gates_nk, where)
+    loads_e = jnp.bincount(experts_nk.reshape(-1), length=run.n_experts).astype(jnp.float32)
+    saliency_e = jnp.zeros(run.n_experts)
+    if run.saliency:
+        whole_rd = jax.lax.psum(y_rd.astype(jnp.float32), tensor) if tensor else y_rd
+        saliency_e = _saliency(whole_rd, where, experts_nk, gates_nk, run.n_experts)
+    return Experts(y_nd.astype(x_btd.dtype).reshape(x_btd.shape), loads_e, dropped, saliency_e)
+
+
+def _local_experts(
+    x_nd: Array, experts_nk: Array, *, weights: Weights, run: ExpertRun, n_tokens: int
+) -> tuple[Array, Layout, Array]:
+    """Rows by the experts that this device has; where they stand; how many assignments found no row.
+
+    Args:
+      experts_nk: numbers among this device's experts; as many as there are of them stands for none.
+      n_tokens: that an expert's capacity is reckoned from.
+    """
+    n_local = weights[0].shape[0]
+    where = dispatch_layout(experts_nk, n_local, run.dispatch, capacity=run.capacity(n_tokens))
+    y_rd = grouped_swiglu(to_rows(x_nd, where), *weights, where, run.dispatch)
+    dropped = jnp.sum((experts_nk < n_local) & (where.row_nk >= where.n_rows), dtype=jnp.float32)
+    return y_rd, where, dropped
+
+
+def _exchange(x_nd: Array, experts_nk: Array, local, run: ExpertRun, axes) -> tuple[Array, Layout, Array]:
+    """The same over the devices of ``axes``: rows go to the devices of their experts, and come back to their places."""
+    devices = jax.lax.axis_size(axes)
+    n_local = run.n_experts // devices
+    rows = run.sent_rows(experts_nk.size, devices)
+
+    def swap(a: Array) -> Array:
+        return jax.lax.all_to_all(a, axes, split_axis=0, concat_axis=0, tiled=True)
+
+    sent = layout(experts_nk // n_local, devices, capacity=rows)
+    there_r = experts_nk.reshape(-1)[jnp.maximum(sent.assignment_r, 0)] % n_local
+    there_r = jnp.where(sent.assignment_r >= 0, there_r, n_local)
+    y_rd, where, dropped = local(swap(to_rows(x_nd, sent)), swap(there_r)[:, None], n_tokens=len(x_nd) * devices)
+    back_rd = swap(from_rows(y_rd, jnp.ones(where.row_nk.shape), where).astype(x_nd.dtype))
+    return back_rd, sent, dropped + jnp.sum(sent.row_nk >= sent.n_rows, dtype=jnp.float32)
+
+
+def _saliency(y_rd: Array, where: Layout, experts_nk: Array, gates_nk: Array, n_experts: int) -> Array:
+    """(experts,) sum of gate x norm of the expert's output over its assignments. REAP, Lasby et al. 2025."""
+    assignment_r = jnp.maximum(where.assignment_r, 0)
+    norm_r = jnp.linalg.norm(jax.lax.stop_gradient(y_rd).astype(jnp.float32), axis=-1)
+    value_r = jnp.where(where.assignment_r >= 0, norm_r * gates_nk.reshape(-1)[assignment_r], 0)
+    return jnp.zeros(n_experts).at[experts_nk.reshape(-1)[assignment_r]].add(jax.lax.stop_gradient(value_r))
