@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from efftrain.measure.flops import mean_computed_keys, training_hardware_flops
-from efftrain.measure.parameters import count_parameters
-from efftrain.models.config import ModelConfig
+from efftrain.measure.parameters import count_parameters, parameters
+from efftrain.models.config import MlpConfig, ModelConfig
+from efftrain.models.moe import MoE
 from efftrain.ops.cross_entropy import CHUNK_ELEMENTS
 from efftrain.sharding.roofline import Roofline, axis_bandwidth, sent_bytes
 from efftrain.sharding.topologies import Topology
@@ -71,25 +72,38 @@ def axis_traffic(model: nnx.Module, training: Training, sizes: dict[str, int]) -
     """Bytes that one device sends in a step along each mesh axis.
 
     fsdp: every micro-batch gathers the parameters for the forward and the backward pass in the compute dtype, and
-    scatters the gradients. replica and expert: one all-reduce of the gradients in float32 a step. tensor: two sums of
-    the residual stream in each pass of a block. context: the keys and values of the other devices in each pass.
+    scatters the gradients. replica and expert: one all-reduce of the gradients in float32 a step, of those of experts
+    over replica alone. expert: rows there and back in each pass of a mixture. tensor: two sums of the residual stream
+    in each pass of a block. context: the keys and values of the other devices in each pass.
     """
     config: ModelConfig = model.config
     width, passes = jnp.dtype(config.dtype).itemsize, 3 if config.remat == "full" else 2
-    count = count_parameters(model).total / sizes["tensor"]
-    fsdp, tensor, context = sizes["fsdp"], sizes["tensor"], sizes["context"]
-    gathers = 2 * sent_bytes("all-gather", count * width, fsdp)
-    scatter = sent_bytes("reduce-scatter", count * width, fsdp)
-    tokens = training.batch_size * training.length / (sizes["replica"] * fsdp * sizes["expert"])
+    fsdp, expert, tensor, context = (sizes[axis] for axis in ("fsdp", "expert", "tensor", "context"))
+    experts = sum(v.size for _, v in parameters(model) if "experts" in (v.get_metadata().get("axes") or ()))
+    others = (count_parameters(model).total - experts) / tensor
+    experts /= tensor * expert
+    gathers = 2 * sent_bytes("all-gather", (others + experts) * width, fsdp)
+    scatter = sent_bytes("reduce-scatter", (others + experts) * width, fsdp)
+    tokens = training.batch_size * training.length / (sizes["replica"] * fsdp * expert)
     stream = tokens / context * config.d_model * width
     kv = sum(2 * layer.attention.n_kv_heads * layer.attention.d_head for layer in config.layers) * tokens * width
-    copies = sizes["replica"] * sizes["expert"] * context
+    rows = sum(_rows_per_token(layer.mlp, expert) for layer in config.layers)
+    copies = sizes["replica"] * context
     return {
         ("fsdp",): training.n_microbatches * (gathers + scatter),
-        ("replica", "expert", "context"): sent_bytes("all-reduce", count * 4 / fsdp, copies),
+        ("replica", "expert", "context"): sent_bytes("all-reduce", others * 4 / fsdp, copies * expert),
+        ("replica", "context"): sent_bytes("all-reduce", experts * 4 / fsdp, copies),
+        ("expert",): 2 * passes * sent_bytes("all-to-all", rows * stream, expert),
         ("tensor",): config.n_layers * 2 * passes * sent_bytes("all-reduce", stream, tensor),
         ("context",): passes * sent_bytes("all-gather", kv / tensor, context),
     }
+
+
+def _rows_per_token(mlp: MlpConfig, devices: int) -> float:
+    """Rows of an exchange between devices, sent or not filled, for each token."""
+    if not isinstance(mlp, MoE):
+        return 0.0
+    return mlp.top_k * min(devices, mlp.exchange_factor or devices)
 
 
 def _temporaries(config: ModelConfig, training: Training, state: Any, tokens: float, tensor: int, width: int) -> float:
