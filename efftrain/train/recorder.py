@@ -11,6 +11,7 @@ import numpy as np
 from efftrain.errors import RunError
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
+from efftrain.train.alarms import Alarms
 from efftrain.train.objective import Metrics
 from efftrain.train.run import MetricsLog, Run, read_json
 from efftrain.train.timing import Timing
@@ -38,6 +39,7 @@ class Recorder:
         self._asked: tuple[int, str] | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._figures: dict[str, float] = {}
+        self._alarms = Alarms()
         self.progress = Progress("train", steps, unit="steps", initial=start)
 
     def __enter__(self) -> "Recorder":
@@ -132,6 +134,8 @@ class Recorder:
         times = self._timing.step_arrived()
         if self._log:
             self._log.write(number, values | times)
+        for sentence in self._alarms.heard(values):
+            self.progress.print(f"warning: step {number}: {sentence}")
         self.progress.advance()
         rate = f", {times['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in times else ""
         self.progress.note(f"loss {values['loss']:.4f}{rate}")

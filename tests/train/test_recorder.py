@@ -68,6 +68,17 @@ def test_reading_metrics_starts_nothing_on_the_device(run):
     assert len(read_metrics(run.path)) == 1
 
 
+def test_collapsed_experts_are_warned_of_once_with_a_remedy(run, capsys):
+    with recorder(run) as log:
+        for number, share in enumerate((0.0, 0.0, 0.125, 0.25), start=1):
+            log.push(number, metrics_of(number, [], **{"moe/collapsed": share}))
+        log.flush()
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("warning") == 1
+    assert "warning: step 3: experts have had less than 1% of the mean load for 500 steps" in said
+    assert "raise moe.bias_rate" in said
+
+
 def test_so_many_bad_steps_in_a_row_end_the_run(run):
     with recorder(run) as log:
         for number, bad in enumerate((1, 2, 0, 1, 2), start=1):
