@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from efftrain.errors import ConfigError
+from efftrain.errors import ConfigError, RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
@@ -27,7 +27,7 @@ from efftrain.train.program import Program, batch_sharding, make_program
 from efftrain.train.recorder import VOTES, Recorder, read_figures
 from efftrain.train.run import Run, read_metrics
 from efftrain.train.schedules import Cosine, WarmupStableDecay
-from efftrain.train.state import TrainState, merge_model
+from efftrain.train.state import TrainState, merge_model, split_model
 from efftrain.train.step import Step
 from efftrain.train.supervise import report_checkpoint
 from efftrain.train.timing import Timing
@@ -140,6 +140,7 @@ def fit(
     config: Training,
     run: Run,
     *,
+    initial: Callable[[], nnx.Module] | None = None,
     evaluate: Callable[[nnx.Module], dict[str, float]] | None = None,
     flops_per_token: float | None = None,
     rules: ShardingRules = DEFAULT_RULES,
@@ -153,13 +154,15 @@ def fit(
       batches: this process's part of every global batch.
       config: see ``Training``.
       run: the directory.
+      initial: makes the model that a new run starts from, of the structure that ``build`` has; None: as built. Not
+        called where a checkpoint is found.
       evaluate: model -> figures on held-out text, written to the metrics.
       flops_per_token: model FLOPs of a training token, for MFU.
       rules: which mesh axis splits which logical axis.
       devices: that the mesh is made of; by default all.
 
     Raises:
-      RunError: ``max_bad_steps`` steps in a row were not finite, or the checkpoint is of another model.
+      RunError: ``max_bad_steps`` steps in a row were not finite; the checkpoint or ``initial`` is of another model.
       SystemExit: with code 75 after SIGTERM or Ctrl-C, when everything is saved. Of several processes, all save the
         same step whichever of them got the signal; where one is lost, the others end (``sharding.peers``).
     """
@@ -174,7 +177,7 @@ def fit(
         Interruption() as interruption,
         Checkpoints(run.checkpoints, keep=config.keep_checkpoints, keep_every=config.keep_every) as checkpoints,
     ):
-        state = _restore_or_init(program, checkpoints, batches, mesh, rules)
+        state = _restore_or_init(program, checkpoints, batches, mesh, rules, initial)
         start = int(state.step)
         report_checkpoint(start)
         if start == config.steps:
@@ -283,12 +286,30 @@ def _restore_or_init(
     batches: Batches,
     mesh: Mesh,
     rules: ShardingRules,
+    initial: Callable[[], nnx.Module] | None,
 ) -> TrainState:
     abstract = program.abstract_state(mesh, rules)
     found = checkpoints.restore(abstract)
     if found is None:
-        return jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
+        state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
+        return state if initial is None else _start_from(initial(), state)
     step, state, data_state = found
     batches.set_state(data_state)
     console.print(f"continuing from step {step}")
     return state
+
+
+def _start_from(model: nnx.Module, state: TrainState) -> TrainState:
+    """A new state with the variables of a model."""
+    _, params, model_state = split_model(model)
+
+    def place(new: nnx.State, old: nnx.State) -> nnx.State:
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, old)]
+        if shapes[0] != shapes[1]:
+            raise RunError("the initial model has other variables than the one to be trained; build both alike")
+        # Not the caller's own arrays: the step donates its state.
+        return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding, may_alias=False), new, old)
+
+    params = place(params, state.params)
+    ema = state.ema and jax.tree.map(jnp.copy, params)
+    return replace(state, params=params, model_state=place(model_state, state.model_state), ema=ema)

@@ -12,6 +12,7 @@ from test_run import hashes
 from efftrain.errors import ConfigError, RunError
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.objective import next_token_loss
+from efftrain.train.optimizers import AdamW
 from efftrain.train.run import MetricsLog, load, read_metrics
 
 
@@ -147,3 +148,26 @@ def test_rows_that_the_mesh_cannot_split_are_named(tmp_path):
 def test_a_row_longer_than_the_model_takes_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.max_length is 4"):
         tiny.train(tmp_path / "run", model=tiny.MODEL.replace(max_length=4))
+
+
+def test_a_new_run_starts_from_an_initial_model_and_a_continued_one_does_not(tmp_path):
+    trained = tiny.train(tmp_path / "first").model
+    asked = []
+
+    def initial():
+        asked.append(1)
+        return trained
+
+    changes = {"initial": initial, "steps": 1, "optimizer": AdamW(peak_lr=1e-12), "ema_decay": 0.5}
+    first = tiny.train(tmp_path / "run", **changes)
+    tiny.assert_same_parameters(first.model, trained, atol=1e-6)
+    assert tiny.numbers(tmp_path / "run")[0][1] < tiny.numbers(tmp_path / "first")[0][1] - 0.5
+    tiny.train(tmp_path / "run", **changes)
+    assert asked == [1]
+
+
+def test_an_initial_model_of_another_shape_is_refused(tmp_path):
+    other = dataclasses.replace(tiny.MODEL, d_model=2 * tiny.MODEL.d_model)
+    wide = tiny.train(tmp_path / "wide", model=other, steps=1).model
+    with pytest.raises(RunError, match="the initial model has other variables"):
+        tiny.train(tmp_path / "run", initial=lambda: wide)

@@ -123,6 +123,7 @@ def train(
     objective=next_token_loss,
     devices: int = 1,
     evaluate=None,
+    initial=None,
     **changes,
 ) -> Fitted:
     """``fit`` of the tiny run on so many devices, with fields of its ``Training`` changed."""
@@ -134,6 +135,7 @@ def train(
         config.training,
         Run(out, config),
         evaluate=evaluate,
+        initial=initial,
         devices=jax.devices()[:devices],
     )
 
