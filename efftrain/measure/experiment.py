@@ -36,7 +36,11 @@ class Experiment:
 
 
 def train_and_score(
-    config: Experiment, build: Callable[[nnx.Rngs], Decoder], objective: Objective
+    config: Experiment,
+    build: Callable[[nnx.Rngs], Decoder],
+    objective: Objective,
+    *,
+    initial: Callable[[], Decoder] | None = None,
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
@@ -44,7 +48,7 @@ def train_and_score(
 
     Args:
       config: of the run.
-      build, objective: see ``fit``.
+      build, objective, initial: see ``fit``.
 
     Raises:
       EfftrainError: what ``fit``, ``Run`` and ``data`` refuse.
@@ -72,6 +76,7 @@ def train_and_score(
         data.batches(loader, *part, verify=False),
         training,
         run,
+        initial=initial,
         evaluate=Evaluator(lambda: data.batches(held_out, *part, verify=False), corpus.token_bytes()),
         flops_per_token=training_flops(abstract_decoder(config.model), training.length),
     )

@@ -1,16 +1,14 @@
 """The dense recipe as a user starts it: from the command line, on a small corpus, killed and started again."""
 
 import json
-import os
-import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
 import pytest
+from running import run, start
 
 import efftrain
 from efftrain import data
@@ -31,56 +29,12 @@ SMALL = f"""
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    draw = random.Random(0)
-    words = [
-        "def",
-        "return",
-        "import",
-        "class",
-        "value",
-        "number",
-        "list",
-        "print",
-        "for",
-        "while",
-        "if",
-        "else",
-        "in",
-        "range",
-        "self",
-        "name",
-    ]
-    for package in range(6):
-        (folder / f"package{package}").mkdir()
-        for i in range(8):
-            lines = [" ".join(draw.choices(words, k=8)) for _ in range(30)]
-            (folder / f"package{package}" / f"{i}.py").write_text("\n".join(lines) + "\n")
-    out = tmp_path_factory.mktemp("corpora") / "small"
-    source = data.TextFolder(path=folder, pattern="*.py", package_by_folder=True)
-    data.build(data.CorpusConfig(sources=(source,), rules=(), vocabulary=300), out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def command(corpus):
     def make(out: Path, *changes: str) -> list[str]:
         script = str(ROOT / "recipes" / "dense.py")
         return [sys.executable, script, "cpu", "--corpus", str(corpus), "--out", str(out), *SMALL, *changes]
 
     return make
-
-
-def start(command: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def run(command: list[str]) -> tuple[int, str]:
-    process = start(command)
-    output, _ = process.communicate()
-    return process.returncode, output
 
 
 @pytest.fixture(scope="module")
