@@ -119,11 +119,17 @@ class Decoder(nnx.Module):
         return self.norm(x_btd), Cache(layers=tuple(caches), lengths_b=cache.lengths_b + length)
 
     def after_step(self, statistics: list[dict]) -> dict:
-        """Updates what is not trained but follows the data, from the ``statistics`` of a step; returns its figures."""
+        """Updates what is not trained but follows the data, from the ``statistics`` of a step.
+
+        Returns:
+          The step's figures as (sum, count) pairs. Figures that are arrays are not added up: their names end with the
+          position in the pattern.
+        """
         figures: dict = {}
-        for stack, found in zip(self.blocks, statistics, strict=True):
-            if found:
-                figures = add_metrics(figures, stack.mlp.after_step(found))
+        for position, (stack, found) in enumerate(zip(self.blocks, statistics, strict=True)):
+            more = stack.mlp.after_step(found) if found else {}
+            named = {name if pair[0].ndim == 0 else f"{name}/{position}": pair for name, pair in more.items()}
+            figures = add_metrics(figures, named)
         return figures
 
     def layers(self) -> list[Block]:

@@ -204,6 +204,7 @@ class RoutedExperts(nnx.Module):
         return {
             "moe/max_violation": (max_violation(loads_le).sum(), layers),
             "moe/least_load": (relative_le.min(-1).sum(), layers),
+            "moe/loads": (relative_le, jnp.float32(1)),
             COLLAPSED: (jnp.sum(starved_le >= STARVED_STEPS, dtype=jnp.float32), jnp.float32(loads_le.size)),
         }
 

@@ -129,11 +129,13 @@ class Recorder:
         vote = int(pairs.pop(VOTES, (-1, 1))[0])
         if vote >= 0 and self._asked is None:
             self._asked = number, f"{signal.Signals(vote % 256).name} on process {vote // 256}"
+        arrays = {name: pairs.pop(name) for name in [*pairs] if np.ndim(pairs[name][0])}
+        arrays = {name: (total / count).round(3).tolist() for name, (total, count) in arrays.items()}
         values = {name: float(total / count) if count else np.nan for name, (total, count) in pairs.items()}
         bad_steps = int(values.pop("bad_steps"))
         times = self._timing.step_arrived()
         if self._log:
-            self._log.write(number, values | times)
+            self._log.write(number, values | times, arrays=arrays)
         for sentence in self._alarms.heard(values):
             self.progress.print(f"warning: step {number}: {sentence}")
         self.progress.advance()

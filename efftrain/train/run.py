@@ -104,11 +104,18 @@ class MetricsLog:
             self._file = self._path.open("a", buffering=1)
             self._events = Events(directory / "tensorboard", after_step=after_step)
 
-    def write(self, step: int, values: Mapping[str, float], *, split: str = "train") -> None:
-        """A figure that is not finite becomes null: JSON has no word for it."""
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        split: str = "train",
+        arrays: Mapping[str, list] | None = None,
+    ) -> None:
+        """A figure that is not finite becomes null: JSON has no word for it. Arrays stay out of TensorBoard."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with _writing(self._path):
-            self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+            self._file.write(json.dumps({"step": step, "split": split, **finite, **(arrays or {})}) + "\n")
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def flush(self) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 from flax import nnx
 
 from efftrain.errors import ConfigError
@@ -36,16 +37,7 @@ def model_config(mlp: MoE):
 
 
 def batch():
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1)).astype(np.int32)
-    ones = np.ones((ROWS, LENGTH), np.int32)
-    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segments": ones,
-        "positions": positions,
-        "mask": ones.astype(bool),
-    }
+    return tiny.rows(np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1)).astype(np.int32))
 
 
 def compiled_on(mlp: MoE, mesh_config: MeshConfig):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 from flax import nnx
 
 from efftrain.errors import ConfigError
@@ -30,16 +31,7 @@ def with_mlp(mlp, **changes):
 
 
 def batch(rows=4, seed=0):
-    tokens = np.random.default_rng(seed).integers(0, 32, (rows, 17), dtype=np.int32)
-    positions = np.tile(np.arange(16, dtype=np.int32), (rows, 1))
-    ones = np.ones((rows, 16), np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segments": ones,
-        "positions": positions,
-        "mask": ones.astype(bool),
-    }
+    return tiny.rows(np.random.default_rng(seed).integers(0, 32, (rows, 17), dtype=np.int32))
 
 
 def loss_and_gradient(config, rows=batch()):  # noqa: B008, not changed
@@ -123,7 +115,11 @@ def test_micro_batches_and_remat_change_neither_bias_nor_parameters():
 
 def test_figures_of_the_routing_are_reported():
     *_, metrics = train(with_mlp(ROUTED))
+    loads = metrics.pop("moe/loads/0")[0]
+    assert loads.shape == (2, 4)
+    np.testing.assert_allclose(loads.mean(-1), 1, rtol=1e-6)
     figures = {name: float(total / count) for name, (total, count) in metrics.items()}
+    assert figures["moe/max_violation"] == pytest.approx(float(loads.max(-1).mean()) - 1, rel=1e-5)
     assert 0 < figures["moe/entropy"] <= 2 * np.log(4)
     assert figures["moe/dropped"] == 0
     assert figures["moe/max_violation"] >= 0
@@ -132,8 +128,8 @@ def test_figures_of_the_routing_are_reported():
 
 def test_an_expert_that_starves_is_counted_until_it_is_fed(monkeypatch):
     monkeypatch.setattr(moe, "STARVED_STEPS", 3)
-    layer = nnx.eval_shape(lambda: ROUTED.build(16, n_layers=1, dtype="float32", rngs=nnx.Rngs(0)))
-    layer.bias[...], layer.starved[...] = jnp.zeros((2, 4)), jnp.zeros((2, 4), jnp.int32)
+    layer = ROUTED.build(16, n_layers=1, dtype="float32", rngs=nnx.Rngs(0))
+    layer.bias, layer.starved = moe.BalanceBias(jnp.zeros((2, 4))), moe.StarvedSteps(jnp.zeros((2, 4), jnp.int32))
     hungry = jnp.array([[100.0, 100.0, 100.0, 0.5], [75.0, 75.0, 75.0, 75.0]])
     shares = [float(np.divide(*layer.after_step({"loads": hungry})[moe.COLLAPSED])) for _ in range(4)]
     assert shares == [0, 0, 1 / 8, 1 / 8]

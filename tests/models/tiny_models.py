@@ -38,5 +38,18 @@ def tokens(batch: int = 2, length: int = 11, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 29, (batch, length)).astype(np.int32)
 
 
+def rows(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """A training batch of (batch, length + 1) tokens, one segment a row."""
+    ones = np.ones_like(tokens[:, 1:])
+    positions = np.tile(np.arange(ones.shape[1], dtype=np.int32), (len(tokens), 1))
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": ones,
+        "positions": positions,
+        "mask": ones.astype(bool),
+    }
+
+
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1], [0, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3]], np.int32)

@@ -68,6 +68,14 @@ def test_reading_metrics_starts_nothing_on_the_device(run):
     assert len(read_metrics(run.path)) == 1
 
 
+def test_a_figure_that_is_an_array_becomes_a_list(run):
+    with recorder(run) as log:
+        loads = np.array([[1.25, 0.75], [2.0, 1 / 3]])
+        log.push(1, metrics_of(1, []) | {"moe/loads/0": (loads, 1)})
+        log.flush()
+    assert read_metrics(run.path)[0]["moe/loads/0"] == [[1.25, 0.75], [2.0, 0.333]]
+
+
 def test_collapsed_experts_are_warned_of_once_with_a_remedy(run, capsys):
     with recorder(run) as log:
         for number, share in enumerate((0.0, 0.0, 0.125, 0.25), start=1):
