@@ -28,7 +28,7 @@ class ExpertRun:
 
     Attributes:
       n_experts: over all devices.
-      dispatch: see ``ops.grouped_matmul``.
+      dispatch: see ``ops.grouped_matmul``; where there are not more assignments than experts, it is "each".
       capacity: tokens -> rows of an expert, for "capacity".
       exchange_factor: rows from a device to another over the mean; None: as many as there can be.
       saliency: sum gate x output norm for each expert, for pruning.
@@ -131,8 +131,9 @@ def _local_experts(
       n_tokens: that an expert's capacity is reckoned from.
     """
     n_local = weights[0].shape[0]
-    where = dispatch_layout(experts_nk, n_local, run.dispatch, capacity=run.capacity(n_tokens))
-    y_rd = grouped_swiglu(to_rows(x_nd, where), *weights, where, run.dispatch)
+    dispatch = "each" if experts_nk.size <= n_local else run.dispatch
+    where = dispatch_layout(experts_nk, n_local, dispatch, capacity=run.capacity(n_tokens))
+    y_rd = grouped_swiglu(to_rows(x_nd, where), *weights, where, dispatch)
     dropped = jnp.sum((experts_nk < n_local) & (where.row_nk >= where.n_rows), dtype=jnp.float32)
     return y_rd, where, dropped
 

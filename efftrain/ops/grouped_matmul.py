@@ -2,6 +2,8 @@
 
 How the groups are bounded decides how the products are made (``Dispatch``):
 
+  each       every assignment in its own row, with a copy of its group's matrices: for fewer rows than groups, as when
+             one token is decoded; nothing is dropped
   capacity   the same number of rows for every group: one batched product; what does not fit was dropped
   blocks     sorted rows, a few at a time, with a backward pass of its own; nothing is dropped
   megablox   sorted rows by JAX's Pallas kernel for TPUs; nothing is dropped
@@ -18,24 +20,39 @@ import jax.numpy as jnp
 from jax import Array
 
 from efftrain.ops.grouped_megablox import ROWS, megablox_matmul
-from efftrain.ops.grouped_rows import Layout, layout
+from efftrain.ops.grouped_rows import Layout, layout, unsorted_layout
 from efftrain.ops.platform import platform
 
-Dispatch = Literal["capacity", "blocks", "megablox", "ragged"]
+Dispatch = Literal["each", "capacity", "blocks", "megablox", "ragged"]
+Blocks = tuple[int, ...]
 Carry = TypeVar("Carry")
 
-# Rows of one product in "blocks", largest first: whole ones, and then the rest of a group in small ones. Measured on
-# two cores with 1,024 rows of 384 a group: 256 and 64 take 1.35 of the time of one dense product, 512 and 64 the same,
-# 256 alone 1.44, 128 alone 1.7 (tests/bench/moe.py times the whole step).
-BLOCKS = (256, 64)
+SMALLEST, LARGEST = 8, 64  # the last block of a group
+
+
+def block_sizes(n_assignments: int, n_groups: int) -> tuple[int, int]:
+    """Rows of one product in "blocks": whole ones, and then the rest of a group in small ones.
+
+    Measured on two cores with 1,024 rows of 384 a group: 256 and 64 take 1.35 of the time of one dense product, 512 and
+    64 the same, 256 alone 1.44, 128 alone 1.7 (tests/bench/moe.py times the whole step). Groups of few rows, as in
+    decoding, take smaller ones.
+    """
+    mean = n_assignments // n_groups
+    rest = SMALLEST
+    while rest < LARGEST and 4 * rest <= mean:
+        rest *= 2
+    return 4 * rest, rest
 
 
 def dispatch_layout(groups_nk: Array, n_groups: int, dispatch: Dispatch, *, capacity: int) -> Layout:
     """The rows that ``grouped_swiglu`` takes; ``capacity`` is for the dispatch of that name. See ``layout``."""
+    if dispatch == "each":
+        return unsorted_layout(groups_nk, n_groups)
     if dispatch == "capacity":
         return layout(groups_nk, n_groups, capacity=capacity)
     # The last block of the last group may reach behind it; the kernel wants whole tiles.
-    slack = {"blocks": BLOCKS[-1], "megablox": -groups_nk.size % ROWS, "ragged": 0}
+    rest = block_sizes(groups_nk.size, n_groups)[-1]
+    slack = {"blocks": rest, "megablox": -groups_nk.size % ROWS, "ragged": 0}
     return layout(groups_nk, n_groups, slack=slack[dispatch])
 
 
@@ -52,11 +69,16 @@ def grouped_swiglu(
       dispatch: see above. Rows that hold no assignment come out as anything, and get no gradient.
     """
     if dispatch == "blocks":
-        return _blocks_swiglu(x_rd, gate_edf, up_edf, down_efd, where.sizes_e)
+        sizes = block_sizes(where.row_nk.size, gate_edf.shape[0])
+        return _blocks_swiglu(sizes, x_rd, gate_edf, up_edf, down_efd, where.sizes_e)
     if dispatch in ("megablox", "ragged"):
         matmul = partial(megablox_matmul, interpret=platform() != "tpu") if dispatch == "megablox" else _ragged
         hidden_rf = jax.nn.silu(matmul(x_rd, gate_edf, where.sizes_e)) * matmul(x_rd, up_edf, where.sizes_e)
         return matmul(hidden_rf, down_efd, where.sizes_e)
+    if dispatch == "each":
+        gate_rdf, up_rdf, down_rfd = (w[where.group_r] for w in (gate_edf, up_edf, down_efd))
+        x_r1d = x_rd[:, None]
+        return _dot(jax.nn.silu(_dot(x_r1d, gate_rdf)) * _dot(x_r1d, up_rdf), down_rfd)[:, 0]
     n_groups, d, f = gate_edf.shape
     gate_up_edf = jnp.concatenate([gate_edf, up_edf], axis=-1)
     hidden_ecf = _swiglu(_dot(x_rd.reshape(n_groups, -1, d), gate_up_edf), f)
@@ -75,13 +97,15 @@ def _swiglu(gate_up: Array, f: int) -> Array:
     return jax.nn.silu(gate_up[..., :f]) * gate_up[..., f:]
 
 
-@jax.custom_vjp
-def _blocks_swiglu(x_rd: Array, gate_edf: Array, up_edf: Array, down_efd: Array, sizes_e: Array) -> Array:
-    return _blocks_forward(x_rd, gate_edf, up_edf, down_efd, sizes_e)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks_swiglu(
+    blocks: Blocks, x_rd: Array, gate_edf: Array, up_edf: Array, down_efd: Array, sizes_e: Array
+) -> Array:
+    return _blocks_forward(blocks, x_rd, gate_edf, up_edf, down_efd, sizes_e)[0]
 
 
 def _blocks_forward(
-    x_rd: Array, gate_edf: Array, up_edf: Array, down_efd: Array, sizes_e: Array
+    blocks: Blocks, x_rd: Array, gate_edf: Array, up_edf: Array, down_efd: Array, sizes_e: Array
 ) -> tuple[Array, tuple]:
     f = gate_edf.shape[-1]
 
@@ -95,7 +119,7 @@ def _blocks_forward(
             y = _dot(_swiglu(product, f), down_fd)
             return _set_rows(gate_up_rf, product, at), _set_rows(y_rd, y, at)
 
-        return _over_blocks(start, size, len(x_rd), block, carry), None
+        return _over_blocks(blocks, start, size, len(x_rd), block, carry), None
 
     empty = jnp.zeros((x_rd.shape[0], 2 * f), x_rd.dtype), jnp.zeros_like(x_rd)
     inputs = gate_edf, up_edf, down_efd, jnp.cumsum(sizes_e) - sizes_e, sizes_e
@@ -103,7 +127,7 @@ def _blocks_forward(
     return y_rd, (x_rd, gate_up_rf, inputs)
 
 
-def _blocks_backward(saved: tuple, gradient_rd: Array) -> tuple[Array, Array, Array, Array, None]:
+def _blocks_backward(blocks: Blocks, saved: tuple, gradient_rd: Array) -> tuple[Array, Array, Array, Array, None]:
     x_rd, gate_up_rf, inputs = saved
     f = gate_up_rf.shape[-1] // 2
 
@@ -114,7 +138,7 @@ def _blocks_backward(saved: tuple, gradient_rd: Array) -> tuple[Array, Array, Ar
         def block(at: Array, rows: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dx_rd, d_gate_up, d_down = carry
             gradient = _rows(gradient_rd, at, rows)
-            if rows == BLOCKS[-1]:  # may reach into the rows of the next group
+            if rows == blocks[-1]:  # may reach into the rows of the next group
                 gradient = jnp.where((at + jnp.arange(rows) < start + size)[:, None], gradient, 0)
             hidden, pull_back = jax.vjp(lambda product: _swiglu(product, f), _rows(gate_up_rf, at, rows))
             (d_product,) = pull_back(_dot(gradient, down_fd.T))
@@ -123,7 +147,7 @@ def _blocks_backward(saved: tuple, gradient_rd: Array) -> tuple[Array, Array, Ar
             return _set_rows(dx_rd, _dot(d_product, gate_up_df.T), at), d_gate_up, d_down
 
         zeros = jnp.zeros(gate_up_df.shape, jnp.float32), jnp.zeros(down_fd.shape, jnp.float32)
-        dx_rd, d_gate_up, d_down = _over_blocks(start, size, len(x_rd), block, (dx_rd, *zeros))
+        dx_rd, d_gate_up, d_down = _over_blocks(blocks, start, size, len(x_rd), block, (dx_rd, *zeros))
         return dx_rd, tuple(g.astype(x_rd.dtype) for g in (d_gate_up[:, :f], d_gate_up[:, f:], d_down))
 
     dx_rd, d_weights = jax.lax.scan(group, jnp.zeros_like(x_rd), inputs)
@@ -134,7 +158,7 @@ _blocks_swiglu.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _over_blocks(
-    start: Array, size: Array, n_rows: int, block: Callable[[Array, int, Carry], Carry], carry: Carry
+    blocks: Blocks, start: Array, size: Array, n_rows: int, block: Callable[[Array, int, Carry], Carry], carry: Carry
 ) -> Carry:
     """Calls ``block(first row, rows, carry)`` until all rows of a group are done, in order.
 
@@ -142,10 +166,10 @@ def _over_blocks(
     write there later, or nothing reads it.
     """
     end = start + size
-    for rows in BLOCKS:
+    for rows in blocks:
         if rows > n_rows:
             continue
-        last = rows == BLOCKS[-1]
+        last = rows == blocks[-1]
         count = -(-(end - start) // rows) if last else (end - start) // rows
         carry = jax.lax.fori_loop(
             0, count, lambda i, carry, start=start, rows=rows: block(start + i * rows, rows, carry), carry

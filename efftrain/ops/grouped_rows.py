@@ -1,9 +1,10 @@
 """Where the assignments of tokens to groups stand as rows, group after group, and how tokens come there and back.
 
-An assignment is a pair (token, choice). Two layouts:
+An assignment is a pair (token, choice). Three layouts:
 
   capacity   every group has the same number of rows; what does not fit is dropped
   sorted     groups of any size, one behind the other; nothing is dropped
+  unsorted   a row for each assignment, in their order; nothing is dropped
 
 Rows are moved by gathers only, also in the backward pass: a scatter-add is slow on every platform.
 """
@@ -24,11 +25,13 @@ class Layout:
       row_nk: (tokens, choices) int32 row of each assignment; ``n_rows`` for one that has none.
       assignment_r: (rows,) int32 which assignment (token * choices + choice) stands in a row; -1 for none.
       sizes_e: (groups,) int32 assignments of each group, the dropped ones included.
+      group_r: (rows,) int32 the group of each row of an unsorted layout; None for the others.
     """
 
     row_nk: Array
     assignment_r: Array
     sizes_e: Array
+    group_r: Array | None = None
 
     @property
     def n_rows(self) -> int:
@@ -60,6 +63,18 @@ def layout(groups_nk: Array, n_groups: int, *, capacity: int | None = None, slac
     assignment_r = jnp.full(n_rows, -1, jnp.int32)
     assignment_r = assignment_r.at[row].set(jnp.arange(n, dtype=jnp.int32), mode="drop", unique_indices=True)
     return Layout(row.reshape(groups_nk.shape).astype(jnp.int32), assignment_r, sizes_e)
+
+
+def unsorted_layout(groups_nk: Array, n_groups: int) -> Layout:
+    """A row for each assignment, in their order; empty where it belongs to no group. Arguments: see ``layout``."""
+    flat = groups_nk.reshape(-1)
+    number, belongs = jnp.arange(flat.shape[0], dtype=jnp.int32), flat < n_groups
+    return Layout(
+        row_nk=jnp.where(belongs, number, flat.shape[0]).reshape(groups_nk.shape),
+        assignment_r=jnp.where(belongs, number, -1),
+        sizes_e=jnp.bincount(flat, length=n_groups).astype(jnp.int32),
+        group_r=jnp.minimum(flat, n_groups - 1),
+    )
 
 
 @jax.custom_vjp

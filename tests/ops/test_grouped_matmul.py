@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efftrain.ops import grouped_matmul
-from efftrain.ops.grouped_matmul import dispatch_layout, grouped_swiglu
+from efftrain.ops.grouped_matmul import block_sizes, dispatch_layout, grouped_swiglu
 from efftrain.ops.grouped_rows import from_rows, to_rows
 
 TOKENS, CHOICES, GROUPS, D, F = 40, 2, 5, 8, 6
@@ -21,7 +21,7 @@ CASES = {
 @pytest.fixture(params=[(256, 64), (8, 3)], ids=["one block", "many blocks"], autouse=True)
 def _blocks(request, monkeypatch):
     """Blocks larger than any group, and such that groups take whole ones and a rest."""
-    monkeypatch.setattr(grouped_matmul, "BLOCKS", request.param)
+    monkeypatch.setattr(grouped_matmul, "block_sizes", lambda n_assignments, n_groups: request.param)
 
 
 @pytest.fixture(params=CASES)
@@ -43,7 +43,7 @@ def through_rows(x, gate, up, down, gates, groups, dispatch):
     return from_rows(grouped_swiglu(to_rows(x, where), gate, up, down, where, dispatch), gates, where)
 
 
-@pytest.mark.parametrize("dispatch", ["capacity", "blocks", "megablox", "ragged"])
+@pytest.mark.parametrize("dispatch", ["each", "capacity", "blocks", "megablox", "ragged"])
 def test_rows_meet_the_matrices_of_their_group(case, dispatch):
     arrays, groups = case
 
@@ -59,3 +59,10 @@ def test_rows_meet_the_matrices_of_their_group(case, dispatch):
     found, expected = results(through_rows, dispatch), results(direct)
     for name, a, b in zip(names, found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("n_assignments", "sizes"), [(16, (32, 8)), (256, (64, 16)), (1024, (256, 64)), (65_536, (256, 64))]
+)
+def test_groups_of_few_rows_take_small_blocks(n_assignments, sizes):
+    assert block_sizes(n_assignments, 8) == sizes
