@@ -21,6 +21,8 @@ pytestmark = pytest.mark.tpu_aot
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if "def program(" in path.read_text())
+# libtpu 0.0.52 raises an internal error when it prints these programs: counted by formulas, with a warning.
+NO_TEXT = {("moe", "v5p:2x2x1"), ("moe", "v6e:2x2")}
 KEPT = ROOT / "tests" / "bench" / "results" / "aot.json"
 
 
@@ -62,7 +64,9 @@ def check(report: Report, target: Target) -> None:
     assert report.memory.total >= state + report.memory.temporaries
     tokens = target.training.batch_size * target.training.length / report.devices
     assert report.model_flops == pytest.approx(training_flops(model, target.training.length) * tokens)
-    assert report.counted_from == "program"
+    unprintable = (target.name, report.topology) in NO_TEXT
+    assert report.counted_from == ("formulas" if unprintable else "program")
+    assert unprintable == any("text cannot be had" in warning for warning in report.warnings)
     assert 0.9 < report.flops / report.model_flops < 2
     assert report.times.step_s > 0
     assert {axis for row in report.collectives for axis in row.axes} <= {a for a, n in report.mesh.items() if n > 1}
@@ -75,7 +79,7 @@ def test_every_recipe_compiles_for_small_slices(recipe, slice_):
     report = compile_target(target, find_topology(slice_))
     check(report, target)
     assert report.mesh["fsdp"] == 4
-    assert any(row.axes == ("fsdp",) for row in report.collectives)
+    assert (report.counted_from == "formulas") != any(row.axes == ("fsdp",) for row in report.collectives)
 
 
 def test_tensor_parallelism_compiles_and_talks_along_its_axis():
