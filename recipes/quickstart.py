@@ -20,8 +20,9 @@ from flax import nnx
 from efftrain.measure.experiment import Experiment, train_and_score
 from efftrain.measure.scorecard import Scorecard, table
 from efftrain.models.config import llama
-from efftrain.models.decode import Sampling, generate
+from efftrain.models.decode import generate
 from efftrain.models.decoder import Decoder
+from efftrain.models.sampling import Sampling
 from efftrain.progress import console
 from efftrain.recipe import import_script, run_recipe
 from efftrain.train.loop import Training

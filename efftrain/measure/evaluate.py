@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.models.decoder import Decoder
+from efftrain.models.routed_depth import causally_routed, has_routed_depth, routes_causally
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.sharding.rules import activation_axes
@@ -52,10 +53,19 @@ class Evaluator:
     def __call__(self, model: Decoder) -> dict[str, float]:
         """``bpb`` in bits per byte, ``loss`` in nats per target.
 
+        A model of routed depth is evaluated as it decodes, and beside it as it is trained, looking ahead:
+        ``bpb_look_ahead`` and ``loss_look_ahead``. One that cannot decode has these two alone.
+
         Raises:
           CorpusError: the rows have no target that stands for text.
           ConfigError: a target is outside of the tokenizer's vocabulary.
         """
+        if not has_routed_depth(model):
+            return self._evaluate(model)
+        ahead = {f"{name}_look_ahead": value for name, value in self._evaluate(model).items()}
+        return ahead | (self._evaluate(causally_routed(model)) if routes_causally(model) else {})
+
+    def _evaluate(self, model: Decoder) -> dict[str, float]:
         graph, state = nnx.split(model)
         nats, n_targets, n_bytes = 0.0, 0, 0
         pending = 0.0, 0, 0
@@ -84,7 +94,7 @@ class Evaluator:
 @partial(jax.jit, static_argnums=0)
 def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, token_bytes: Array) -> tuple[Array, Array, Array]:
     """Of a batch's counted targets: the sum of their nats, () float32; their number and their bytes, () int32."""
-    nats = next_token_loss(nnx.merge(graph, state), batch, jax.random.key(0))[2]["loss"][0]
+    nats = next_token_loss(nnx.merge(graph, state), batch, None)[2]["loss"][0]
     n_bytes = jnp.where(batch["mask"], token_bytes[batch["targets"]], 0).sum()
     return nats, batch["mask"].sum(dtype=jnp.int32), n_bytes
 

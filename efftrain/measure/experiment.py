@@ -41,6 +41,7 @@ def train_and_score(
     objective: Objective,
     *,
     initial: Callable[[], Decoder] | None = None,
+    extra_flops: float = 0.0,
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
@@ -49,6 +50,7 @@ def train_and_score(
     Args:
       config: of the run.
       build, objective, initial: see ``fit``.
+      extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
 
     Raises:
       EfftrainError: what ``fit``, ``Run`` and ``data`` refuse.
@@ -78,7 +80,7 @@ def train_and_score(
         run,
         initial=initial,
         evaluate=Evaluator(lambda: data.batches(held_out, *part, verify=False), corpus.token_bytes()),
-        flops_per_token=training_flops(abstract_decoder(config.model), training.length),
+        flops_per_token=training_flops(abstract_decoder(config.model), training.length) + extra_flops,
     )
     card = score(
         fitted.model,
@@ -87,6 +89,7 @@ def train_and_score(
         quality=fitted.evaluation,
         training_tokens=training.tokens,
         training_figures=fitted.figures,
+        extra_flops=extra_flops,
         checkpoint=run.checkpoints / str(training.steps),
     )
     if hosts.process_index() == 0:

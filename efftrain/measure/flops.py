@@ -3,8 +3,9 @@
 Conventions, printed wherever a figure is:
 
 - a multiply-add is 2 FLOPs, and only products count: norms, softmax and rotations are a few per cent and left out;
-- every parameter matrix is multiplied with every token once, of experts those that a token goes to; a look-up table is
-  free; the head counts, tied or not;
+- every parameter matrix is multiplied with every token once, of experts those that a token goes to, of routed depth as
+  often as it passes on average; a look-up table is free; the head counts, tied or not;
+- layers that training leaves out count by their expected number, over the ramp of the dropout;
 - attention in training and prefill counts the keys that the causal mask and the window leave visible, on average
   (length + 1) / 2 without a window: the usual "causal halved". Rows count as one document each, so that packing
   changes nothing;
@@ -14,11 +15,13 @@ Conventions, printed wherever a figure is:
 """
 
 import math
+from collections.abc import Callable
 
 from flax import nnx
 
-from efftrain.measure.parameters import HEAD, active_size, embedding_paths, parameters
-from efftrain.models.config import Attention
+from efftrain.measure.parameters import HEAD, active_size, embedding_paths, parameters, passes
+from efftrain.models.config import Attention, ModelConfig
+from efftrain.models.depth import mean_kept
 
 FORWARD_AND_BACKWARD = 3  # in forward passes
 
@@ -30,8 +33,8 @@ def training_flops(model: nnx.Module, length: int) -> float:
       model: abstract or not; it has a ``config``. A block's matrices count wherever they are, a fork's too.
       length: tokens of a row.
     """
-    forward = matrix_flops(model) + head_flops(model) + _visible_attention_flops(model, length)
-    return FORWARD_AND_BACKWARD * forward
+    blocks = matrix_flops(model) + _visible_attention_flops(model, length)
+    return FORWARD_AND_BACKWARD * (_kept_share(model.config) * blocks + head_flops(model))
 
 
 def training_hardware_flops(model: nnx.Module, length: int) -> float:
@@ -41,12 +44,10 @@ def training_hardware_flops(model: nnx.Module, length: int) -> float:
     counted too), "dots" only the attention products. The head is outside of remat.
     """
     config = model.config
-    attention = sum(
-        attention_flops(layer.attention, mean_computed_keys(length, layer.attention.window, layer.attention.n_blocks))
-        for layer in config.layers
-    )
+    attention = _attention_flops(config, length, lambda seen, a: mean_computed_keys(seen, a.window, a.n_blocks))
     again = {"none": 0.0, "dots": attention, "full": matrix_flops(model) + attention}[config.remat]
-    return FORWARD_AND_BACKWARD * (matrix_flops(model) + head_flops(model) + attention) + again
+    kept = _kept_share(config)
+    return FORWARD_AND_BACKWARD * (kept * (matrix_flops(model) + attention) + head_flops(model)) + kept * again
 
 
 def prefill_flops(model: nnx.Module, length: int) -> float:
@@ -59,10 +60,7 @@ def decode_flops(model: nnx.Module, context: int) -> float:
 
     The program computes a score for every slot of the cache, seen or not.
     """
-    attention = sum(
-        attention_flops(layer.attention, min(context, layer.attention.window or context))
-        for layer in model.config.layers
-    )
+    attention = _attention_flops(model.config, context, lambda seen, a: min(seen, a.window or seen))
     return matrix_flops(model) + head_flops(model) + attention
 
 
@@ -73,7 +71,7 @@ def matrix_flops(model: nnx.Module) -> float:
     """
     free = embedding_paths(model) | {HEAD}
     return sum(
-        2.0 * active_size(variable)
+        2.0 * active_size(variable) * max(passes(variable), 1.0)
         for path, variable in parameters(model)
         if path[:-1] not in free and _is_matrix(variable)
     )
@@ -107,10 +105,24 @@ def mean_computed_keys(length: int, window: int | None, n_blocks: int) -> float:
 
 
 def _visible_attention_flops(model: nnx.Module, length: int) -> float:
+    return _attention_flops(model.config, length, lambda seen, a: mean_visible_keys(seen, a.window))
+
+
+def _attention_flops(config: ModelConfig, length: int, keys: Callable[[int, Attention], float]) -> float:
+    """Of a token, in all layers; where a share of a row passes a layer, its tokens see each other only."""
     return sum(
-        attention_flops(layer.attention, mean_visible_keys(length, layer.attention.window))
-        for layer in model.config.layers
+        share * attention_flops(layer.attention, keys(max(round(share * length), 1), layer.attention))
+        for layer in config.layers
+        for share in layer.depth.passes()
     )
+
+
+def _kept_share(config: ModelConfig) -> float:
+    """Of the layers, that training computes."""
+    dropout = config.layer_dropout
+    if not dropout.rate or dropout.per_row:
+        return 1.0
+    return mean_kept(config.n_layers, dropout.rate, dropout.ramp_steps, steps=max(dropout.ramp_steps, 1))
 
 
 def _is_matrix(variable: nnx.Param) -> bool:

@@ -18,8 +18,9 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache
-from efftrain.models.decode import Sampling, prefill, sample
+from efftrain.models.decode import prefill
 from efftrain.models.decoder import Decoder
+from efftrain.models.sampling import GREEDY, sample
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _prefill(graph: nnx.GraphDef, state: nnx.State, prompts_bp: Array, slots: in
 
 
 def _likeliest(logits_bv: Array) -> Array:
-    return sample(logits_bv, jax.random.key(0), Sampling())
+    return sample(logits_bv, jax.random.key(0), GREEDY)
 
 
 def _time(program: Callable, arguments: tuple[Any, ...], rounds: int) -> tuple[Any, tuple[float, ...], float]:

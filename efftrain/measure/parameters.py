@@ -13,6 +13,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
 
 HEAD = ("head",)  # path of the untied head in a decoder
+MANY_SLOTS = 4096  # beyond what a cache holds beside its slots
 Path = tuple[Any, ...]
 
 
@@ -22,7 +23,8 @@ class Parameters:
 
     Attributes:
       total: all of them; a tied head is the embedding and counts once.
-      active: those that one token uses: all but the experts that it does not go to. The whole embedding table counts.
+      active: those that one token uses, on average: all but the experts that it does not go to and the blocks that it
+        does not pass. The whole embedding table counts.
       embedding: of the look-up tables.
       head: of the head's own matrix, 0 where it is tied.
     """
@@ -63,9 +65,13 @@ def stored_bytes(model: nnx.Module) -> int:
 def cache_bytes_per_token(config: ModelConfig) -> int:
     """Bytes that decoding keeps for each token of a row: keys and values of all layers, as the cache stores them.
 
-    A window does not lower it: the cache has a slot for every position.
+    A window does not lower it: the cache has a slot for every position. Routed depth does.
     """
-    return _bytes(jax.eval_shape(lambda: empty_cache(config, batch=1, slots=1).layers))
+
+    def size(slots: int) -> int:
+        return _bytes(jax.eval_shape(lambda: empty_cache(config, batch=1, slots=slots).layers))
+
+    return round((size(2 * MANY_SLOTS) - size(MANY_SLOTS)) / MANY_SLOTS)
 
 
 def parameters(model: nnx.Module) -> Iterator[tuple[Path, nnx.Param]]:
@@ -74,8 +80,16 @@ def parameters(model: nnx.Module) -> Iterator[tuple[Path, nnx.Param]]:
 
 
 def active_size(variable: nnx.Param) -> float:
-    """How many of a variable's numbers one token is multiplied with; ``active`` in its metadata is their share."""
-    return variable.size * variable.get_metadata().get("active", 1.0)
+    """How many of a variable's numbers one token is multiplied with, on average over tokens.
+
+    In its metadata, ``active`` is their share, and ``passes`` how often a token meets them (``models.routed_depth``).
+    """
+    return variable.size * variable.get_metadata().get("active", 1.0) * min(passes(variable), 1.0)
+
+
+def passes(variable: nnx.Param) -> float:
+    """How often a token is multiplied with a variable, on average over tokens."""
+    return variable.get_metadata().get("passes", 1.0)
 
 
 def embedding_paths(model: nnx.Module) -> set[Path]:

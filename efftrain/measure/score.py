@@ -12,12 +12,14 @@ from efftrain.measure.memory import device_peak_bytes, host_peak_bytes
 from efftrain.measure.parameters import cache_bytes_per_token, count_parameters, stored_bytes
 from efftrain.measure.scorecard import Figure, Method, Scorecard, not_measured
 from efftrain.models.decoder import Decoder
+from efftrain.models.routed_depth import routes_causally
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
 from efftrain.train.run import environment
 
 LATENCY_BATCHES = (1, 8)
+LOOKS_AHEAD = "the model chooses tokens by looking ahead, and cannot decode"
 
 
 def score(
@@ -28,6 +30,7 @@ def score(
     quality: Mapping[str, float] | None = None,
     training_tokens: int | None = None,
     training_figures: Mapping[str, float] | None = None,
+    extra_flops: float = 0.0,
     checkpoint: Path | None = None,
     prompt_length: int = 128,
     n_new: int = 32,
@@ -42,12 +45,13 @@ def score(
       quality: ``bpb`` and ``loss`` on the validation rows, see ``evaluate.Evaluator``.
       training_tokens: that the whole run read, padding included.
       training_figures: of ``train.loop.Fitted``.
+      extra_flops: of a training token, beside the model's.
       checkpoint: the directory (or file) of the one checkpoint that holds this model.
       prompt_length, n_new, rounds: see ``measure_latency``. Where prompt and new tokens are longer than ``max_length``
         they are cut to it; the figures say what was measured.
     """
     figures = _quality(quality)
-    figures |= _size(model, checkpoint) | _flops(model, length, training_tokens)
+    figures |= _size(model, checkpoint) | _flops(model, length, training_tokens, extra_flops)
     figures |= _training(training_figures or {}, training_tokens)
     n_new = min(n_new, max(1, model.config.max_length // 2))
     prompt_length = min(prompt_length, model.config.max_length - n_new)
@@ -72,7 +76,16 @@ def _quality(values: Mapping[str, float] | None) -> dict[str, Figure]:
     units = {"bpb": "bits/byte", "loss": "nats/token"}
     if values is None:
         return {name: not_measured(unit, "no validation rows were given") for name, unit in units.items()}
-    return {name: _finite(values[name], unit, "measured", "validation split") for name, unit in units.items()}
+    figures = {
+        name: _finite(values[name], unit, "measured", "validation split")
+        if name in values
+        else not_measured(unit, LOOKS_AHEAD)
+        for name, unit in units.items()
+    }
+    if "bpb_look_ahead" in values:
+        note = "validation split, with the choice of tokens that training makes, which looks ahead"
+        figures["bpb_look_ahead"] = _finite(values["bpb_look_ahead"], "bits/byte", "measured", note)
+    return figures
 
 
 def _size(model: Decoder, checkpoint: Path | None) -> dict[str, Figure]:
@@ -99,9 +112,11 @@ def _checkpoint(path: Path | None) -> Figure:
     return Figure(path_bytes(path), "B", "measured", "on disk; with optimizer state where it was trained")
 
 
-def _flops(model: Decoder, length: int, training_tokens: int | None) -> dict[str, Figure]:
-    per_token = training_flops(model, length)
+def _flops(model: Decoder, length: int, training_tokens: int | None, extra: float) -> dict[str, Figure]:
+    per_token = training_flops(model, length) + extra
     convention = f"rows of {length}, forward and backward, causal attention halved"
+    if extra:
+        convention += f"; {extra / per_token:.0%} of it by the objective, beside the model"
     return {
         "train_flops_per_token": Figure(per_token, "FLOP/token", "counted", convention),
         "decode_flops_per_token": Figure(
@@ -150,8 +165,12 @@ def _why_no_mfu() -> str:
 
 def _latencies(model: Decoder, prompt_length: int, n_new: int, rounds: int) -> dict[str, Figure]:
     reading, drawing = {}, {}
+    why = None
     if (n := hosts.process_count()) > 1:
         why = f"the model is spread over {n} processes; load the run in one and measure it there"
+    if not routes_causally(model):
+        why = LOOKS_AHEAD
+    if why:
         return {
             f"{name}_b{batch}": not_measured(unit, why)
             for name, unit in (("prefill_s", "s"), ("decode_s_per_token", "s/token"))

@@ -48,34 +48,60 @@ class SelfAttention(nnx.Module):
         """Training: every token sees the earlier tokens of its segment."""
         return self._attend_fresh(x_btd, *self._project(x_btd, positions_bt), segments_bt)
 
-    def extend(self, x_btd: Array, positions_bt: Array, cache: LayerCache, *, fresh: bool) -> tuple[Array, LayerCache]:
-        """Decoding: new tokens see the cache and themselves.
+    def read(
+        self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
+    ) -> tuple[Array, LayerCache]:
+        """Decoding, where the cache is empty: the new tokens see each other, and the cache keeps them.
 
         Args:
           x_btd: (batch, new tokens, d_model).
-          positions_bt: (batch, new tokens), consecutive in each row.
+          positions_bt: (batch, new tokens) for the rotary embedding.
           cache: this layer's.
-          fresh: the cache is empty, so the new tokens see only each other.
+          slots_bt: (batch, new tokens) where they stand in the cache, consecutive. None: at their positions.
         """
         q_bthd, k_btkd, v_btkd = self._project(x_btd, positions_bt)
-        cache = cache.write(k_btkd, v_btkd, positions_bt[:, 0])
-        if fresh:
-            return self._attend_fresh(x_btd, q_bthd, k_btkd, v_btkd, None), cache
-        out = cached_attention(q_bthd, cache.k_bksd, cache.v_bksd, positions_bt, window=self.config.window)
-        return self.out(out.reshape(*x_btd.shape[:2], -1)), cache
+        cache = cache.write(k_btkd, v_btkd, (positions_bt if slots_bt is None else slots_bt)[:, 0])
+        return self._attend_fresh(x_btd, q_bthd, k_btkd, v_btkd, None), cache
+
+    def remember(
+        self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
+    ) -> LayerCache:
+        """The cache with the keys and values of new tokens; arguments as in ``read``.
+
+        Of several tokens with slots of their own, those behind the last slot are left out.
+        """
+        k_btkd, v_btkd = self._keys_and_values(x_btd, positions_bt)
+        if slots_bt is not None and x_btd.shape[1] > 1:
+            return cache.scatter(k_btkd, v_btkd, slots_bt)
+        return cache.write(k_btkd, v_btkd, (positions_bt if slots_bt is None else slots_bt)[:, 0])
+
+    def recall(self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None) -> Array:
+        """What new tokens that the cache already has see in it; arguments as in ``read``."""
+        slots_bt = positions_bt if slots_bt is None else slots_bt
+        q_bthd = self._queries(x_btd, positions_bt)
+        out = cached_attention(q_bthd, cache.k_bksd, cache.v_bksd, slots_bt, window=self.config.window)
+        return self.out(out.reshape(*x_btd.shape[:2], -1))
 
     def _project(self, x_btd: Array, positions_bt: Array) -> tuple[Array, Array, Array]:
-        config = self.config
+        return self._queries(x_btd, positions_bt), *self._keys_and_values(x_btd, positions_bt)
 
-        def split(y: Array, axis: str) -> Array:
-            return constrain(y.reshape(*y.shape[:2], -1, config.d_head), "batch", "length", axis, None)
+    def _queries(self, x_btd: Array, positions_bt: Array) -> Array:
+        q_bthd = self._heads(self.query(x_btd), "heads")
+        if self.config.qk_norm:
+            q_bthd = self.query_norm(q_bthd)
+        return apply_rope(q_bthd, *self._angles(positions_bt))
 
-        q_bthd, k_btkd = split(self.query(x_btd), "heads"), split(self.key(x_btd), "kv_heads")
-        if config.qk_norm:
-            q_bthd, k_btkd = self.query_norm(q_bthd), self.key_norm(k_btkd)
-        cos, sin = rope_angles(positions_bt, config.d_head, config.rope_theta)
-        v_btkd = split(self.value(x_btd), "kv_heads")
-        return apply_rope(q_bthd, cos, sin), apply_rope(k_btkd, cos, sin), v_btkd
+    def _keys_and_values(self, x_btd: Array, positions_bt: Array) -> tuple[Array, Array]:
+        k_btkd = self._heads(self.key(x_btd), "kv_heads")
+        if self.config.qk_norm:
+            k_btkd = self.key_norm(k_btkd)
+        return apply_rope(k_btkd, *self._angles(positions_bt)), self._heads(self.value(x_btd), "kv_heads")
+
+    def _heads(self, y: Array, axis: str) -> Array:
+        return constrain(y.reshape(*y.shape[:2], -1, self.config.d_head), "batch", "length", axis, None)
+
+    def _angles(self, positions_bt: Array) -> tuple[Array, Array]:
+        return rope_angles(positions_bt, self.config.d_head, self.config.rope_theta)
 
     def _attend_fresh(self, x_btd, q_bthd, k_btkd, v_btkd, segments_bt) -> Array:
         config = self.config

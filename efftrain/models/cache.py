@@ -1,12 +1,13 @@
 """Keys and values of the tokens seen so far, in static shapes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efftrain.models.config import ModelConfig
+from efftrain.models.config import Attention, Dtype, ModelConfig
 
 
 @jax.tree_util.register_dataclass
@@ -29,24 +30,34 @@ class LayerCache:
 
         return LayerCache(put(self.k_bksd, k_btkd), put(self.v_bksd, v_btkd))
 
+    def scatter(self, k_btkd: Array, v_btkd: Array, slots_bt: Array) -> "LayerCache":
+        """Puts each new token in its slot (batch, new tokens); those behind the last slot are left out."""
+
+        def put(cache_bksd: Array, new_btkd: Array) -> Array:
+            new_bktd = new_btkd.swapaxes(1, 2).astype(cache_bksd.dtype)
+            return jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))(cache_bksd, new_bktd, slots_bt)
+
+        return LayerCache(put(self.k_bksd, k_btkd), put(self.v_bksd, v_btkd))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """All layers, and how many tokens each row holds: lengths_b (batch,) int32."""
+    """All layers, each a ``LayerCache`` or what its depth policy keeps, and the tokens of each row, (batch,) int32."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Any, ...]
     lengths_b: Array
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache with no tokens and room for ``slots`` a row, in the model's dtype."""
-
-    def layer(attention) -> LayerCache:
-        shape = (batch, attention.n_kv_heads, slots, attention.d_head)
-        return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
     return Cache(
-        layers=tuple(layer(block.attention) for block in config.layers),
+        layers=tuple(block.depth.empty_cache(block.attention, batch, slots, config.dtype) for block in config.layers),
         lengths_b=jnp.zeros((batch,), jnp.int32),
     )
+
+
+def empty_layer_cache(attention: Attention, batch: int, slots: int, dtype: Dtype) -> LayerCache:
+    """No tokens, room for ``slots`` a row."""
+    shape = (batch, attention.n_kv_heads, slots, attention.d_head)
+    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

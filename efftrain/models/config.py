@@ -82,11 +82,68 @@ class Dense(MlpConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """Base of every depth policy of a block, those of forks too: which tokens pass the block, and how often.
+
+    ``build`` returns a module with the calls of ``models.block.Block``.
+    """
+
+    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+        raise TypeError(f"{type(self).__name__} has no build method")
+
+    def passes(self) -> tuple[float, ...]:
+        """The share of a row's tokens that each layer which a token may pass here computes, in order."""
+        return (1.0,)
+
+    def empty_cache(self, attention: Attention, batch: int, slots: int, dtype: Dtype) -> Any:
+        """What the block keeps in decoding, for ``slots`` tokens a row; a pytree."""
+        from efftrain.models.cache import empty_layer_cache
+
+        return empty_layer_cache(attention, batch, slots, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(DepthConfig):
+    """Every token passes the block once."""
+
+    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+        from efftrain.models.block import Block
+
+        return Block(block, model, rngs=rngs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """One pre-norm transformer block."""
 
     attention: Attention
     mlp: MlpConfig
+    depth: DepthConfig = Full()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDropout:
+    """Layers that are left out at random in training, deep ones more often, so that early ones learn to do without.
+
+    Attributes:
+      rate: probability for the last layer, at full strength; 0 for none.
+      ramp_steps: steps over which the strength grows from 0 to full, exponentially. 0: full from the first step on, for
+        a model that is trained already.
+      per_row: a coin for each row. Every layer is computed, which saves nothing. False: one coin for all rows that are
+        computed together, and a layer that is left out costs nothing.
+
+    Source: Elhoushi et al. 2024 (LayerSkip), section 4.1.
+    """
+
+    rate: float = 0.0
+    ramp_steps: int = 0
+    per_row: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise ConfigError(f"layer_dropout.rate is {self.rate}; use 0 for none, or a number below 1 such as 0.1")
+        if self.ramp_steps < 0:
+            raise ConfigError(f"layer_dropout.ramp_steps is {self.ramp_steps}; it must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +161,7 @@ class ModelConfig:
       dtype: of activations and products; parameters are float32.
       scan: one traced block for all repeats (short compile, for deep models) or every layer traced (faster on CPU).
       remat: what the backward pass computes again: nothing, all of a block, or all but the dense products.
+      layer_dropout: layers that training leaves out.
     """
 
     vocab_size: int
@@ -116,6 +174,7 @@ class ModelConfig:
     dtype: Dtype = "float32"
     scan: bool = False
     remat: Remat = "none"
+    layer_dropout: LayerDropout = LayerDropout()
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_repeats", "max_length"):
@@ -127,6 +186,7 @@ class ModelConfig:
 
     @property
     def n_layers(self) -> int:
+        """Blocks of the stack; a block that is passed several times counts once."""
         return len(self.pattern) * self.n_repeats
 
     @property

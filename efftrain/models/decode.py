@@ -1,6 +1,6 @@
-"""Decoding with a cache: one jitted program for prompt and new tokens, static shapes."""
+"""Decoding with a cache: one jitted program for prompts, one for the new tokens, static shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -11,31 +11,33 @@ from jax import Array
 from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache, empty_cache
 from efftrain.models.decoder import Decoder
+from efftrain.models.early_exit import ConfidenceExit, Probe, advance, check_layers, extend_until_sure
+from efftrain.models.sampling import GREEDY, Sampling, sample
+from efftrain.models.self_speculation import SelfSpeculation, extra_slots, speculate
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn: temperature 0 takes the likeliest; top_k keeps the k likeliest."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise ConfigError(f"sampling.temperature is {self.temperature}; use 0 for greedy or a number above")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"sampling.top_k is {self.top_k}; it must be at least 1")
+@dataclass(frozen=True)
+class AllLayers:
+    """Every new token passes every layer."""
 
 
-def sample(logits_bv: Array, key: Array, sampling: Sampling) -> Array:
-    """Draws (batch,) int32 tokens from logits (batch, vocab)."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
-    if sampling.top_k is not None and sampling.top_k < logits_bv.shape[-1]:
-        logits_bk, tokens_bk = jax.lax.top_k(logits_bv, sampling.top_k)
-        drawn_b = jax.random.categorical(key, logits_bk / sampling.temperature)
-        return jnp.take_along_axis(tokens_bk, drawn_b[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    return jax.random.categorical(key, logits_bv / sampling.temperature).astype(jnp.int32)
+Depth = AllLayers | SelfSpeculation | ConfidenceExit
+
+
+@dataclass(frozen=True)
+class Generated:
+    """New tokens, and how they came about.
+
+    Attributes:
+      tokens_bn: (batch, n_new) int32.
+      layers_b: (batch,) float32, layers of a new token that were computed for it, on average; beyond the first one,
+        which the prompt gives.
+      acceptance_b: (batch,) float32, the share of drafts that were accepted; of self-speculation, else None.
+    """
+
+    tokens_bn: Array
+    layers_b: Array
+    acceptance_b: Array | None = None
 
 
 def generate(
@@ -44,9 +46,12 @@ def generate(
     prompt_lengths_b: Array,
     *,
     n_new: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     key: Array | None = None,
     end_token: int | None = None,
+    depth: Depth = AllLayers(),
+    limit_b: Array | None = None,
+    probe: Probe | None = None,
 ) -> Array:
     """Continues each prompt by ``n_new`` tokens.
 
@@ -57,16 +62,68 @@ def generate(
       sampling: how.
       key: needed for a temperature above 0.
       end_token: where a row has drawn it, the rest of the row repeats it, and the loop stops when all rows have.
+      depth: which layers new tokens pass. ``SelfSpeculation`` draws what ``AllLayers`` would, greedy to the token.
+      limit_b: (batch,) int32, the most layers that each row's new tokens pass: a knob of each request. Not of
+        ``SelfSpeculation``, which always answers for all layers.
+      probe: of a ``ConfidenceExit`` by the rule "probe".
 
     Returns:
       (batch, n_new) int32.
 
     Raises:
-      ConfigError: prompt and new tokens together are longer than ``max_length``, or a temperature has no key.
+      ConfigError: prompt and new tokens together are longer than ``max_length``, a temperature has no key, or the model
+        has no such depth.
     """
+    return generate_report(
+        model, prompts_bp, prompt_lengths_b, n_new=n_new, sampling=sampling, key=key, end_token=end_token, depth=depth,
+        limit_b=limit_b, probe=probe,
+    ).tokens_bn  # fmt: skip
+
+
+def generate_report(
+    model: Decoder,
+    prompts_bp: Array,
+    prompt_lengths_b: Array,
+    *,
+    n_new: int,
+    sampling: Sampling = GREEDY,
+    key: Array | None = None,
+    end_token: int | None = None,
+    depth: Depth = AllLayers(),
+    limit_b: Array | None = None,
+    probe: Probe | None = None,
+) -> Generated:
+    """``generate``, with the depth that it took."""
+    _check(model, prompts_bp.shape[1], n_new, sampling, key)
+    graph, state = nnx.split(model)
+    key = jax.random.key(0) if key is None else key
+    extra = 0
+    if isinstance(depth, SelfSpeculation):
+        depth.check(model.config)
+        if limit_b is not None:
+            raise ConfigError("limit_b is of no use in self-speculation, which answers for all layers; leave one out")
+        extra = extra_slots(depth)
+    elif isinstance(depth, ConfidenceExit) or limit_b is not None:
+        check_layers(model.config, "an exit")
+        exit_ = depth if isinstance(depth, ConfidenceExit) else ConfidenceExit(threshold=2.0, exits=())
+        depth = replace(exit_, exits=exit_.places(model.config.n_layers))
+    first_b, cache = _read(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
+    if isinstance(depth, SelfSpeculation):
+        found = speculate(graph, state, first_b, cache, key, n_new, sampling, depth, end_token)
+        layers_b = jnp.full(len(first_b), model.config.n_layers, jnp.float32)
+        return Generated(found.tokens_bn, layers_b, found.accepted_b / jnp.maximum(found.drafted_b, 1))
+    threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
+    static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
+    tokens_bn, layers_b = _draw(
+        graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, limit_b, probe
+    )
+    return Generated(tokens_bn, layers_b)
+
+
+def _check(model: Decoder, prompt: int, n_new: int, sampling: Sampling, key: Array | None) -> None:
     if n_new < 1:
         raise ConfigError(f"n_new is {n_new}; it must be at least 1")
-    longest = prompts_bp.shape[1] + n_new
+    longest = prompt + n_new
     if longest > model.config.max_length:
         raise ConfigError(
             f"prompt and new tokens are {longest} together and model.max_length is {model.config.max_length}; "
@@ -76,35 +133,48 @@ def generate(
         raise ConfigError(
             f"sampling.temperature is {sampling.temperature}, which needs a key; pass jax.random.key(seed)"
         )
-    graph, state = nnx.split(model)
-    key = jax.random.key(0) if key is None else key
-    return _generate(graph, state, prompts_bp, prompt_lengths_b, key, n_new, sampling, end_token)
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def _read(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling):
+    """The first new token of each row, and the cache of the prompts with so much room."""
+    logits_bv, cache = prefill(nnx.merge(graph, state), prompts_bp, prompt_lengths_b, slots=prompts_bp.shape[1] + room)
+    return sample(logits_bv, jax.random.fold_in(key, 0), sampling), cache
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _generate(graph, state, prompts_bp, prompt_lengths_b, key, n_new, sampling, end_token):
+def _draw(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
+    """(batch, n_new) tokens of which the first is given, and the mean layers of the others."""
     model = nnx.merge(graph, state)
-    batch, longest = prompts_bp.shape
-    logits_bv, cache = prefill(model, prompts_bp, prompt_lengths_b, slots=longest + n_new)
-    first = sample(logits_bv, jax.random.fold_in(key, 0), sampling)
-    layers = model.layers()
+    layers, n_layers = model.layers(), model.config.n_layers
     fill = 0 if end_token is None else end_token
-    out_bn = jnp.full((batch, n_new), fill, jnp.int32).at[:, 0].set(first)
+    out_bn = jnp.full((len(first_b), n_new), fill, jnp.int32).at[:, 0].set(first_b)
+
+    def next_logits(token_b, cache):
+        if isinstance(depth, AllLayers):
+            hidden_btd, cache = model.extend(token_b[:, None], cache, layers=layers)
+            return model.logits(hidden_btd[:, 0]), cache, jnp.full(token_b.shape, n_layers)
+        by = partial(advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, limit_b=limit_b)
+        x_btd, positions_bt = model.embedding(token_b[:, None]), cache.lengths_b[:, None]
+        found, after = extend_until_sure(model, layers, x_btd, positions_bt, cache.layers, by)
+        return model.exit_logits(found.x_btd[:, 0]), Cache(after, cache.lengths_b + 1), found.layers_bt[:, 0]
 
     def unfinished(carry):
-        i, token_b, _, _ = carry
+        i, token_b, *_ = carry
         return (i < n_new) & (True if end_token is None else jnp.any(token_b != end_token))
 
     def step(carry):
-        i, token_b, cache, out_bn = carry
-        hidden_btd, cache = model.extend(token_b[:, None], cache, layers=layers)
-        drawn = sample(model.logits(hidden_btd[:, 0]), jax.random.fold_in(key, i), sampling)
+        i, token_b, cache, out_bn, layers_b = carry
+        logits_bv, cache, more_b = next_logits(token_b, cache)
+        drawn = sample(logits_bv, jax.random.fold_in(key, i), sampling)
         if end_token is not None:
             drawn = jnp.where(token_b == end_token, end_token, drawn)
         out_bn = jax.lax.dynamic_update_slice(out_bn, drawn[:, None], (0, i))
-        return i + 1, drawn, cache, out_bn
+        return i + 1, drawn, cache, out_bn, layers_b + more_b
 
-    return jax.lax.while_loop(unfinished, step, (1, first, cache, out_bn))[3]
+    carry = (1, first_b, cache, out_bn, jnp.zeros(first_b.shape, jnp.int32))
+    steps, _, _, out_bn, layers_b = jax.lax.while_loop(unfinished, step, carry)
+    return out_bn, layers_b / jnp.maximum(steps - 1, 1)
 
 
 def prefill(model: Decoder, prompts_bp: Array, prompt_lengths_b: Array, *, slots: int) -> tuple[Array, Cache]:
@@ -114,6 +184,7 @@ def prefill(model: Decoder, prompts_bp: Array, prompt_lengths_b: Array, *, slots
       Logits (batch, vocab) behind each prompt's last token, and the cache. The slots of the padding hold what is never
       seen: a query sees slots up to its own position, and each is written before its position is reached.
     """
-    hidden_bpd, cache = model.extend(prompts_bp, empty_cache(model.config, len(prompts_bp), slots), fresh=True)
+    empty, lengths_b = empty_cache(model.config, len(prompts_bp), slots), prompt_lengths_b.astype(jnp.int32)
+    hidden_bpd, cache = model.extend(prompts_bp, empty, fresh=True, n_real_b=lengths_b)
     last_bd = jnp.take_along_axis(hidden_bpd, (prompt_lengths_b - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last_bd), Cache(layers=cache.layers, lengths_b=prompt_lengths_b.astype(jnp.int32))
+    return model.logits(last_bd), cache

@@ -1,55 +1,39 @@
 """The decoder: embedding, a stack of blocks, a head."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.models.attention import SelfAttention
-from efftrain.models.cache import Cache, LayerCache
-from efftrain.models.config import BlockConfig, ModelConfig
-from efftrain.models.depth import add_metrics, run_layers, stack_layers, unstack
+from efftrain.models.cache import Cache
+from efftrain.models.config import ModelConfig
+from efftrain.models.depth import add_metrics, dropout_rates, dropout_strength, run_layers, stack_layers, unstack
 from efftrain.models.linear import Embedding, Linear, RMSNorm
 from efftrain.sharding.rules import constrain
 
 
-class Block(nnx.Module):
-    """Pre-norm residual block: attention, then the feed-forward part that its configuration builds."""
-
-    def __init__(self, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        d_model, n_layers, dtype = model.d_model, model.n_layers, model.dtype
-        self.attention_norm = RMSNorm(d_model, eps=model.norm_eps)
-        self.attention = SelfAttention(
-            block.attention, d_model, n_layers=n_layers, norm_eps=model.norm_eps, dtype=dtype, rngs=rngs
-        )
-        self.mlp_norm = RMSNorm(d_model, eps=model.norm_eps)
-        self.mlp = block.mlp.build(d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> tuple[Array, dict]:
-        x_btd += self.attention(self.attention_norm(x_btd), positions_bt, segments_bt)
-        return self._feed_forward(x_btd)
-
-    def extend(self, x_btd: Array, positions_bt: Array, cache: LayerCache, *, fresh: bool) -> tuple[Array, LayerCache]:
-        out_btd, cache = self.attention.extend(self.attention_norm(x_btd), positions_bt, cache, fresh=fresh)
-        return self._feed_forward(x_btd + out_btd)[0], cache
-
-    def _feed_forward(self, x_btd: Array) -> tuple[Array, dict]:
-        out_btd, metrics = self.mlp(self.mlp_norm(x_btd))
-        return constrain(x_btd + out_btd, "batch", "length", None), metrics
+class Steps(nnx.Variable):
+    """How many training steps the model has seen: what a ramp is measured by. Not trained."""
 
 
 class Decoder(nnx.Module):
     """A causal language model; see ``ModelConfig``.
 
     Attributes:
-      blocks: for each position of the pattern, one ``Block`` whose parameters are stacked over the repeats.
+      blocks: for each position of the pattern, one ``Block`` (or what its depth policy builds) whose parameters are
+        stacked over the repeats.
+      steps: () int32, training steps; of a model with layer dropout.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs, dtype=config.dtype)
         self.blocks = nnx.List(
-            stack_layers(lambda keys, block=block: Block(block, config, rngs=keys), config.n_repeats, rngs)
+            stack_layers(lambda keys, block=block: block.depth.build(block, config, rngs=keys), config.n_repeats, rngs)
             for block in config.pattern
         )
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
@@ -57,6 +41,8 @@ class Decoder(nnx.Module):
             self.head = Linear(
                 config.d_model, config.vocab_size, axes=("embed", "vocab"), dtype=config.dtype, rngs=rngs
             )
+        if config.layer_dropout.rate:
+            self.steps = Steps(jnp.zeros((), jnp.int32), axes=(), units=())
 
     def __call__(
         self, tokens_bt: Array, *, segments_bt: Array | None = None, positions_bt: Array | None = None
@@ -65,17 +51,38 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt)[0])
 
     def hidden(
-        self, tokens_bt: Array, *, segments_bt: Array | None = None, positions_bt: Array | None = None
+        self,
+        tokens_bt: Array,
+        *,
+        segments_bt: Array | None = None,
+        positions_bt: Array | None = None,
+        key: Array | None = None,
     ) -> tuple[Array, dict]:
-        """Normalised states before the head.
+        """Normalised states before the head (batch, length, d_model), and metrics; see ``states``."""
+        x_btd, _, metrics = self.states(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt, key=key)
+        return self.norm(x_btd), metrics
+
+    def states(
+        self,
+        tokens_bt: Array,
+        *,
+        segments_bt: Array | None = None,
+        positions_bt: Array | None = None,
+        key: Array | None = None,
+        exits_e: Array | None = None,
+    ) -> tuple[Array, Array | None, dict]:
+        """The residual stream behind the last layer, and behind some others.
 
         Args:
           tokens_bt: (batch, length) integers.
           segments_bt: (batch, length) integers; no token sees another segment. None: one segment a row.
           positions_bt: (batch, length) for the rotary embedding. None: 0, 1, 2, ...
+          key: of what training draws (layer dropout). None: nothing is drawn, as in evaluation.
+          exits_e: (e,) integers, the layers behind which the stream is wanted too. None: none.
 
         Returns:
-          (batch, length, d_model) in the compute dtype, and the layers' metrics as (sum, count) pairs.
+          (batch, length, d_model) in the compute dtype; (e, batch, length, d_model) or None; and the layers' metrics as
+          (sum, count) pairs.
 
         Raises:
           ConfigError: the row is longer than ``max_length``.
@@ -84,18 +91,39 @@ class Decoder(nnx.Module):
         if positions_bt is None:
             positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
         x_btd = constrain(self.embedding(tokens_bt), "batch", "length", None)
-        x_btd, metrics = run_layers(
+        kept = self._kept(key, len(tokens_bt))
+        x_btd, exit_ebtd, metrics = run_layers(
             self.blocks,
             x_btd,
             lambda block, x: block(x, positions_bt, segments_bt),
             n_repeats=self.config.n_repeats,
             scan=self.config.scan,
             remat=self.config.remat,
+            kept=kept,
+            exits_e=exits_e,
         )
-        return self.norm(x_btd), metrics
+        if kept is not None:  # the step counts, and calls ``after_step`` where there are statistics
+            metrics |= {"depth/kept": (kept.sum(dtype=jnp.float32), jnp.float32(kept.size))}
+            metrics.setdefault("statistics", [{} for _ in self.blocks])
+        return x_btd, exit_ebtd, metrics
+
+    def _kept(self, key: Array | None, batch: int) -> Array | None:
+        """The layers that training computes: (layers,) or (layers, batch) bool; None: all."""
+        dropout, n = self.config.layer_dropout, self.config.n_layers
+        if key is None or not dropout.rate:
+            return None
+        rates_l = dropout_rates(n, dropout.rate, dropout_strength(self.steps[...], dropout.ramp_steps))
+        drawn = jax.random.uniform(key, (n, batch) if dropout.per_row else (n,))
+        return drawn >= (rates_l[:, None] if dropout.per_row else rates_l)
 
     def extend(
-        self, tokens_bt: Array, cache: Cache, *, layers: list[Block] | None = None, fresh: bool = False
+        self,
+        tokens_bt: Array,
+        cache: Cache,
+        *,
+        layers: list[nnx.Module] | None = None,
+        fresh: bool = False,
+        n_real_b: Array | None = None,
     ) -> tuple[Array, Cache]:
         """Reads new tokens behind those in the cache.
 
@@ -104,19 +132,24 @@ class Decoder(nnx.Module):
           cache: lengths may differ between rows; room for the new tokens is the caller's to provide.
           layers: ``self.layers()``, for a loop that takes the stack apart once and not in every round.
           fresh: the cache is empty (prefill): cheaper, the slots are not read.
+          n_real_b: (batch,) how many of the new tokens are real, the first ones of a row. None: all.
 
         Returns:
-          Normalised states (batch, new tokens, d_model), and the cache with the new tokens.
+          Normalised states (batch, new tokens, d_model), and the cache with the real new tokens.
         """
         length = tokens_bt.shape[1]
         self._check_length(length)
         positions_bt = cache.lengths_b[:, None] + jnp.arange(length)
-        x_btd = self.embedding(tokens_bt)
-        caches = []
-        for block, layer_cache in zip(layers or self.layers(), cache.layers, strict=True):
-            x_btd, layer_cache = block.extend(x_btd, positions_bt, layer_cache, fresh=fresh)
-            caches.append(layer_cache)
-        return self.norm(x_btd), Cache(layers=tuple(caches), lengths_b=cache.lengths_b + length)
+        n_real_b = jnp.full(len(tokens_bt), length, jnp.int32) if n_real_b is None else n_real_b
+        x_btd, layer_caches = extend_layers(
+            layers or self.layers(),
+            self.embedding(tokens_bt),
+            positions_bt,
+            cache.layers,
+            fresh=fresh,
+            real_bt=jnp.arange(length) < n_real_b[:, None],
+        )
+        return self.norm(x_btd), Cache(layers=layer_caches, lengths_b=cache.lengths_b + n_real_b)
 
     def after_step(self, statistics: list[dict]) -> dict:
         """Updates what is not trained but follows the data, from the ``statistics`` of a step.
@@ -126,13 +159,15 @@ class Decoder(nnx.Module):
           position in the pattern.
         """
         figures: dict = {}
+        if self.config.layer_dropout.rate:
+            self.steps[...] += 1
         for position, (stack, found) in enumerate(zip(self.blocks, statistics, strict=True)):
-            more = stack.mlp.after_step(found) if found else {}
+            more = stack.after_step(found) if found else {}
             named = {name if pair[0].ndim == 0 else f"{name}/{position}": pair for name, pair in more.items()}
             figures = add_metrics(figures, named)
         return figures
 
-    def layers(self) -> list[Block]:
+    def layers(self) -> list[nnx.Module]:
         """The blocks of the stack as single modules, first to last."""
         split = [nnx.split(stack) for stack in self.blocks]
         states = [unstack(state, self.config.n_repeats) for _, state in split]
@@ -152,8 +187,29 @@ class Decoder(nnx.Module):
         product = jnp.matmul(flat, self.head_kernel(), preferred_element_type=jnp.float32)
         return product.reshape(*hidden.shape[:-1], -1)
 
+    def exit_logits(self, x: Array) -> Array:
+        """(..., d_model) of the residual stream behind any layer -> (..., vocab): all exits share norm and head."""
+        return self.logits(self.norm(x))
+
     def _check_length(self, length: int) -> None:
         if length > self.config.max_length:
             raise ConfigError(
                 f"a row has {length} tokens and model.max_length is {self.config.max_length}; raise it or cut the row"
             )
+
+
+def extend_layers(
+    layers: Sequence[nnx.Module],
+    x_btd: Array,
+    positions_bt: Array,
+    caches: Sequence[Any],
+    *,
+    fresh: bool = False,
+    real_bt: Array | None = None,
+) -> tuple[Array, tuple[Any, ...]]:
+    """Some consecutive layers on new tokens; arguments as in ``Block.extend``. The stream and the layers' caches."""
+    after = []
+    for layer, layer_cache in zip(layers, caches, strict=True):
+        x_btd, layer_cache = layer.extend(x_btd, positions_bt, layer_cache, fresh=fresh, real_bt=real_bt)
+        after.append(layer_cache)
+    return x_btd, tuple(after)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import Array
 
 Policy = Callable[..., bool] | None
+Carry = tuple[Array, Array | None]
 REMAT: dict[str, Policy] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -65,7 +66,9 @@ def run_layers(
     n_repeats: int,
     scan: bool,
     remat: str,
-) -> tuple[Array, dict]:
+    kept: Array | None = None,
+    exits_e: Array | None = None,
+) -> tuple[Array, Array | None, dict]:
     """Every layer once, in order: the pattern, ``n_repeats`` times.
 
     Args:
@@ -74,32 +77,86 @@ def run_layers(
       apply: (layer, x) -> (x, metrics). Metrics are summed over layers: (sum, count) pairs, the scalar ``auxiliary``,
         which is added to the loss, and ``statistics``, a dict that is stacked over the repeats instead.
       n_repeats, scan, remat: see ``ModelConfig``.
+      kept: bool, the layers that are computed: (layers,), or (layers, batch) for each row. None: all.
+      exits_e: (e,) integers, of the layers behind which x is returned too. None: none.
 
     Returns:
-      x and the metrics. Their ``statistics``, where a layer has any, is a list with one dict of (n_repeats, ...) arrays
-      for each position of the pattern.
+      x; x behind the layers of ``exits_e`` (e, batch, length, d_model), or None; and the metrics. Their ``statistics``,
+      where a layer has any, is a list with one dict of (n_repeats, ...) arrays for each position of the pattern.
     """
     split = [nnx.split(stack) for stack in stacks]
+    n_positions = len(split)
 
-    def repeat(x: Array, layers: Sequence[nnx.State]) -> tuple[Array, tuple[dict, list[dict]]]:
+    def repeat(carry: Carry, inputs: tuple[Sequence[nnx.State], Array]) -> tuple[Carry, tuple[dict, list[dict]]]:
+        (x, exit_ebtd), (layers, number) = carry, inputs
         metrics, statistics = {}, []
-        for (layer_def, _), state in zip(split, layers, strict=True):
-            x, more = apply(nnx.merge(layer_def, state), x)
+        for position, ((layer_def, _), state) in enumerate(zip(split, layers, strict=True)):
+            i = number * n_positions + position
+
+            def run(state: nnx.State, x: Array, layer_def=layer_def) -> tuple[Array, dict]:
+                return apply(nnx.merge(layer_def, state), x)
+
+            x, more = run(state, x) if kept is None else _run_or_keep(run, kept[i], state, x)
+            if exits_e is not None:
+                exit_ebtd = jnp.where((exits_e == i)[:, None, None, None], x, exit_ebtd)
             statistics.append(more.get("statistics", {}))
             metrics = add_metrics(metrics, {name: value for name, value in more.items() if name != "statistics"})
-        return x, (metrics, statistics)
+        return (x, exit_ebtd), (metrics, statistics)
 
     if remat != "none":
         repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=not scan)
+    carry = x_btd, None if exits_e is None else jnp.zeros((len(exits_e), *x_btd.shape), x_btd.dtype)
+    numbers = jnp.arange(n_repeats)
     if scan:
-        x_btd, (stacked, statistics) = jax.lax.scan(repeat, x_btd, [state for _, state in split])
-        return x_btd, _with_statistics(jax.tree.map(lambda a: a.sum(0), stacked), statistics)
+        carry, (stacked, statistics) = jax.lax.scan(repeat, carry, ([state for _, state in split], numbers))
+        return *carry, _with_statistics(jax.tree.map(lambda a: a.sum(0), stacked), statistics)
     metrics, found = {}, []
-    for layers in zip(*(unstack(state, n_repeats) for _, state in split), strict=True):
-        x_btd, (more, statistics) = repeat(x_btd, layers)
+    unstacked = zip(*(unstack(state, n_repeats) for _, state in split), strict=True)
+    for number, layers in enumerate(unstacked):
+        carry, (more, statistics) = repeat(carry, (layers, number))
         metrics = add_metrics(metrics, more)
         found.append(statistics)
-    return x_btd, _with_statistics(metrics, jax.tree.map(lambda *layers: jnp.stack(layers), *found))
+    return *carry, _with_statistics(metrics, jax.tree.map(lambda *layers: jnp.stack(layers), *found))
+
+
+def _run_or_keep(run: Callable, kept: Array, state: nnx.State, x_btd: Array) -> tuple[Array, dict]:
+    """The layer where ``kept`` () or (batch,), else x. Left out for all rows it is not computed and has no metrics."""
+    if kept.ndim:
+        y_btd, metrics = run(state, x_btd)
+        return jnp.where(kept[:, None, None], y_btd, x_btd), metrics
+    metrics = jax.eval_shape(run, state, x_btd)[1]
+
+    def keep(_: nnx.State, x_btd: Array) -> tuple[Array, dict]:
+        return x_btd, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), metrics)
+
+    return jax.lax.cond(kept, run, keep, state, x_btd)
+
+
+def dropout_rates(n_layers: int, rate: float, strength: Array | float) -> Array:
+    """The probability (layers,) that training leaves each layer out: 0 for the first, ``rate * strength`` for the last.
+
+    Args:
+      n_layers: of the stack.
+      rate: of the last layer, at full strength.
+      strength: () from 0 to 1.
+
+    Source: Elhoushi et al. 2024 (LayerSkip), equation 1.
+    """
+    depth_l = jnp.arange(n_layers) / max(n_layers - 1, 1)
+    return strength * rate * (jnp.exp2(depth_l) - 1)
+
+
+def dropout_strength(step: Array | int, ramp_steps: int) -> Array:
+    """() How far layer dropout has grown at a step: exponentially from 0 to 1 over ``ramp_steps``; 1 without a ramp."""
+    if not ramp_steps:
+        return jnp.ones(())
+    return jnp.exp2(jnp.minimum(step / ramp_steps, 1.0)) - 1
+
+
+def mean_kept(n_layers: int, rate: float, ramp_steps: int, steps: int) -> float:
+    """The share of layers that a run of ``steps`` computes, on average over layers and steps."""
+    strength = dropout_strength(jnp.arange(steps), ramp_steps).mean()
+    return float(1 - dropout_rates(n_layers, rate, strength).mean())
 
 
 def _with_statistics(metrics: dict, statistics: list[dict]) -> dict:

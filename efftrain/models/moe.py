@@ -198,7 +198,8 @@ class RoutedExperts(nnx.Module):
         loads_le = statistics["loads"]
         self.bias[...] = balanced_bias(self.bias[...], loads_le, self.config.bias_rate)
         relative_le = loads_le / jnp.maximum(loads_le.mean(-1, keepdims=True), 1e-9)
-        starved_le = jnp.where(relative_le < STARVED_SHARE, self.starved[...] + 1, 0)
+        used_l1 = loads_le.sum(-1, keepdims=True) > 0  # a layer may be left out for a step
+        starved_le = jnp.where(relative_le < STARVED_SHARE, self.starved[...] + used_l1, 0)
         self.starved[...] = starved_le
         layers = jnp.float32(len(loads_le))
         return {

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.models.config import Dense, ModelConfig
-from efftrain.models.decoder import Block, Decoder
+from efftrain.models.block import Block
+from efftrain.models.config import Dense, Full, ModelConfig
+from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE, RoutedExperts
 
 
@@ -50,6 +51,8 @@ def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
         where = f"layer {i}: "
         if not isinstance(old.mlp, Dense):
             raise ConfigError(f"{where}the model to upcycle has {type(old.mlp).__name__} there; give a dense model")
+        if not old.depth == new.depth == Full():
+            raise ConfigError(f"{where}a depth policy stands there; upcycling copies blocks that every token passes")
         if replace(old.attention, n_blocks=1, backend="auto") != replace(new.attention, n_blocks=1, backend="auto"):
             raise ConfigError(f"{where}attention differs from the dense model's; upcycling keeps it")
         if not isinstance(new.mlp, MoE):

@@ -5,41 +5,165 @@ step divides once, by the global count.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
 from efftrain.ops.cross_entropy import cross_entropy
 from efftrain.sharding.rules import shard_count
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count)
-Objective = Callable[[nnx.Module, Batch, Array], tuple[Array, Array, Metrics]]
+Objective = Callable[[nnx.Module, Batch, Array | None], tuple[Array, Array, Metrics]]
 
 
-def next_token_loss(model: Decoder, batch: Batch, key: Array) -> tuple[Array, Array, Metrics]:
+def next_token_loss(model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
     """Cross entropy of the next token.
 
     Args:
       model: the decoder.
       batch: ``tokens``, ``targets``, ``segments``, ``positions``: (batch, length) int32; ``mask``: bool, False where
         the target does not count.
-      key: not used; objectives that draw have it.
+      key: of what the model draws in training. None: it draws nothing, as in evaluation.
 
     Returns:
       Sum of nats () float32, with the model's ``auxiliary`` loss for each target; number of targets () float32; and
       metrics, of which ``loss`` is the cross entropy alone.
     """
-    hidden_btd, metrics = model.hidden(batch["tokens"], segments_bt=batch["segments"], positions_bt=batch["positions"])
-    loss = cross_entropy(
-        hidden_btd,
-        model.head_kernel(),
-        batch["targets"],
-        batch["mask"],
-        shards=shard_count("batch", "length"),
+    hidden_btd, metrics = model.hidden(
+        batch["tokens"], segments_bt=batch["segments"], positions_bt=batch["positions"], key=key
     )
+    loss = _cross_entropy(model, hidden_btd, batch)
     count = batch["mask"].sum(dtype=jnp.float32)
     auxiliary = metrics.pop("auxiliary", 0.0)
     return loss + auxiliary * count, count, {"loss": (loss, count)} | metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExitLoss:
+    """``next_token_loss``, and the loss of earlier layers through the norm and the head that all of them share.
+
+    The head costs as much as a layer or more in a small model, so that a step computes few exits: those that are a
+    multiple of ``every`` apart, from another first one in each step. The first layer has no exit.
+
+    Attributes:
+      scale: weight of the earlier exits; 0.1 to 0.2 in pre-training, 1 for a small task.
+      every: one of so many layers has its exit in a step. None: one exit a step.
+      stride: exits see one token of so many, from another first one in each step. 1: all.
+      order: the first exit is drawn ("random"), or moves by one a step ("rotating", of a model with layer dropout).
+
+    Source: Elhoushi et al. 2024 (LayerSkip), section 4.2.
+    """
+
+    scale: float = 0.2
+    every: int | None = None
+    stride: int = 1
+    order: Literal["random", "rotating"] = "random"
+
+    def __post_init__(self):
+        if not self.scale > 0:
+            raise ConfigError(f"exits.scale is {self.scale}; give a positive number, or train with next_token_loss")
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"exits.every is {self.every}; give at least 1, or None")
+        if self.stride < 1:
+            raise ConfigError(f"exits.stride is {self.stride}; give 1 for all tokens, or more for fewer")
+        if self.order not in ("random", "rotating"):
+            raise ConfigError(f"exits.order is {self.order!r}; use 'random' or 'rotating'")
+
+    def n_exits(self, n_layers: int) -> int:
+        """Exits of a step, beside the last layer's."""
+        if n_layers < 3:
+            raise ConfigError(
+                f"the model has {n_layers} layers and no exit between the first and the last; train it with "
+                "next_token_loss"
+            )
+        return -(-(n_layers - 2) // (self.every or n_layers - 2))
+
+    def heads(self, n_layers: int) -> float:
+        """How often a step computes the head for each token, beside the last layer's: what it costs."""
+        return self.n_exits(n_layers) / self.stride
+
+    def __call__(self, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        """As ``next_token_loss``, with ``loss`` the last layer's and ``loss/exits`` the mean of the step's exits.
+
+        Raises:
+          ConfigError: the model has no layer between the first and the last, or rows that the stride does not divide.
+        """
+        if key is None:
+            return next_token_loss(model, batch, key)
+        n = model.config.n_layers
+        exit_key, token_key, key = jax.random.split(key, 3)
+        exits_e = self._exits(model, exit_key)
+        x_btd, exit_ebtd, metrics = model.states(
+            batch["tokens"],
+            segments_bt=batch["segments"],
+            positions_bt=batch["positions"],
+            key=key,
+            exits_e=exits_e,
+        )
+        count = batch["mask"].sum(dtype=jnp.float32)
+        loss = _cross_entropy(model, model.norm(x_btd), batch)
+        some = partial(_every, stride=self.stride, first=jax.random.randint(token_key, (), 0, self.stride))
+        part = {name: some(batch[name]) for name in ("targets", "mask")}
+        share = part["mask"].sum(dtype=jnp.float32) / jnp.maximum(count, 1.0)
+        exit_losses = jnp.stack([_cross_entropy(model, model.norm(some(x)), part) for x in exit_ebtd])
+
+        there_e = exits_e < n - 1  # the last one of a step may stand behind the last layer
+        weights_l = exit_weights(n, self.scale)
+        weights_e = jnp.where(there_e, weights_l[jnp.minimum(exits_e, n - 1)], 0)
+        exits = (exit_losses * weights_e).sum() / jnp.maximum(share, 1e-9)
+        total = (loss * weights_l[-1] + exits) / (weights_l[-1] + weights_e.sum())
+        figures = {
+            "loss": (loss, count),
+            "loss/exits": ((exit_losses * there_e).sum(), share * count * there_e.sum()),
+        }
+        return total + metrics.pop("auxiliary", 0.0) * count, count, figures | metrics
+
+    def _exits(self, model: Decoder, key: Array) -> Array:
+        """(e,) layers; one behind the last but one does not count."""
+        n = model.config.n_layers
+        count, every = self.n_exits(n), self.every or n - 2
+        if self.order == "random":
+            first = jax.random.randint(key, (), 0, every)
+        elif hasattr(model, "steps"):
+            first = model.steps[...] % every
+        else:
+            raise ConfigError(
+                "exits.order 'rotating' needs the count of steps, which a model with layer dropout keeps; use 'random'"
+            )
+        return 1 + first + every * jnp.arange(count)
+
+
+def _every(a: Array, stride: int, first: Array) -> Array:
+    """(batch, length, ...) -> (batch, length / stride, ...): one token of so many, whole on its device."""
+    batch, length = a.shape[:2]
+    if length % stride:
+        raise ConfigError(
+            f"exits.stride is {stride}, which does not divide the {length} tokens of a row; use a divisor"
+        )
+    return jnp.take(a.reshape(batch, length // stride, stride, *a.shape[2:]), first, axis=2)
+
+
+def exit_weights(n_layers: int, scale: float) -> Array:
+    """(layers,) weight of the loss behind each layer, before those of a step are normalised.
+
+    Deeper exits weigh more, by the sum of the numbers of the layers up to them, from 0; the last one most.
+
+    Source: Elhoushi et al. 2024 (LayerSkip), equation 4.
+    """
+    layer = jnp.arange(n_layers, dtype=jnp.float32)
+    sums = scale * layer * (layer + 1) / 2
+    return sums.at[-1].set(n_layers - 1 + (sums[-2] if n_layers > 1 else 0.0))
+
+
+def _cross_entropy(model: Decoder, hidden_btd: Array, batch: Batch) -> Array:
+    return cross_entropy(
+        hidden_btd, model.head_kernel(), batch["targets"], batch["mask"], shards=shard_count("batch", "length")
+    )

@@ -35,7 +35,7 @@ def count(layer, x):
 def test_the_pattern_is_repeated_in_order(scan, remat):
     stacks = [digits(1, 3, 5), digits(2, 4, 6)]
     options = {"n_repeats": 3, "scan": scan, "remat": remat}
-    out, metrics = jax.jit(lambda x: run_layers(stacks, x, count, **options))(jnp.zeros((1, 1)))
+    out, _, metrics = jax.jit(lambda x: run_layers(stacks, x, count, **options))(jnp.zeros((1, 1)))
     assert out.item() == 123456
     assert metrics == {"layers": (0 + 1 + 12 + 123 + 1234 + 12345, 6)}
 

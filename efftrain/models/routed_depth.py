@@ -1,0 +1,455 @@
+"""Layers that only some tokens pass, once or several times: mixture of depths, and recursion.
+
+In training a row's best tokens are chosen, by scores of all its tokens: the work is the same for every row, and the
+choice looks ahead. Decoding cannot, so that each token is decided alone, by a predictor that learns the choice. Both
+ways can be evaluated (``causally_routed``); only the second one is a language model.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.errors import ConfigError
+from efftrain.models.block import Block
+from efftrain.models.cache import LayerCache, empty_layer_cache
+from efftrain.models.config import Attention, BlockConfig, DepthConfig, Dtype, ModelConfig
+from efftrain.models.depth import add_metrics
+from efftrain.models.linear import Linear
+from efftrain.ops.norm import rms_norm
+from efftrain.sharding.rules import constrain, shard_count
+
+Causal = Literal["predictor", "auxiliary", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedDepthConfig(DepthConfig):
+    """What mixture of depths and recursion share.
+
+    Attributes:
+      causal: how decoding decides. "predictor": a small network beside the router, which learns the choice and moves
+        nothing else; "auxiliary": the router's own score, which a loss pulls towards the choice; "none": not at all,
+        such a model cannot be decoded.
+      causal_loss: weight of that loss. Of "predictor" it changes nothing but the gradient norm that is clipped; of
+        "auxiliary" 0.01 to 0.1.
+      room: tokens that a row may let pass without looking ahead, over the capacity. Behind them all others are skipped,
+        and counted; the cache is as large.
+    """
+
+    causal: Causal = "predictor"
+    causal_loss: float = 0.01
+    room: float = 1.5
+
+    def _check(self, name: str) -> None:
+        if self.causal not in ("predictor", "auxiliary", "none"):
+            raise ConfigError(f"{name}.causal is {self.causal!r}; use 'predictor', 'auxiliary' or 'none'")
+        if self.causal_loss <= 0:
+            raise ConfigError(f"{name}.causal_loss is {self.causal_loss}; give a positive number, or causal 'none'")
+        if self.room < 1:
+            raise ConfigError(f"{name}.room is {self.room}; give at least 1, the capacity itself")
+
+    def capacities(self) -> tuple[float, ...]:
+        """The share of a row's tokens in each round through the layers, none larger than the one before."""
+        raise NotImplementedError
+
+    def layers_of_a_round(self) -> int:
+        raise NotImplementedError
+
+    def passes(self) -> tuple[float, ...]:
+        return tuple(c for c in self.capacities() for _ in range(self.layers_of_a_round()))
+
+    def build(self, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+        return RoutedDepth(self, block, model, rngs=rngs)
+
+    def slots(self, level: int, tokens: int) -> int:
+        """How many of a row's tokens may pass a round that looks at each token alone."""
+        capacity = self.capacities()[level]
+        return tokens if capacity == 1 else min(tokens, math.ceil(self.room * capacity * tokens))
+
+    def empty_cache(self, attention: Attention, batch: int, slots: int, dtype: Dtype) -> "RoutedCache":
+        levels = range(len(self.capacities()))
+        return RoutedCache(
+            levels=tuple(
+                tuple(
+                    # One slot more: where a token that does not pass is written when all others are taken.
+                    empty_layer_cache(attention, batch, self.slots(level, slots) + 1, dtype)
+                    for _ in range(self.layers_of_a_round())
+                )
+                for level in levels
+            ),
+            stored_lb=jnp.zeros((len(levels), batch), jnp.int32),
+            refused_lb=jnp.zeros((len(levels), batch), jnp.int32),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOfDepths(RoutedDepthConfig):
+    """A block that a share of each row's tokens passes; the others go around it.
+
+    Attributes:
+      capacity: that share, from 0.125 (the paper's) to 1. Small models bear 0.25 to 0.5.
+
+    Source: Raposo et al. 2024. The gate is twice a sigmoid and not the raw score, so that an untrained router leaves
+    the block as it is and a trained one cannot blow it up.
+    """
+
+    capacity: float = 0.25
+
+    def __post_init__(self):
+        self._check("mixture_of_depths")
+        if not 0 < self.capacity <= 1:
+            raise ConfigError(
+                f"mixture_of_depths.capacity is {self.capacity}; give a share of the tokens above 0, to 1"
+            )
+
+    def capacities(self) -> tuple[float, ...]:
+        return (self.capacity,)
+
+    def layers_of_a_round(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recursion(RoutedDepthConfig):
+    """The same layers several times over, each time for fewer tokens: depth without parameters.
+
+    Attributes:
+      n_layers: different layers of a round, all of the block's configuration.
+      shares: of a row's tokens, in each round. A token that leaves does not come back.
+
+    Source: Bae et al. 2025 (Mixture-of-Recursions): expert-choice routing, keys and values for each round.
+    """
+
+    n_layers: int = 1
+    shares: tuple[float, ...] = (1.0, 2 / 3, 1 / 3)
+
+    def __post_init__(self):
+        self._check("recursion")
+        if self.n_layers < 1:
+            raise ConfigError(f"recursion.n_layers is {self.n_layers}; it must be at least 1")
+        if not self.shares or not 0 < min(self.shares) <= max(self.shares) <= 1:
+            raise ConfigError(f"recursion.shares is {self.shares}; give shares of the tokens above 0, to 1")
+        if any(later > earlier for earlier, later in itertools.pairwise(self.shares)):
+            raise ConfigError(f"recursion.shares is {self.shares}; no round may have more tokens than the one before")
+
+    def capacities(self) -> tuple[float, ...]:
+        return self.shares
+
+    def layers_of_a_round(self) -> int:
+        return self.n_layers
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutedCache:
+    """Keys and values of the tokens that passed.
+
+    Attributes:
+      levels: for each round, the cache of each of its layers; slot i holds the i-th token that passed.
+      stored_lb: (rounds, batch) int32, how many passed.
+      refused_lb: (rounds, batch) int32, how many should have and found no room.
+    """
+
+    levels: tuple[tuple[LayerCache, ...], ...]
+    stored_lb: Array
+    refused_lb: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens on their way: the real ones of a row are its first.
+
+    Attributes:
+      x_btd, positions_bt, segments_bt: as in ``Block``.
+      real_bt: bool.
+    """
+
+    x_btd: Array
+    positions_bt: Array
+    segments_bt: Array
+    real_bt: Array
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tokens of each row that pass a round: (batch, n) places in the row, ascending, and their gates."""
+
+    places_bn: Array
+    real_bn: Array
+    gates_bn: Array
+
+
+class Router(nnx.Module):
+    """Scores tokens, and predicts which of them a choice by score will take."""
+
+    def __init__(self, d_model: int, causal: Causal, *, share: float, eps: float, rngs: nnx.Rngs):
+        self.causal, self.eps = causal, eps
+
+        # float32: the order of scores that are nearly equal must be that of training.
+        def linear(d_in: int, d_out: int, axes: tuple, gain: float = 1.0) -> Linear:
+            made = Linear(d_in, d_out, axes=axes, dtype="float32", rngs=rngs, gain=gain)
+            made.kernel.set_metadata(passes=share)
+            return made
+
+        self.score = linear(d_model, 1, ("embed", None), gain=0.2)
+        if causal == "predictor":
+            self.into = linear(d_model, d_model // 4, ("embed", None))
+            self.out = linear(d_model // 4, 1, (None, None))
+
+    def __call__(self, x_btd: Array) -> Array:
+        """(batch, length) float32."""
+        return self.score(self._normed(x_btd))[..., 0]
+
+    def predict(self, x_btd: Array) -> Array:
+        """(batch, length) float32 logits of being chosen, by the token alone.
+
+        Raises:
+          ConfigError: the model has nothing that predicts.
+        """
+        if self.causal == "none":
+            raise ConfigError(
+                "depth.causal is 'none', so that this model cannot choose tokens without looking ahead, as decoding "
+                "must; train it with causal 'predictor'"
+            )
+        if self.causal == "auxiliary":
+            return self(x_btd)
+        x_btd = jax.lax.stop_gradient(self._normed(x_btd))
+        return self.out(jax.nn.silu(self.into(x_btd)))[..., 0]
+
+    def _normed(self, x_btd: Array) -> Array:
+        return rms_norm(x_btd.astype(jnp.float32), jnp.ones(()), self.eps)
+
+
+class RoutedDepth(nnx.Module):
+    """Rounds of layers; between rounds, and before the first where it is not for all tokens, a router.
+
+    Attributes:
+      look_ahead: choose by score among all tokens of a row, as training does; else each token by itself.
+    """
+
+    def __init__(self, config: RoutedDepthConfig, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        self.config, self.look_ahead = config, True
+        self.layers = nnx.List(Block(block, model, rngs=rngs) for _ in range(config.layers_of_a_round()))
+        capacities = config.capacities()
+        for _, variable in nnx.to_flat_state(nnx.state(self.layers, nnx.Param)):
+            variable.set_metadata(passes=sum(capacities))
+        self.routers = nnx.Dict(
+            {
+                str(level): Router(model.d_model, config.causal, share=before, eps=model.norm_eps, rngs=rngs)
+                for level, (before, capacity) in enumerate(itertools.pairwise((1.0, *capacities)))
+                if capacity < before
+            }
+        )
+
+    def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> tuple[Array, dict]:
+        """Training and evaluation; see ``Block``."""
+        if segments_bt is None:
+            segments_bt = jnp.ones(x_btd.shape[:2], jnp.int32)
+        # Padding behind the documents of a row is in segment 0.
+        tokens = Tokens(x_btd, positions_bt, segments_bt, segments_bt != 0)
+        x_btd, metrics = self._rounds(0, tokens, length=x_btd.shape[1])
+        return x_btd, metrics
+
+    def _rounds(self, level: int, tokens: Tokens, *, length: int) -> tuple[Array, dict]:
+        """A round and those behind it: what the tokens become, and metrics."""
+        if level == len(self.config.capacities()):
+            return tokens.x_btd, {}
+        choice, metrics = self._choose(level, tokens, length)
+        inner = tokens if choice is None else _take(tokens, choice)
+        y_bnd, statistics = inner.x_btd, []
+        for layer in self.layers:
+            y_bnd, more = layer(y_bnd, inner.positions_bt, inner.segments_bt)
+            statistics.append(more.pop("statistics", {}))
+            metrics = add_metrics(metrics, more)
+        if any(statistics):
+            metrics["statistics"] = {str(i): found for i, found in enumerate(statistics)}
+        if choice is not None:
+            y_bnd = _gated(inner.x_btd, y_bnd, choice)
+        passed = inner.real_bt.sum(dtype=jnp.float32) * len(self.layers)
+        metrics = add_metrics(metrics, {"depth/passes": (passed, tokens.real_bt.sum(dtype=jnp.float32) * (level == 0))})
+        y_bnd, more = self._rounds(level + 1, replace(inner, x_btd=y_bnd), length=length)
+        metrics = _add(metrics, more)
+        return (y_bnd if choice is None else _put(tokens.x_btd, y_bnd, choice)), metrics
+
+    def _choose(self, level: int, tokens: Tokens, length: int) -> tuple[Choice | None, dict]:
+        if str(level) not in self.routers:
+            return None, {}
+        router = self.routers[str(level)]
+        scores_bt, n = router(tokens.x_btd), tokens.x_btd.shape[1]
+        if not self.look_ahead:
+            wanted_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt
+            return first(wanted_bt, scores_bt, _divisible(self.config.slots(level, length), n)), {}
+        count = math.ceil(round(self.config.capacities()[level] * length, 6))
+        choice = best(jnp.where(tokens.real_bt, scores_bt, -jnp.inf), _divisible(count, n))
+        if router.causal == "none":
+            return choice, {}
+        chosen_bt = _mark(choice.places_bn, n)
+        return choice, causal_metrics(router.predict(tokens.x_btd), chosen_bt, tokens.real_bt, self.config.causal_loss)
+
+    def extend(
+        self, x_btd: Array, positions_bt: Array, cache: RoutedCache, *, fresh: bool, real_bt: Array | None = None
+    ) -> tuple[Array, RoutedCache]:
+        """Decoding, and reading prompts; see ``Block.extend``."""
+        real_bt = jnp.ones(x_btd.shape[:2], bool) if real_bt is None else real_bt
+        tokens = Tokens(x_btd, positions_bt, real_bt.astype(jnp.int32), real_bt)
+        return self._extend_rounds(0, tokens, cache, fresh)
+
+    def _extend_rounds(self, level: int, tokens: Tokens, cache: RoutedCache, fresh: bool) -> tuple[Array, RoutedCache]:
+        if level == len(cache.levels):
+            return tokens.x_btd, cache
+        choice, inner = None, tokens
+        if str(level) in self.routers:
+            router, room = self.routers[str(level)], cache.levels[level][0].k_bksd.shape[2] - 1
+            wanted_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt
+            free_b = room - cache.stored_lb[level]
+            allowed_bt = wanted_bt & (jnp.cumsum(wanted_bt, axis=1) <= free_b[:, None])
+            choice = first(allowed_bt, router(tokens.x_btd), min(tokens.x_btd.shape[1], room))
+            inner = _take(tokens, choice)
+            refused_b = (wanted_bt & ~allowed_bt).sum(1, dtype=jnp.int32)
+            cache = replace(cache, refused_lb=cache.refused_lb.at[level].add(refused_b))
+        y_bnd, layers = self._extend_layers(inner, cache.levels[level], cache.stored_lb[level], fresh)
+        if choice is not None:
+            y_bnd = _gated(inner.x_btd, y_bnd, choice)
+        cache = replace(
+            cache,
+            levels=(*cache.levels[:level], layers, *cache.levels[level + 1 :]),
+            stored_lb=cache.stored_lb.at[level].add(inner.real_bt.sum(1, dtype=jnp.int32)),
+        )
+        y_bnd, cache = self._extend_rounds(level + 1, replace(inner, x_btd=y_bnd), cache, fresh)
+        return (y_bnd if choice is None else _put(tokens.x_btd, y_bnd, choice)), cache
+
+    def _extend_layers(
+        self, tokens: Tokens, caches: tuple[LayerCache, ...], stored_b: Array, fresh: bool
+    ) -> tuple[Array, tuple[LayerCache, ...]]:
+        x_bnd, positions_bn = tokens.x_btd, tokens.positions_bt
+        slots_bn = stored_b[:, None] + jnp.arange(x_bnd.shape[1])
+        after, needed = [], tokens.real_bt.any()
+        for layer, cache in zip(self.layers, caches, strict=True):
+            if fresh:
+                x_bnd, cache = layer.read(x_bnd, positions_bn, cache, slots_bn)
+            else:
+                # The write stands outside of the condition, in which XLA would copy the cache. Of a token that does not
+                # pass, it fills the next free slot, which the next token overwrites.
+                cache = layer.remember(x_bnd, positions_bn, cache, slots_bn)
+
+                def recall(x_bnd: Array, layer=layer, cache=cache) -> Array:
+                    return layer.recall(x_bnd, positions_bn, cache, slots_bn)
+
+                x_bnd = jax.lax.cond(needed, recall, lambda x_bnd: x_bnd, x_bnd)
+            after.append(cache)
+        return x_bnd, tuple(after)
+
+    def after_step(self, statistics: dict) -> dict:
+        """See ``Decoder.after_step``."""
+        figures: dict = {}
+        for i, found in statistics.items():
+            more = self.layers[int(i)].after_step(found) if found else {}
+            several = len(self.layers) > 1
+            named = {f"{name}/{i}" if several and pair[0].ndim else name: pair for name, pair in more.items()}
+            figures = add_metrics(figures, named)
+        return figures
+
+
+def causally_routed(model: nnx.Module) -> nnx.Module:
+    """The model with every token of its routed layers decided by itself, as in decoding; the same parameters."""
+    copy = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(copy):
+        if isinstance(module, RoutedDepth):
+            module.look_ahead = False
+    return copy
+
+
+def has_routed_depth(model: nnx.Module) -> bool:
+    return any(isinstance(module, RoutedDepth) for _, module in nnx.iter_modules(model))
+
+
+def routes_causally(model: nnx.Module) -> bool:
+    """Whether the model can choose tokens without looking ahead."""
+    return all(module.causal != "none" for _, module in nnx.iter_modules(model) if isinstance(module, Router))
+
+
+def best(scores_bt: Array, n: int) -> Choice:
+    """The n tokens of each row with the highest scores, in the order of the row; -inf is not a real token."""
+    places_bn = jnp.sort(jax.lax.top_k(scores_bt, n)[1], axis=-1)
+    scores_bn = jnp.take_along_axis(scores_bt, places_bn, axis=1)
+    real_bn = scores_bn > -jnp.inf
+    return Choice(places_bn, real_bn, _gate(jnp.where(real_bn, scores_bn, 0)))
+
+
+def first(wanted_bt: Array, scores_bt: Array, n: int) -> Choice:
+    """The first n wanted tokens of each row; where there are fewer, the rest is not real."""
+    places_bn = jnp.argsort(~wanted_bt, axis=1, stable=True)[:, :n]
+    real_bn = jnp.take_along_axis(wanted_bt, places_bn, axis=1)
+    return Choice(places_bn, real_bn, _gate(jnp.take_along_axis(scores_bt, places_bn, axis=1)))
+
+
+def causal_metrics(logits_bt: Array, chosen_bt: Array, real_bt: Array, weight: float) -> dict:
+    """The loss of predicting a choice token by token, and how often it is right; over the real tokens."""
+    n = jnp.maximum(real_bt.sum(dtype=jnp.float32), 1.0)
+    target_bt = chosen_bt & real_bt
+    nll_bt = jax.nn.softplus(jnp.where(target_bt, -logits_bt, logits_bt))
+    right_bt = ((logits_bt > 0) == target_bt) & real_bt
+
+    def share(mask_bt: Array) -> tuple[Array, Array]:
+        return mask_bt.sum(dtype=jnp.float32), n
+
+    return {
+        "auxiliary": weight * jnp.where(real_bt, nll_bt, 0).sum() / n,
+        "depth/predicted_right": share(right_bt),
+        "depth/predicted": share((logits_bt > 0) & real_bt),
+    }
+
+
+def _gate(scores: Array) -> Array:
+    return 2 * jax.nn.sigmoid(scores)
+
+
+def _gated(x_bnd: Array, y_bnd: Array, choice: Choice) -> Array:
+    return x_bnd + (y_bnd - x_bnd) * choice.gates_bn[..., None].astype(x_bnd.dtype)
+
+
+def _take(tokens: Tokens, choice: Choice) -> Tokens:
+    def pick(a_bt: Array) -> Array:
+        return jnp.take_along_axis(a_bt, choice.places_bn, axis=1)
+
+    x_bnd = jax.vmap(lambda x, places: x[places])(tokens.x_btd, choice.places_bn)
+    # What is not real is in a segment of its own, that of padding.
+    return Tokens(
+        constrain(x_bnd, "batch", "length", None),
+        pick(tokens.positions_bt),
+        jnp.where(choice.real_bn, pick(tokens.segments_bt), 0),
+        choice.real_bn,
+    )
+
+
+def _put(x_btd: Array, y_bnd: Array, choice: Choice) -> Array:
+    """x with the real ones of the chosen tokens replaced."""
+    places_bn = jnp.where(choice.real_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
+    put = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
+    return constrain(put(x_btd, places_bn, y_bnd), "batch", "length", None)
+
+
+def _mark(places_bn: Array, length: int) -> Array:
+    return jax.vmap(lambda places: jnp.zeros(length, bool).at[places].set(True))(places_bn)
+
+
+def _divisible(count: int, length: int) -> int:
+    """So many tokens, or a few more where a mesh splits a row."""
+    shards = shard_count("length")
+    return min(length, -(-count // shards) * shards)
+
+
+def _add(left: dict, right: dict) -> dict:
+    """Metrics of two rounds through the same layers: their statistics are summed."""
+    statistics = add_statistics(left.pop("statistics", {}), right.pop("statistics", {}))
+    return add_metrics(left, right) | ({"statistics": statistics} if statistics else {})
+
+
+def add_statistics(left: dict, right: dict) -> dict:
+    return jax.tree.map(jnp.add, left, right) if left and right else left or right

@@ -1,0 +1,45 @@
+"""How the next token is drawn."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efftrain.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn: temperature 0 takes the likeliest; top_k keeps the k likeliest."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ConfigError(f"sampling.temperature is {self.temperature}; use 0 for greedy or a number above")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"sampling.top_k is {self.top_k}; it must be at least 1")
+
+
+GREEDY = Sampling()
+
+
+def sample(logits_bv: Array, key: Array, sampling: Sampling) -> Array:
+    """Draws (batch,) int32 tokens from logits (batch, vocab)."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+    if sampling.top_k is not None and sampling.top_k < logits_bv.shape[-1]:
+        logits_bk, tokens_bk = jax.lax.top_k(logits_bv, sampling.top_k)
+        drawn_b = jax.random.categorical(key, logits_bk / sampling.temperature)
+        return jnp.take_along_axis(tokens_bk, drawn_b[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return jax.random.categorical(key, logits_bv / sampling.temperature).astype(jnp.int32)
+
+
+def probabilities(logits: Array, sampling: Sampling) -> Array:
+    """(..., vocab) float32 probabilities from which ``sample`` draws; temperature above 0."""
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        best, tokens = jax.lax.top_k(logits, sampling.top_k)
+        logits = jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), tokens, best, axis=-1, inplace=False)
+    return jax.nn.softmax(logits.astype(jnp.float32) / sampling.temperature)

@@ -1,0 +1,205 @@
+"""Adaptive depth: models in which easy tokens take fewer layers, against a plain model of the same training compute.
+
+    python data/python.py --out corpora/python
+    python recipes/adaptive_depth.py layerskip                         # one run
+    python recipes/adaptive_depth.py layerskip --compare plain         # six: with and without, three seeds
+    python recipes/adaptive_depth.py mixture-of-depths --compare plain # three more; the plain runs are shared
+    python recipes/adaptive_depth.py recursion --compare plain
+    python recipes/adaptive_depth.py layerskip-v5e-64 --corpus corpora/python   # on every worker of a TPU slice
+
+layerskip: every token takes all layers in training; early ones learn to do without the others, so that decoding can
+draft with them and check with all (``efftrain calibrate-depth RUN``). mixture-of-depths: every second block is passed
+by a quarter of the tokens. recursion: half the parameters; inner layers are passed up to three times.
+
+A comparison leaves ``comparison-NAME.json`` in the output folder; when interrupted it continues.
+
+Measured: not measured yet.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from flax import nnx
+
+from efftrain.measure.compare import Comparison, compare
+from efftrain.measure.experiment import Experiment, train_and_score
+from efftrain.measure.flops import FORWARD_AND_BACKWARD, head_flops, prefill_flops, training_flops
+from efftrain.measure.parameters import abstract_decoder
+from efftrain.measure.scorecard import Scorecard, table
+from efftrain.models.config import DepthConfig, Full, LayerDropout, ModelConfig, llama
+from efftrain.models.decoder import Decoder
+from efftrain.models.routed_depth import MixtureOfDepths, Recursion
+from efftrain.progress import console
+from efftrain.recipe import run_recipe
+from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.loop import Training
+from efftrain.train.objective import EarlyExitLoss, Objective, next_token_loss
+from efftrain.train.optimizers import AdamW
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Experiment):
+    """A model of adaptive depth.
+
+    Attributes:
+      name: of the variant, in a comparison.
+      exits: the loss of early exits. None: the last layer's alone.
+      compare: train plain models beside it: as deep, every token through every layer, the same training FLOPs.
+      seeds: of a comparison.
+    """
+
+    name: str = "plain"
+    exits: EarlyExitLoss | None = None
+    corpus: Path = Path("corpora/python")
+    out: Path = Path("runs/adaptive-depth")
+    compare: Literal["nothing", "plain"] = "nothing"
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def every_second(model: ModelConfig, depth: DepthConfig) -> ModelConfig:
+    """The same stack with this depth policy in every second block."""
+    block = model.pattern[0]
+    return model.replace(pattern=(block, replace(block, depth=depth)), n_repeats=model.n_repeats // 2)
+
+
+def looped(model: ModelConfig, n_layers: int, shares: tuple[float, ...]) -> ModelConfig:
+    """First and last block of their own, ``n_layers`` between them passed several times."""
+    block = model.pattern[0]
+    middle = replace(block, depth=Recursion(n_layers=n_layers, shares=shares))
+    return model.replace(pattern=(block, middle, block), n_repeats=1)
+
+
+def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion: int) -> dict[str, Config]:
+    """Each technique on a model, for so many steps: about the training FLOPs of the plain one."""
+
+    def variant(name: str, steps: int, model: ModelConfig, exits: EarlyExitLoss | None = None) -> Config:
+        return replace(plain, name=name, model=model, exits=exits, training=replace(plain.training, steps=steps))
+
+    dropout = LayerDropout(rate=0.1, ramp_steps=layerskip)
+    exits = EarlyExitLoss(scale=1.0, stride=4)
+    rounds = (1.0, 2 / 3, 1 / 3)
+    inner = (plain.model.n_layers - 2) // len(rounds)
+    return {
+        "layerskip": variant("layerskip", layerskip, plain.model.replace(layer_dropout=dropout), exits),
+        "mixture-of-depths": variant(
+            "mixture-of-depths", mixture_of_depths, every_second(plain.model, MixtureOfDepths(capacity=0.25))
+        ),
+        "recursion": variant("recursion", recursion, looped(plain.model, inner, rounds)),
+        "plain": plain,
+    }
+
+
+def flops_per_token(config: Config) -> float:
+    """Of training, with the heads of the exits."""
+    return training_flops(abstract_decoder(config.model), config.training.length) + exit_flops(config)
+
+
+def exit_flops(config: Config) -> float:
+    if config.exits is None:
+        return 0.0
+    heads = config.exits.heads(config.model.n_layers)
+    return FORWARD_AND_BACKWARD * heads * head_flops(abstract_decoder(config.model))
+
+
+cpu = Config(
+    model=llama(vocab_size=4096, d_model=128, n_layers=8, n_heads=2, d_ff=512, max_length=512, tied_embedding=True),
+    training=Training(
+        steps=700,
+        batch_size=8,
+        length=256,
+        optimizer=AdamW(peak_lr=1.5e-3),
+        checkpoint_every=200,
+    ),
+)
+gpu = replace(  # about 125M parameters
+    cpu,
+    model=llama(
+        vocab_size=4096,
+        d_model=768,
+        n_layers=20,
+        n_heads=12,
+        d_ff=2048,
+        max_length=2048,
+        tied_embedding=True,
+        dtype="bfloat16",
+    ),
+    training=replace(cpu.training, steps=5000, batch_size=64, length=2048, eval_every=500, checkpoint_every=500),
+)
+v5e_64 = replace(
+    gpu,
+    model=llama(
+        vocab_size=4096,
+        d_model=2048,
+        n_layers=20,
+        n_heads=16,
+        n_kv_heads=8,
+        d_ff=5632,
+        max_length=2048,
+        dtype="bfloat16",
+        scan=True,
+        remat="full",
+    ),
+    training=replace(
+        gpu.training,
+        steps=20_000,
+        batch_size=512,
+        optimizer=AdamW(peak_lr=6e-4),
+        mesh=MeshConfig(replica=-1, fsdp=16),
+    ),
+)
+sizes = {
+    "": variants(cpu, layerskip=680, mixture_of_depths=1014, recursion=889),
+    "-gpu": variants(gpu, layerskip=5076, mixture_of_depths=8021, recursion=7321),
+    "-v5e-64": variants(v5e_64, layerskip=20_357, mixture_of_depths=31_716, recursion=28_847),
+}
+configs = {f"{name}{size}": config for size, named in sizes.items() for name, config in named.items()}
+
+
+def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective]:
+    """The model and what is minimised: what ``fit`` trains, and what ``efftrain aot`` compiles."""
+    return lambda rngs: Decoder(config.model, rngs=rngs), config.exits or next_token_loss
+
+
+def main(config: Config) -> Scorecard | Comparison:
+    if config.compare != "nothing":
+        return compare_with_plain(config)
+    card = train_and_score(config, *program(config), extra_flops=exit_flops(config))[1]
+    console.print(table([card]))
+    return card
+
+
+def compare_with_plain(config: Config) -> Comparison:
+    """Both models with every seed, on the same data."""
+    alone = replace(config, compare="nothing", seeds=())
+    plain = plain_of(alone)
+    found = compare({"plain": plain, config.name: alone}, main, out=config.out, seeds=config.seeds)
+    console.print(found.table())
+    gain, spread = found.gap(config.name, "plain")
+    reading = [prefill_flops(abstract_decoder(c.model), config.training.length) for c in (alone, plain)]
+    result = {
+        "gain_bpb": gain,
+        "gain_bpb_sd": spread,
+        "gain_share": gain / found.mean("plain", "bpb"),
+        "train_flops_share": found.mean(config.name, "train_flops") / found.mean("plain", "train_flops"),
+        "forward_flops_share": reading[0] / reading[1],
+    }
+    found.write(config.out / f"comparison-{config.name}.json", **result)
+    console.print(json.dumps(result))
+    return found
+
+
+def plain_of(config: Config) -> Config:
+    """Blocks in place of passes through them, all tokens through all of them, for as many FLOPs."""
+    block = replace(config.model.pattern[0], depth=Full())
+    n_layers = sum(len(block.depth.passes()) for block in config.model.layers)
+    model = config.model.replace(pattern=(block,), n_repeats=n_layers, layer_dropout=LayerDropout())
+    plain = replace(config, name="plain", model=model, exits=None)
+    steps = round(config.training.steps * flops_per_token(config) / flops_per_token(plain))
+    return replace(plain, training=replace(config.training, steps=steps))
+
+
+if __name__ == "__main__":
+    run_recipe(main, configs)
