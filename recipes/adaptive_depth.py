@@ -79,7 +79,7 @@ def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion
         return replace(plain, name=name, model=model, exits=exits, training=replace(plain.training, steps=steps))
 
     dropout = LayerDropout(rate=0.1, ramp_steps=layerskip)
-    exits = EarlyExitLoss(scale=1.0, stride=4)
+    exits = EarlyExitLoss(scale=0.5, stride=8)
     rounds = (1.0, 2 / 3, 1 / 3)
     inner = (plain.model.n_layers - 2) // len(rounds)
     return {
@@ -107,7 +107,7 @@ def exit_flops(config: Config) -> float:
 cpu = Config(
     model=llama(vocab_size=4096, d_model=128, n_layers=8, n_heads=2, d_ff=512, max_length=512, tied_embedding=True),
     training=Training(
-        steps=700,
+        steps=500,
         batch_size=8,
         length=256,
         optimizer=AdamW(peak_lr=1.5e-3),
@@ -151,9 +151,9 @@ v5e_64 = replace(
     ),
 )
 sizes = {
-    "": variants(cpu, layerskip=680, mixture_of_depths=1014, recursion=889),
-    "-gpu": variants(gpu, layerskip=5076, mixture_of_depths=8021, recursion=7321),
-    "-v5e-64": variants(v5e_64, layerskip=20_357, mixture_of_depths=31_716, recursion=28_847),
+    "": variants(cpu, layerskip=497, mixture_of_depths=724, recursion=635),
+    "-gpu": variants(gpu, layerskip=5087, mixture_of_depths=8021, recursion=7321),
+    "-v5e-64": variants(v5e_64, layerskip=20_378, mixture_of_depths=31_716, recursion=28_847),
 }
 configs = {f"{name}{size}": config for size, named in sizes.items() for name, config in named.items()}
 

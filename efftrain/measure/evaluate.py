@@ -53,8 +53,8 @@ class Evaluator:
     def __call__(self, model: Decoder) -> dict[str, float]:
         """``bpb`` in bits per byte, ``loss`` in nats per target.
 
-        A model of routed depth is evaluated as it decodes, and beside it as it is trained, looking ahead:
-        ``bpb_look_ahead`` and ``loss_look_ahead``. One that cannot decode has these two alone.
+        A model of routed depth is evaluated as it decodes, with ``mean_depth`` in layers a token, and beside it as it
+        was trained, looking ahead: ``bpb_look_ahead``, ... One that cannot decode has these alone.
 
         Raises:
           CorpusError: the rows have no target that stands for text.
@@ -67,20 +67,24 @@ class Evaluator:
 
     def _evaluate(self, model: Decoder) -> dict[str, float]:
         graph, state = nnx.split(model)
-        nats, n_targets, n_bytes = 0.0, 0, 0
-        pending = 0.0, 0, 0
+        total = np.zeros(5)  # float64: exact for the counts of any split
+        pending = total
         for batch in _show(itertools.islice(self._batches(), self._max_batches), self._max_batches):
             self._check(batch)
             dispatched = batch_nats(graph, state, _place(batch), self._token_bytes)
             # One batch late: the device works on this one while the host waits for the one before.
-            nats, n_targets, n_bytes = nats + float(pending[0]), n_targets + int(pending[1]), n_bytes + int(pending[2])
+            total += np.asarray(pending, np.float64)
             pending = dispatched
-        nats, n_targets, n_bytes = nats + float(pending[0]), n_targets + int(pending[1]), n_bytes + int(pending[2])
+        nats, n_targets, n_bytes, passes, n_tokens = total + np.asarray(pending, np.float64)
         if not n_bytes:
             raise CorpusError(
                 "the evaluation rows have no target that stands for text; give a validation split that is not empty"
             )
-        return {"bpb": nats / math.log(2) / n_bytes, "loss": nats / n_targets}
+        found = {"bpb": nats / math.log(2) / n_bytes, "loss": nats / n_targets}
+        routed = sum(block.depth.passes() != (1.0,) for block in model.config.layers)
+        if n_tokens:
+            found["mean_depth"] = model.config.n_layers - routed + routed * passes / n_tokens
+        return {name: float(value) for name, value in found.items()}
 
     def _check(self, batch: NumpyBatch) -> None:
         largest = np.asarray(batch["targets"])[np.asarray(batch["mask"])].max(initial=0)
@@ -92,11 +96,15 @@ class Evaluator:
 
 
 @partial(jax.jit, static_argnums=0)
-def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, token_bytes: Array) -> tuple[Array, Array, Array]:
-    """Of a batch's counted targets: the sum of their nats, () float32; their number and their bytes, () int32."""
-    nats = next_token_loss(nnx.merge(graph, state), batch, None)[2]["loss"][0]
+def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, token_bytes: Array) -> tuple[Array, ...]:
+    """Of a batch's counted targets: the sum of their nats, () float32; their number and their bytes, () int32.
+
+    Then, of routed depth, the layers that tokens passed in a routed block, and the number of such tokens; else zeros.
+    """
+    metrics = next_token_loss(nnx.merge(graph, state), batch, None)[2]
     n_bytes = jnp.where(batch["mask"], token_bytes[batch["targets"]], 0).sum()
-    return nats, batch["mask"].sum(dtype=jnp.int32), n_bytes
+    passes, n_tokens = metrics.get("depth/passes", (0.0, 0.0))
+    return metrics["loss"][0], batch["mask"].sum(dtype=jnp.int32), n_bytes, passes, n_tokens
 
 
 def _place(batch: NumpyBatch) -> Batch:

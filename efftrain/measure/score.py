@@ -85,6 +85,8 @@ def _quality(values: Mapping[str, float] | None) -> dict[str, Figure]:
     if "bpb_look_ahead" in values:
         note = "validation split, with the choice of tokens that training makes, which looks ahead"
         figures["bpb_look_ahead"] = _finite(values["bpb_look_ahead"], "bits/byte", "measured", note)
+    if "mean_depth" in values:
+        figures["mean_depth"] = _finite(values["mean_depth"], "layers/token", "measured", "validation split")
     return figures
 
 

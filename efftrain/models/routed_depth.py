@@ -253,13 +253,19 @@ class RoutedDepth(nnx.Module):
             segments_bt = jnp.ones(x_btd.shape[:2], jnp.int32)
         # Padding behind the documents of a row is in segment 0.
         tokens = Tokens(x_btd, positions_bt, segments_bt, segments_bt != 0)
-        x_btd, metrics = self._rounds(0, tokens, length=x_btd.shape[1])
-        return x_btd, metrics
+        x_btd, layers_bt, metrics = self._rounds(0, tokens, length=x_btd.shape[1])
+        n = tokens.real_bt.sum(dtype=jnp.float32)
+        return x_btd, metrics | {"depth/passes": (layers_bt.sum(dtype=jnp.float32), n)}
 
-    def _rounds(self, level: int, tokens: Tokens, *, length: int) -> tuple[Array, dict]:
-        """A round and those behind it: what the tokens become, and metrics."""
+    def depths(self, x_btd: Array, positions_bt: Array, segments_bt: Array) -> tuple[Array, Array]:
+        """As the call, with the layers that each token passes (batch, length) int32 in place of metrics."""
+        tokens = Tokens(x_btd, positions_bt, segments_bt, segments_bt != 0)
+        return self._rounds(0, tokens, length=x_btd.shape[1])[:2]
+
+    def _rounds(self, level: int, tokens: Tokens, *, length: int) -> tuple[Array, Array, dict]:
+        """A round and those behind it: what the tokens become, the layers that they pass, and metrics."""
         if level == len(self.config.capacities()):
-            return tokens.x_btd, {}
+            return tokens.x_btd, jnp.zeros(tokens.real_bt.shape, jnp.int32), {}
         choice, metrics = self._choose(level, tokens, length)
         inner = tokens if choice is None else _take(tokens, choice)
         y_bnd, statistics = inner.x_btd, []
@@ -271,11 +277,13 @@ class RoutedDepth(nnx.Module):
             metrics["statistics"] = {str(i): found for i, found in enumerate(statistics)}
         if choice is not None:
             y_bnd = _gated(inner.x_btd, y_bnd, choice)
-        passed = inner.real_bt.sum(dtype=jnp.float32) * len(self.layers)
-        metrics = add_metrics(metrics, {"depth/passes": (passed, tokens.real_bt.sum(dtype=jnp.float32) * (level == 0))})
-        y_bnd, more = self._rounds(level + 1, replace(inner, x_btd=y_bnd), length=length)
+        y_bnd, layers_bn, more = self._rounds(level + 1, replace(inner, x_btd=y_bnd), length=length)
+        layers_bn += inner.real_bt * len(self.layers)
         metrics = _add(metrics, more)
-        return (y_bnd if choice is None else _put(tokens.x_btd, y_bnd, choice)), metrics
+        if choice is None:
+            return y_bnd, layers_bn, metrics
+        none_bt = jnp.zeros(tokens.real_bt.shape, jnp.int32)
+        return _put(tokens.x_btd, y_bnd, choice), _put(none_bt, layers_bn, choice), metrics
 
     def _choose(self, level: int, tokens: Tokens, length: int) -> tuple[Choice | None, dict]:
         if str(level) not in self.routers:
@@ -429,10 +437,10 @@ def _take(tokens: Tokens, choice: Choice) -> Tokens:
 
 
 def _put(x_btd: Array, y_bnd: Array, choice: Choice) -> Array:
-    """x with the real ones of the chosen tokens replaced."""
+    """x (batch, length, ...) with the real ones of the chosen tokens replaced."""
     places_bn = jnp.where(choice.real_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
     put = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
-    return constrain(put(x_btd, places_bn, y_bnd), "batch", "length", None)
+    return constrain(put(x_btd, places_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))
 
 
 def _mark(places_bn: Array, length: int) -> Array:

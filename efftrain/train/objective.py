@@ -51,7 +51,7 @@ class EarlyExitLoss:
     """``next_token_loss``, and the loss of earlier layers through the norm and the head that all of them share.
 
     The head costs as much as a layer or more in a small model, so that a step computes few exits: those that are a
-    multiple of ``every`` apart, from another first one in each step. The first layer has no exit.
+    multiple of ``every`` apart, from another first one in each step.
 
     Attributes:
       scale: weight of the earlier exits; 0.1 to 0.2 in pre-training, 1 for a small task.
@@ -79,12 +79,9 @@ class EarlyExitLoss:
 
     def n_exits(self, n_layers: int) -> int:
         """Exits of a step, beside the last layer's."""
-        if n_layers < 3:
-            raise ConfigError(
-                f"the model has {n_layers} layers and no exit between the first and the last; train it with "
-                "next_token_loss"
-            )
-        return -(-(n_layers - 2) // (self.every or n_layers - 2))
+        if n_layers < 2:
+            raise ConfigError("the model has one layer and no earlier exit; train it with next_token_loss")
+        return -(-(n_layers - 1) // (self.every or n_layers - 1))
 
     def heads(self, n_layers: int) -> float:
         """How often a step computes the head for each token, beside the last layer's: what it costs."""
@@ -94,7 +91,7 @@ class EarlyExitLoss:
         """As ``next_token_loss``, with ``loss`` the last layer's and ``loss/exits`` the mean of the step's exits.
 
         Raises:
-          ConfigError: the model has no layer between the first and the last, or rows that the stride does not divide.
+          ConfigError: the model has one layer, or rows have a length that the stride does not divide.
         """
         if key is None:
             return next_token_loss(model, batch, key)
@@ -129,7 +126,7 @@ class EarlyExitLoss:
     def _exits(self, model: Decoder, key: Array) -> Array:
         """(e,) layers; one behind the last but one does not count."""
         n = model.config.n_layers
-        count, every = self.n_exits(n), self.every or n - 2
+        count, every = self.n_exits(n), self.every or n - 1
         if self.order == "random":
             first = jax.random.randint(key, (), 0, every)
         elif hasattr(model, "steps"):
@@ -138,7 +135,7 @@ class EarlyExitLoss:
             raise ConfigError(
                 "exits.order 'rotating' needs the count of steps, which a model with layer dropout keeps; use 'random'"
             )
-        return 1 + first + every * jnp.arange(count)
+        return first + every * jnp.arange(count)
 
 
 def _every(a: Array, stride: int, first: Array) -> Array:
@@ -154,13 +151,14 @@ def _every(a: Array, stride: int, first: Array) -> Array:
 def exit_weights(n_layers: int, scale: float) -> Array:
     """(layers,) weight of the loss behind each layer, before those of a step are normalised.
 
-    Deeper exits weigh more, by the sum of the numbers of the layers up to them, from 0; the last one most.
+    Deeper exits weigh more, by the sum of the numbers of the layers up to them; the last one most.
 
-    Source: Elhoushi et al. 2024 (LayerSkip), equation 4.
+    Source: Elhoushi et al. 2024 (LayerSkip), equation 4, but that layers are numbered from 1: in a small model the
+    first layer may draft alone, and would have no exit.
     """
-    layer = jnp.arange(n_layers, dtype=jnp.float32)
-    sums = scale * layer * (layer + 1) / 2
-    return sums.at[-1].set(n_layers - 1 + (sums[-2] if n_layers > 1 else 0.0))
+    number = jnp.arange(1, n_layers + 1, dtype=jnp.float32)
+    sums = scale * number * (number + 1) / 2
+    return sums.at[-1].set(n_layers + (sums[-2] if n_layers > 1 else 0.0))
 
 
 def _cross_entropy(model: Decoder, hidden_btd: Array, batch: Batch) -> Array:
