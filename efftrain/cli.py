@@ -56,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
     use_compilation_cache()
     with exit_cleanly():
         tyro.extras.subcommand_cli_from_dict(
-            {"doctor": doctor, "train": train, "aot": aot, "corpus": corpus},
+            {"doctor": doctor, "train": train, "aot": aot, "corpus": corpus, "calibrate-depth": calibrate_depth},
             prog="efftrain",
             description=efftrain.__doc__.splitlines()[0],
             args=own,
@@ -113,6 +113,43 @@ def inspect(
     from efftrain.data.inspect import inspect_corpus
 
     inspect_corpus(dir, rule=rule, source=source, seed=seed, limit=limit)
+
+
+def calibrate_depth(
+    run: Path,
+    /,
+    *,
+    corpus: Path | None = None,
+    exits: tuple[int, ...] = (),
+    drafts: tuple[int, ...] = (1, 2, 3, 4, 6),
+    prompts: int = 8,
+    n_new: int = 64,
+    rows: int = 128,
+    risk: float = 0.05,
+    error: float = 0.05,
+) -> None:
+    """Measure how a run's model decodes with fewer layers: drafts that are checked, exits by confidence, mean depth.
+
+    Leaves depth.json in the run, and figures in its scorecard. When interrupted, the same command continues.
+
+    Args:
+      run: the directory of a training run.
+      corpus: whose validation split is read; by default that of the run.
+      exits: layers that draft; by default 1 up to half of the model's.
+      drafts: lengths of a draft.
+      prompts: how many are continued, each alone.
+      n_new: tokens behind each.
+      rows: for the confidence curves.
+      risk: the share of tokens that an exit may change.
+      error: the probability that it changes more.
+    """
+    from efftrain.measure.calibrate_depth import Calibration, calibrate
+    from efftrain.measure.depth_table import summary
+
+    options = Calibration(exits=exits, drafts=drafts, prompts=prompts, n_new=n_new, rows=rows, risk=risk, error=error)
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    for table in summary(calibrate(run, options, corpus=corpus)):
+        out.print(table)
 
 
 def aot(

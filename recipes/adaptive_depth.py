@@ -79,7 +79,7 @@ def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion
         return replace(plain, name=name, model=model, exits=exits, training=replace(plain.training, steps=steps))
 
     dropout = LayerDropout(rate=0.1, ramp_steps=layerskip)
-    exits = EarlyExitLoss(scale=0.5, stride=8)
+    exits = EarlyExitLoss(scale=1.0, stride=2, after=2 * layerskip // 3)
     rounds = (1.0, 2 / 3, 1 / 3)
     inner = (plain.model.n_layers - 2) // len(rounds)
     return {
@@ -100,7 +100,7 @@ def flops_per_token(config: Config) -> float:
 def exit_flops(config: Config) -> float:
     if config.exits is None:
         return 0.0
-    heads = config.exits.heads(config.model.n_layers)
+    heads = config.exits.heads(config.model.n_layers, config.training.steps)
     return FORWARD_AND_BACKWARD * heads * head_flops(abstract_decoder(config.model))
 
 
@@ -151,9 +151,9 @@ v5e_64 = replace(
     ),
 )
 sizes = {
-    "": variants(cpu, layerskip=497, mixture_of_depths=724, recursion=635),
-    "-gpu": variants(gpu, layerskip=5087, mixture_of_depths=8021, recursion=7321),
-    "-v5e-64": variants(v5e_64, layerskip=20_378, mixture_of_depths=31_716, recursion=28_847),
+    "": variants(cpu, layerskip=493, mixture_of_depths=724, recursion=635),
+    "-gpu": variants(gpu, layerskip=5083, mixture_of_depths=8021, recursion=7321),
+    "-v5e-64": variants(v5e_64, layerskip=20_371, mixture_of_depths=31_716, recursion=28_847),
 }
 configs = {f"{name}{size}": config for size, named in sizes.items() for name, config in named.items()}
 

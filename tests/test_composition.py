@@ -14,12 +14,13 @@ import pytest
 from flax import nnx
 
 import efftrain
-from efftrain.models.config import BlockConfig, ModelConfig, llama
+from efftrain.models.config import BlockConfig, DepthConfig, Full, LayerDropout, ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
+from efftrain.models.routed_depth import MixtureOfDepths, Recursion
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training, fit
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objective import EarlyExitLoss, next_token_loss
 from efftrain.train.optimizers import Muon
 from efftrain.train.run import Run, read_metrics
 
@@ -30,6 +31,7 @@ ROWS, LENGTH, VOCAB = 16, 16, 64
 class Config:
     model: ModelConfig
     training: Training
+    exits: EarlyExitLoss | None = None
 
 
 BASE = Config(
@@ -61,6 +63,24 @@ def mixture_of_experts(config: Config) -> Config:
     return change_training(mesh=MeshConfig(fsdp=2, expert=2, tensor=2))(config)
 
 
+def layer_skip(config: Config) -> Config:
+    """Layers left out at random, and an early exit."""
+    config = change_model(layer_dropout=LayerDropout(rate=0.2, ramp_steps=3))(config)
+    return dataclasses.replace(config, exits=EarlyExitLoss(scale=0.5, stride=2))
+
+
+def routed(depth: DepthConfig) -> Callable[[Config], Config]:
+    """In the last block of the pattern, or behind it where that one is routed too."""
+
+    def change(config: Config) -> Config:
+        *before, last = config.model.pattern
+        if last.depth == Full():
+            return change_model(pattern=(*before, dataclasses.replace(last, depth=depth)))(config)
+        return change_model(pattern=(*before, last, dataclasses.replace(last, depth=depth)), n_repeats=1)(config)
+
+    return change
+
+
 def tokens_over_devices(config: Config) -> Config:
     mesh = config.training.mesh
     return change_training(mesh=dataclasses.replace(mesh, fsdp=mesh.fsdp // 2, context=2))(config)
@@ -71,6 +91,9 @@ TECHNIQUES: dict[str, Callable[[Config], Config]] = {
     "scan and remat": change_model(scan=True, remat="full"),
     "local and global layers": local_and_global,
     "mixture of experts": mixture_of_experts,
+    "layer dropout and early exits": layer_skip,
+    "mixture of depths": routed(MixtureOfDepths(capacity=0.5)),
+    "recursion": routed(Recursion(shares=(1.0, 0.5))),
     "muon": change_training(optimizer=Muon(peak_lr=1e-2)),
     "tokens split over devices": tokens_over_devices,
     "averaged, in micro-batches": change_training(ema_decay=0.5, n_microbatches=2),
@@ -107,7 +130,11 @@ def test_two_techniques_work_together(pair: tuple[str, str], tmp_path: Path):
     for name in pair:
         config = TECHNIQUES[name](config)
     fitted = fit(
-        lambda rngs: Decoder(config.model, rngs=rngs), next_token_loss, Rows(), config.training, Run(tmp_path, config)
+        lambda rngs: Decoder(config.model, rngs=rngs),
+        config.exits or next_token_loss,
+        Rows(),
+        config.training,
+        Run(tmp_path, config),
     )
 
     losses = [row["loss"] for row in read_metrics(tmp_path)]
@@ -120,7 +147,7 @@ def test_two_techniques_work_together(pair: tuple[str, str], tmp_path: Path):
     @jax.jit
     @jax.grad
     def gradient_of(params: nnx.State) -> jax.Array:
-        return next_token_loss(nnx.merge(graph, params, rest), batch, jax.random.key(0))[0]
+        return next_token_loss(nnx.merge(graph, params, rest), batch, None)[0]
 
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradient_of(params)):
         assert np.isfinite(gradient).all(), path

@@ -107,14 +107,14 @@ def generate_report(
         check_layers(model.config, "an exit")
         exit_ = depth if isinstance(depth, ConfidenceExit) else ConfidenceExit(threshold=2.0, exits=())
         depth = replace(exit_, exits=exit_.places(model.config.n_layers))
-    first_b, cache = _read(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
+    first_b, cache = read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
     if isinstance(depth, SelfSpeculation):
         found = speculate(graph, state, first_b, cache, key, n_new, sampling, depth, end_token)
         layers_b = jnp.full(len(first_b), model.config.n_layers, jnp.float32)
         return Generated(found.tokens_bn, layers_b, found.accepted_b / jnp.maximum(found.drafted_b, 1))
     threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
     static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
-    tokens_bn, layers_b = _draw(
+    tokens_bn, layers_b = draw_tokens(
         graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, limit_b, probe
     )
     return Generated(tokens_bn, layers_b)
@@ -136,14 +136,14 @@ def _check(model: Decoder, prompt: int, n_new: int, sampling: Sampling, key: Arr
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6))
-def _read(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling):
+def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling):
     """The first new token of each row, and the cache of the prompts with so much room."""
     logits_bv, cache = prefill(nnx.merge(graph, state), prompts_bp, prompt_lengths_b, slots=prompts_bp.shape[1] + room)
     return sample(logits_bv, jax.random.fold_in(key, 0), sampling), cache
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _draw(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
+def draw_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
     """(batch, n_new) tokens of which the first is given, and the mean layers of the others."""
     model = nnx.merge(graph, state)
     layers, n_layers = model.layers(), model.config.n_layers

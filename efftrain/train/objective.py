@@ -56,6 +56,8 @@ class EarlyExitLoss:
     Attributes:
       scale: weight of the earlier exits; 0.1 to 0.2 in pre-training, 1 for a small task.
       every: one of so many layers has its exit in a step. None: one exit a step.
+      after: steps of the run before the first exit (of a model with layer dropout, which counts them). Exits that come
+        when the model has learnt most cost it less.
       stride: exits see one token of so many, from another first one in each step. 1: all.
       order: the first exit is drawn ("random"), or moves by one a step ("rotating", of a model with layer dropout).
 
@@ -64,6 +66,7 @@ class EarlyExitLoss:
 
     scale: float = 0.2
     every: int | None = None
+    after: int = 0
     stride: int = 1
     order: Literal["random", "rotating"] = "random"
 
@@ -72,6 +75,8 @@ class EarlyExitLoss:
             raise ConfigError(f"exits.scale is {self.scale}; give a positive number, or train with next_token_loss")
         if self.every is not None and self.every < 1:
             raise ConfigError(f"exits.every is {self.every}; give at least 1, or None")
+        if self.after < 0:
+            raise ConfigError(f"exits.after is {self.after}; it must not be negative")
         if self.stride < 1:
             raise ConfigError(f"exits.stride is {self.stride}; give 1 for all tokens, or more for fewer")
         if self.order not in ("random", "rotating"):
@@ -83,9 +88,9 @@ class EarlyExitLoss:
             raise ConfigError("the model has one layer and no earlier exit; train it with next_token_loss")
         return -(-(n_layers - 1) // (self.every or n_layers - 1))
 
-    def heads(self, n_layers: int) -> float:
-        """How often a step computes the head for each token, beside the last layer's: what it costs."""
-        return self.n_exits(n_layers) / self.stride
+    def heads(self, n_layers: int, steps: int) -> float:
+        """How often a run of so many steps computes the head for a token, beside the last layer's: what it costs."""
+        return self.n_exits(n_layers) / self.stride * max(1 - self.after / steps, 0.0)
 
     def __call__(self, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         """As ``next_token_loss``, with ``loss`` the last layer's and ``loss/exits`` the mean of the step's exits.
@@ -110,9 +115,16 @@ class EarlyExitLoss:
         some = partial(_every, stride=self.stride, first=jax.random.randint(token_key, (), 0, self.stride))
         part = {name: some(batch[name]) for name in ("targets", "mask")}
         share = part["mask"].sum(dtype=jnp.float32) / jnp.maximum(count, 1.0)
-        exit_losses = jnp.stack([_cross_entropy(model, model.norm(some(x)), part) for x in exit_ebtd])
 
-        there_e = exits_e < n - 1  # the last one of a step may stand behind the last layer
+        def losses_of(exit_ebtd: Array) -> Array:
+            return jnp.stack([_cross_entropy(model, model.norm(some(x)), part) for x in exit_ebtd])
+
+        started = self._steps(model, "after") >= self.after if self.after else True
+        if self.after:
+            exit_losses = jax.lax.cond(started, losses_of, lambda x: jnp.zeros(len(x)), exit_ebtd)
+        else:
+            exit_losses = losses_of(exit_ebtd)
+        there_e = (exits_e < n - 1) & started  # the last one of a step may stand behind the last layer
         weights_l = exit_weights(n, self.scale)
         weights_e = jnp.where(there_e, weights_l[jnp.minimum(exits_e, n - 1)], 0)
         exits = (exit_losses * weights_e).sum() / jnp.maximum(share, 1e-9)
@@ -129,13 +141,17 @@ class EarlyExitLoss:
         count, every = self.n_exits(n), self.every or n - 1
         if self.order == "random":
             first = jax.random.randint(key, (), 0, every)
-        elif hasattr(model, "steps"):
-            first = model.steps[...] % every
         else:
-            raise ConfigError(
-                "exits.order 'rotating' needs the count of steps, which a model with layer dropout keeps; use 'random'"
-            )
+            first = self._steps(model, "order 'rotating'") % every
         return first + every * jnp.arange(count)
+
+    def _steps(self, model: Decoder, who: str) -> Array:
+        if not hasattr(model, "steps"):
+            raise ConfigError(
+                f"exits.{who} needs the count of steps, which a model with layer dropout keeps; set "
+                "model.layer_dropout.rate"
+            )
+        return model.steps[...]
 
 
 def _every(a: Array, stride: int, first: Array) -> Array:

@@ -45,7 +45,8 @@ def narrow(model: ModelConfig) -> ModelConfig:
         )
         for block in model.pattern
     )
-    return model.replace(pattern=pattern, d_model=256, n_repeats=2, vocab_size=512, max_length=256)
+    n_repeats = min(model.n_repeats, 2)
+    return model.replace(pattern=pattern, d_model=256, n_repeats=n_repeats, vocab_size=512, max_length=256)
 
 
 def reduced(recipe: Path, **mesh) -> Target:

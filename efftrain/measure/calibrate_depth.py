@@ -1,0 +1,339 @@
+"""Which depth a trained model can be decoded with, measured: drafts, confidence thresholds, where the layers go.
+
+Leaves ``depth.json`` in the run (and ``depth_probe.npz``), bound to the model that was measured.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import efftrain
+from efftrain import data
+from efftrain.config import digest, to_json
+from efftrain.errors import ConfigError, RunError
+from efftrain.measure.exit_curves import (
+    QUANTILES,
+    RULES,
+    Rows,
+    Text,
+    full_choices,
+    measure_exit,
+    measure_seconds,
+    routed_depths,
+    tune,
+)
+from efftrain.measure.flops import decode_flops, head_flops
+from efftrain.measure.risk import last_safe
+from efftrain.measure.scorecard import FILE_NAME as SCORECARD
+from efftrain.measure.scorecard import Figure, Scorecard
+from efftrain.measure.speculation import measure_speculation
+from efftrain.measure.token_classes import token_classes
+from efftrain.models.decoder import Decoder
+from efftrain.models.early_exit import ConfidenceExit, Probe
+from efftrain.models.routed_depth import has_routed_depth
+from efftrain.models.self_speculation import SelfSpeculation
+from efftrain.progress import Progress, console
+from efftrain.train.run import environment, read_json
+
+FILE_NAME, PROBE_NAME = "depth.json", "depth_probe.npz"
+NEVER = 2.0  # a threshold that no confidence reaches
+QUALITY_LOSS = 0.01  # of the bits per byte, that the named point of a curve may cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What is measured, and how thoroughly.
+
+    Attributes:
+      exits: layers that draft. Empty: 1 up to half of the model's.
+      drafts: lengths of a draft.
+      prompts: of the validation split, each continued alone.
+      prompt_length, n_new: tokens.
+      rows: of the validation split, for the confidence curves: half of them choose thresholds and train the probe, the
+        other half tell what a threshold costs.
+      risk: the share of tokens that may differ from those of all layers.
+      error: the probability that the risk is larger than that.
+    """
+
+    exits: tuple[int, ...] = ()
+    drafts: tuple[int, ...] = (1, 2, 3, 4, 6)
+    prompts: int = 8
+    prompt_length: int = 128
+    n_new: int = 64
+    rows: int = 128
+    risk: float = 0.05
+    error: float = 0.05
+
+    def __post_init__(self):
+        for name in ("prompts", "prompt_length", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"calibration.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_new < 2:
+            raise ConfigError(f"calibration.n_new is {self.n_new}; give at least 2, as the first is the prompt's")
+        for name in ("risk", "error"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"calibration.{name} is {getattr(self, name)}; give a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration that was read back, for the model that it was made for."""
+
+    values: Mapping[str, Any]
+    probe: Probe | None
+
+    def speculation(self) -> SelfSpeculation:
+        """The fastest that was measured.
+
+        Raises:
+          ConfigError: the model cannot draft for itself.
+        """
+        best = self.values.get("self_speculation")
+        if not best:
+            raise ConfigError("depth.json has no self-speculation: the model's depth is routed; decode it as it is")
+        return SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])
+
+    def exit(self, rule: str = "similarity") -> ConfidenceExit:
+        """The boldest threshold of a rule within the stated risk.
+
+        Raises:
+          ConfigError: no threshold is within it.
+        """
+        found = self.values.get("confidence_exit", {}).get(rule)
+        if not found or found["threshold"] is None:
+            raise ConfigError(
+                f"depth.json has no threshold of rule {rule!r} within its risk; calibrate with a larger --risk, or "
+                "decode with all layers"
+            )
+        return ConfidenceExit(rule=rule, threshold=found["threshold"])
+
+
+def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
+    """What ``calibrate`` found for this model.
+
+    Raises:
+      RunError: there is no calibration, or it is of another model.
+    """
+    path = Path(run) / FILE_NAME
+    if not path.exists():
+        raise RunError(f"there is no {path}; make it with: efftrain calibrate-depth {run}")
+    values = read_json(path)
+    if values.get("fingerprint") != fingerprint(model):
+        raise RunError(f"{path} was measured on another model; measure this one with: efftrain calibrate-depth {run}")
+    probe = path.with_name(PROBE_NAME)
+    if not probe.exists():
+        return Calibrated(values, None)
+    with np.load(probe) as arrays:
+        return Calibrated(values, Probe(jnp.asarray(arrays["kernel_ed"]), jnp.asarray(arrays["bias_e"])))
+
+
+def fingerprint(model: Decoder) -> str:
+    """Of configuration and parameters: the first thousand numbers of each."""
+    text = hashlib.blake2b(digest(to_json(model.config)).encode(), digest_size=16)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        flat = np.asarray(jax.device_get(variable[...].reshape(-1)[:1000]))
+        text.update(f"{path}{variable.shape}".encode() + flat.tobytes())
+    return text.hexdigest()
+
+
+def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) -> dict[str, Any]:
+    """Measures the depths of a run's model, writes them beside it, and adds its figures to the run's scorecard.
+
+    When interrupted it continues with what it has not measured.
+
+    Args:
+      run: a training run.
+      options: of the measurement.
+      corpus: whose validation split is read. None: that of the run.
+
+    Raises:
+      EfftrainError: the run, its corpus or the options do not fit.
+    """
+    model, settings = efftrain.load(run), read_json(run / "config.json")
+    corpus_path = corpus or Path(settings["corpus"])
+    opened = data.open(corpus_path)
+    opened.check_model(model.config.vocab_size)
+    length = settings["training"]["length"]
+    rows = list(itertools.islice(_rows(corpus_path, length), options.rows))
+    kept = Kept(run, {"fingerprint": fingerprint(model), "options": to_json(options), "corpus": str(corpus_path)})
+    texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
+    text = Text(token_classes(texts), opened.token_bytes())
+    if has_routed_depth(model):
+        found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, rows, text))}
+    else:
+        prompts = _prompts(rows, options)
+        found = {"self_speculation": _speculation(model, prompts, options, kept)}
+        found["confidence_exit"], probe = _exits(model, rows, text, options, kept)
+        found["seconds"] = _seconds(model, prompts, found["confidence_exit"], probe, options, kept)
+        _write_probe(run / PROBE_NAME, probe)
+    result = kept.values | found | {"environment": environment()}
+    _write(run / FILE_NAME, result)
+    kept.remove()
+    _add_to_scorecard(run, model, result, length)
+    return result
+
+
+class Kept:
+    """What was measured so far, in a file that a finished calibration removes."""
+
+    def __init__(self, run: Path, values: dict[str, Any]):
+        self.values, self._path = values, run / f".{FILE_NAME}.incomplete"
+        before = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._cells = before.get("cells", {}) if {**before, "cells": None} == {**values, "cells": None} else {}
+
+    def cell(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self._cells:
+            self._cells[name] = measure()
+            _write(self._path, self.values | {"cells": self._cells})
+        return self._cells[name]
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _rows(corpus: Path, length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Validation rows one by one, each (1, length)."""
+    loader = data.LoaderConfig(
+        corpora=(data.Part(path=corpus),), length=length, batch_size=1, split="validation", shuffle=True, repeat=False
+    )
+    return data.batches(loader, verify=False)
+
+
+def _prompts(rows: Rows, options: Calibration) -> list[np.ndarray]:
+    length = min(options.prompt_length, rows[0]["tokens"].shape[1])
+    return [row["tokens"][:, :length].astype(np.int32) for row in rows[: options.prompts]]
+
+
+def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration, kept: Kept) -> dict[str, Any] | None:
+    """Every exit and draft length against plain decoding, in turn; the fastest of them."""
+    n = model.config.n_layers
+    exits = options.exits or tuple(range(1, max(n // 2, 1) + 1))
+    if n < 2:
+        return None
+    pairs = [SelfSpeculation(exit_layer=e, n_draft=k) for e in exits for k in options.drafts]
+    for pair in pairs:
+        pair.check(model.config)
+    grid = []
+    with Progress("drafts", len(pairs), unit="settings") as progress:
+        for pair in pairs:
+            name = f"draft {pair.n_draft} with {pair.exit_layer}"
+            progress.note(name)
+            grid.append(kept.cell(name, partial(measure_speculation, model, prompts, pair, options.n_new)))
+            progress.advance()
+    best = max(grid, key=lambda cell: cell["speedup"])
+    return best | {"grid": grid}
+
+
+def _exits(model: Decoder, rows: Rows, text: Text, options: Calibration, kept: Kept) -> tuple[dict[str, Any], Probe]:
+    """For each rule a curve over thresholds, the boldest one within the risk, and the one within 1 % of the quality."""
+    tuning, held_out = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    if not tuning:
+        raise ConfigError(f"calibration.rows is {options.rows}; give at least 2, one half tunes and the other tells")
+    tuned = kept.cell("tuned", lambda: tune(model, tuning))
+    probe = Probe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
+    full, found = full_choices(model, held_out), {}
+    with Progress("exits", len(RULES) * (len(QUANTILES) + 1), unit="thresholds") as progress:
+        for rule in RULES:
+            points = []
+            for threshold in (NEVER, *tuned["thresholds"][rule]):
+                progress.note(f"{rule} {threshold:.4f}")
+                measure = partial(
+                    measure_exit, model, held_out, full, text, ConfidenceExit(rule=rule), threshold, probe
+                )
+                points.append(kept.cell(f"{rule} {threshold}", measure))
+                progress.advance()
+            found[rule] = _choose(points, options)
+    return found, probe
+
+
+def _seconds(
+    model: Decoder, prompts: list[np.ndarray], exits: dict, probe: Probe, options: Calibration, kept: Kept
+) -> dict[str, Any]:
+    """With each rule's point of small quality loss: one row, and eight."""
+    thresholds = {rule: found["within_quality_loss"]["threshold"] for rule, found in exits.items()}
+    eight = np.tile(np.concatenate(prompts), (8, 1))[:8]
+    return {
+        f"batch {len(p)}": kept.cell(
+            f"seconds {len(p)}", partial(measure_seconds, model, p, thresholds, probe, options.n_new)
+        )
+        for p in (prompts[0], eight)
+    }
+
+
+def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
+    safe = last_safe([point["row_losses"] for point in points], options.risk, options.error)
+    full = points[0]["bpb"]
+    good = [p for p in points if p["bpb"] <= full * (1 + QUALITY_LOSS)]
+    curve = [{k: v for k, v in point.items() if k != "row_losses"} for point in points]
+    return {
+        "threshold": None if safe is None else points[safe]["threshold"],
+        "risk": options.risk,
+        "error": options.error,
+        "within_quality_loss": {k: v for k, v in min(good, key=lambda p: p["mean_depth"]).items() if k != "row_losses"},
+        "curve": curve,
+    }
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _write_probe(path: Path, probe: Probe) -> None:
+    temporary = path.with_name(f"writing-{path.name}")
+    np.savez(temporary, kernel_ed=np.asarray(probe.kernel_ed), bias_e=np.asarray(probe.bias_e))
+    os.replace(temporary, path)
+
+
+def _add_to_scorecard(run: Path, model: Decoder, values: Mapping[str, Any], length: int) -> None:
+    if not (run / SCORECARD).exists():
+        console.print(f"{run} has no scorecard to add the figures to; they are in {run / FILE_NAME}", markup=False)
+        return
+    card, figures = Scorecard.read(run / SCORECARD), {}
+    note = "validation rows"
+    if "routed_depth" in values:
+        depths = values["routed_depth"]
+    else:
+        rule, depths = _best_point(model, values["confidence_exit"])
+        note = f"exit by {rule} at {depths['threshold']:.4f}, {depths['bpb']:.4f} bits/byte on the same rows"
+        at = values["seconds"]["batch 1"][rule]
+        figures["decode_s_per_token_b1_exit"] = Figure(at["s_per_token"], "s/token", "measured", note)
+        figures["decode_flops_per_token_exit"] = Figure(
+            _flops_at(model, rule, depths, length), "FLOP/token", "counted", f"{note}; heads of the exits included"
+        )
+        best = values["self_speculation"]
+        if best:
+            drafts = f"{best['n_draft']} drafts with {best['exit_layer']} layers, {best['acceptance']:.0%} accepted"
+            figures["decode_s_per_token_b1_speculative"] = Figure(
+                1 / best["tokens_per_s"], "s/token", "measured", f"{drafts}; {best['speedup']:.2f}x plain decoding"
+            )
+    figures["mean_depth"] = Figure(depths["mean_depth"], "layers/token", "measured", note)
+    for name, depth in depths["mean_depth_by_class"].items():
+        figures[f"mean_depth_{name}"] = Figure(depth, "layers/token", "measured", f"to predict a {name} token; {note}")
+    replace(card, figures=card.figures | figures).write(run / SCORECARD)
+
+
+def _best_point(model: Decoder, exits: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The rule whose point of small quality loss takes the fewest FLOPs, and the point."""
+    points = {rule: found["within_quality_loss"] for rule, found in exits.items()}
+    rule = min(points, key=lambda rule: _flops_at(model, rule, points[rule], 1))
+    return rule, points[rule]
+
+
+def _flops_at(model: Decoder, rule: str, point: Mapping[str, Any], context: int) -> float:
+    """Expected FLOPs of a token; keys and values of skipped layers are left out."""
+    heads = point["mean_depth"] - 1 if rule == "gap" else 0.0
+    blocks = decode_flops(model, context) - head_flops(model)
+    return blocks * point["mean_depth"] / model.config.n_layers + (1 + heads) * head_flops(model)
