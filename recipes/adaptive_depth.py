@@ -78,8 +78,8 @@ def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion
     def variant(name: str, steps: int, model: ModelConfig, exits: EarlyExitLoss | None = None) -> Config:
         return replace(plain, name=name, model=model, exits=exits, training=replace(plain.training, steps=steps))
 
-    dropout = LayerDropout(rate=0.1, ramp_steps=layerskip)
-    exits = EarlyExitLoss(scale=1.0, stride=2, after=2 * layerskip // 3)
+    late = 3 * layerskip // 4
+    dropout, exits = LayerDropout(rate=0.05, after=late), EarlyExitLoss(scale=0.5, stride=4, after=late)
     rounds = (1.0, 2 / 3, 1 / 3)
     inner = (plain.model.n_layers - 2) // len(rounds)
     return {
@@ -94,7 +94,8 @@ def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion
 
 def flops_per_token(config: Config) -> float:
     """Of training, with the heads of the exits."""
-    return training_flops(abstract_decoder(config.model), config.training.length) + exit_flops(config)
+    training = config.training
+    return training_flops(abstract_decoder(config.model), training.length, steps=training.steps) + exit_flops(config)
 
 
 def exit_flops(config: Config) -> float:
@@ -151,9 +152,9 @@ v5e_64 = replace(
     ),
 )
 sizes = {
-    "": variants(cpu, layerskip=493, mixture_of_depths=724, recursion=635),
-    "-gpu": variants(gpu, layerskip=5083, mixture_of_depths=8021, recursion=7321),
-    "-v5e-64": variants(v5e_64, layerskip=20_371, mixture_of_depths=31_716, recursion=28_847),
+    "": variants(cpu, layerskip=497, mixture_of_depths=724, recursion=635),
+    "-gpu": variants(gpu, layerskip=5022, mixture_of_depths=8021, recursion=7321),
+    "-v5e-64": variants(v5e_64, layerskip=20_101, mixture_of_depths=31_716, recursion=28_847),
 }
 configs = {f"{name}{size}": config for size, named in sizes.items() for name, config in named.items()}
 

@@ -72,6 +72,8 @@ def train_and_score(
     held_out = replace(loader, split="validation", shuffle=False, repeat=False)
     part = batch_part(training)
 
+    flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
+    flops_per_token += extra_flops
     fitted = fit(
         build,
         objective,
@@ -80,7 +82,7 @@ def train_and_score(
         run,
         initial=initial,
         evaluate=Evaluator(lambda: data.batches(held_out, *part, verify=False), corpus.token_bytes()),
-        flops_per_token=training_flops(abstract_decoder(config.model), training.length) + extra_flops,
+        flops_per_token=flops_per_token,
     )
     card = score(
         fitted.model,

@@ -5,7 +5,7 @@ Conventions, printed wherever a figure is:
 - a multiply-add is 2 FLOPs, and only products count: norms, softmax and rotations are a few per cent and left out;
 - every parameter matrix is multiplied with every token once, of experts those that a token goes to, of routed depth as
   often as it passes on average; a look-up table is free; the head counts, tied or not;
-- layers that training leaves out count by their expected number, over the ramp of the dropout;
+- layers that training leaves out count by their expected number, where the steps of the run are given;
 - attention in training and prefill counts the keys that the causal mask and the window leave visible, on average
   (length + 1) / 2 without a window: the usual "causal halved". Rows count as one document each, so that packing
   changes nothing;
@@ -26,28 +26,30 @@ from efftrain.models.depth import mean_kept
 FORWARD_AND_BACKWARD = 3  # in forward passes
 
 
-def training_flops(model: nnx.Module, length: int) -> float:
+def training_flops(model: nnx.Module, length: int, *, steps: int | None = None) -> float:
     """Model FLOPs of a training token, forward and backward, in rows of ``length`` tokens.
 
     Args:
       model: abstract or not; it has a ``config``. A block's matrices count wherever they are, a fork's too.
       length: tokens of a row.
+      steps: of the run, for layers that it leaves out. None: every layer counts.
     """
     blocks = matrix_flops(model) + _visible_attention_flops(model, length)
-    return FORWARD_AND_BACKWARD * (_kept_share(model.config) * blocks + head_flops(model))
+    kept = 1.0 if steps is None else mean_kept(model.config.n_layers, model.config.layer_dropout, steps)
+    return FORWARD_AND_BACKWARD * (kept * blocks + head_flops(model))
 
 
 def training_hardware_flops(model: nnx.Module, length: int) -> float:
     """FLOPs that the program spends on a training token: with the masked pairs that it computes, and with remat.
 
-    Remat "full" runs the blocks forward once more (their last product, which the backward pass does not need, is
-    counted too), "dots" only the attention products. The head is outside of remat.
+    Every layer counts, those too that a step may leave out. Remat "full" runs the blocks forward once more (their last
+    product, which the backward pass does not need, is counted too), "dots" only the attention products. The head is
+    outside of remat.
     """
     config = model.config
     attention = _attention_flops(config, length, lambda seen, a: mean_computed_keys(seen, a.window, a.n_blocks))
     again = {"none": 0.0, "dots": attention, "full": matrix_flops(model) + attention}[config.remat]
-    kept = _kept_share(config)
-    return FORWARD_AND_BACKWARD * (kept * (matrix_flops(model) + attention) + head_flops(model)) + kept * again
+    return FORWARD_AND_BACKWARD * (matrix_flops(model) + head_flops(model) + attention) + again
 
 
 def prefill_flops(model: nnx.Module, length: int) -> float:
@@ -115,14 +117,6 @@ def _attention_flops(config: ModelConfig, length: int, keys: Callable[[int, Atte
         for layer in config.layers
         for share in layer.depth.passes()
     )
-
-
-def _kept_share(config: ModelConfig) -> float:
-    """Of the layers, that training computes."""
-    dropout = config.layer_dropout
-    if not dropout.rate or dropout.per_row:
-        return 1.0
-    return mean_kept(config.n_layers, dropout.rate, dropout.ramp_steps, steps=max(dropout.ramp_steps, 1))
 
 
 def _is_matrix(variable: nnx.Param) -> bool:

@@ -30,6 +30,7 @@ def score(
     quality: Mapping[str, float] | None = None,
     training_tokens: int | None = None,
     training_figures: Mapping[str, float] | None = None,
+    steps: int | None = None,
     extra_flops: float = 0.0,
     checkpoint: Path | None = None,
     prompt_length: int = 128,
@@ -45,13 +46,14 @@ def score(
       quality: ``bpb`` and ``loss`` on the validation rows, see ``evaluate.Evaluator``.
       training_tokens: that the whole run read, padding included.
       training_figures: of ``train.loop.Fitted``.
+      steps: of the whole run, see ``flops.training_flops``.
       extra_flops: of a training token, beside the model's.
       checkpoint: the directory (or file) of the one checkpoint that holds this model.
       prompt_length, n_new, rounds: see ``measure_latency``. Where prompt and new tokens are longer than ``max_length``
         they are cut to it; the figures say what was measured.
     """
     figures = _quality(quality)
-    figures |= _size(model, checkpoint) | _flops(model, length, training_tokens, extra_flops)
+    figures |= _size(model, checkpoint) | _flops(model, length, training_tokens, steps, extra_flops)
     figures |= _training(training_figures or {}, training_tokens)
     n_new = min(n_new, max(1, model.config.max_length // 2))
     prompt_length = min(prompt_length, model.config.max_length - n_new)
@@ -114,8 +116,10 @@ def _checkpoint(path: Path | None) -> Figure:
     return Figure(path_bytes(path), "B", "measured", "on disk; with optimizer state where it was trained")
 
 
-def _flops(model: Decoder, length: int, training_tokens: int | None, extra: float) -> dict[str, Figure]:
-    per_token = training_flops(model, length) + extra
+def _flops(
+    model: Decoder, length: int, training_tokens: int | None, steps: int | None, extra: float
+) -> dict[str, Figure]:
+    per_token = training_flops(model, length, steps=steps) + extra
     convention = f"rows of {length}, forward and backward, causal attention halved"
     if extra:
         convention += f"; {extra / per_token:.0%} of it by the objective, beside the model"

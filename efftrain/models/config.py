@@ -127,8 +127,8 @@ class LayerDropout:
 
     Attributes:
       rate: probability for the last layer, at full strength; 0 for none.
-      ramp_steps: steps over which the strength grows from 0 to full, exponentially. 0: full from the first step on, for
-        a model that is trained already.
+      after: steps of the run before the first layer is left out: a model that has learnt most is hurt less.
+      ramp_steps: steps from then on over which the strength grows from 0 to full, exponentially. 0: full at once.
       per_row: a coin for each row. Every layer is computed, which saves nothing. False: one coin for all rows that are
         computed together, and a layer that is left out costs nothing.
 
@@ -136,14 +136,16 @@ class LayerDropout:
     """
 
     rate: float = 0.0
+    after: int = 0
     ramp_steps: int = 0
     per_row: bool = False
 
     def __post_init__(self):
         if not 0 <= self.rate < 1:
             raise ConfigError(f"layer_dropout.rate is {self.rate}; use 0 for none, or a number below 1 such as 0.1")
-        if self.ramp_steps < 0:
-            raise ConfigError(f"layer_dropout.ramp_steps is {self.ramp_steps}; it must not be negative")
+        for name in ("after", "ramp_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"layer_dropout.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

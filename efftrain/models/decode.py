@@ -12,6 +12,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache, empty_cache
 from efftrain.models.decoder import Decoder
 from efftrain.models.early_exit import ConfidenceExit, Probe, advance, check_layers, extend_until_sure
+from efftrain.models.routed_depth import RoutedCache
 from efftrain.models.sampling import GREEDY, Sampling, sample
 from efftrain.models.self_speculation import SelfSpeculation, extra_slots, speculate
 
@@ -153,7 +154,7 @@ def draw_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_t
     def next_logits(token_b, cache):
         if isinstance(depth, AllLayers):
             hidden_btd, cache = model.extend(token_b[:, None], cache, layers=layers)
-            return model.logits(hidden_btd[:, 0]), cache, jnp.full(token_b.shape, n_layers)
+            return model.logits(hidden_btd[:, 0]), cache, jnp.full(token_b.shape, n_layers - len(_routed(cache)))
         by = partial(advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, limit_b=limit_b)
         x_btd, positions_bt = model.embedding(token_b[:, None]), cache.lengths_b[:, None]
         found, after = extend_until_sure(model, layers, x_btd, positions_bt, cache.layers, by)
@@ -173,8 +174,14 @@ def draw_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_t
         return i + 1, drawn, cache, out_bn, layers_b + more_b
 
     carry = (1, first_b, cache, out_bn, jnp.zeros(first_b.shape, jnp.int32))
-    steps, _, _, out_bn, layers_b = jax.lax.while_loop(unfinished, step, carry)
+    before_b = sum(routed.passed_b() for routed in _routed(cache))
+    steps, _, cache, out_bn, layers_b = jax.lax.while_loop(unfinished, step, carry)
+    layers_b += sum(routed.passed_b() for routed in _routed(cache)) - before_b
     return out_bn, layers_b / jnp.maximum(steps - 1, 1)
+
+
+def _routed(cache: Cache) -> list[RoutedCache]:
+    return [layer for layer in cache.layers if isinstance(layer, RoutedCache)]
 
 
 def prefill(model: Decoder, prompts_bp: Array, prompt_lengths_b: Array, *, slots: int) -> tuple[Array, Cache]:

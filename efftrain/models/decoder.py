@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
         dropout, n = self.config.layer_dropout, self.config.n_layers
         if key is None or not dropout.rate:
             return None
-        rates_l = dropout_rates(n, dropout.rate, dropout_strength(self.steps[...], dropout.ramp_steps))
+        rates_l = dropout_rates(n, dropout.rate, dropout_strength(self.steps[...], dropout.after, dropout.ramp_steps))
         drawn = jax.random.uniform(key, (n, batch) if dropout.per_row else (n,))
         return drawn >= (rates_l[:, None] if dropout.per_row else rates_l)
 

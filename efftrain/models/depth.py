@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efftrain.models.config import LayerDropout
+
 Policy = Callable[..., bool] | None
 Carry = tuple[Array, Array | None]
 REMAT: dict[str, Policy] = {
@@ -146,17 +148,22 @@ def dropout_rates(n_layers: int, rate: float, strength: Array | float) -> Array:
     return strength * rate * (jnp.exp2(depth_l) - 1)
 
 
-def dropout_strength(step: Array | int, ramp_steps: int) -> Array:
-    """() How far layer dropout has grown at a step: exponentially from 0 to 1 over ``ramp_steps``; 1 without a ramp."""
+def dropout_strength(step: Array | int, after: int, ramp_steps: int) -> Array:
+    """How far layer dropout has grown at a step: 0 before ``after``, from there to 1 over ``ramp_steps`` or at once.
+
+    Source: Elhoushi et al. 2024 (LayerSkip), section 4.1, where the ramp is the whole run.
+    """
     if not ramp_steps:
-        return jnp.ones(())
-    return jnp.exp2(jnp.minimum(step / ramp_steps, 1.0)) - 1
+        return jnp.where(jnp.asarray(step) < after, 0.0, 1.0)
+    return jnp.exp2(jnp.clip((step - after) / ramp_steps, 0.0, 1.0)) - 1
 
 
-def mean_kept(n_layers: int, rate: float, ramp_steps: int, steps: int) -> float:
+def mean_kept(n_layers: int, dropout: LayerDropout, steps: int) -> float:
     """The share of layers that a run of ``steps`` computes, on average over layers and steps."""
-    strength = dropout_strength(jnp.arange(steps), ramp_steps).mean()
-    return float(1 - dropout_rates(n_layers, rate, strength).mean())
+    if not dropout.rate or dropout.per_row:
+        return 1.0
+    strength = dropout_strength(jnp.arange(steps), dropout.after, dropout.ramp_steps).mean()
+    return float(1 - dropout_rates(n_layers, dropout.rate, strength).mean())
 
 
 def _with_statistics(metrics: dict, statistics: list[dict]) -> dict:

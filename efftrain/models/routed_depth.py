@@ -8,7 +8,6 @@ ways can be evaluated (``causally_routed``); only the second one is a language m
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,8 @@ from efftrain.models.block import Block
 from efftrain.models.cache import LayerCache, empty_layer_cache
 from efftrain.models.config import Attention, BlockConfig, DepthConfig, Dtype, ModelConfig
 from efftrain.models.depth import add_metrics
-from efftrain.models.linear import Linear
-from efftrain.ops.norm import rms_norm
+from efftrain.models.depth_router import Causal, Choice, Router, best, causal_metrics, first, mark
 from efftrain.sharding.rules import constrain, shard_count
-
-Causal = Literal["predictor", "auxiliary", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +155,10 @@ class RoutedCache:
     stored_lb: Array
     refused_lb: Array
 
+    def passed_b(self) -> Array:
+        """(batch,) int32, layers that all tokens so far have passed here."""
+        return sum(stored_b * len(level) for stored_b, level in zip(self.stored_lb, self.levels, strict=True))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -174,56 +174,6 @@ class Tokens:
     positions_bt: Array
     segments_bt: Array
     real_bt: Array
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Tokens of each row that pass a round: (batch, n) places in the row, ascending, and their gates."""
-
-    places_bn: Array
-    real_bn: Array
-    gates_bn: Array
-
-
-class Router(nnx.Module):
-    """Scores tokens, and predicts which of them a choice by score will take."""
-
-    def __init__(self, d_model: int, causal: Causal, *, share: float, eps: float, rngs: nnx.Rngs):
-        self.causal, self.eps = causal, eps
-
-        # float32: the order of scores that are nearly equal must be that of training.
-        def linear(d_in: int, d_out: int, axes: tuple, gain: float = 1.0) -> Linear:
-            made = Linear(d_in, d_out, axes=axes, dtype="float32", rngs=rngs, gain=gain)
-            made.kernel.set_metadata(passes=share)
-            return made
-
-        self.score = linear(d_model, 1, ("embed", None), gain=0.2)
-        if causal == "predictor":
-            self.into = linear(d_model, d_model // 4, ("embed", None))
-            self.out = linear(d_model // 4, 1, (None, None))
-
-    def __call__(self, x_btd: Array) -> Array:
-        """(batch, length) float32."""
-        return self.score(self._normed(x_btd))[..., 0]
-
-    def predict(self, x_btd: Array) -> Array:
-        """(batch, length) float32 logits of being chosen, by the token alone.
-
-        Raises:
-          ConfigError: the model has nothing that predicts.
-        """
-        if self.causal == "none":
-            raise ConfigError(
-                "depth.causal is 'none', so that this model cannot choose tokens without looking ahead, as decoding "
-                "must; train it with causal 'predictor'"
-            )
-        if self.causal == "auxiliary":
-            return self(x_btd)
-        x_btd = jax.lax.stop_gradient(self._normed(x_btd))
-        return self.out(jax.nn.silu(self.into(x_btd)))[..., 0]
-
-    def _normed(self, x_btd: Array) -> Array:
-        return rms_norm(x_btd.astype(jnp.float32), jnp.ones(()), self.eps)
 
 
 class RoutedDepth(nnx.Module):
@@ -297,7 +247,7 @@ class RoutedDepth(nnx.Module):
         choice = best(jnp.where(tokens.real_bt, scores_bt, -jnp.inf), _divisible(count, n))
         if router.causal == "none":
             return choice, {}
-        chosen_bt = _mark(choice.places_bn, n)
+        chosen_bt = mark(choice.places_bn, n)
         return choice, causal_metrics(router.predict(tokens.x_btd), chosen_bt, tokens.real_bt, self.config.causal_loss)
 
     def extend(
@@ -382,42 +332,6 @@ def routes_causally(model: nnx.Module) -> bool:
     return all(module.causal != "none" for _, module in nnx.iter_modules(model) if isinstance(module, Router))
 
 
-def best(scores_bt: Array, n: int) -> Choice:
-    """The n tokens of each row with the highest scores, in the order of the row; -inf is not a real token."""
-    places_bn = jnp.sort(jax.lax.top_k(scores_bt, n)[1], axis=-1)
-    scores_bn = jnp.take_along_axis(scores_bt, places_bn, axis=1)
-    real_bn = scores_bn > -jnp.inf
-    return Choice(places_bn, real_bn, _gate(jnp.where(real_bn, scores_bn, 0)))
-
-
-def first(wanted_bt: Array, scores_bt: Array, n: int) -> Choice:
-    """The first n wanted tokens of each row; where there are fewer, the rest is not real."""
-    places_bn = jnp.argsort(~wanted_bt, axis=1, stable=True)[:, :n]
-    real_bn = jnp.take_along_axis(wanted_bt, places_bn, axis=1)
-    return Choice(places_bn, real_bn, _gate(jnp.take_along_axis(scores_bt, places_bn, axis=1)))
-
-
-def causal_metrics(logits_bt: Array, chosen_bt: Array, real_bt: Array, weight: float) -> dict:
-    """The loss of predicting a choice token by token, and how often it is right; over the real tokens."""
-    n = jnp.maximum(real_bt.sum(dtype=jnp.float32), 1.0)
-    target_bt = chosen_bt & real_bt
-    nll_bt = jax.nn.softplus(jnp.where(target_bt, -logits_bt, logits_bt))
-    right_bt = ((logits_bt > 0) == target_bt) & real_bt
-
-    def share(mask_bt: Array) -> tuple[Array, Array]:
-        return mask_bt.sum(dtype=jnp.float32), n
-
-    return {
-        "auxiliary": weight * jnp.where(real_bt, nll_bt, 0).sum() / n,
-        "depth/predicted_right": share(right_bt),
-        "depth/predicted": share((logits_bt > 0) & real_bt),
-    }
-
-
-def _gate(scores: Array) -> Array:
-    return 2 * jax.nn.sigmoid(scores)
-
-
 def _gated(x_bnd: Array, y_bnd: Array, choice: Choice) -> Array:
     return x_bnd + (y_bnd - x_bnd) * choice.gates_bn[..., None].astype(x_bnd.dtype)
 
@@ -441,10 +355,6 @@ def _put(x_btd: Array, y_bnd: Array, choice: Choice) -> Array:
     places_bn = jnp.where(choice.real_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
     put = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
     return constrain(put(x_btd, places_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))
-
-
-def _mark(places_bn: Array, length: int) -> Array:
-    return jax.vmap(lambda places: jnp.zeros(length, bool).at[places].set(True))(places_bn)
 
 
 def _divisible(count: int, length: int) -> int:

@@ -121,10 +121,12 @@ def test_exits_begin_after_so_many_steps():
 def test_rates_grow_with_depth_and_time():
     rates = 0.2 * (2 ** np.array([0, 0.25, 0.5, 0.75, 1]) - 1)
     np.testing.assert_allclose(dropout_rates(5, 0.2, 1.0), rates, rtol=1e-6)
-    assert [float(dropout_strength(step, 10)) for step in (0, 10, 50)] == [0, 1, 1]
-    assert 0.35 < float(dropout_strength(5, 10)) < 0.45
-    assert float(dropout_strength(0, 0)) == 1
-    assert mean_kept(5, 0.2, 0, 10) == pytest.approx(1 - rates.mean())
+    assert [float(dropout_strength(step, 3, 10)) for step in (0, 3, 13, 50)] == [0, 0, 1, 1]
+    assert 0.35 < float(dropout_strength(8, 3, 10)) < 0.45
+    assert [float(dropout_strength(step, 4, 0)) for step in (0, 3, 4)] == [0, 0, 1]
+    half = LayerDropout(rate=0.2, after=5)
+    assert mean_kept(5, half, 10) == pytest.approx(1 - rates.mean() / 2)
+    assert mean_kept(5, LayerDropout(rate=0.2, per_row=True), 10) == 1
 
 
 @pytest.mark.parametrize("scan", [False, True])

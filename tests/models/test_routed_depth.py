@@ -13,17 +13,10 @@ from efftrain.errors import ConfigError
 from efftrain.measure.flops import decode_flops, matrix_flops, training_flops
 from efftrain.measure.parameters import abstract_decoder, cache_bytes_per_token, count_parameters
 from efftrain.models.config import ModelConfig
-from efftrain.models.decode import generate, prefill
+from efftrain.models.decode import generate, generate_report, prefill
+from efftrain.models.depth_router import best, causal_metrics, first
 from efftrain.models.moe import MoE
-from efftrain.models.routed_depth import (
-    MixtureOfDepths,
-    Recursion,
-    RoutedDepth,
-    best,
-    causal_metrics,
-    causally_routed,
-    first,
-)
+from efftrain.models.routed_depth import MixtureOfDepths, Recursion, RoutedDepth, causally_routed
 from efftrain.train.objective import next_token_loss
 
 LENGTH = 12
@@ -147,6 +140,21 @@ def test_decoding_computes_what_the_causally_routed_model_does(model):
     assert 0 < stored.sum() < 11 * stored.size  # some pass and some do not
 
 
+def test_layers_of_new_tokens_are_counted(model):
+    """By what the caches hold in the end: all new tokens but the last were read."""
+    roomy = tiny.build(with_room(model.config, 4.0))
+    prompts, lengths = tiny.tokens(2, 4), np.array([4, 3])
+    found = generate_report(roomy, prompts, lengths, n_new=7)
+    rows = np.zeros((2, 10), np.int32)
+    for row, (n, new) in enumerate(zip(lengths, np.asarray(found.tokens_bn), strict=True)):
+        rows[row, : n + 6] = [*prompts[row, :n], *new[:6]]
+    counts = []
+    for n_read in (lengths, lengths + 6):
+        cache = prefill(roomy, rows, n_read, slots=12)[1]
+        counts.append(sum(layer.passed_b() for layer in cache.layers if hasattr(layer, "passed_b")))
+    np.testing.assert_allclose(found.layers_b, 2 + (counts[1] - counts[0]) / 6, rtol=1e-6)
+
+
 def with_room(model: ModelConfig, room: float) -> ModelConfig:
     return model.replace(
         pattern=tuple(
@@ -159,9 +167,8 @@ def with_room(model: ModelConfig, room: float) -> ModelConfig:
 def test_a_full_cache_skips_tokens_and_counts_them():
     """All tokens want to pass and there is room for 4 of 8; what was stored is left alone."""
     model = tiny.build(config(MixtureOfDepths(capacity=0.5, room=1.0), n_repeats=1))
-    blocks = model.blocks[1].routers["0"]
-    blocks.into.kernel[...] = jnp.zeros_like(blocks.into.kernel[...])
-    blocks.into.kernel[...] += 0  # the predictor says 0, so that no token passes
+    router = model.blocks[1].routers["0"]
+    router.into.kernel[...] = jnp.zeros_like(router.into.kernel[...])  # it predicts 0, so that no token passes
     tokens = tiny.tokens(2, 8)
     none = prefill(model, tokens, np.array([8, 8]), slots=8)[1].layers[1]
     assert none.stored_lb.tolist() == [[0, 0]]
@@ -170,7 +177,7 @@ def test_a_full_cache_skips_tokens_and_counts_them():
         return jnp.ones(x.shape[:2])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efftrain.models.routed_depth.Router.predict", all_pass)
+        patch.setattr("efftrain.models.depth_router.Router.predict", all_pass)
         _, cache = prefill(model, tokens[:, :6], np.array([6, 3]), slots=8)
         assert cache.layers[1].stored_lb.tolist() == [[4, 3]]
         assert cache.layers[1].refused_lb.tolist() == [[2, 0]]
