@@ -78,8 +78,8 @@ def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion
     def variant(name: str, steps: int, model: ModelConfig, exits: EarlyExitLoss | None = None) -> Config:
         return replace(plain, name=name, model=model, exits=exits, training=replace(plain.training, steps=steps))
 
-    late = 3 * layerskip // 4
-    dropout, exits = LayerDropout(rate=0.05, after=late), EarlyExitLoss(scale=0.5, stride=4, after=late)
+    decay = 4 * layerskip // 5  # where the learning rate's decay begins: before it, both cost the last layer more
+    dropout, exits = LayerDropout(rate=0.12, after=decay), EarlyExitLoss(scale=0.5, stride=4, after=decay)
     rounds = (1.0, 2 / 3, 1 / 3)
     inner = (plain.model.n_layers - 2) // len(rounds)
     return {
@@ -152,9 +152,9 @@ v5e_64 = replace(
     ),
 )
 sizes = {
-    "": variants(cpu, layerskip=497, mixture_of_depths=724, recursion=635),
-    "-gpu": variants(gpu, layerskip=5022, mixture_of_depths=8021, recursion=7321),
-    "-v5e-64": variants(v5e_64, layerskip=20_101, mixture_of_depths=31_716, recursion=28_847),
+    "": variants(cpu, layerskip=500, mixture_of_depths=724, recursion=635),
+    "-gpu": variants(gpu, layerskip=5049, mixture_of_depths=8021, recursion=7321),
+    "-v5e-64": variants(v5e_64, layerskip=20_206, mixture_of_depths=31_716, recursion=28_847),
 }
 configs = {f"{name}{size}": config for size, named in sizes.items() for name, config in named.items()}
 

@@ -337,6 +337,9 @@ def _gated(x_bnd: Array, y_bnd: Array, choice: Choice) -> Array:
 
 
 def _take(tokens: Tokens, choice: Choice) -> Tokens:
+    if tokens.x_btd.shape[1] == 1:  # decoding: there is nothing to gather, and to scatter
+        return replace(tokens, real_bt=choice.real_bn)
+
     def pick(a_bt: Array) -> Array:
         return jnp.take_along_axis(a_bt, choice.places_bn, axis=1)
 
@@ -352,6 +355,8 @@ def _take(tokens: Tokens, choice: Choice) -> Tokens:
 
 def _put(x_btd: Array, y_bnd: Array, choice: Choice) -> Array:
     """x (batch, length, ...) with the real ones of the chosen tokens replaced."""
+    if x_btd.shape[1] == 1:
+        return jnp.where(choice.real_bn.reshape(-1, *[1] * (x_btd.ndim - 1)), y_bnd, x_btd)
     places_bn = jnp.where(choice.real_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
     put = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
     return constrain(put(x_btd, places_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))

@@ -13,6 +13,7 @@ from efftrain.measure.aot import Report, Target, compile_target, read_target
 from efftrain.measure.flops import training_flops
 from efftrain.measure.mesh_estimate import axis_traffic
 from efftrain.models.config import Dense, ModelConfig
+from efftrain.models.routed_depth import Recursion
 from efftrain.recipe import import_script
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.sharding.topologies import find_topology
@@ -42,6 +43,7 @@ def narrow(model: ModelConfig) -> ModelConfig:
             block,
             attention=replace(block.attention, n_heads=4, n_kv_heads=2, d_head=64),
             mlp=replace(block.mlp, **({"d_ff": 512} if isinstance(block.mlp, Dense) else {"d_expert": 256})),
+            depth=replace(block.depth, n_layers=1) if isinstance(block.depth, Recursion) else block.depth,
         )
         for block in model.pattern
     )
@@ -49,10 +51,10 @@ def narrow(model: ModelConfig) -> ModelConfig:
     return model.replace(pattern=pattern, d_model=256, n_repeats=n_repeats, vocab_size=512, max_length=256)
 
 
-def reduced(recipe: Path, **mesh) -> Target:
-    """The last, largest configuration of a recipe at reduced width, 8 rows of 256 tokens."""
+def reduced(recipe: Path, name: str | None = None, **mesh) -> Target:
+    """A configuration of a recipe, the last and largest by default, at reduced width, 8 rows of 256 tokens."""
     script = import_script(recipe)
-    config = list(script.configs.values())[-1]
+    config = list(script.configs.values())[-1] if name is None else script.configs[name]
     training = replace(config.training, batch_size=8, length=256, n_microbatches=1, mesh=MeshConfig(**mesh))
     build, objective = script.program(replace(config, model=narrow(config.model), training=training))
     return Target(name=recipe.stem, build=build, objective=objective, training=training)
@@ -88,6 +90,14 @@ def test_tensor_parallelism_compiles_and_talks_along_its_axis():
     report = compile_target(target, find_topology("v5e:2x2"))
     check(report, target)
     assert ("tensor",) in {row.axes for row in report.collectives}
+
+
+@pytest.mark.parametrize("name", ["layerskip", "mixture-of-depths", "recursion"])
+def test_adaptive_depth_compiles_on_two_axes(name):
+    target = reduced(ROOT / "recipes" / "adaptive_depth.py", f"{name}-v5e-64", fsdp=2, tensor=2)
+    report = compile_target(target, find_topology("v5e:2x2"))
+    check(report, target)
+    assert {("fsdp",), ("tensor",)} <= {row.axes for row in report.collectives}
 
 
 def test_expert_parallelism_sends_rows_by_all_to_all():
