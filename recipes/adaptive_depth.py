@@ -173,10 +173,13 @@ def main(config: Config) -> Scorecard | Comparison:
 
 
 def compare_with_plain(config: Config) -> Comparison:
-    """Both models with every seed, on the same data."""
+    """The models with every seed, on the same data."""
     alone = replace(config, compare="nothing", seeds=())
     plain = plain_of(alone)
-    found = compare({"plain": plain, config.name: alone}, main, out=config.out, seeds=config.seeds)
+    models = {"plain": plain, config.name: alone}
+    if config.exits is not None:
+        models |= {f"{config.name}-off": switched_off(alone)}
+    found = compare(models, main, out=config.out, seeds=config.seeds)
     console.print(found.table())
     gain, spread = found.gap(config.name, "plain")
     reading = [prefill_flops(abstract_decoder(c.model), config.training.length) for c in (alone, plain)]
@@ -184,12 +187,29 @@ def compare_with_plain(config: Config) -> Comparison:
         "gain_bpb": gain,
         "gain_bpb_sd": spread,
         "gain_share": gain / found.mean("plain", "bpb"),
+        **(loss_of_the_last_layer(found, config.name) if config.exits else {}),
         "train_flops_share": found.mean(config.name, "train_flops") / found.mean("plain", "train_flops"),
         "forward_flops_share": reading[0] / reading[1],
     }
     found.write(config.out / f"comparison-{config.name}.json", **result)
     console.print(json.dumps(result))
     return found
+
+
+def switched_off(config: Config) -> Config:
+    """The same run, to the bit, up to where layer dropout and exits begin; there it goes on without them.
+
+    Two plain runs of one seed that differ in a rounding end as far apart as two seeds: this is what tells their cost.
+    """
+    never = config.training.steps
+    model = config.model.replace(layer_dropout=replace(config.model.layer_dropout, after=never))
+    return replace(config, name=f"{config.name}-off", model=model, exits=replace(config.exits, after=never))
+
+
+def loss_of_the_last_layer(found: Comparison, name: str) -> dict[str, float]:
+    """What dropout and exits cost the last layer in bits per byte: mean, standard deviation, share."""
+    mean, spread = found.gap(f"{name}-off", name)
+    return {"cost_bpb": mean, "cost_bpb_sd": spread, "cost_share": mean / found.mean(f"{name}-off", "bpb")}
 
 
 def plain_of(config: Config) -> Config:

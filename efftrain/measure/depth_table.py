@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from efftrain.measure.calibrate_depth import QUALITY_LOSS
+from efftrain.measure.calibrate_depth import QUALITY_LOSS, histogram_text
 from efftrain.measure.exit_curves import RULES
 
 
@@ -53,6 +53,5 @@ def summary(values: Mapping[str, Any]) -> Iterator[Table]:
     )
     table = Table("to predict", "mean layers", "share of its tokens by layers", title="depth by class of token")
     for name, depth in depths["mean_depth_by_class"].items():
-        shares = [f"{i}: {s:.0%}" for i, s in enumerate(depths["histogram_by_class"][name]) if s >= 0.005]
-        table.add_row(name, f"{depth:.2f}", "  ".join(shares))
+        table.add_row(name, f"{depth:.2f}", histogram_text(depths["histogram_by_class"][name]))
     yield table
