@@ -124,8 +124,8 @@ def calibrate_depth(
     drafts: tuple[int, ...] = (1, 2, 3, 4, 6),
     prompts: int = 8,
     n_new: int = 64,
-    rows: int = 128,
-    risk: float = 0.05,
+    rows: int = 384,
+    risk: float = 0.1,
     error: float = 0.05,
 ) -> None:
     """Measure how a run's model decodes with fewer layers: drafts that are checked, exits by confidence, mean depth.

@@ -2,14 +2,14 @@
 
     python data/python.py --out corpora/python
     python recipes/adaptive_depth.py layerskip                         # one run
-    python recipes/adaptive_depth.py layerskip --compare plain         # six: with and without, three seeds
+    python recipes/adaptive_depth.py layerskip --compare plain         # nine: with, without, switched off; three seeds
     python recipes/adaptive_depth.py mixture-of-depths --compare plain # three more; the plain runs are shared
     python recipes/adaptive_depth.py recursion --compare plain
     python recipes/adaptive_depth.py layerskip-v5e-64 --corpus corpora/python   # on every worker of a TPU slice
 
-layerskip: every token takes all layers in training; early ones learn to do without the others, so that decoding can
-draft with them and check with all (``efftrain calibrate-depth RUN``). mixture-of-depths: every second block is passed
-by a quarter of the tokens. recursion: half the parameters; inner layers are passed up to three times.
+layerskip: late in training some layers are left out at random, and early ones learn to do without the others, so that
+decoding can draft with them and check with all (``efftrain calibrate-depth RUN``). mixture-of-depths: every second
+block is passed by a quarter of the tokens. recursion: half the parameters; inner layers are passed up to three times.
 
 A comparison leaves ``comparison-NAME.json`` in the output folder; when interrupted it continues.
 
@@ -24,6 +24,7 @@ from typing import Literal
 
 from flax import nnx
 
+from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
 from efftrain.measure.experiment import Experiment, train_and_score
 from efftrain.measure.flops import FORWARD_AND_BACKWARD, head_flops, prefill_flops, training_flops
@@ -47,7 +48,8 @@ class Config(Experiment):
     Attributes:
       name: of the variant, in a comparison.
       exits: the loss of early exits. None: the last layer's alone.
-      compare: train plain models beside it: as deep, every token through every layer, the same training FLOPs.
+      compare: train plain models beside it: as deep, every token through every layer, the same training FLOPs. With
+        exits also the same run without them, see ``switched_off``.
       seeds: of a comparison.
     """
 
@@ -167,9 +169,19 @@ def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective]:
 def main(config: Config) -> Scorecard | Comparison:
     if config.compare != "nothing":
         return compare_with_plain(config)
+    check_begins(config)
     card = train_and_score(config, *program(config), extra_flops=exit_flops(config))[1]
     console.print(table([card]))
     return card
+
+
+def check_begins(config: Config) -> None:
+    """The named configurations begin with the decay; a run that was made shorter must say when."""
+    late = {"exits.after": config.exits.after if config.exits else 0}
+    late["model.layer_dropout.after"] = config.model.layer_dropout.after
+    for name, after in late.items():
+        if after >= config.training.steps and not config.name.endswith("-off"):
+            raise ConfigError(f"{name} is {after} and the run has {config.training.steps} steps; give fewer, such as 0")
 
 
 def compare_with_plain(config: Config) -> Comparison:

@@ -152,6 +152,7 @@ def test_two_techniques_work_together(pair: tuple[str, str], tmp_path: Path):
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradient_of(params)):
         assert np.isfinite(gradient).all(), path
         assert np.abs(gradient).max() > 0, path
+    assert all(row["skipped"] == 0 for row in read_metrics(tmp_path))  # those of training were finite too
 
     restored = nnx.state(efftrain.load(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(fitted.model), restored)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from flax import nnx
 import efftrain
 from efftrain import data
 from efftrain.config import digest, to_json
-from efftrain.errors import ConfigError, RunError
+from efftrain.errors import ConfigError, CorpusError, RunError
 from efftrain.measure.exit_curves import (
     QUANTILES,
     RULES,
@@ -34,7 +34,7 @@ from efftrain.measure.exit_curves import (
     tune,
 )
 from efftrain.measure.flops import decode_flops, head_flops
-from efftrain.measure.risk import last_safe
+from efftrain.measure.risk import last_safe, p_value
 from efftrain.measure.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard import Figure, Scorecard
 from efftrain.measure.speculation import measure_speculation
@@ -59,9 +59,9 @@ class Calibration:
       exits: layers that draft. Empty: 1 up to half of the model's.
       drafts: lengths of a draft.
       prompts: of the validation split, each continued alone.
-      prompt_length, n_new: tokens.
-      rows: of the validation split, for the confidence curves: half of them choose thresholds and train the probe, the
-        other half tell what a threshold costs.
+      prompt_length, n_new: tokens; the prompts are cut where both together are longer than ``max_length``.
+      rows: of the validation split, for the confidence curves: a third of them chooses thresholds and trains the probe,
+        the others tell what a threshold costs.
       risk: the share of tokens that may differ from those of all layers.
       error: the probability that the risk is larger than that.
     """
@@ -71,8 +71,8 @@ class Calibration:
     prompts: int = 8
     prompt_length: int = 128
     n_new: int = 64
-    rows: int = 128
-    risk: float = 0.05
+    rows: int = 384
+    risk: float = 0.1
     error: float = 0.05
 
     def __post_init__(self):
@@ -84,6 +84,21 @@ class Calibration:
         for name in ("risk", "error"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"calibration.{name} is {getattr(self, name)}; give a share between 0 and 1")
+        if not self.drafts:
+            raise ConfigError("calibration.drafts is empty; give at least one length, such as 3")
+        if (needed := self._rows_needed()) > self.rows:
+            raise ConfigError(
+                f"calibration.rows is {self.rows}, too few to show a risk of {self.risk} at an error of {self.error}; "
+                f"give at least {needed}, or a larger risk"
+            )
+
+    @property
+    def tuning_rows(self) -> int:
+        return max(self.rows // 3, 1)
+
+    def _rows_needed(self) -> int:
+        held_out = next(n for n in itertools.count(1) if p_value([0.0] * n, self.risk) <= self.error)
+        return next(n for n in itertools.count(2) if n - max(n // 3, 1) >= held_out)
 
 
 @dataclass(frozen=True)
@@ -94,29 +109,41 @@ class Calibrated:
     probe: Probe | None
 
     def speculation(self) -> SelfSpeculation:
-        """The fastest that was measured.
+        """The fastest that was measured, of those with the tokens of plain decoding.
 
         Raises:
-          ConfigError: the model cannot draft for itself.
+          ConfigError: the model cannot draft for itself, or gains nothing by it.
         """
-        best = self.values.get("self_speculation")
-        if not best:
-            raise ConfigError("depth.json has no self-speculation: the model's depth is routed; decode it as it is")
+        self._check_not_routed()
+        best = self.values["self_speculation"]
+        if best["exit_layer"] is None:
+            raise ConfigError(
+                "depth.json has no draft that beats plain decoding and keeps its tokens; decode with all layers"
+            )
         return SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])
 
     def exit(self, rule: str = "similarity") -> ConfidenceExit:
         """The boldest threshold of a rule within the stated risk.
 
         Raises:
-          ConfigError: no threshold is within it.
+          ConfigError: there is no such rule, or no threshold is within the risk.
         """
-        found = self.values.get("confidence_exit", {}).get(rule)
-        if not found or found["threshold"] is None:
+        self._check_not_routed()
+        found = self.values["confidence_exit"].get(rule)
+        if not found:
+            raise ConfigError(f"depth.json knows no rule {rule!r}; use one of {', '.join(RULES)}")
+        if found["threshold"] is None:
             raise ConfigError(
-                f"depth.json has no threshold of rule {rule!r} within its risk; calibrate with a larger --risk, or "
-                "decode with all layers"
+                f"depth.json has no threshold of rule {rule!r} within its risk; calibrate with a larger --risk or more "
+                "--rows, or decode with all layers"
             )
         return ConfidenceExit(rule=rule, threshold=found["threshold"])
+
+    def _check_not_routed(self) -> None:
+        if "routed_depth" in self.values:
+            raise ConfigError(
+                "depth.json is of a model of routed depth, which saves its layers by itself; decode it as it is"
+            )
 
 
 def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
@@ -165,18 +192,21 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     opened = data.open(corpus_path)
     opened.check_model(model.config.vocab_size)
     length = settings["training"]["length"]
-    rows = list(itertools.islice(_rows(corpus_path, length), options.rows))
+    rows = _rows(corpus_path, length, options)
     kept = Kept(run, {"fingerprint": fingerprint(model), "options": to_json(options), "corpus": str(corpus_path)})
     texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
     text = Text(token_classes(texts), opened.token_bytes())
+    if model.config.n_layers < 2 and not has_routed_depth(model):
+        raise ConfigError(f"the model of {run} has one layer, and none to leave out")
     if has_routed_depth(model):
         found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, rows, text))}
     else:
-        prompts = _prompts(rows, options)
+        prompts = _prompts(rows, options, model.config.max_length)
         found = {"self_speculation": _speculation(model, prompts, options, kept)}
         found["confidence_exit"], probe = _exits(model, rows, text, options, kept)
         found["seconds"] = _seconds(model, prompts, found["confidence_exit"], probe, options, kept)
         _write_probe(run / PROBE_NAME, probe)
+        found["chosen_rule"] = _best_point(model, found["confidence_exit"])[0]
     result = kept.values | found | {"environment": environment()}
     _write(run / FILE_NAME, result)
     kept.remove()
@@ -202,25 +232,37 @@ class Kept:
         self._path.unlink(missing_ok=True)
 
 
-def _rows(corpus: Path, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Validation rows one by one, each (1, length)."""
+def _rows(corpus: Path, length: int, options: Calibration) -> list[dict[str, np.ndarray]]:
+    """Validation rows in batches: those for tuning, then the others.
+
+    Raises:
+      CorpusError: there are not so many.
+    """
+    size = next(n for n in (8, 4, 2, 1) if options.tuning_rows % n == options.rows % n == 0)
     loader = data.LoaderConfig(
-        corpora=(data.Part(path=corpus),), length=length, batch_size=1, split="validation", shuffle=True, repeat=False
+        corpora=(data.Part(path=corpus),), length=length, batch_size=size, split="validation", repeat=False
     )
-    return data.batches(loader, verify=False)
+    rows = list(itertools.islice(data.batches(loader, verify=False), options.rows // size))
+    whole = [row for row in rows if np.asarray(row["mask"]).any(1).all()]
+    if len(whole) < options.rows // size:
+        raise CorpusError(
+            f"{corpus}: the validation split has {len(whole) * size} rows of {length} tokens and calibration.rows is "
+            f"{options.rows}; give fewer --rows"
+        )
+    return whole
 
 
-def _prompts(rows: Rows, options: Calibration) -> list[np.ndarray]:
-    length = min(options.prompt_length, rows[0]["tokens"].shape[1])
-    return [row["tokens"][:, :length].astype(np.int32) for row in rows[: options.prompts]]
+def _prompts(rows: Rows, options: Calibration, max_length: int) -> list[np.ndarray]:
+    if options.n_new >= max_length:
+        raise ConfigError(f"calibration.n_new is {options.n_new} and model.max_length {max_length}; draw fewer")
+    length = min(options.prompt_length, rows[0]["tokens"].shape[1], max_length - options.n_new)
+    tokens = np.concatenate([row["tokens"] for row in rows])[: options.prompts, :length].astype(np.int32)
+    return [row[None] for row in tokens]
 
 
-def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration, kept: Kept) -> dict[str, Any] | None:
-    """Every exit and draft length against plain decoding, in turn; the fastest of them."""
-    n = model.config.n_layers
-    exits = options.exits or tuple(range(1, max(n // 2, 1) + 1))
-    if n < 2:
-        return None
+def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration, kept: Kept) -> dict[str, Any]:
+    """Every exit and draft length against plain decoding, in turn; the fastest of those that keep the tokens."""
+    exits = options.exits or tuple(range(1, model.config.n_layers // 2 + 1))
     pairs = [SelfSpeculation(exit_layer=e, n_draft=k) for e in exits for k in options.drafts]
     for pair in pairs:
         pair.check(model.config)
@@ -231,15 +273,15 @@ def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration
             progress.note(name)
             grid.append(kept.cell(name, partial(measure_speculation, model, prompts, pair, options.n_new)))
             progress.advance()
-    best = max(grid, key=lambda cell: cell["speedup"])
+    good = [cell for cell in grid if cell["identical"] and cell["speedup"] > 1]
+    best = max(good, key=lambda cell: cell["speedup"], default={"exit_layer": None, "n_draft": None})
     return best | {"grid": grid}
 
 
 def _exits(model: Decoder, rows: Rows, text: Text, options: Calibration, kept: Kept) -> tuple[dict[str, Any], Probe]:
     """For each rule a curve over thresholds, the boldest one within the risk, and the one within 1 % of the quality."""
-    tuning, held_out = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    if not tuning:
-        raise ConfigError(f"calibration.rows is {options.rows}; give at least 2, one half tunes and the other tells")
+    n_tuning = options.tuning_rows // len(rows[0]["tokens"])
+    tuning, held_out = rows[:n_tuning], rows[n_tuning:]
     tuned = kept.cell("tuned", lambda: tune(model, tuning))
     probe = Probe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
     full, found = full_choices(model, held_out), {}
@@ -277,7 +319,7 @@ def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
     good = [p for p in points if p["bpb"] <= full * (1 + QUALITY_LOSS)]
     curve = [{k: v for k, v in point.items() if k != "row_losses"} for point in points]
     return {
-        "threshold": None if safe is None else points[safe]["threshold"],
+        "threshold": points[safe]["threshold"] if safe else None,  # the first one is to leave out nothing
         "risk": options.risk,
         "error": options.error,
         "within_quality_loss": {k: v for k, v in min(good, key=lambda p: p["mean_depth"]).items() if k != "row_losses"},
@@ -314,7 +356,7 @@ def _add_to_scorecard(run: Path, model: Decoder, values: Mapping[str, Any], leng
             _flops_at(model, rule, depths, length), "FLOP/token", "counted", f"{note}; heads of the exits included"
         )
         best = values["self_speculation"]
-        if best:
+        if best["exit_layer"] is not None:
             drafts = f"{best['n_draft']} drafts with {best['exit_layer']} layers, {best['acceptance']:.0%} accepted"
             figures["decode_s_per_token_b1_speculative"] = Figure(
                 1 / best["tokens_per_s"], "s/token", "measured", f"{drafts}; {best['speedup']:.2f}x plain decoding"
@@ -334,7 +376,7 @@ def histogram_text(shares: Sequence[float]) -> str:
 def _best_point(model: Decoder, exits: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The rule whose point of small quality loss takes the fewest FLOPs, and the point."""
     points = {rule: found["within_quality_loss"] for rule, found in exits.items()}
-    rule = min(points, key=lambda rule: _flops_at(model, rule, points[rule], 1))
+    rule = min(points, key=lambda rule: _flops_at(model, rule, points[rule], context=1))
     return rule, points[rule]
 
 

@@ -54,7 +54,8 @@ class Comparison:
 
         def rows(name: str) -> dict[str, Any]:
             first, *others = self.cards[name]
-            shared = [f for f in first.figures if all(c.figures[f].value is not None for c in (first, *others))]
+            cards = (first, *others)
+            shared = [f for f in first.figures if all(f in c.figures and c.figures[f].value is not None for c in cards)]
             return {
                 f: {
                     "mean": self.mean(name, f),

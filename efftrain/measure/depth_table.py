@@ -48,10 +48,10 @@ def summary(values: Mapping[str, Any]) -> Iterator[Table]:
                 *ms,
             )
         yield table
-    depths = values.get("routed_depth") or min(
-        (found["within_quality_loss"] for found in values["confidence_exit"].values()), key=lambda p: p["mean_depth"]
-    )
-    table = Table("to predict", "mean layers", "share of its tokens by layers", title="depth by class of token")
+    rule = values.get("chosen_rule")
+    depths = values["confidence_exit"][rule]["within_quality_loss"] if rule else values["routed_depth"]
+    title = f"depth by class of token, exit by {rule}" if rule else "depth by class of token"
+    table = Table("to predict", "mean layers", "share of its tokens by layers", title=title, title_justify="left")
     for name, depth in depths["mean_depth_by_class"].items():
         table.add_row(name, f"{depth:.2f}", histogram_text(depths["histogram_by_class"][name]))
     yield table

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.models.decoder import Decoder
-from efftrain.models.routed_depth import causally_routed, has_routed_depth, routes_causally
+from efftrain.models.routed_depth import RoutedDepthConfig, causally_routed, has_routed_depth, routes_causally
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.sharding.rules import activation_axes
@@ -81,7 +81,7 @@ class Evaluator:
                 "the evaluation rows have no target that stands for text; give a validation split that is not empty"
             )
         found = {"bpb": nats / math.log(2) / n_bytes, "loss": nats / n_targets}
-        routed = sum(block.depth.passes() != (1.0,) for block in model.config.layers)
+        routed = sum(isinstance(block.depth, RoutedDepthConfig) for block in model.config.layers)
         if n_tokens:
             found["mean_depth"] = model.config.n_layers - routed + routed * passes / n_tokens
         return {name: float(value) for name, value in found.items()}

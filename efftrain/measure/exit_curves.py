@@ -27,7 +27,10 @@ RULES = ("similarity", "gap", "probe")
 # Quantiles of the confidence at which thresholds are tried, from all layers for nearly all tokens to few layers.
 QUANTILES = (0.999, 0.99, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
 
-Rows = Sequence[Mapping[str, np.ndarray]]
+MOST_PROBED = 20_000  # tokens that train the probes
+
+Rows = Sequence[Mapping[str, np.ndarray]]  # batches of (batch, length)
+ROW = ("tokens", "targets", "segments", "positions", "mask")
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,15 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
       ``probe``: its arrays; ``thresholds``: for each rule, quantiles of the confidences that occur, careful ones first.
     """
     n = model.config.n_layers
+    graph, state = nnx.split(model)
 
     @jax.jit
-    def states(row: Mapping[str, Array]) -> tuple[Array, Array, Array]:
+    def states(state: nnx.State, row: Mapping[str, Array]) -> tuple[Array, Array, dict[str, Array]]:
+        model = nnx.merge(graph, state)
         x_btd, exit_ebtd, _ = model.states(
             row["tokens"], segments_bt=row["segments"], positions_bt=row["positions"], exits_e=jnp.arange(n - 1)
         )
-        first_btd = model.embedding(row["tokens"])
-        before = [first_btd, *exit_ebtd]
+        before = [model.embedding(row["tokens"]), *exit_ebtd]
         wanted = model.exit_logits(x_btd).argmax(-1)
         agree = jnp.stack([model.exit_logits(x).argmax(-1) == wanted for x in exit_ebtd])
         measured = {
@@ -61,36 +65,37 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
         }
         return model.norm(exit_ebtd), agree, measured
 
-    hidden, agree, measured = [], [], {"similarity": [], "gap": []}
-    with Progress("probe", len(rows), unit="rows") as progress:
+    parts: dict[str, list[np.ndarray]] = {"hidden": [], "agree": [], "similarity": [], "gap": []}
+    with Progress("probe", len(rows), unit="batches") as progress:
         for row in rows:
-            mask = np.asarray(row["mask"])[0]
-            h, a, m = states({k: row[k] for k in ("tokens", "segments", "positions")})
-            hidden.append(np.asarray(h[:, 0])[:, mask])
-            agree.append(np.asarray(a[:, 0])[:, mask])
-            for rule, values in m.items():
-                measured[rule].append(np.asarray(values[:, 0])[:, mask])
+            mask_bt = np.asarray(row["mask"])
+            hidden, agree, measured = states(state, {k: row[k] for k in ROW})
+            for name, values in {"hidden": hidden, "agree": agree, **measured}.items():
+                parts[name].append(np.asarray(values)[:, mask_bt])
             progress.advance()
-    hidden, agree = np.concatenate(hidden, axis=1), np.concatenate(agree, axis=1)
-    probe = fit_probe(jnp.asarray(hidden), jnp.asarray(agree))
-    logits = np.stack([probe(jnp.asarray(hidden[e]), e + 1) for e in range(n - 1)])
-    measured = {rule: np.concatenate(values, axis=1) for rule, values in measured.items()}
-    measured["probe"] = np.asarray(jax.nn.sigmoid(logits))
+            if sum(a.shape[1] for a in parts["agree"]) >= MOST_PROBED:
+                break
+    found = {name: np.concatenate(arrays, axis=1) for name, arrays in parts.items()}
+    probe = fit_probe(jnp.asarray(found["hidden"]), jnp.asarray(found["agree"]))
+    logits = np.stack([probe(jnp.asarray(found["hidden"][e]), e + 1) for e in range(n - 1)])
+    found["probe"] = np.asarray(jax.nn.sigmoid(logits))
     return {
         "probe": {"kernel_ed": np.asarray(probe.kernel_ed).tolist(), "bias_e": np.asarray(probe.bias_e).tolist()},
-        "thresholds": {rule: np.quantile(measured[rule], QUANTILES).tolist() for rule in RULES},
+        "thresholds": {rule: np.quantile(found[rule], QUANTILES).tolist() for rule in RULES},
     }
 
 
 def full_choices(model: Decoder, rows: Rows) -> list[Array]:
-    """For each row, the likeliest next tokens (1, length) when all layers are computed."""
+    """For each batch of rows, the likeliest next tokens (batch, length) when all layers are computed."""
+    graph, state = nnx.split(model)
 
     @jax.jit
-    def choose(row: Mapping[str, Array]) -> Array:
+    def choose(state: nnx.State, row: Mapping[str, Array]) -> Array:
+        model = nnx.merge(graph, state)
         x_btd, _, _ = model.states(row["tokens"], segments_bt=row["segments"], positions_bt=row["positions"])
         return model.exit_logits(x_btd).argmax(-1)
 
-    return [choose({k: row[k] for k in ("tokens", "segments", "positions")}) for row in rows]
+    return [choose(state, {k: row[k] for k in ROW}) for row in rows]
 
 
 def measure_exit(
@@ -117,19 +122,10 @@ def measure_exit(
     graph, state = nnx.split(model)
     totals, losses = None, []
     for row, full_bt in zip(rows, full, strict=True):
-        part = {k: row[k] for k in ("tokens", "targets", "segments", "positions", "mask")}
-        differs, *sums = _row_with_exits(
-            graph,
-            state,
-            part,
-            full_bt,
-            exit_,
-            threshold,
-            probe,
-            jnp.asarray(text.classes),
-            jnp.asarray(text.token_bytes),
+        differs_b, *sums = _row_with_exits(
+            graph, state, {k: row[k] for k in ROW}, full_bt, exit_, threshold, probe, text.classes, text.token_bytes
         )
-        losses.append(float(differs))
+        losses += np.asarray(differs_b).tolist()
         sums = [np.asarray(a, np.float64) for a in sums]
         totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
     nats, n_bytes, histogram_cl = totals
@@ -143,16 +139,16 @@ def measure_exit(
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _row_with_exits(graph, state, row, full_bt, exit_, threshold, probe, classes_v, token_bytes_v):
-    """Share of tokens that differ from those of all layers; nats, bytes, and depths by class of the target."""
+    """Of each row the share of tokens that are not those of all layers; of all, nats, bytes, depths by class."""
     model = nnx.merge(graph, state)
     where = {"segments_bt": row["segments"], "positions_bt": row["positions"]}
     found = exit_states(model, row["tokens"], exit_, threshold, probe=probe, **where)
     logits, mask_bt = model.exit_logits(found.x_btd), row["mask"]
-    differs = ((logits.argmax(-1) != full_bt) & mask_bt).sum() / jnp.maximum(mask_bt.sum(), 1)
+    differs_b = ((logits.argmax(-1) != full_bt) & mask_bt).sum(1) / jnp.maximum(mask_bt.sum(1), 1)
     nats = jnp.where(mask_bt, token_nll(logits, row["targets"]), 0).sum()
     n_bytes = jnp.where(mask_bt, token_bytes_v[row["targets"]], 0).sum()
     histogram = _histogram(found.layers_bt, classes_v[row["targets"]], mask_bt, model.config.n_layers)
-    return differs, nats, n_bytes, histogram
+    return differs_b, nats, n_bytes, histogram
 
 
 def _histogram(layers_bt: Array, classes_bt: Array, mask_bt: Array, most: int) -> Array:
@@ -195,7 +191,7 @@ def measure_seconds(
     for _ in range(1 + rounds):
         for name, (depth, threshold) in runs.items():
             how = (GREEDY, depth, None, threshold, None, probe)
-            (_, layers_b), s = timed(partial(draw_tokens, graph, state, first, cache, key, n_new, *how))
+            (_, layers_b, _), s = timed(partial(draw_tokens, graph, state, first, cache, key, n_new, *how))
             times[name].append(s)
             layers[name] = float(layers_b.mean())
     return {
@@ -206,11 +202,12 @@ def measure_seconds(
 
 def routed_depths(model: Decoder, rows: Rows, text: Text) -> dict[str, Any]:
     """Layers of each token as decoding chooses them, by class of the target."""
-    causal = causally_routed(model)
+    graph, state = nnx.split(causally_routed(model))
     most = sum(len(block.depth.passes()) for block in model.config.layers)
 
     @jax.jit
-    def of_row(row: Mapping[str, Array], classes_v: Array) -> Array:
+    def of_row(state: nnx.State, row: Mapping[str, Array], classes_v: Array) -> Array:
+        causal = nnx.merge(graph, state)
         x_btd = causal.embedding(row["tokens"])
         layers_bt = jnp.zeros(row["tokens"].shape, jnp.int32)
         for layer in causal.layers():
@@ -224,7 +221,7 @@ def routed_depths(model: Decoder, rows: Rows, text: Text) -> dict[str, Any]:
     total = 0
     with Progress("depths", len(rows), unit="rows") as progress:
         for row in rows:
-            part = {k: row[k] for k in ("tokens", "targets", "segments", "positions", "mask")}
-            total = total + np.asarray(of_row(part, jnp.asarray(text.classes)), np.float64)
+            found = of_row(state, {k: row[k] for k in ROW}, jnp.asarray(text.classes))
+            total = total + np.asarray(found, np.float64)
             progress.advance()
     return _depths(total)

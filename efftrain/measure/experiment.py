@@ -91,9 +91,16 @@ def train_and_score(
         quality=fitted.evaluation,
         training_tokens=training.tokens,
         training_figures=fitted.figures,
+        steps=training.steps,
         extra_flops=extra_flops,
         checkpoint=run.checkpoints / str(training.steps),
     )
     if hosts.process_index() == 0:
+        card = _with_earlier(card, run.path / FILE_NAME)
         card.write(run.path / FILE_NAME)
     return fitted.model, card
+
+
+def _with_earlier(card: Scorecard, path: Path) -> Scorecard:
+    """With the figures that others added to the card of this finished run."""
+    return replace(card, figures=Scorecard.read(path).figures | card.figures) if path.exists() else card

@@ -13,7 +13,6 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
 
 HEAD = ("head",)  # path of the untied head in a decoder
-MANY_SLOTS = 4096  # beyond what a cache holds beside its slots
 Path = tuple[Any, ...]
 
 
@@ -65,13 +64,10 @@ def stored_bytes(model: nnx.Module) -> int:
 def cache_bytes_per_token(config: ModelConfig) -> int:
     """Bytes that decoding keeps for each token of a row: keys and values of all layers, as the cache stores them.
 
-    A window does not lower it: the cache has a slot for every position. Routed depth does.
+    A window does not lower it: the cache has a slot for every position. Routed depth does, in rows of ``max_length``.
     """
-
-    def size(slots: int) -> int:
-        return _bytes(jax.eval_shape(lambda: empty_cache(config, batch=1, slots=slots).layers))
-
-    return round((size(2 * MANY_SLOTS) - size(MANY_SLOTS)) / MANY_SLOTS)
+    slots = config.max_length
+    return round(_bytes(jax.eval_shape(lambda: empty_cache(config, batch=1, slots=slots).layers)) / slots)
 
 
 def parameters(model: nnx.Module) -> Iterator[tuple[Path, nnx.Param]]:

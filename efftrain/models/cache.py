@@ -52,7 +52,7 @@ class Cache:
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache with no tokens and room for ``slots`` a row, in the model's dtype."""
     return Cache(
-        layers=tuple(block.depth.empty_cache(block.attention, batch, slots, config.dtype) for block in config.layers),
+        layers=tuple(block.depth.empty_cache(block, config, batch, slots) for block in config.layers),
         lengths_b=jnp.zeros((batch,), jnp.int32),
     )
 

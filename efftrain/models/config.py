@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from flax import nnx
 
@@ -62,6 +62,11 @@ class MlpConfig:
     (sum, count) metrics, empty where there is nothing to say.
     """
 
+    @property
+    def independent_tokens(self) -> bool:
+        """What becomes of a token does not depend on which others are computed with it."""
+        return True
+
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
         raise TypeError(f"{type(self).__name__} has no build method")
 
@@ -86,7 +91,12 @@ class DepthConfig:
     """Base of every depth policy of a block, those of forks too: which tokens pass the block, and how often.
 
     ``build`` returns a module with the calls of ``models.block.Block``.
+
+    Attributes:
+      every_token: every token passes, once, a plain ``Block``: what exits and drafts need of a stack.
     """
+
+    every_token: ClassVar[bool] = False
 
     def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
         raise TypeError(f"{type(self).__name__} has no build method")
@@ -95,16 +105,18 @@ class DepthConfig:
         """The share of a row's tokens that each layer which a token may pass here computes, in order."""
         return (1.0,)
 
-    def empty_cache(self, attention: Attention, batch: int, slots: int, dtype: Dtype) -> Any:
+    def empty_cache(self, block: "BlockConfig", model: "ModelConfig", batch: int, slots: int) -> Any:
         """What the block keeps in decoding, for ``slots`` tokens a row; a pytree."""
         from efftrain.models.cache import empty_layer_cache
 
-        return empty_layer_cache(attention, batch, slots, dtype)
+        return empty_layer_cache(block.attention, batch, slots, model.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full(DepthConfig):
     """Every token passes the block once."""
+
+    every_token: ClassVar[bool] = True
 
     def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
         from efftrain.models.block import Block
@@ -127,7 +139,7 @@ class LayerDropout:
 
     Attributes:
       rate: probability for the last layer, at full strength; 0 for none.
-      after: steps of the run before the first layer is left out: a model that has learnt most is hurt less.
+      after: steps that the model is trained before the first layer is left out: what has learnt most is hurt less.
       ramp_steps: steps from then on over which the strength grows from 0 to full, exponentially. 0: full at once.
       per_row: a coin for each row. Every layer is computed, which saves nothing. False: one coin for all rows that are
         computed together, and a layer that is left out costs nothing.

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -31,14 +32,16 @@ class Generated:
 
     Attributes:
       tokens_bn: (batch, n_new) int32.
-      layers_b: (batch,) float32, layers of a new token that were computed for it, on average; beyond the first one,
-        which the prompt gives.
+      layers_b: (batch,) float32, layers that a new token passed, on average up to the end of its row; beyond the first
+        one, which the prompt gives. None of self-speculation.
       acceptance_b: (batch,) float32, the share of drafts that were accepted; of self-speculation, else None.
+      refused_b: (batch,) int32, tokens that routed layers had no room for; None of self-speculation.
     """
 
     tokens_bn: Array
-    layers_b: Array
+    layers_b: Array | None
     acceptance_b: Array | None = None
+    refused_b: Array | None = None
 
 
 def generate(
@@ -105,20 +108,29 @@ def generate_report(
             raise ConfigError("limit_b is of no use in self-speculation, which answers for all layers; leave one out")
         extra = extra_slots(depth)
     elif isinstance(depth, ConfidenceExit) or limit_b is not None:
-        check_layers(model.config, "an exit")
+        check_layers(model.config, "depth=ConfidenceExit" if isinstance(depth, ConfidenceExit) else "limit_b")
+        limit_b = _checked_limit(limit_b, len(prompts_bp))
         exit_ = depth if isinstance(depth, ConfidenceExit) else ConfidenceExit(threshold=2.0, exits=())
         depth = replace(exit_, exits=exit_.places(model.config.n_layers))
     first_b, cache = read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
     if isinstance(depth, SelfSpeculation):
         found = speculate(graph, state, first_b, cache, key, n_new, sampling, depth, end_token)
-        layers_b = jnp.full(len(first_b), model.config.n_layers, jnp.float32)
-        return Generated(found.tokens_bn, layers_b, found.accepted_b / jnp.maximum(found.drafted_b, 1))
+        return Generated(found.tokens_bn, None, found.accepted_b / jnp.maximum(found.drafted_b, 1))
     threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
     static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
-    tokens_bn, layers_b = draw_tokens(
+    tokens_bn, layers_b, refused_b = draw_tokens(
         graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, limit_b, probe
     )
-    return Generated(tokens_bn, layers_b)
+    return Generated(tokens_bn, layers_b, refused_b=refused_b)
+
+
+def _checked_limit(limit_b: Array | None, batch: int) -> Array | None:
+    if limit_b is None:
+        return None
+    limits = np.asarray(limit_b)
+    if limits.shape != (batch,) or limits.min() < 1:
+        raise ConfigError(f"limit_b is {limits.tolist()}; give each of the {batch} rows a number of layers, at least 1")
+    return jnp.asarray(limits, jnp.int32)
 
 
 def _check(model: Decoder, prompt: int, n_new: int, sampling: Sampling, key: Array | None) -> None:
@@ -145,39 +157,47 @@ def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def draw_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
-    """(batch, n_new) tokens of which the first is given, and the mean layers of the others."""
+    """(batch, n_new) tokens of which the first is given; the mean layers of the others; tokens without room."""
     model = nnx.merge(graph, state)
-    layers, n_layers = model.layers(), model.config.n_layers
+    layers = model.layers()
+    n_full = sum(block.depth.every_token for block in model.config.layers)
     fill = 0 if end_token is None else end_token
     out_bn = jnp.full((len(first_b), n_new), fill, jnp.int32).at[:, 0].set(first_b)
 
+    def goes_on(token_b):
+        return jnp.ones(token_b.shape, bool) if end_token is None else token_b != end_token
+
     def next_logits(token_b, cache):
+        """Logits, the cache, and the layers that the token passed."""
         if isinstance(depth, AllLayers):
-            hidden_btd, cache = model.extend(token_b[:, None], cache, layers=layers)
-            return model.logits(hidden_btd[:, 0]), cache, jnp.full(token_b.shape, n_layers - len(_routed(cache)))
+            hidden_btd, after = model.extend(token_b[:, None], cache, layers=layers)
+            passed_b = sum(r.passed_b() for r in _routed(after)) - sum(r.passed_b() for r in _routed(cache))
+            return model.logits(hidden_btd[:, 0]), after, n_full + passed_b
         by = partial(advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, limit_b=limit_b)
         x_btd, positions_bt = model.embedding(token_b[:, None]), cache.lengths_b[:, None]
-        found, after = extend_until_sure(model, layers, x_btd, positions_bt, cache.layers, by)
+        ended_bt = ~goes_on(token_b)[:, None]
+        found, after = extend_until_sure(model, layers, x_btd, positions_bt, cache.layers, by, ended_bt)
         return model.exit_logits(found.x_btd[:, 0]), Cache(after, cache.lengths_b + 1), found.layers_bt[:, 0]
 
     def unfinished(carry):
         i, token_b, *_ = carry
-        return (i < n_new) & (True if end_token is None else jnp.any(token_b != end_token))
+        return (i < n_new) & goes_on(token_b).any()
 
     def step(carry):
-        i, token_b, cache, out_bn, layers_b = carry
+        i, token_b, cache, out_bn, layers_b, steps_b = carry
         logits_bv, cache, more_b = next_logits(token_b, cache)
+        active_b = goes_on(token_b)
         drawn = sample(logits_bv, jax.random.fold_in(key, i), sampling)
         if end_token is not None:
             drawn = jnp.where(token_b == end_token, end_token, drawn)
         out_bn = jax.lax.dynamic_update_slice(out_bn, drawn[:, None], (0, i))
-        return i + 1, drawn, cache, out_bn, layers_b + more_b
+        return i + 1, drawn, cache, out_bn, layers_b + active_b * more_b, steps_b + active_b
 
-    carry = (1, first_b, cache, out_bn, jnp.zeros(first_b.shape, jnp.int32))
-    before_b = sum(routed.passed_b() for routed in _routed(cache))
-    steps, _, cache, out_bn, layers_b = jax.lax.while_loop(unfinished, step, carry)
-    layers_b += sum(routed.passed_b() for routed in _routed(cache)) - before_b
-    return out_bn, layers_b / jnp.maximum(steps - 1, 1)
+    zeros_b = jnp.zeros(first_b.shape, jnp.int32)
+    carry = (1, first_b, cache, out_bn, zeros_b, zeros_b)
+    _, _, cache, out_bn, layers_b, steps_b = jax.lax.while_loop(unfinished, step, carry)
+    refused_b = sum((routed.refused_lb.sum(0) for routed in _routed(cache)), zeros_b)
+    return out_bn, layers_b / jnp.maximum(steps_b, 1), refused_b
 
 
 def _routed(cache: Cache) -> list[RoutedCache]:

@@ -75,7 +75,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_bt: (batch, length) integers.
-          segments_bt: (batch, length) integers; no token sees another segment. None: one segment a row.
+          segments_bt: (batch, length) integers; no token sees another segment; 0 is padding. None: one segment a row.
           positions_bt: (batch, length) for the rotary embedding. None: 0, 1, 2, ...
           key: of what training draws (layer dropout). None: nothing is drawn, as in evaluation.
           exits_e: (e,) integers, the layers behind which the stream is wanted too. None: none.

@@ -18,6 +18,7 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.block import Block
+from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 
 Rule = Literal["gap", "similarity", "probe"]
@@ -28,7 +29,7 @@ class ConfidenceExit:
     """When a token has had enough layers.
 
     Attributes:
-      rule: what measures the confidence, from 0 to 1. "gap": the probability of the likeliest token less that of the
+      rule: what measures the confidence, 1 at most. "gap": the probability of the likeliest token less that of the
         second, which costs a head at every exit; "similarity": cosine of the state before and behind a layer; "probe":
         a logistic regression on the state, trained to tell whether the last layer would choose the same token.
       threshold: a token leaves where its confidence is at least this. Above 1: only where ``limit_b`` ends it.
@@ -94,20 +95,20 @@ def check_exit(name: str, n_layers_passed: int, n_layers: int) -> None:
         )
 
 
-def check_layers(config: Any, technique: str) -> None:
-    """Raises ``ConfigError`` for a stack in which not every token passes every layer."""
+def check_layers(config: ModelConfig, technique: str) -> None:
+    """Raises ``ConfigError`` for a stack that has a depth policy of its own."""
     for i, block in enumerate(config.layers):
-        if block.depth.passes() != (1.0,):
+        if not block.depth.every_token:
             raise ConfigError(
-                f"{technique} needs a stack that every token can pass, and layer {i} has {type(block.depth).__name__}; "
-                "such a model saves its layers by itself, decode it with depth=AllLayers()"
+                f"{technique} needs a stack of blocks that every token passes once, and layer {i} has "
+                f"{type(block.depth).__name__}; such a model saves its layers by itself, leave {technique} out"
             )
 
 
 def confidence(
     model: Decoder, rule: Rule, probe: Probe | None, before_btd: Array, x_btd: Array, n_layers_passed: int
 ) -> Array:
-    """(batch, length) float32 from 0 to 1: how sure the state behind a layer is; see ``ConfidenceExit``."""
+    """(batch, length) float32, 1 at most: how sure the state behind a layer is; see ``ConfidenceExit``."""
     if rule == "similarity":
         a, b = before_btd.astype(jnp.float32), x_btd.astype(jnp.float32)
         norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
@@ -122,9 +123,11 @@ def confidence(
     return jax.nn.sigmoid(probe(model.norm(x_btd), n_layers_passed))
 
 
-def start(x_btd: Array) -> ExitState:
+def start(x_btd: Array, done_bt: Array | None = None) -> ExitState:
+    """Before the first layer; ``done_bt``: tokens for which nothing is to be computed."""
     shape = x_btd.shape[:2]
-    return ExitState(x_btd, jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
+    done_bt = jnp.zeros(shape, bool) if done_bt is None else done_bt
+    return ExitState(x_btd, done_bt, jnp.zeros(shape, jnp.int32))
 
 
 def advance(
@@ -185,6 +188,7 @@ def extend_until_sure(
     positions_bt: Array,
     caches: Sequence[Any],
     advance_by: partial,
+    done_bt: Array | None = None,
 ) -> tuple[ExitState, tuple[Any, ...]]:
     """New tokens through the layers until all of them are done; later layers only remember them.
 
@@ -193,8 +197,9 @@ def extend_until_sure(
       positions_bt: (batch, new tokens).
       caches: of the layers.
       advance_by: ``advance`` but for the state, what the layer made of it, and the number of layers.
+      done_bt: tokens for which nothing is to be computed. None: none.
     """
-    state, after = start(x_btd), []
+    state, after = start(x_btd, done_bt), []
     for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         # Outside of the condition, in which XLA would copy the cache.
         cache = layer.remember(state.x_btd, positions_bt, cache)

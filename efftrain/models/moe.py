@@ -97,6 +97,10 @@ class MoE(MlpConfig):
         if self.saliency and self.dispatch == "reference":
             raise ConfigError("moe.saliency needs rows, which dispatch 'reference' does not make; use auto")
 
+    @property
+    def independent_tokens(self) -> bool:
+        return self.dispatch != "capacity" and self.exchange_factor is None
+
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
         return RoutedExperts(self, d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)
 
@@ -196,15 +200,20 @@ class RoutedExperts(nnx.Module):
           statistics: of ``__call__``, summed over the step's micro-batches, with the axis of the stacked layers.
         """
         loads_le = statistics["loads"]
-        self.bias[...] = balanced_bias(self.bias[...], loads_le, self.config.bias_rate)
+        used_l = loads_le.sum(-1) > 0  # depth policies may leave a layer out for a step
+        moved_le = balanced_bias(self.bias[...], loads_le, self.config.bias_rate)
+        self.bias[...] = jnp.where(used_l[:, None], moved_le, self.bias[...])
         relative_le = loads_le / jnp.maximum(loads_le.mean(-1, keepdims=True), 1e-9)
-        used_l1 = loads_le.sum(-1, keepdims=True) > 0  # a layer may be left out for a step
-        starved_le = jnp.where(relative_le < STARVED_SHARE, self.starved[...] + used_l1, 0)
+        starved_le = jnp.where(relative_le < STARVED_SHARE, self.starved[...] + used_l[:, None], 0)
         self.starved[...] = starved_le
-        layers = jnp.float32(len(loads_le))
+        layers = used_l.sum(dtype=jnp.float32)
+
+        def over_used(figure_l: Array) -> tuple[Array, Array]:
+            return jnp.where(used_l, figure_l, 0).sum(), layers
+
         return {
-            "moe/max_violation": (max_violation(loads_le).sum(), layers),
-            "moe/least_load": (relative_le.min(-1).sum(), layers),
+            "moe/max_violation": over_used(max_violation(loads_le)),
+            "moe/least_load": over_used(relative_le.min(-1)),
             "moe/loads": (relative_le, jnp.float32(1)),
             COLLAPSED: (jnp.sum(starved_le >= STARVED_STEPS, dtype=jnp.float32), jnp.float32(loads_le.size)),
         }

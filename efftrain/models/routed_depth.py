@@ -8,6 +8,7 @@ ways can be evaluated (``causally_routed``); only the second one is a language m
 import itertools
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,12 @@ from jax import Array
 from efftrain.errors import ConfigError
 from efftrain.models.block import Block
 from efftrain.models.cache import LayerCache, empty_layer_cache
-from efftrain.models.config import Attention, BlockConfig, DepthConfig, Dtype, ModelConfig
+from efftrain.models.config import BlockConfig, DepthConfig, ModelConfig
 from efftrain.models.depth import add_metrics
 from efftrain.models.depth_router import Causal, Choice, Router, best, causal_metrics, first, mark
 from efftrain.sharding.rules import constrain, shard_count
+
+TILE, MANY_TILES = 128, 8  # in rows of so many tiles, whole tiles pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,8 @@ class RoutedDepthConfig(DepthConfig):
         such a model cannot be decoded.
       causal_loss: weight of that loss. Of "predictor" it changes nothing but the gradient norm that is clipped; of
         "auxiliary" 0.01 to 0.1.
-      room: tokens that a row may let pass without looking ahead, over the capacity. Behind them all others are skipped,
-        and counted; the cache is as large.
+      room: of tokens that pass without looking ahead: so many times the capacity of ``max_length`` tokens. The cache
+        is as large; behind it a row's tokens are skipped, and counted.
     """
 
     causal: Causal = "predictor"
@@ -44,7 +47,7 @@ class RoutedDepthConfig(DepthConfig):
     def _check(self, name: str) -> None:
         if self.causal not in ("predictor", "auxiliary", "none"):
             raise ConfigError(f"{name}.causal is {self.causal!r}; use 'predictor', 'auxiliary' or 'none'")
-        if self.causal_loss <= 0:
+        if self.causal != "none" and self.causal_loss <= 0:
             raise ConfigError(f"{name}.causal_loss is {self.causal_loss}; give a positive number, or causal 'none'")
         if self.room < 1:
             raise ConfigError(f"{name}.room is {self.room}; give at least 1, the capacity itself")
@@ -62,22 +65,20 @@ class RoutedDepthConfig(DepthConfig):
     def build(self, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
         return RoutedDepth(self, block, model, rngs=rngs)
 
-    def slots(self, level: int, tokens: int) -> int:
-        """How many of a row's tokens may pass a round that looks at each token alone."""
+    def expected(self, level: int, tokens: int) -> int:
+        """How many of so many tokens pass a round where each is decided alone, with room to spare."""
         capacity = self.capacities()[level]
         return tokens if capacity == 1 else min(tokens, math.ceil(self.room * capacity * tokens))
 
-    def empty_cache(self, attention: Attention, batch: int, slots: int, dtype: Dtype) -> "RoutedCache":
+    def empty_cache(self, block: BlockConfig, model: ModelConfig, batch: int, slots: int) -> "RoutedCache":
+        def layer(level: int) -> LayerCache:
+            room = min(slots, self.expected(level, model.max_length))
+            # One slot more: where a token that does not pass is written when all others are taken.
+            return empty_layer_cache(block.attention, batch, room + 1, model.dtype)
+
         levels = range(len(self.capacities()))
         return RoutedCache(
-            levels=tuple(
-                tuple(
-                    # One slot more: where a token that does not pass is written when all others are taken.
-                    empty_layer_cache(attention, batch, self.slots(level, slots) + 1, dtype)
-                    for _ in range(self.layers_of_a_round())
-                )
-                for level in levels
-            ),
+            levels=tuple(tuple(layer(level) for _ in range(self.layers_of_a_round())) for level in levels),
             stored_lb=jnp.zeros((len(levels), batch), jnp.int32),
             refused_lb=jnp.zeros((len(levels), batch), jnp.int32),
         )
@@ -184,7 +185,7 @@ class RoutedDepth(nnx.Module):
     """
 
     def __init__(self, config: RoutedDepthConfig, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        self.config, self.look_ahead = config, True
+        self.config, self.max_length, self.look_ahead = config, model.max_length, True
         self.layers = nnx.List(Block(block, model, rngs=rngs) for _ in range(config.layers_of_a_round()))
         capacities = config.capacities()
         for _, variable in nnx.to_flat_state(nnx.state(self.layers, nnx.Param)):
@@ -242,7 +243,7 @@ class RoutedDepth(nnx.Module):
         scores_bt, n = router(tokens.x_btd), tokens.x_btd.shape[1]
         if not self.look_ahead:
             wanted_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt
-            return first(wanted_bt, scores_bt, _divisible(self.config.slots(level, length), n)), {}
+            return first(wanted_bt, scores_bt, _divisible(self.config.expected(level, self.max_length), n)), {}
         count = math.ceil(round(self.config.capacities()[level] * length, 6))
         choice = best(jnp.where(tokens.real_bt, scores_bt, -jnp.inf), _divisible(count, n))
         if router.causal == "none":
@@ -261,26 +262,40 @@ class RoutedDepth(nnx.Module):
     def _extend_rounds(self, level: int, tokens: Tokens, cache: RoutedCache, fresh: bool) -> tuple[Array, RoutedCache]:
         if level == len(cache.levels):
             return tokens.x_btd, cache
-        choice, inner = None, tokens
-        if str(level) in self.routers:
-            router, room = self.routers[str(level)], cache.levels[level][0].k_bksd.shape[2] - 1
-            wanted_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt
-            free_b = room - cache.stored_lb[level]
-            allowed_bt = wanted_bt & (jnp.cumsum(wanted_bt, axis=1) <= free_b[:, None])
-            choice = first(allowed_bt, router(tokens.x_btd), min(tokens.x_btd.shape[1], room))
-            inner = _take(tokens, choice)
-            refused_b = (wanted_bt & ~allowed_bt).sum(1, dtype=jnp.int32)
-            cache = replace(cache, refused_lb=cache.refused_lb.at[level].add(refused_b))
-        y_bnd, layers = self._extend_layers(inner, cache.levels[level], cache.stored_lb[level], fresh)
+        if str(level) not in self.routers:
+            return self._extend_round(level, tokens, cache, fresh)
+        router, n = self.routers[str(level)], tokens.x_btd.shape[1]
+        room = cache.levels[level][0].k_bksd.shape[2] - 1
+        wanted_bt, scores_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt, router(tokens.x_btd)
+        allowed_bt = wanted_bt & (jnp.cumsum(wanted_bt, axis=1) <= room - cache.stored_lb[level][:, None])
+        refused_b = (wanted_bt & ~allowed_bt).sum(1, dtype=jnp.int32)
+        cache = replace(cache, refused_lb=cache.refused_lb.at[level].add(refused_b))
+
+        def pass_some(count: int, cache: RoutedCache) -> tuple[Array, RoutedCache]:
+            choice = first(allowed_bt, scores_bt, count)
+            y_bnd, cache = self._extend_round(level, _take(tokens, choice), cache, fresh, choice)
+            return _put(tokens.x_btd, y_bnd, choice), cache
+
+        most, few = min(n, room), min(room, self.config.expected(level, n))
+        if not fresh or few == most:
+            return pass_some(most, cache)
+        # A prompt costs what passes; one of which more than expected passes is computed in full.
+        fits = allowed_bt.sum(1).max() <= few
+        return jax.lax.cond(fits, partial(pass_some, few), partial(pass_some, most), cache)
+
+    def _extend_round(
+        self, level: int, tokens: Tokens, cache: RoutedCache, fresh: bool, choice: Choice | None = None
+    ) -> tuple[Array, RoutedCache]:
+        """The layers on the tokens that pass, and the rounds behind it."""
+        y_bnd, layers = self._extend_layers(tokens, cache.levels[level], cache.stored_lb[level], fresh)
         if choice is not None:
-            y_bnd = _gated(inner.x_btd, y_bnd, choice)
+            y_bnd = _gated(tokens.x_btd, y_bnd, choice)
         cache = replace(
             cache,
             levels=(*cache.levels[:level], layers, *cache.levels[level + 1 :]),
-            stored_lb=cache.stored_lb.at[level].add(inner.real_bt.sum(1, dtype=jnp.int32)),
+            stored_lb=cache.stored_lb.at[level].add(tokens.real_bt.sum(1, dtype=jnp.int32)),
         )
-        y_bnd, cache = self._extend_rounds(level + 1, replace(inner, x_btd=y_bnd), cache, fresh)
-        return (y_bnd if choice is None else _put(tokens.x_btd, y_bnd, choice)), cache
+        return self._extend_rounds(level + 1, replace(tokens, x_btd=y_bnd), cache, fresh)
 
     def _extend_layers(
         self, tokens: Tokens, caches: tuple[LayerCache, ...], stored_b: Array, fresh: bool
@@ -363,9 +378,9 @@ def _put(x_btd: Array, y_bnd: Array, choice: Choice) -> Array:
 
 
 def _divisible(count: int, length: int) -> int:
-    """So many tokens, or a few more where a mesh splits a row."""
-    shards = shard_count("length")
-    return min(length, -(-count // shards) * shards)
+    """So many of a row's tokens, or a few more: for the mesh that splits the row, and the tiles of kernels."""
+    step = shard_count("length") * (TILE if length >= MANY_TILES * TILE else 1)
+    return min(length, -(-count // step) * step)
 
 
 def _add(left: dict, right: dict) -> dict:

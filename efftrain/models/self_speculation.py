@@ -1,5 +1,7 @@
 """Decoding that drafts with the first layers of a model and checks with the others: the same output, sooner.
 
+The same to the token in float32; in bfloat16 a check of several tokens rounds otherwise than one token does.
+
 A round drafts some tokens, one after the other, through the first layers and the shared head. The states behind these
 layers are kept, so that the check is one pass of the other layers over all drafted tokens, and drafting and checking
 share one cache. What is rejected needs no clean-up: a row's length says how far its cache counts, and slots behind it
@@ -11,7 +13,6 @@ accepted apart, each has its own length.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache
+from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder, extend_layers
 from efftrain.models.early_exit import check_exit, check_layers
 from efftrain.models.sampling import Sampling, probabilities, sample
@@ -41,10 +43,16 @@ class SelfSpeculation:
         if self.n_draft < 1:
             raise ConfigError(f"speculation.n_draft is {self.n_draft}; it must be at least 1")
 
-    def check(self, config: Any) -> None:
+    def check(self, config: ModelConfig) -> None:
         """Raises ``ConfigError`` where a model of this configuration cannot draft so."""
         check_exit("speculation.exit_layer", self.exit_layer, config.n_layers)
         check_layers(config, "self-speculation")
+        for i, block in enumerate(config.layers):
+            if not block.mlp.independent_tokens:
+                raise ConfigError(
+                    f"layer {i} may drop a token because of others, so that drafts would change the output; use a "
+                    "dispatch that drops none (moe.dispatch 'auto', moe.exchange_factor None), or no self-speculation"
+                )
 
 
 @jax.tree_util.register_dataclass

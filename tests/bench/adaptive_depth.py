@@ -39,8 +39,8 @@ ROUTED = ("mixture-of-depths", "recursion")
 CURVE = ("threshold", "bpb", "mean_depth", "differs")
 
 
-def other_prompts(run: Path, options: Calibration, n: int) -> list[np.ndarray]:
-    """Of validation rows that the calibration did not see."""
+def other_prompts(run: Path, seen: dict, n: int) -> list[np.ndarray]:
+    """Of validation rows that a calibration with these options did not see."""
     settings = read_json(run / "config.json")
     loader = data.LoaderConfig(
         corpora=(data.Part(path=Path(settings["corpus"])),),
@@ -49,8 +49,8 @@ def other_prompts(run: Path, options: Calibration, n: int) -> list[np.ndarray]:
         split="validation",
         repeat=False,
     )
-    rows = itertools.islice(data.batches(loader, verify=False), options.rows, options.rows + n)
-    return [row["tokens"][:, : options.prompt_length].astype(np.int32) for row in rows]
+    rows = itertools.islice(data.batches(loader, verify=False), seen["rows"], seen["rows"] + n)
+    return [row["tokens"][:, : seen["prompt_length"]].astype(np.int32) for row in rows]
 
 
 def cache_bytes(model: Decoder, slots: int) -> int:
@@ -58,13 +58,14 @@ def cache_bytes(model: Decoder, slots: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
-def speculation(run: Path, options: Calibration, n_prompts: int) -> dict:
+def speculation(run: Path, n_prompts: int) -> dict:
     if not (run / FILE_NAME).exists():
-        calibrate(run, options)
+        calibrate(run, Calibration())
     model, values = efftrain.load(run), read_json(run / FILE_NAME)
     chosen = read_calibration(run, model).speculation()
-    found = measure_speculation(model, other_prompts(run, options, n_prompts), chosen, options.n_new)
-    slots = options.prompt_length + options.n_new
+    seen = values["options"]
+    found = measure_speculation(model, other_prompts(run, seen, n_prompts), chosen, seen["n_new"])
+    slots = seen["prompt_length"] + seen["n_new"]
     exits = {
         rule: {
             "curve": [{name: point[name] for name in CURVE} for point in of_rule["curve"]],
@@ -106,10 +107,9 @@ def main() -> None:
     use_compilation_cache()
     restart_with_huge_pages()
 
-    options = Calibration()
     runs = {}
     for seed in given.seeds:
-        runs[seed] = speculation(given.runs / f"layerskip-seed{seed}", options, given.prompts)
+        runs[seed] = speculation(given.runs / f"layerskip-seed{seed}", given.prompts)
         row = runs[seed]
         print(
             f"seed {seed}: {row['n_draft']} drafts with {row['exit_layer']} layers, {row['acceptance']:.0%} accepted, "

@@ -107,6 +107,21 @@ def test_a_request_limits_its_own_layers(model):
     assert (np.asarray(found.tokens_bn[0]) != np.asarray(plain[0])).any()
 
 
+def test_rows_that_have_ended_hold_nobody_up(model):
+    """Layers count up to the end token, and an ended row is done before the first layer."""
+    prompts, lengths = tiny.tokens(3, 4), np.array([4, 2, 3])
+    limit = np.array([1, 4, 4], np.int32)
+    free = np.asarray(generate(model, prompts, lengths, n_new=8, limit_b=limit))
+    end = next(t for t in free[1] if t not in free[0] and t not in free[2][:1])
+    found = generate_report(model, prompts, lengths, n_new=8, limit_b=limit, end_token=int(end))
+    expected = [row.tolist() for row in free]
+    for row in expected:
+        if end in row:
+            row[row.index(end) :] = [end] * (8 - row.index(end))
+    assert found.tokens_bn.tolist() == expected
+    assert found.layers_b.tolist() == [1, 4 if expected[1][0] != end else 0, 4]
+
+
 def test_another_threshold_compiles_nothing(model):
     from efftrain.models import decode
 
@@ -151,3 +166,6 @@ def test_what_cannot_be_is_refused(model):
         ConfidenceExit(rule="hope")
     with pytest.raises(ConfigError, match="no probe was given"):
         run(ConfidenceExit(rule="probe"))
+    for limit in ([0], [2, 3], 2):
+        with pytest.raises(ConfigError, match=r"limit_b is .*; give each of the 1 rows a number of layers, at least 1"):
+            generate(model, tiny.tokens(1, 3), np.array([3]), n_new=3, limit_b=limit)

@@ -138,6 +138,18 @@ def test_an_expert_that_starves_is_counted_until_it_is_fed(monkeypatch):
     assert layer.starved[...].sum() == 0
 
 
+def test_a_layer_that_was_left_out_is_left_alone(monkeypatch):
+    """It has no loads: its bias stays, nobody starves there, and the figures are those of the other layer."""
+    layer = ROUTED.build(16, n_layers=1, dtype="float32", rngs=nnx.Rngs(0))
+    layer.bias, layer.starved = moe.BalanceBias(jnp.ones((2, 4))), moe.StarvedSteps(jnp.ones((2, 4), jnp.int32))
+    found = layer.after_step({"loads": jnp.array([[90.0, 60.0, 90.0, 60.0], [0.0, 0.0, 0.0, 0.0]])})
+    assert layer.bias[...][1].tolist() == [1, 1, 1, 1]
+    assert layer.bias[...][0, 1] > 1 > layer.bias[...][0, 0]
+    assert layer.starved[...].tolist() == [[0] * 4, [1] * 4]
+    figures = [float(np.divide(*found[f"moe/{name}"])) for name in ("max_violation", "least_load")]
+    assert figures == pytest.approx([0.2, 0.8])
+
+
 def test_dropped_assignments_are_counted():
     *_, metrics = train(with_mlp(replace(ROUTED, dispatch="capacity", capacity_factor=0.5)), steps=1)
     total, count = metrics["moe/dropped"]
