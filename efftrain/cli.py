@@ -122,7 +122,7 @@ def calibrate_depth(
     corpus: Path | None = None,
     exits: tuple[int, ...] = (),
     drafts: tuple[int, ...] = (1, 2, 3, 4, 6),
-    prompts: int = 8,
+    prompts: int = 24,
     n_new: int = 64,
     rows: int = 384,
     risk: float = 0.1,

@@ -81,7 +81,8 @@ def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion
         return replace(plain, name=name, model=model, exits=exits, training=replace(plain.training, steps=steps))
 
     decay = 4 * layerskip // 5  # where the learning rate's decay begins: before it, both cost the last layer more
-    dropout, exits = LayerDropout(rate=0.12, after=decay), EarlyExitLoss(scale=0.5, stride=4, after=decay)
+    dropout = LayerDropout(rate=0.12, after=decay)
+    exits = EarlyExitLoss(scale=0.3, weighting="equal", stride=4, after=decay)
     rounds = (1.0, 2 / 3, 1 / 3)
     inner = (plain.model.n_layers - 2) // len(rounds)
     return {

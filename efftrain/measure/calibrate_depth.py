@@ -68,7 +68,7 @@ class Calibration:
 
     exits: tuple[int, ...] = ()
     drafts: tuple[int, ...] = (1, 2, 3, 4, 6)
-    prompts: int = 8
+    prompts: int = 24
     prompt_length: int = 128
     n_new: int = 64
     rows: int = 384

@@ -18,7 +18,7 @@ from efftrain.models.self_speculation import SelfSpeculation, extra_slots, specu
 
 
 def measure_speculation(
-    model: Decoder, prompts: list[np.ndarray], speculation: SelfSpeculation, n_new: int, rounds: int = 3
+    model: Decoder, prompts: list[np.ndarray], speculation: SelfSpeculation, n_new: int, rounds: int = 1
 ) -> dict[str, Any]:
     """Tokens a second of drafting and of plain decoding on the same prompts, alternating; reading prompts is left out.
 

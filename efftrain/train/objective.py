@@ -7,7 +7,7 @@ step divides once, by the global count.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from efftrain.sharding.rules import shard_count
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count)
+Weighting = Literal["depth", "equal"]
 Objective = Callable[[nnx.Module, Batch, Array | None], tuple[Array, Array, Metrics]]
 
 
@@ -55,6 +56,7 @@ class EarlyExitLoss:
 
     Attributes:
       scale: weight of the earlier exits; 0.1 to 0.2 in pre-training, 1 for a small task.
+      weighting: see ``exit_weights``.
       every: one of so many layers has its exit in a step. None: one exit a step.
       after: steps of the run before the first exit (of a model with layer dropout, which counts them). Exits that come
         when the model has learnt most cost it less.
@@ -65,6 +67,7 @@ class EarlyExitLoss:
     """
 
     scale: float = 0.2
+    weighting: Weighting = "depth"
     every: int | None = None
     after: int = 0
     stride: int = 1
@@ -73,6 +76,8 @@ class EarlyExitLoss:
     def __post_init__(self):
         if not self.scale > 0:
             raise ConfigError(f"exits.scale is {self.scale}; give a positive number, or train with next_token_loss")
+        if self.weighting not in get_args(Weighting):
+            raise ConfigError(f"exits.weighting is {self.weighting!r}; use 'depth' or 'equal'")
         if self.every is not None and self.every < 1:
             raise ConfigError(f"exits.every is {self.every}; give at least 1, or None")
         if self.after < 0:
@@ -125,7 +130,7 @@ class EarlyExitLoss:
         else:
             exit_losses = losses_of(exit_ebtd)
         there_e = (exits_e < n - 1) & started  # the last one of a step may stand behind the last layer
-        weights_l = exit_weights(n, self.scale)
+        weights_l = exit_weights(n, self.scale, self.weighting)
         weights_e = jnp.where(there_e, weights_l[jnp.minimum(exits_e, n - 1)], 0)
         exits = (exit_losses * weights_e).sum() / jnp.maximum(share, 1e-9)
         total = (loss * weights_l[-1] + exits) / (weights_l[-1] + weights_e.sum())
@@ -164,14 +169,17 @@ def _every(a: Array, stride: int, first: Array) -> Array:
     return jnp.take(a.reshape(batch, length // stride, stride, *a.shape[2:]), first, axis=2)
 
 
-def exit_weights(n_layers: int, scale: float) -> Array:
+def exit_weights(n_layers: int, scale: float, weighting: Weighting = "depth") -> Array:
     """(layers,) weight of the loss behind each layer, before those of a step are normalised.
 
-    Deeper exits weigh more, by the sum of the numbers of the layers up to them; the last one most.
+    "depth": deeper exits weigh more, by the sum of the numbers of the layers up to them; the last one most, and the
+    first next to nothing. "equal": every exit weighs ``scale`` times the last layer, for drafts by the first layers.
 
     Source: Elhoushi et al. 2024 (LayerSkip), equation 4, but that layers are numbered from 1: in a small model the
     first layer may draft alone, and would have no exit.
     """
+    if weighting == "equal":
+        return jnp.full(n_layers, scale).at[-1].set(1.0)
     number = jnp.arange(1, n_layers + 1, dtype=jnp.float32)
     sums = scale * number * (number + 1) / 2
     return sums.at[-1].set(n_layers + (sums[-2] if n_layers > 1 else 0.0))

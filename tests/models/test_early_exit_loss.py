@@ -37,6 +37,14 @@ def test_weights_are_those_of_the_paper_counted_from_one():
     np.testing.assert_allclose(exit_weights(n, scale), weights, rtol=1e-6)
 
 
+def test_equal_weights_are_those_of_every_exit(model):
+    losses = exit_losses(model).sum((1, 2))
+    possible = [(losses[3] + 0.5 * exit_) / 1.5 for exit_ in losses[:3]]
+    for seed in range(8):
+        total = float(EarlyExitLoss(scale=0.5, weighting="equal")(model, BATCH, jax.random.key(seed))[0])
+        assert min(abs(total - p) for p in possible) < 1e-5 * total
+
+
 @pytest.mark.parametrize("every", [None, 2, 1])
 def test_the_loss_is_the_weighted_mean_of_the_exits_of_a_step(model, every):
     objective, losses = EarlyExitLoss(scale=0.5, every=every), exit_losses(model).sum((1, 2))
@@ -185,6 +193,7 @@ def test_what_cannot_be_is_refused():
         (lambda: LayerDropout(rate=1.0), r"layer_dropout\.rate is 1.0"),
         (lambda: LayerDropout(ramp_steps=-1), r"layer_dropout\.ramp_steps is -1"),
         (lambda: EarlyExitLoss(scale=0.0), r"exits\.scale is 0.0"),
+        (lambda: EarlyExitLoss(weighting="none"), r"exits\.weighting is 'none'"),
         (lambda: EarlyExitLoss(every=0), r"exits\.every is 0"),
         (lambda: EarlyExitLoss(stride=0), r"exits\.stride is 0"),
         (lambda: EarlyExitLoss(order="up"), r"exits\.order is 'up'"),
