@@ -14,8 +14,8 @@ block is passed by a quarter of the tokens. recursion: half the parameters; inne
 A comparison leaves ``comparison-NAME.json`` in the output folder; when interrupted it continues.
 
 Measured, cpu, bits per byte, three seeds, mean +- standard deviation, equal training FLOPs (2 cores of an Intel Xeon;
-commits and commands in tests/bench/results/adaptive_depth_*.json): plain 2.131 +- 0.041; layerskip 2.139 +- 0.047, which
-costs its last layer 0.35 % against the same run switched off; mixture-of-depths 2.019 +- 0.024 with 31 % fewer FLOPs a
+commits and commands in tests/bench/results/adaptive_depth_*.json): plain 2.131 +- 0.041; layerskip 2.139 +- 0.047,
+0.35 % more in the last layer than the same run switched off; mixture-of-depths 2.019 +- 0.024 with 31 % fewer FLOPs a
 token; recursion 2.024, one seed, with 60 % of the parameters. gpu, v5e-64: not measured; they compile for v5e.
 """
 
