@@ -213,9 +213,9 @@ def test_another_models_calibration_is_refused(calibrated, mixture):
     code, output = calibrate(calibrated, "--exits", "4")
     assert code == 2
     assert "exit_layer is 4 and the model has 4 layers" in " ".join(output.split())
-    code, output = calibrate(calibrated, "--risk", "0.1")
+    code, output = calibrate(calibrated, "--risk", "0.01")
     assert code == 2
-    assert "calibration.rows is 12, too few to show a risk of 0.1" in " ".join(output.split())
+    assert "calibration.rows is 12, too few to show a risk of 0.01" in " ".join(output.split())
     code, output = calibrate(calibrated, "--rows", "60000")
     assert code == 2
     assert "give fewer --rows" in " ".join(output.split())
