@@ -8,6 +8,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.models.config import LayerDropout
+from efftrain.ops.platform import conditional
 
 Policy = Callable[..., bool] | None
 Carry = tuple[Array, Array | None]
@@ -131,7 +132,7 @@ def _run_or_keep(run: Callable, kept: Array, state: nnx.State, x_btd: Array) -> 
     def keep(_: nnx.State, x_btd: Array) -> tuple[Array, dict]:
         return x_btd, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), metrics)
 
-    return jax.lax.cond(kept, run, keep, state, x_btd)
+    return conditional(kept, run, keep, state, x_btd)
 
 
 def dropout_rates(n_layers: int, rate: float, strength: Array | float) -> Array:

@@ -1,6 +1,12 @@
 """Where a program will run."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 
 def platform() -> str:
@@ -9,3 +15,13 @@ def platform() -> str:
     if device is None:
         device = jax.config.jax_default_device
     return getattr(device, "platform", device) or jax.default_backend()
+
+
+def conditional(wanted: Array, compute: Callable[..., Any], skip: Callable[..., Any], *operands: Any) -> Any:
+    """``lax.cond``, which computes one branch; on a mesh of several CPU devices both, and selects.
+
+    Collectives of such devices share a few threads, and those within a condition may wait for each other for ever.
+    """
+    if platform() != "cpu" or jax.sharding.get_abstract_mesh().size <= 1:
+        return jax.lax.cond(wanted, compute, skip, *operands)
+    return jax.tree.map(partial(jnp.where, wanted), compute(*operands), skip(*operands))

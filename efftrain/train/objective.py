@@ -17,6 +17,7 @@ from jax import Array
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
 from efftrain.ops.cross_entropy import cross_entropy
+from efftrain.ops.platform import conditional
 from efftrain.sharding.rules import shard_count
 
 Batch = Mapping[str, Array]
@@ -126,7 +127,7 @@ class EarlyExitLoss:
 
         started = self._steps(model, "after") >= self.after if self.after else True
         if self.after:
-            exit_losses = jax.lax.cond(started, losses_of, lambda x: jnp.zeros(len(x)), exit_ebtd)
+            exit_losses = conditional(started, losses_of, lambda x: jnp.zeros(len(x)), exit_ebtd)
         else:
             exit_losses = losses_of(exit_ebtd)
         there_e = (exits_e < n - 1) & started  # the last one of a step may stand behind the last layer
