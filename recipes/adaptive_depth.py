@@ -9,7 +9,7 @@
 
 layerskip: late in training some layers are left out at random, and early ones learn to do without the others, so that
 decoding can draft with them and check with all (``efftrain calibrate-depth RUN``). mixture-of-depths: every second
-block is passed by a quarter of the tokens. recursion: half the parameters; inner layers are passed up to three times.
+block is passed by a quarter of the tokens. recursion: half the layers; the inner ones are passed up to three times.
 
 A comparison leaves ``comparison-NAME.json`` in the output folder; when interrupted it continues.
 

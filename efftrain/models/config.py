@@ -142,7 +142,8 @@ class LayerDropout:
       after: steps that the model is trained before the first layer is left out: what has learnt most is hurt less.
       ramp_steps: steps from then on over which the strength grows from 0 to full, exponentially. 0: full at once.
       per_row: a coin for each row. Every layer is computed, which saves nothing. False: one coin for all rows that are
-        computed together, and a layer that is left out costs nothing.
+        computed together, and a layer that is left out costs nothing (but on a mesh of several CPU devices, see
+        ``ops.platform.conditional``).
 
     Source: Elhoushi et al. 2024 (LayerSkip), section 4.1.
     """
