@@ -188,6 +188,8 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
       EfftrainError: the run, its corpus or the options do not fit.
     """
     model, settings = efftrain.load(run), read_json(run / "config.json")
+    if corpus is None and not settings.get("corpus"):
+        raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     corpus_path = corpus or Path(settings["corpus"])
     opened = data.open(corpus_path)
     opened.check_model(model.config.vocab_size)
@@ -329,8 +331,11 @@ def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path} ({error.strerror}); free the disk, or copy the run elsewhere") from error
 
 
 def _write_probe(path: Path, probe: Probe) -> None:
