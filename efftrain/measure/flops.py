@@ -119,6 +119,6 @@ def _attention_flops(config: ModelConfig, length: int, keys: Callable[[int, Atte
     )
 
 
-def _is_matrix(variable: nnx.Param) -> bool:
+def _is_matrix(variable: nnx.Variable) -> bool:
     axes = variable.get_metadata().get("axes", ())
-    return variable.ndim - ("layers" in axes) >= 2
+    return variable.ndim - ("layers" in axes) >= 2 and "groups" not in axes

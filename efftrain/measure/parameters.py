@@ -11,6 +11,7 @@ from efftrain.models.cache import empty_cache
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
+from efftrain.models.quantization import Packed
 
 HEAD = ("head",)  # path of the untied head in a decoder
 Path = tuple[Any, ...]
@@ -45,9 +46,9 @@ def abstract_decoder(config: ModelConfig) -> Decoder:
 
 
 def count_parameters(model: nnx.Module) -> Parameters:
-    """Counts the ``nnx.Param`` of a model, abstract or not."""
+    """Counts the ``parameters`` of a model, abstract or not."""
     tables = embedding_paths(model)
-    sizes = {path: variable.size for path, variable in parameters(model)}
+    sizes = {path: numbers(variable) for path, variable in parameters(model)}
     return Parameters(
         total=sum(sizes.values()),
         active=round(sum(active_size(variable) for _, variable in parameters(model))),
@@ -70,20 +71,26 @@ def cache_bytes_per_token(config: ModelConfig) -> int:
     return round(_bytes(jax.eval_shape(lambda: empty_cache(config, batch=1, slots=slots).layers)) / slots)
 
 
-def parameters(model: nnx.Module) -> Iterator[tuple[Path, nnx.Param]]:
-    """Every ``nnx.Param`` with its path from the model, such as ``("blocks", 0, "mlp", "up", "kernel")``."""
-    yield from nnx.to_flat_state(nnx.state(model, nnx.Param))
+def parameters(model: nnx.Module) -> Iterator[tuple[Path, nnx.Variable]]:
+    """Every ``nnx.Param``, and every matrix that is stored quantised, with its path from the model, such as
+    ``("blocks", 0, "mlp", "up", "kernel")``."""
+    yield from nnx.to_flat_state(nnx.state(model, nnx.filterlib.Any(nnx.Param, Packed)))
 
 
-def active_size(variable: nnx.Param) -> float:
+def numbers(variable: nnx.Variable) -> int:
+    """How many a variable holds; several of a packed matrix share a byte."""
+    return variable.size * variable.get_metadata().get("per_byte", 1)
+
+
+def active_size(variable: nnx.Variable) -> float:
     """How many of a variable's numbers one token is multiplied with, on average over tokens.
 
     In its metadata, ``active`` is their share, and ``passes`` how often a token meets them (``models.routed_depth``).
     """
-    return variable.size * variable.get_metadata().get("active", 1.0) * min(passes(variable), 1.0)
+    return numbers(variable) * variable.get_metadata().get("active", 1.0) * min(passes(variable), 1.0)
 
 
-def passes(variable: nnx.Param) -> float:
+def passes(variable: nnx.Variable) -> float:
     """How often a token is multiplied with a variable, on average over tokens."""
     return variable.get_metadata().get("passes", 1.0)
 

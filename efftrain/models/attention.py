@@ -11,6 +11,7 @@ from efftrain.models.config import Attention
 from efftrain.models.linear import Linear, RMSNorm
 from efftrain.ops.attention import cached_attention
 from efftrain.ops.attention_backends import attention, choose_backend
+from efftrain.ops.quantize import AnyFormat, fake_quantize
 from efftrain.ops.rope import apply_rope, rope_angles
 from efftrain.sharding.context import attend_on_mesh
 from efftrain.sharding.rules import constrain, shard_count
@@ -19,8 +20,18 @@ from efftrain.sharding.rules import constrain, shard_count
 class SelfAttention(nnx.Module):
     """Grouped-query self-attention on (batch, length, d_model)."""
 
-    def __init__(self, config: Attention, d_model: int, *, n_layers: int, norm_eps: float, dtype: str, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self,
+        config: Attention,
+        d_model: int,
+        *,
+        n_layers: int,
+        norm_eps: float,
+        dtype: str,
+        cache: AnyFormat | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.cache_format = config, cache
         heads, kv_heads, d_head = config.n_heads, config.n_kv_heads, config.d_head
 
         def into(n: int, axis: str) -> Linear:
@@ -105,6 +116,8 @@ class SelfAttention(nnx.Module):
 
     def _attend_fresh(self, x_btd, q_bthd, k_btkd, v_btkd, segments_bt) -> Array:
         config = self.config
+        if self.cache_format is not None:  # what later tokens will find in the cache
+            k_btkd, v_btkd = (fake_quantize(a, self.cache_format, -1) for a in (k_btkd, v_btkd))
         length = q_bthd.shape[1] // shard_count("length")
         backend = choose_backend(config.backend, q_bthd.dtype, config.d_head, length)
         out_bthd = attend_on_mesh(

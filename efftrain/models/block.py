@@ -21,7 +21,13 @@ class Block(nnx.Module):
         d_model, n_layers, dtype = model.d_model, model.n_layers, model.dtype
         self.attention_norm = RMSNorm(d_model, eps=model.norm_eps)
         self.attention = SelfAttention(
-            block.attention, d_model, n_layers=n_layers, norm_eps=model.norm_eps, dtype=dtype, rngs=rngs
+            block.attention,
+            d_model,
+            n_layers=n_layers,
+            norm_eps=model.norm_eps,
+            dtype=dtype,
+            cache=model.quantization.cache,
+            rngs=rngs,
         )
         self.mlp_norm = RMSNorm(d_model, eps=model.norm_eps)
         self.mlp = block.mlp.build(d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 from flax import nnx
 
 from efftrain.errors import ConfigError
+from efftrain.models.quantization import Quantization
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
@@ -109,7 +110,7 @@ class DepthConfig:
         """What the block keeps in decoding, for ``slots`` tokens a row; a pytree."""
         from efftrain.models.cache import empty_layer_cache
 
-        return empty_layer_cache(block.attention, batch, slots, model.dtype)
+        return empty_layer_cache(block.attention, model, batch, slots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,7 @@ class ModelConfig:
       scan: one traced block for all repeats (short compile, for deep models) or every layer traced (faster on CPU).
       remat: what the backward pass computes again: nothing, all of a block, or all but the dense products.
       layer_dropout: layers that training leaves out.
+      quantization: matrices and cache that are quantised.
     """
 
     vocab_size: int
@@ -190,6 +192,7 @@ class ModelConfig:
     scan: bool = False
     remat: Remat = "none"
     layer_dropout: LayerDropout = LayerDropout()
+    quantization: Quantization = dataclasses.field(default_factory=Quantization)
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_repeats", "max_length"):

@@ -13,6 +13,7 @@ from efftrain.models.cache import Cache
 from efftrain.models.config import ModelConfig
 from efftrain.models.depth import add_metrics, dropout_rates, dropout_strength, run_layers, stack_layers, unstack
 from efftrain.models.linear import Embedding, Linear, RMSNorm
+from efftrain.models.quantization import prepare
 from efftrain.sharding.rules import constrain
 
 
@@ -43,6 +44,7 @@ class Decoder(nnx.Module):
             )
         if config.layer_dropout.rate:
             self.steps = Steps(jnp.zeros((), jnp.int32), axes=(), units=())
+        prepare(self, config.quantization)
 
     def __call__(
         self, tokens_bt: Array, *, segments_bt: Array | None = None, positions_bt: Array | None = None

@@ -33,7 +33,7 @@ class Router(nnx.Module):
         # float32: the order of scores that are nearly equal must be that of training.
         def linear(d_in: int, d_out: int, axes: tuple, gain: float = 1.0) -> Linear:
             made = Linear(d_in, d_out, axes=axes, dtype="float32", rngs=rngs, gain=gain)
-            made.kernel.set_metadata(passes=share)
+            made.kernel.set_metadata(passes=share, quantizable=False)
             return made
 
         self.score = linear(d_model, 1, ("embed", None), gain=0.2)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efftrain.models.quantization import Matrix, product, read, read_rows
 from efftrain.ops.norm import rms_norm
 
 
@@ -30,16 +31,16 @@ class Linear(nnx.Module):
         gain: float = 1.0,
     ):
         kernel = nnx.initializers.lecun_normal()(rngs.params(), (d_in, d_out)) * gain
-        self.kernel = nnx.Param(kernel, axes=axes, units=units or (d_in, d_out))
+        self.kernel = Matrix(kernel, axes=axes, units=units or (d_in, d_out), contraction=-2)
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
         flat = x.reshape(-1, x.shape[-1])  # 2-D: XLA's fast product on CPU, forward and backward
-        return (flat.astype(self.dtype) @ self.cast_kernel()).reshape(*x.shape[:-1], -1)
+        return product(flat.astype(self.dtype), self, "kernel").reshape(*x.shape[:-1], -1)
 
     def cast_kernel(self) -> Array:
         """The kernel (d_in, d_out) as the product sees it."""
-        return self.kernel[...].astype(self.dtype)
+        return read(self, "kernel", self.dtype)
 
 
 class Embedding(nnx.Module):
@@ -47,16 +48,17 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs, dtype: str):
         table = nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, d_model))
-        self.table = nnx.Param(table, axes=("vocab", "embed"), units=(vocab_size, d_model))
+        # Scales are shared along a vector, which is looked up, and which the tied head multiplies with a state.
+        self.table = Matrix(table, axes=("vocab", "embed"), units=(vocab_size, d_model), contraction=-1)
         self.dtype = dtype
 
     def __call__(self, tokens: Array) -> Array:
         # Cast after the lookup: the gradient of a frequent token adds up in float32. In bfloat16 it stops growing.
-        return self.table[...][tokens].astype(self.dtype)
+        return read_rows(self, "table", tokens).astype(self.dtype)
 
     def as_head(self) -> Array:
         """The transpose (d_model, vocab), for a tied head."""
-        return self.table[...].astype(self.dtype).T
+        return read(self, "table", self.dtype).T
 
 
 class RMSNorm(nnx.Module):

@@ -14,6 +14,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.config import Dtype, MlpConfig
 from efftrain.models.expert_parallel import ExpertRun, Experts, experts_on_mesh
 from efftrain.models.mlp import SwiGLU
+from efftrain.models.quantization import Matrix, read
 from efftrain.ops.grouped_matmul import Dispatch
 from efftrain.ops.platform import platform
 from efftrain.ops.routing import (
@@ -134,12 +135,16 @@ class RoutedExperts(nnx.Module):
             units=(d_model, n),
         )
 
-        def experts(d_in: int, d_out: int, axes: tuple[str, str], gain: float = 1.0) -> nnx.Param:
+        def experts(d_in: int, d_out: int, axes: tuple[str, str], gain: float = 1.0) -> Matrix:
             # The expert axis is a batch axis: counted into the fan, it would shrink every expert.
             init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
             shape = (n, d_in, d_out)
-            return nnx.Param(
-                init(rngs.params(), shape) * gain, axes=("experts", *axes), units=shape, active=config.top_k / n
+            return Matrix(
+                init(rngs.params(), shape) * gain,
+                axes=("experts", *axes),
+                units=shape,
+                active=config.top_k / n,
+                contraction=-2,
             )
 
         self.gate = experts(d_model, f, ("embed", "mlp"))
@@ -177,7 +182,7 @@ class RoutedExperts(nnx.Module):
 
     def _experts(self, x_btd: Array, routing: Routing) -> Experts:
         config = self.config
-        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
+        gate, up, down = (read(self, name, self.dtype) for name in ("gate", "up", "down"))
         x_btd = x_btd.astype(self.dtype)
         if config.dispatch == "reference":
             y_nd = every_expert(x_btd.reshape(-1, x_btd.shape[-1]), routing, gate, up, down)

@@ -74,7 +74,7 @@ class RoutedDepthConfig(DepthConfig):
         def layer(level: int) -> LayerCache:
             room = min(slots, self.expected(level, model.max_length))
             # One slot more: where a token that does not pass is written when all others are taken.
-            return empty_layer_cache(block.attention, batch, room + 1, model.dtype)
+            return empty_layer_cache(block.attention, model, batch, room + 1)
 
         levels = range(len(self.capacities()))
         return RoutedCache(

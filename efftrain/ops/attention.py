@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from efftrain.ops.quantize import QuantizedArray
+
 
 def causal_attention(
     q_bthd: Array,
@@ -34,7 +36,7 @@ def causal_attention(
       (batch, t, heads, d_head) in q's dtype; scores and sums are float32.
     """
     length, before = q_bthd.shape[1], k_bskd.shape[1] - q_bthd.shape[1]
-    q_bkgtd, k_bksd, v_bksd = _group(q_bthd, k_bskd), k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
+    q_bkgtd, k_bksd, v_bksd = _group(q_bthd, k_bskd.shape[2]), k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
     size = -(-length // min(n_blocks, length))
     outs = []
     for start in range(0, length, size):
@@ -53,13 +55,19 @@ def causal_attention(
 
 
 def cached_attention(
-    q_bthd: Array, k_bksd: Array, v_bksd: Array, positions_bt: Array, *, window: int | None = None
+    q_bthd: Array,
+    k_bksd: Array | QuantizedArray,
+    v_bksd: Array | QuantizedArray,
+    positions_bt: Array,
+    *,
+    window: int | None = None,
 ) -> Array:
     """Attention of a few new tokens to a cache in which slot i holds the token at position i.
 
     Args:
       q_bthd: (batch, new tokens, heads, d_head).
-      k_bksd: (batch, kv_heads, slots, d_head); the slots of the new tokens are already written.
+      k_bksd: (batch, kv_heads, slots, d_head); the slots of the new tokens are already written. Quantised: with a scale
+        for each slot and head.
       v_bksd: like k.
       positions_bt: (batch, new tokens) position of each query; slots behind it are not seen, whatever they hold.
       window: as in ``causal_attention``.
@@ -71,12 +79,11 @@ def cached_attention(
     mask = slots <= positions_bt[..., None]
     if window:
         mask &= positions_bt[..., None] - slots < window
-    return _ungroup(_attend(_group(q_bthd, k_bksd.swapaxes(1, 2)), k_bksd, v_bksd, mask[:, None, None]))
+    return _ungroup(_attend(_group(q_bthd, k_bksd.shape[1]), k_bksd, v_bksd, mask[:, None, None]))
 
 
-def _group(q_bthd: Array, k_btkd: Array) -> Array:
+def _group(q_bthd: Array, kv_heads: int) -> Array:
     batch, length, heads, d_head = q_bthd.shape
-    kv_heads = k_btkd.shape[2]
     return q_bthd.reshape(batch, length, kv_heads, heads // kv_heads, d_head).transpose(0, 2, 3, 1, 4)
 
 
@@ -85,10 +92,19 @@ def _ungroup(out_bkgtd: Array) -> Array:
     return out_bkgtd.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, d_head)
 
 
-def _attend(q_bkgtd: Array, k_bksd: Array, v_bksd: Array, mask: Array) -> Array:
+def _attend(q_bkgtd: Array, k_bksd: Array | QuantizedArray, v_bksd: Array | QuantizedArray, mask: Array) -> Array:
     scale = q_bkgtd.shape[-1] ** -0.5
-    scores = jnp.einsum("bkgtd,bksd->bkgts", q_bkgtd * scale, k_bksd, preferred_element_type=jnp.float32)
+    k_bksd, k_scale = _levels_and_scale(k_bksd, q_bkgtd.dtype)
+    v_bksd, v_scale = _levels_and_scale(v_bksd, q_bkgtd.dtype)
+    scores = jnp.einsum("bkgtd,bksd->bkgts", q_bkgtd * scale, k_bksd, preferred_element_type=jnp.float32) * k_scale
     # jax.nn.softmax and not exp and sum: its own derivative is a third cheaper than that of the parts.
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v_bksd.dtype)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v_bksd, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1) * v_scale
+    out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v_bksd.dtype), v_bksd, preferred_element_type=jnp.float32)
     return out.astype(q_bkgtd.dtype)
+
+
+def _levels_and_scale(a_bksd: Array | QuantizedArray, dtype: jnp.dtype) -> tuple[Array, Array | float]:
+    """Multiplied with the scores or weights, (batch, kv_heads, 1, 1, slots), scales cost less than with the vectors."""
+    if not isinstance(a_bksd, QuantizedArray):
+        return a_bksd, 1.0
+    return a_bksd.levels().astype(dtype), a_bksd.scale[..., 0].astype(jnp.float32)[:, :, None, None]

@@ -129,6 +129,7 @@ DEFAULT_RULES = ShardingRules(
         # Kept whole.
         "layers": (),  # the scan slices it: split, every layer would be fetched from another device
         "norm": (),  # a vector: gathering it costs more than keeping it
+        "groups": (),  # the scales of a quantised matrix along its contraction: few
     }
 )
 

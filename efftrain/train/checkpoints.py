@@ -137,21 +137,71 @@ class Checkpoints:
           RunError: as for ``restore``, and where there is no checkpoint.
         """
         variables = flatten(abstract_variables)
-
-        def read(step: int) -> dict[str, Any]:
-            saved = self._saved_shapes(step)
-            trained = "ema" if any(name.startswith("ema/") for name in saved) else "params"
-            places = {
-                name: f"model_state/{name}" if f"model_state/{name}" in saved else f"{trained}/{name}"
-                for name in variables
-            }
-            flat, _ = self._read(step, {place: variables[name] for name, place in places.items()}, partial=True)
-            return {name: flat[place] for name, place in places.items()}
-
-        found = self._newest_complete(read)
+        found = self._newest_complete(lambda step: self._read_model(step, variables))
         if found is None:
             raise RunError(f"{self.directory} holds no checkpoint; train the run first")
         return unflatten(found[1], abstract_variables)
+
+    def model_arrays(self, abstract_variables: Any) -> Iterator[tuple[str, Array]]:
+        """What ``restore_model`` reads, array by array, large ones first: no two are held here at once.
+
+        Raises:
+          RunError: as there; also where an array behind the first is damaged.
+        """
+        variables = flatten(abstract_variables)
+        first, *rest = sorted(variables, key=lambda name: (-variables[name].size, name))
+        found = self._newest_complete(lambda step: self._read_model(step, {first: variables[first]}))
+        if found is None:
+            raise RunError(f"{self.directory} holds no checkpoint; train the run first")
+        step, array = found
+        yield first, array.pop(first)
+        for name in rest:
+            try:
+                array = self._read_model(step, {name: variables[name]})
+            except ValueError as error:
+                raise RunError(f"checkpoint {self.directory / str(step)} is damaged ({error})") from error
+            yield name, array.pop(name)
+
+    def _read_model(self, step: int, variables: dict[str, Any]) -> dict[str, Any]:
+        saved = self._saved_shapes(step)
+        trained = "ema" if any(name.startswith("ema/") for name in saved) else "params"
+        places = {
+            name: f"model_state/{name}" if f"model_state/{name}" in saved else f"{trained}/{name}" for name in variables
+        }
+        flat, _ = self._read(step, {place: variables[name] for name, place in places.items()}, partial=True)
+        return {name: flat[place] for name, place in places.items()}
+
+    def restore_step(self, step: int, state: Any, *, new: tuple[str, ...]) -> tuple[Any, Any]:
+        """One checkpoint, for another run to go on from.
+
+        Args:
+          step: of a checkpoint that is there.
+          state: of the run that goes on; its arrays give shapes and shardings.
+          new: ends of the names of arrays that the checkpoint may lack; they stay as they are.
+
+        Returns:
+          (state, data iterator's state).
+
+        Raises:
+          RunError: the checkpoint is damaged, or of another model or optimizer.
+        """
+        own = flatten(state)
+        saved = self._saved_shapes(step)
+        wanted = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for name, array in own.items()
+            if name in saved or not name.endswith(new)
+        }
+        try:
+            flat, data_state = self._read(step, wanted)
+        except RunError:
+            raise
+        except Exception as error:  # as in _newest_complete
+            _ignore_late_callbacks()
+            raise RunError(
+                f"checkpoint {self.directory / str(step)} is damaged ({_first_line(error)}); branch from another one"
+            ) from error
+        return unflatten(own | flat, state), data_state
 
     def _newest_complete(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
         damaged = []

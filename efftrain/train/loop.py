@@ -18,6 +18,7 @@ from efftrain.sharding.chips import find_chip
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.peers import Peers
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
+from efftrain.train.branch import branch_from, parse_branch
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.interruption import Interruption
 from efftrain.train.objective import Metrics, Objective
@@ -64,6 +65,8 @@ class Training:
       keep_checkpoints: the newest ones that stay.
       keep_every: every checkpoint whose step is a multiple of this stays too. None: only the newest.
       checkpoints: the folder of this run's checkpoints, also on a bucket (gs://bucket/run). None: in the run directory.
+      branch: start from a checkpoint of another run, such as runs/dense@480 for step 480: with its optimizer state, at
+        its place in the data. None: from the beginning.
       mesh: how the devices are used.
       profile: first and last step of a trace, such as 10:15, written to the run directory. None: no trace.
       watchdog: when a run counts as hung.
@@ -84,6 +87,7 @@ class Training:
     keep_checkpoints: int = 2
     keep_every: int | None = None
     checkpoints: str | None = None
+    branch: str | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: str | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -111,6 +115,8 @@ class Training:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number between 0 and 1, or None")
         if self.profile is not None:
             parse_steps(self.profile, self.steps)
+        if self.branch is not None:
+            parse_branch(self.branch, self.steps)
 
     @property
     def tokens(self) -> int:
@@ -166,6 +172,8 @@ def fit(
       SystemExit: with code 75 after SIGTERM or Ctrl-C, when everything is saved. Of several processes, all save the
         same step whichever of them got the signal; where one is lost, the others end (``sharding.peers``).
     """
+    if config.branch is not None and initial is not None:
+        raise ConfigError("training.branch is set and the run starts from a model; leave one of them out")
     mesh = make_mesh(config.mesh, devices)
     program = make_program(build, objective, config)
     if hosts.process_count() > 1:
@@ -177,7 +185,7 @@ def fit(
         Interruption() as interruption,
         Checkpoints(run.checkpoints, keep=config.keep_checkpoints, keep_every=config.keep_every) as checkpoints,
     ):
-        state = _restore_or_init(program, checkpoints, batches, mesh, rules, initial)
+        state = _restore_or_init(program, checkpoints, batches, mesh, rules, initial, config)
         start = int(state.step)
         report_checkpoint(start)
         if start == config.steps:
@@ -287,15 +295,19 @@ def _restore_or_init(
     mesh: Mesh,
     rules: ShardingRules,
     initial: Callable[[], nnx.Module] | None,
+    config: Training,
 ) -> TrainState:
     abstract = program.abstract_state(mesh, rules)
     found = checkpoints.restore(abstract)
     if found is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
-        return state if initial is None else _start_from(initial(), state)
-    step, state, data_state = found
+        if config.branch is None:
+            return state if initial is None else _start_from(initial(), state)
+        state, data_state = branch_from(config.branch, config.steps, state)
+    else:
+        step, state, data_state = found
+        console.print(f"continuing from step {step}")
     batches.set_state(data_state)
-    console.print(f"continuing from step {step}")
     return state
 
 

@@ -117,7 +117,7 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def _own_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
-    return tuple(axis for axis in axes if axis not in ("layers", "experts"))
+    return tuple(axis for axis in axes if axis not in ("layers", "experts", "groups"))
 
 
 def _check(config: AdamW | Muon) -> None:

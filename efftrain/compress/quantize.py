@@ -1,0 +1,162 @@
+"""A float model, or one trained for quantisation, converted into one whose matrices are stored quantised."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.compress.awq import scale_inputs
+from efftrain.compress.observe import Calibration, Grams, forward, grams, inputs_of, relative_error
+from efftrain.compress.pieces import Pieces, abstract_variables, assemble
+from efftrain.compress.second_order import gptq
+from efftrain.errors import ConfigError
+from efftrain.models.block import Block
+from efftrain.models.decoder import Decoder
+from efftrain.models.quantization import Quantization, give_rules, matrices, quantized, rule_of, store
+from efftrain.ops.quantize import QuantizedArray, format_name
+from efftrain.progress import Progress
+
+Method = Literal["nearest", "gptq", "awq"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One matrix of one layer.
+
+    Attributes:
+      name: in the model, with the number of the layer in place of that in the pattern.
+      format: such as int4:g32; "float32" where it stays.
+      method: how it was converted; "none" where it was not.
+      why: where it was not converted, or not by the method that was asked for.
+      bytes_before, bytes_after: of the matrix.
+      weight_error: root mean squared change over that of the weights.
+      output_error: the same of its outputs on the calibration's text; None where that was not observed.
+    """
+
+    name: str
+    format: str
+    method: str
+    why: str
+    bytes_before: int
+    bytes_after: int
+    weight_error: float
+    output_error: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, matrix by matrix."""
+
+    matrices: tuple[Converted, ...]
+
+    @property
+    def bytes_share(self) -> float | None:
+        """Bytes of the matrices that are quantised, over what they were in float32; None where there is none."""
+        changed = [m for m in self.matrices if m.method != "none"]
+        return sum(m.bytes_after for m in changed) / sum(m.bytes_before for m in changed) if changed else None
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(matrix) for matrix in self.matrices]
+
+
+def convert(
+    pieces: Pieces,
+    quantization: Quantization,
+    *,
+    method: Method = "nearest",
+    calibration: Calibration | None = None,
+    unrolled: bool = False,
+    each_layer: Callable[[int], None] = lambda number: None,
+) -> tuple[Decoder, Report]:
+    """Converts layer by layer; of the float layers none is kept.
+
+    Steps that were learned in training (a model that has the same rules) become the scales; else these are those of the
+    largest magnitude.
+
+    Args:
+      pieces: of the model; its layers are gone afterwards.
+      quantization: of the new model; ``stored`` or not.
+      method: "nearest" rounds; "gptq" and "awq" also look at the inputs on the calibration's text, those of layers
+        behind the converted ones. These two are for the dense products of plain blocks; the rest is rounded.
+      calibration: text, for these two.
+      unrolled: the new model has every layer in its pattern, as rules for single layers need it.
+      each_layer: called with the number of layers that are done.
+
+    Returns:
+      The new model and what was done to each matrix.
+
+    Raises:
+      ConfigError: the model is converted already; a rule matches nothing or does not fit; there is no calibration.
+    """
+    if method not in get_args(Method):
+        raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(Method))}")
+    if pieces.config.quantization.stored:
+        raise ConfigError("the model is converted already; convert the one it was made from")
+    if method != "nearest" and calibration is None:
+        raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
+    config = pieces.unrolled() if unrolled else pieces.config
+    config = config.replace(quantization=dataclasses.replace(quantization, stored=True))
+    abstract_variables(config)  # refuses rules that do not fit before anything is computed
+
+    rows: list[Converted] = []
+    outer = pieces.outer
+    give_rules(outer, quantization)
+    observe = method != "nearest"
+    x_ntd = inputs_of(outer, calibration) if observe else None
+    n, n_positions, states = len(pieces.layers), len(config.pattern), []
+    with Progress("convert", n, unit="layers") as progress:
+        for number in range(n):
+            layer = pieces.layers.pop(0)
+            give_rules(layer, quantization, f"blocks/{number % n_positions}/")
+            plain = isinstance(layer, Block)
+            found = grams(layer, x_ntd, calibration) if observe and plain else {}
+            powers = scale_inputs(layer, found) if method == "awq" and plain else {}
+            for name, module, attribute in list(matrices(layer)):
+                how = _how(name, method, found, powers, plain)
+                rows.append(_convert(f"blocks/{number}/{name}", module, attribute, *how, found.get(name)))
+            if observe and number + 1 < n:
+                x_ntd = forward(layer, x_ntd, calibration)
+            states.append(nnx.state(layer))
+            progress.advance()
+            each_layer(number + 1)
+    for name, module, attribute in list(matrices(outer)):
+        if not name.startswith("blocks/"):
+            why = f"{method} is for the products of blocks" if observe else ""
+            rows.append(_convert(name, module, attribute, "nearest", why, None))
+    return assemble(config, outer, states), Report(tuple(rows))
+
+
+def _how(name: str, method: Method, found: Grams, powers: dict[str, float], plain: bool) -> tuple[str, str]:
+    """By which method a matrix is converted, and why not by the one that was asked for."""
+    if method == "nearest" or (method == "gptq" and name in found) or name in powers:
+        return method, ""
+    if not plain:
+        return "nearest", f"{method} is for plain blocks"
+    return "nearest", f"{method} is for dense products" if name not in found else "nothing before it can be scaled"
+
+
+def _convert(name: str, module: nnx.Module, attribute: str, method: str, why: str, gram: Array | None) -> Converted:
+    variable = getattr(module, attribute)
+    rule, before, n_bytes = rule_of(variable), variable[...], variable.size * variable.dtype.itemsize
+    if rule is None or rule.weights is None:
+        return Converted(name, str(variable.dtype), "none", "no rule has weights for it", n_bytes, n_bytes, 0.0, None)
+    if method == "gptq" and not rule.learned_step:
+        value = gptq(before, gram, rule.weights)
+    else:
+        value = quantized(module, attribute)
+    change = value.dequantize() - before
+    weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
+    output_error = None if gram is None else relative_error(change, before, gram)
+    store(module, attribute, value)
+    return Converted(
+        name, format_name(rule.weights), method, why, n_bytes, stored_bytes(value), weight_error, output_error
+    )
+
+
+def stored_bytes(value: QuantizedArray) -> int:
+    """Of levels and scales."""
+    return sum(a.size * a.dtype.itemsize for a in (value.packed, value.scale))

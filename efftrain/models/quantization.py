@@ -1,0 +1,255 @@
+"""Which matrices of a model are quantised, and how a module reads one: trained for it, or stored so.
+
+A matrix is a ``Matrix``: every dense product's kernel, the experts', the embedding's table. A module reads it through
+``read``, which gives the float matrix, the values that it would have after quantisation (training), or those that were
+stored. A rule stands in the variable's metadata; what is stored has variables of its own, which are not trained.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.errors import ConfigError
+from efftrain.ops.platform import platform
+from efftrain.ops.quantize import (
+    AnyFormat,
+    Float8,
+    QuantizedArray,
+    fake_quantize,
+    group_size,
+    learned_quantize,
+    multiplies_quantized,
+    quantize,
+    quantized_product,
+    step_of,
+)
+
+SMALLEST_RATIO = 0.05  # of a learned step over that of the largest magnitude
+# Where products of two quantised matrices are computed in their own type. Neither was measured; elsewhere, and on CPU,
+# the product is one of floats (XLA's int8 products are slower there: tests/bench/quantize.py).
+MULTIPLIES = {"tpu", "gpu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationRule:
+    """How some matrices are quantised.
+
+    Attributes:
+      layers: a regular expression that the whole name of a matrix matches, such as ``blocks/.*``, ``.*/attention/.*``
+        or ``embedding``. Names are paths in the model: ``blocks/0/mlp/up``, where 0 is the place in the pattern.
+      weights: the format of the matrix. None: float.
+      activations: the format of what a dense product multiplies it with, a scale for each token. None: float. Experts,
+        embedding and head take floats in any case.
+      learned_step: scales are trained too (LSQ): for 4 bits and fewer.
+    """
+
+    layers: str = "blocks/.*"
+    weights: AnyFormat | None = None
+    activations: AnyFormat | None = None
+    learned_step: bool = False
+
+    def __post_init__(self):
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise ConfigError(f"quantization: layers {self.layers!r} is no regular expression ({error})") from error
+        if self.activations is not None and self.activations.group is not None:
+            raise ConfigError("quantization: activations have one scale a token; leave their group out")
+        if self.learned_step and (self.weights is None or isinstance(self.weights, Float8)):
+            raise ConfigError("quantization: learned_step needs weights of an integer format; set weights or leave it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What of a model is quantised.
+
+    Attributes:
+      rules: the first one that a matrix matches counts; one that matches none is an error. Norms and routers are float.
+      cache: the format of keys and values, a scale for each token and head. None: the model's dtype.
+      stored: matrices are held in their format, and not trained: a converted model. False: they are float, and used as
+        they will be when they are stored.
+    """
+
+    rules: tuple[QuantizationRule, ...] = ()
+    cache: AnyFormat | None = None
+    stored: bool = False
+
+    def __post_init__(self):
+        if self.cache is not None and self.cache.group is not None:
+            raise ConfigError("quantization: the cache has one scale for each token and head; leave its group out")
+
+
+class Matrix(nnx.Param):
+    """A matrix (..., d_in, d_out), which a rule may quantise. Metadata ``contraction``: -2, or -1 for a table."""
+
+
+class Packed(nnx.Variable):
+    """The packed levels of a matrix that is stored quantised. Metadata: as of the ``Matrix``, and ``per_byte``."""
+
+
+class Scale(nnx.Variable):
+    """The scales of a ``Packed``, under its name with ``_scale`` behind it."""
+
+
+class StepRatio(nnx.Param):
+    """Learned steps over those of the largest magnitude, under the matrix's name with ``_ratio`` behind it.
+
+    A ratio, so that one learning rate fits all, and steps follow their matrix from the first training step on.
+    """
+
+
+def read(module: nnx.Module, name: str, dtype: Any) -> Array:
+    """The matrix ``name`` of a module as its products see it."""
+    variable = getattr(module, name)
+    if isinstance(variable, Packed):
+        return stored(module, name).dequantize().astype(dtype)
+    rule, matrix = rule_of(variable), variable[...]
+    if rule is not None and rule.weights is not None:
+        axis = variable.get_metadata()["contraction"]
+        if rule.learned_step:
+            matrix = learned_quantize(matrix, learned_steps(module, name), rule.weights, axis)
+        else:
+            matrix = fake_quantize(matrix, rule.weights, axis)
+    return matrix.astype(dtype)
+
+
+def read_rows(module: nnx.Module, name: str, places: Array) -> Array:
+    """Rows of a table, (...) integers -> (..., d_model) float32: only they are made float again."""
+    variable = getattr(module, name)
+    if isinstance(variable, Packed):
+        table = stored(module, name)
+        return QuantizedArray(table.packed[places], table.scale[places], table.format, -1, table.group).dequantize()
+    rows, rule = variable[...][places], rule_of(variable)
+    return rows if rule is None or rule.weights is None else fake_quantize(rows, rule.weights, -1)
+
+
+def product(x_nd: Array, module: nnx.Module, name: str) -> Array:
+    """(n, d_in) @ the matrix -> (n, d_out), in the dtype of x."""
+    variable = getattr(module, name)
+    rule = rule_of(variable)
+    activations = None if rule is None else rule.activations
+    if activations is None:
+        return x_nd @ read(module, name, x_nd.dtype)
+    if isinstance(variable, Packed) and platform() in MULTIPLIES:
+        kernel = stored(module, name)
+        if multiplies_quantized(kernel, activations):
+            return quantized_product(x_nd, kernel, activations).astype(x_nd.dtype)
+    return fake_quantize(x_nd, activations, -1) @ read(module, name, x_nd.dtype)
+
+
+def stored(module: nnx.Module, name: str) -> QuantizedArray:
+    """A matrix that is stored quantised."""
+    variable = getattr(module, name)
+    metadata, packed = variable.get_metadata(), variable[...]
+    axis, format = metadata["contraction"], metadata["rule"].weights
+    group = format.group or packed.shape[axis] * metadata["per_byte"]
+    return QuantizedArray(packed, getattr(module, f"{name}_scale")[...], format, axis, group)
+
+
+def learned_steps(module: nnx.Module, name: str) -> Array:
+    """The float32 scales of a matrix whose rule has ``learned_step``; not differentiated in the matrix."""
+    matrix = getattr(module, name)
+    step = step_of(jax.lax.stop_gradient(matrix[...]), rule_of(matrix).weights, matrix.get_metadata()["contraction"])
+    return step * jnp.maximum(getattr(module, f"{name}_ratio")[...], SMALLEST_RATIO)
+
+
+def quantized(module: nnx.Module, name: str) -> QuantizedArray:
+    """What a matrix with a rule for its weights becomes when it is stored: exactly what ``read`` gives."""
+    variable = getattr(module, name)
+    rule, axis = rule_of(variable), variable.get_metadata()["contraction"]
+    scale = learned_steps(module, name).astype(rule.weights.scale_dtype) if rule.learned_step else None
+    return quantize(variable[...], rule.weights, axis, scale=scale)
+
+
+def store(module: nnx.Module, name: str, value: QuantizedArray) -> None:
+    """Puts a quantised matrix, concrete or abstract, in the place of a float one."""
+    metadata = getattr(module, name).get_metadata()
+    kept = {k: metadata[k] for k in ("axes", "units", "active", "passes", "rule", "contraction") if k in metadata}
+    axes, units = list(metadata["axes"]), list(metadata["units"])
+    axis, per_byte = value.axis, 8 // value.format.storage_bits
+    n_packed = value.packed.shape[axis]
+    packed_units = [*units]
+    packed_units[axis] = n_packed if units[axis] == n_packed * per_byte else math.gcd(units[axis], n_packed)
+    axes[axis], units[axis] = "groups", value.scale.shape[axis]
+    setattr(module, name, Packed(value.packed, **kept | {"units": tuple(packed_units), "per_byte": per_byte}))
+    setattr(module, f"{name}_scale", Scale(value.scale, axes=tuple(axes), units=tuple(units)))
+    if hasattr(module, f"{name}_ratio"):
+        delattr(module, f"{name}_ratio")
+
+
+def rule_of(variable: nnx.Variable) -> QuantizationRule | None:
+    """The rule that a matrix has."""
+    return variable.get_metadata().get("rule")
+
+
+def matrices(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, str]]:
+    """Every matrix that may be quantised or is: its name in the model, the module that holds it, its attribute."""
+    for path, module in nnx.iter_modules(model):
+        for name, variable in vars(module).items():
+            if isinstance(variable, Matrix | Packed) and variable.get_metadata().get("quantizable", True):
+                yield "/".join(map(str, path if name in ("kernel", "table") else (*path, name))), module, name
+
+
+def prepare(model: nnx.Module, quantization: Quantization) -> None:
+    """Gives the matrices of a float model their rules; where ``stored``, quantises them.
+
+    Raises:
+      ConfigError: a rule matches no matrix, or a group does not divide one.
+    """
+    names = sorted(name for name, _, _ in matrices(model))
+    for i, rule in enumerate(quantization.rules):
+        if not any(re.fullmatch(rule.layers, name) for name in names):
+            raise ConfigError(
+                f"quantization.rules[{i}].layers is {rule.layers!r}, which matches no matrix; they are "
+                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
+    give_rules(model, quantization)
+    if quantization.stored:
+        for _, module, attribute in list(matrices(model)):
+            rule = rule_of(getattr(module, attribute))
+            if rule is not None and rule.weights is not None:
+                store(module, attribute, quantized(module, attribute))
+
+
+def give_rules(module: nnx.Module, quantization: Quantization, prefix: str = "") -> None:
+    """Gives float matrices the rules that they match, in place of those that they had.
+
+    Args:
+      module: a model, or the part of one whose name is ``prefix``.
+    """
+    for name, holder, attribute in list(matrices(module)):
+        name = f"{prefix}{name}"
+        rule = next((rule for rule in quantization.rules if re.fullmatch(rule.layers, name)), None)
+        _give_rule(name, holder, attribute, rule)
+
+
+def _give_rule(name: str, module: nnx.Module, attribute: str, rule: QuantizationRule | None) -> None:
+    variable = getattr(module, attribute)
+    metadata = variable.get_metadata()
+    if metadata.get("rule") == rule:
+        return
+    variable.set_metadata(rule=rule)
+    if hasattr(module, f"{attribute}_ratio"):
+        delattr(module, f"{attribute}_ratio")
+    if rule is None or rule.weights is None:
+        return
+    axis = metadata["contraction"]
+    try:
+        size = group_size(variable.shape[axis], rule.weights)
+    except ConfigError as error:
+        raise ConfigError(f"quantization of {name}: {error}") from error
+    if rule.learned_step:
+        if axis != -2:
+            raise ConfigError(f"quantization of {name}: the steps of a table cannot be learned; give it its own rule")
+        shape, axes, units = list(variable.shape), list(metadata["axes"]), list(metadata["units"])
+        shape[axis] = units[axis] = shape[axis] // size
+        axes[axis] = "groups"
+        ratio = jnp.ones(shape, jnp.float32)
+        setattr(module, f"{attribute}_ratio", StepRatio(ratio, axes=tuple(axes), units=tuple(units)))

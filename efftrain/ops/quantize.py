@@ -1,0 +1,362 @@
+"""Quantised numbers: formats, one value for an array of them, and the fake quantisation that trains for it.
+
+One convention everywhere, that of qwix and compressed-tensors: symmetric, ``value = scale * q``, the scale such that
+the largest magnitude of a group falls half a step behind the greatest level (absmax / 7.5 for 4 bits, levels -8 to 7).
+The scale is rounded to the type in which it is stored *before* the numbers are, so that what is trained with is what is
+stored. A group of zeros has scale 1.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efftrain.errors import ConfigError
+
+ScaleDtype = Literal["float32", "bfloat16"]
+SMALLEST_SCALE = 1e-30  # below, a division by it is not finite; the numbers are zero for every purpose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How numbers are stored; see the subclasses.
+
+    Attributes:
+      group: along the contraction, so many numbers share a scale. None: all of them, a scale for each output.
+      scale_dtype: in which scales are stored.
+    """
+
+    group: int | None = None
+    scale_dtype: ScaleDtype = "bfloat16"
+
+    dtype: ClassVar[str]  # of a level before packing
+
+    def __post_init__(self):
+        if self.group is not None and self.group < 1:
+            raise ConfigError(f"quantization: group is {self.group}; give a positive number such as 32, or None")
+        if self.scale_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"quantization: scale_dtype is {self.scale_dtype!r}; use 'float32' or 'bfloat16'")
+
+    @property
+    def storage_bits(self) -> int:
+        """Of one number, without its share of the scale."""
+        return 8
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The least and the greatest."""
+        raise NotImplementedError
+
+    def step(self, x: Array, axis: int) -> Array:
+        """The scale of float32 numbers along ``axis``, which goes, before it is rounded or checked."""
+        raise NotImplementedError
+
+    def nearest(self, v: Array) -> Array:
+        """The nearest level to each of the float32 numbers ``value / scale``, as float32."""
+        return jnp.clip(jnp.round(v), *self.levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integer(Format):
+    """Signed integers of 8 or 4 bits; those of 4 are packed, two to a byte."""
+
+    bits: int = 8
+    dtype: ClassVar[str] = "int8"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bits not in (4, 8):
+            raise ConfigError(f"quantization: bits is {self.bits}; use 8 or 4, or the format Ternary")
+
+    @property
+    def storage_bits(self) -> int:
+        return self.bits
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        return -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
+
+    def step(self, x: Array, axis: int) -> Array:
+        return _times(jnp.abs(x).max(axis), 1 / (self.levels[1] + 0.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ternary(Format):
+    """-1, 0 and 1 times the mean magnitude; four to a byte. For research: Ma et al. 2024 (BitNet b1.58)."""
+
+    dtype: ClassVar[str] = "int8"
+
+    @property
+    def storage_bits(self) -> int:
+        return 2
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        return -1.0, 1.0
+
+    def step(self, x: Array, axis: int) -> Array:
+        return _times(jnp.abs(x).sum(axis), 1 / x.shape[axis])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8(Format):
+    """Floating point of 8 bits, 4 of exponent and 3 of mantissa (e4m3fn, Micikevicius et al. 2022)."""
+
+    dtype: ClassVar[str] = "float8_e4m3fn"
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        return -448.0, 448.0
+
+    def step(self, x: Array, axis: int) -> Array:
+        return _times(jnp.abs(x).max(axis), 1 / self.levels[1])
+
+    def nearest(self, v: Array) -> Array:
+        # Clipped first: beyond its largest number the type has only NaN.
+        return jnp.clip(v, *self.levels).astype(self.dtype).astype(jnp.float32)
+
+
+AnyFormat = Integer | Ternary | Float8  # what a field of a configuration may hold
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("packed", "scale"), meta_fields=("format", "axis", "group"))
+@dataclass(frozen=True)
+class QuantizedArray:
+    """Numbers and their scales.
+
+    Attributes:
+      packed: int8 or float8, the shape of the array but for ``axis``, along which int8 holds several levels each: the
+        first in the lowest bits.
+      scale: as many as there are groups along ``axis``.
+      format: of the numbers.
+      axis: the contraction, negative, so that a stack of arrays is one too.
+      group: numbers along it that share a scale.
+    """
+
+    packed: Array
+    scale: Array
+    format: AnyFormat
+    axis: int
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that this stands for."""
+        shape = list(self.packed.shape)
+        shape[self.axis] *= 8 // self.format.storage_bits
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        return self.packed.ndim
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def levels(self) -> Array:
+        """The numbers before scaling, int8 or float8."""
+        return unpack(self.packed, self.format, self.axis)
+
+    def dequantize(self) -> Array:
+        """float32 of the original shape."""
+        return _scaled(self.levels().astype(jnp.float32), self.scale, self.group, self.axis)
+
+
+def group_size(length: int, format: Format) -> int:
+    """Numbers along a contraction of this length that share a scale.
+
+    Raises:
+      ConfigError: the group does not divide the length, or the format packs more numbers in a byte than divide it.
+    """
+    size = length if format.group is None else format.group
+    if length % size:
+        raise ConfigError(f"the group of {size} does not divide {length} inputs; use a divisor")
+    if length % (8 // format.storage_bits):
+        raise ConfigError(
+            f"{length} inputs of {format.storage_bits} bits do not fill whole bytes; make it a multiple of "
+            f"{8 // format.storage_bits}"
+        )
+    return size
+
+
+def step_of(x: Array, format: Format, axis: int = -2) -> Array:
+    """The scales of an array, one a group along ``axis``, in float32: before they are rounded to ``scale_dtype``."""
+    step = format.step(_grouped(x.astype(jnp.float32), group_size(x.shape[axis], format), axis), axis)
+    return jnp.where(step < SMALLEST_SCALE, 1.0, step)
+
+
+def quantize(x: Array, format: Format, axis: int = -2, *, scale: Array | None = None) -> QuantizedArray:
+    """The nearest numbers of a format.
+
+    Args:
+      x: (...) of any float dtype.
+      format: of the numbers.
+      axis: the contraction, negative: scales are shared along it.
+      scale: those to use, in ``scale_dtype``. None: ``step_of`` rounded to it.
+    """
+    size = group_size(x.shape[axis], format)
+    scale = step_of(x, format, axis).astype(format.scale_dtype) if scale is None else scale
+    levels = format.nearest(_unscaled(x.astype(jnp.float32), scale, size, axis)).astype(format.dtype)
+    return QuantizedArray(pack(levels, format, axis), scale, format, axis, size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def fake_quantize(x: Array, format: Format, axis: int = -2) -> Array:
+    """The values that ``quantize(x, format, axis).dequantize()`` has, in x's dtype; to the gradient it is x.
+
+    ``x + stop_gradient(q - x)`` would be off by a rounding, and what is converted later would not be what was trained.
+
+    Source: Bengio et al. 2013 (straight-through estimator). Clipped numbers have a gradient too: what is clipped is at
+    most half a step.
+    """
+    size = group_size(x.shape[axis], format)
+    scale = step_of(x, format, axis).astype(format.scale_dtype)
+    levels = format.nearest(_unscaled(x.astype(jnp.float32), scale, size, axis))
+    return _scaled(levels, scale, size, axis).astype(x.dtype)
+
+
+def _fake_forward(x: Array, format: Format, axis: int) -> tuple[Array, None]:
+    return fake_quantize(x, format, axis), None
+
+
+def _fake_backward(format: Format, axis: int, saved: None, gradient: Array) -> tuple[Array]:
+    return (gradient,)
+
+
+fake_quantize.defvjp(_fake_forward, _fake_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def learned_quantize(x: Array, step: Array, format: Format, axis: int = -2) -> Array:
+    """``fake_quantize`` with scales that are learned too.
+
+    Args:
+      x: (...) float32.
+      step: float32 scales, one a group along ``axis``, positive; rounded to the format's ``scale_dtype`` here.
+      format: Integer or Ternary.
+      axis: the contraction, negative.
+
+    Returns:
+      The quantised values, like x. The gradient of x is zero where it is clipped; that of a step is the sum over its
+      group of ``round(v) - v`` inside and the level at which it is clipped outside, ``v = x / step``, divided by the
+      root of (numbers in a group x greatest level).
+
+    Source: Esser et al. 2020 (LSQ), equations 3 and 5, section 2.2.
+    """
+    size, scale = group_size(x.shape[axis], format), step.astype(format.scale_dtype)
+    return _scaled(format.nearest(_unscaled(x, scale, size, axis)), scale, size, axis)
+
+
+def _learned_forward(x: Array, step: Array, format: Format, axis: int) -> tuple[Array, tuple[Array, Array]]:
+    return learned_quantize(x, step, format, axis), (x, step)
+
+
+def _learned_backward(format: Format, axis: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, step = saved
+    size = group_size(x.shape[axis], format)
+    v = _unscaled(x, step.astype(format.scale_dtype), size, axis)
+    low, high = format.levels
+    inside = (v >= low) & (v <= high)
+    slope = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, low, high))
+    d_step = _grouped(gradient * slope, size, axis).sum(axis) / math.sqrt(size * high)
+    return jnp.where(inside, gradient, 0), d_step
+
+
+learned_quantize.defvjp(_learned_forward, _learned_backward)
+
+
+def pack(levels: Array, format: Format, axis: int = -2) -> Array:
+    """int8 levels, several to a byte along ``axis``; float8 and 8 bits as they are."""
+    bits = format.storage_bits
+    if bits == 8:
+        return levels
+    parts = _grouped(levels, 8 // bits, axis).astype(jnp.uint8)
+    mask = jnp.uint8(2**bits - 1)
+    fields = [jnp.take(parts, i, axis=axis) & mask for i in range(8 // bits)]
+    packed = sum((f << (bits * i) for i, f in enumerate(fields)), jnp.zeros_like(fields[0]))
+    return jax.lax.bitcast_convert_type(packed, jnp.int8)
+
+
+def unpack(packed: Array, format: Format, axis: int = -2) -> Array:
+    """The inverse of ``pack``."""
+    bits = format.storage_bits
+    if bits == 8:
+        return packed
+    # Shifted up, then down again: int8 shifts keep the sign.
+    fields = [(packed << (8 - bits * (i + 1))) >> (8 - bits) for i in range(8 // bits)]
+    stacked = jnp.stack(fields, axis=axis)
+    shape = list(packed.shape)
+    shape[axis] *= 8 // bits
+    return stacked.reshape(shape)
+
+
+def quantized_product(x_nd: Array, kernel: QuantizedArray, activations: Format) -> Array:
+    """(n, d) @ (d, f) -> (n, f) float32 of quantised numbers, in their own type: what tensor cores do fast.
+
+    Args:
+      x_nd: quantised here, a scale a row.
+      kernel: a scale a column, along axis -2, of the type that the activations have.
+      activations: the format of x.
+
+    Returns:
+      ``fake_quantize(x) @ kernel.dequantize()`` but for rounding: integers are summed exactly, in int32.
+    """
+    x = quantize(x_nd, activations, -1)
+    total = jnp.int32 if activations.dtype == "int8" else jnp.float32
+    product = jax.lax.dot_general(x.levels(), kernel.levels(), (((1,), (0,)), ((), ())), preferred_element_type=total)
+    return product.astype(jnp.float32) * x.scale.astype(jnp.float32) * kernel.scale.astype(jnp.float32)
+
+
+def multiplies_quantized(kernel: QuantizedArray, activations: Format | None) -> bool:
+    """Whether ``quantized_product`` can take these: one type, and a scale a row and a column."""
+    if activations is None or activations.dtype != kernel.format.dtype:
+        return False
+    return kernel.axis == -2 and kernel.ndim == 2 and kernel.group == kernel.shape[-2] and activations.group is None
+
+
+def parse_format(text: str) -> AnyFormat:
+    """``int8``, ``int4:g32``, ``ternary:g64``, ``fp8``: the type, and the group where there is one.
+
+    Raises:
+      ConfigError: something else.
+    """
+    name, _, rest = text.partition(":")
+    formats = {"int8": Integer(bits=8), "int4": Integer(bits=4), "ternary": Ternary(), "fp8": Float8()}
+    if name not in formats or (rest and not (rest[0] == "g" and rest[1:].isdigit())):
+        raise ConfigError(
+            f"{text!r} is no number format; use one of {', '.join(formats)}, with a group where wanted, such as "
+            "int4:g32"
+        )
+    format = formats[name]
+    return type(format)(**(vars(format) | {"group": int(rest[1:])})) if rest else format
+
+
+def format_name(format: Format) -> str:
+    """The inverse of ``parse_format``, but for the type of the scales."""
+    name = {Ternary: "ternary", Float8: "fp8"}.get(type(format)) or f"int{format.storage_bits}"
+    return name if format.group is None else f"{name}:g{format.group}"
+
+
+def _times(x: Array, reciprocal: float) -> Array:
+    """Not a division: XLA makes it this product within a program, and does not where it is the whole program."""
+    return x * jnp.float32(reciprocal)
+
+
+def _grouped(x: Array, size: int, axis: int) -> Array:
+    """``axis`` as two: the group at ``axis - 1``, and the number within it at ``axis``."""
+    at = x.ndim + axis
+    return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
+
+
+def _unscaled(x: Array, scale: Array, size: int, axis: int) -> Array:
+    return (_grouped(x, size, axis) / jnp.expand_dims(scale.astype(jnp.float32), axis)).reshape(x.shape)
+
+
+def _scaled(levels: Array, scale: Array, size: int, axis: int) -> Array:
+    grouped = _grouped(levels, size, axis) * jnp.expand_dims(scale.astype(jnp.float32), axis)
+    return grouped.reshape(levels.shape)

@@ -1,0 +1,57 @@
+"""A run that goes on from a checkpoint of another one: its parameters, optimizer state and position in the data.
+
+What only concerns the end of a run (quantisation while the learning rate decays, another schedule) is tried on top of
+one trunk, and compared with it from the same state on.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from efftrain.errors import ConfigError, RunError
+from efftrain.progress import console
+from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.run import checkpoint_directory, read_json
+from efftrain.train.state import TrainState
+
+NEW = ("_ratio",)  # ends of the names of parameters that a trunk need not have: they start as built
+
+
+def parse_branch(text: str, steps: int) -> tuple[Path, int]:
+    """``RUN@STEP``: a run directory, and the step of one of its checkpoints, before the last step of this run.
+
+    Raises:
+      ConfigError: something else.
+    """
+    run, at, step = text.rpartition("@")
+    if not (run and at and step.isdigit()):
+        raise ConfigError(
+            f"training.branch is {text!r}; give a run and the step of a checkpoint, such as runs/dense@480"
+        )
+    if int(step) >= steps:
+        raise ConfigError(f"training.branch is {text!r} and training.steps {steps}; a branch needs steps of its own")
+    return Path(run), int(step)
+
+
+def branch_from(text: str, steps: int, state: TrainState) -> tuple[TrainState, Any]:
+    """The state at a checkpoint of another run, and the position in its data.
+
+    Args:
+      text: ``Training.branch``.
+      steps: of the new run.
+      state: of the new run as it was built, for shapes, shardings and what the other run does not have.
+
+    Raises:
+      RunError: there is no such run or checkpoint, or it is of another model or optimizer.
+    """
+    run, step = parse_branch(text, steps)
+    if not (run / "config.json").exists():
+        raise RunError(f"training.branch: {run} holds no run; train it first, or give another one")
+    with Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints:
+        if step not in checkpoints.steps():
+            raise RunError(
+                f"training.branch: {run} has checkpoints of steps {', '.join(map(str, checkpoints.steps())) or 'none'} "
+                f"and not of {step}; give one of them, or train it with --training.keep-every"
+            )
+        found = checkpoints.restore_step(step, state, new=NEW)
+    console.print(f"branching from step {step} of {run}", markup=False)
+    return found
