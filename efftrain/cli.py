@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +56,14 @@ def main(args: Sequence[str] | None = None) -> None:
     use_compilation_cache()
     with exit_cleanly():
         tyro.extras.subcommand_cli_from_dict(
-            {"doctor": doctor, "train": train, "aot": aot, "corpus": corpus, "calibrate-depth": calibrate_depth},
+            {
+                "doctor": doctor,
+                "train": train,
+                "aot": aot,
+                "compress": compress,
+                "corpus": corpus,
+                "calibrate-depth": calibrate_depth,
+            },
             prog="efftrain",
             description=efftrain.__doc__.splitlines()[0],
             args=own,
@@ -150,6 +157,55 @@ def calibrate_depth(
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for table in summary(calibrate(run, options, corpus=corpus)):
         out.print(table)
+
+
+def compress(
+    run: Path,
+    /,
+    *,
+    quantize: str | None = None,
+    activations: str | None = None,
+    cache: str | None = None,
+    layers: str = "blocks/.*",
+    method: Literal["nearest", "gptq", "awq"] = "nearest",
+    budget: float | None = None,
+    rows: int = 128,
+    out: Path | None = None,
+    corpus: Path | None = None,
+) -> None:
+    """Convert a run's model into one whose matrices are stored in fewer bits, in a run directory of its own.
+
+    Such as: efftrain compress runs/dense --quantize int4:g32 --method gptq. When interrupted, the same command
+    continues.
+
+    Args:
+      run: the directory of a training run.
+      quantize: int8, int4:g32, fp8, ternary:g32: the type, and how many numbers share a scale (by default those of an
+        output). By default what the run was trained for. With a budget: several, such as int8,int4:g32.
+      activations: the type of what they are multiplied with, such as int8, a scale a token; by default float.
+      cache: the type of keys and values in decoding, such as int8; by default float.
+      layers: a regular expression for the names of matrices, such as blocks/.*/mlp/.* or blocks/.*|embedding.
+      method: round to the nearest, or look at the inputs on calibration text: gptq, awq.
+      budget: bytes of the blocks' matrices as a share of float32; each layer gets the format that it bears.
+      rows: of calibration text, or of each trial of a budget.
+      out: the new run directory; by default the run's name with these options.
+      corpus: by default that of the run.
+    """
+    from efftrain.compress.run import Compression
+    from efftrain.compress.run import compress as compress_run
+    from efftrain.measure.scorecard import table
+
+    options = Compression(
+        quantize=quantize,
+        activations=activations,
+        cache=cache,
+        layers=layers,
+        method=method,
+        budget=budget,
+        rows=rows,
+    )
+    card = compress_run(run, options, out=out, corpus=corpus)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table([card]))
 
 
 def aot(

@@ -5,9 +5,8 @@ Leaves ``depth.json`` in the run (and ``depth_probe.npz``), bound to the model t
 
 import hashlib
 import itertools
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from efftrain.measure.exit_curves import (
     tune,
 )
 from efftrain.measure.flops import decode_flops, head_flops
+from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.risk import last_safe, p_value
 from efftrain.measure.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard import Figure, Scorecard
@@ -195,7 +195,9 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     opened.check_model(model.config.vocab_size)
     length = settings["training"]["length"]
     rows = _rows(corpus_path, length, options)
-    kept = Kept(run, {"fingerprint": fingerprint(model), "options": to_json(options), "corpus": str(corpus_path)})
+    kept = Kept(
+        run / FILE_NAME, {"fingerprint": fingerprint(model), "options": to_json(options), "corpus": str(corpus_path)}
+    )
     texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
     text = Text(token_classes(texts), opened.token_bytes())
     if model.config.n_layers < 2 and not has_routed_depth(model):
@@ -210,28 +212,10 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
         _write_probe(run / PROBE_NAME, probe)
         found["chosen_rule"] = _best_point(model, found["confidence_exit"])[0]
     result = kept.values | found | {"environment": environment()}
-    _write(run / FILE_NAME, result)
+    write_json(run / FILE_NAME, result)
     kept.remove()
     _add_to_scorecard(run, model, result, length)
     return result
-
-
-class Kept:
-    """What was measured so far, in a file that a finished calibration removes."""
-
-    def __init__(self, run: Path, values: dict[str, Any]):
-        self.values, self._path = values, run / f".{FILE_NAME}.incomplete"
-        before = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._cells = before.get("cells", {}) if {**before, "cells": None} == {**values, "cells": None} else {}
-
-    def cell(self, name: str, measure: Callable[[], Any]) -> Any:
-        if name not in self._cells:
-            self._cells[name] = measure()
-            _write(self._path, self.values | {"cells": self._cells})
-        return self._cells[name]
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
 
 
 def _rows(corpus: Path, length: int, options: Calibration) -> list[dict[str, np.ndarray]]:
@@ -327,15 +311,6 @@ def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
         "within_quality_loss": {k: v for k, v in min(good, key=lambda p: p["mean_depth"]).items() if k != "row_losses"},
         "curve": curve,
     }
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.writing")
-    try:
-        temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path} ({error.strerror}); free the disk, or copy the run elsewhere") from error
 
 
 def _write_probe(path: Path, probe: Probe) -> None:

@@ -108,6 +108,7 @@ def compare(
     *,
     out: Path,
     seeds: Sequence[int],
+    complete: Callable[[Experiment], Experiment] = lambda config: config,
 ) -> Comparison:
     """Runs what has not been run, one after the other, in ``out/VARIANT-seedN``.
 
@@ -117,6 +118,7 @@ def compare(
     Args:
       variants: complete configurations by name; ``out`` and the seed of each are replaced.
       train: makes the scorecard of one.
+      complete: what is known of a configuration only with its directory and seed.
 
     Raises:
       RunError: a directory holds a run of another configuration.
@@ -125,7 +127,8 @@ def compare(
     last: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
     for i, seed in enumerate(seeds):
         for name, variant in variants.items():
-            config = replace(variant, out=out / f"{name}-seed{seed}", training=replace(variant.training, seed=seed))
+            seeded = replace(variant, out=out / f"{name}-seed{seed}", training=replace(variant.training, seed=seed))
+            config = complete(seeded)
             console.print(f"{name}, seed {seed} ({i + 1} of {len(seeds)})", markup=False)
             done = (config.out / FILE_NAME).exists()
             if done:

@@ -64,7 +64,7 @@ def _cross_entropy(x_btd, kernel_dv, targets_bt, weights_bt, n_chunks):
         x, targets, weights = chunk
         return total + (token_nll(_logits(x, kernel_dv), targets) * weights).sum(), None
 
-    return _over_chunks(add_chunk, jnp.zeros(()), (x_btd, targets_bt, weights_bt), n_chunks)[0]
+    return over_chunks(add_chunk, jnp.zeros(()), (x_btd, targets_bt, weights_bt), n_chunks)[0]
 
 
 def _forward(x_btd, kernel_dv, targets_bt, weights_bt, n_chunks):
@@ -82,7 +82,7 @@ def _forward(x_btd, kernel_dv, targets_bt, weights_bt, n_chunks):
         return (total, d_kernel), dx
 
     start = (jnp.zeros(()), jnp.zeros(kernel_dv.shape, jnp.float32))
-    (total, d_kernel), dx_btd = _over_chunks(add_chunk, start, (x_btd, targets_bt, weights_bt), n_chunks)
+    (total, d_kernel), dx_btd = over_chunks(add_chunk, start, (x_btd, targets_bt, weights_bt), n_chunks)
     return total, (dx_btd, d_kernel.astype(kernel_dv.dtype))
 
 
@@ -104,7 +104,7 @@ def _logits(x: Array, kernel_dv: Array) -> Array:
     return flat.reshape(*x.shape[:-1], -1)
 
 
-def _over_chunks(step, carry, arrays, n_chunks):
+def over_chunks(step, carry, arrays, n_chunks):
     """``lax.scan`` of ``step`` over chunks of the length axis; outputs come back in the order of the length."""
     if n_chunks == 1:
         return step(carry, arrays)

@@ -16,7 +16,9 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
+from efftrain.models.quantization import Quantization, give_rules
 from efftrain.ops.cross_entropy import cross_entropy
+from efftrain.ops.divergence import forward_kl
 from efftrain.ops.platform import conditional
 from efftrain.sharding.rules import shard_count
 
@@ -46,6 +48,46 @@ def next_token_loss(model: Decoder, batch: Batch, key: Array | None) -> tuple[Ar
     count = batch["mask"].sum(dtype=jnp.float32)
     auxiliary = metrics.pop("auxiliary", 0.0)
     return loss + auxiliary * count, count, {"loss": (loss, count)} | metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfDistillation:
+    """``next_token_loss`` of a model that is trained for quantisation, and its divergence from itself in float.
+
+    Attributes:
+      weight: of the divergence, beside a weight of 1 of the cross entropy.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise ConfigError(f"distillation.weight is {self.weight}; give a positive number, or no distillation")
+
+    def __call__(self, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        """As ``next_token_loss``, with the metric ``loss/divergence``.
+
+        Raises:
+          ConfigError: the model is not trained for a quantisation of its matrices.
+        """
+        if key is None:
+            return next_token_loss(model, batch, key)
+        if not model.config.quantization.rules:
+            raise ConfigError("distillation from the float model needs model.quantization.rules; give one, or leave it")
+        inputs = {"segments_bt": batch["segments"], "positions_bt": batch["positions"], "key": key}
+        graph, state = nnx.split(model)
+        teacher = nnx.merge(graph, jax.lax.stop_gradient(state))
+        give_rules(teacher, Quantization())
+        teacher_btd = teacher.hidden(batch["tokens"], **inputs)[0]
+        hidden_btd, metrics = model.hidden(batch["tokens"], **inputs)
+        loss = _cross_entropy(model, hidden_btd, batch)
+        shards = shard_count("batch", "length")
+        divergence = forward_kl(
+            hidden_btd, model.head_kernel(), teacher_btd, teacher.head_kernel(), batch["mask"], shards=shards
+        )
+        count = batch["mask"].sum(dtype=jnp.float32)
+        total = loss + self.weight * divergence + metrics.pop("auxiliary", 0.0) * count
+        return total, count, {"loss": (loss, count), "loss/divergence": (divergence, count)} | metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,285 @@
+"""Training for quantisation: the end of a float run again, with matrices as they will be stored in 4 or 8 bits.
+
+    python data/python.py --out corpora/python
+    python recipes/qat.py cpu                    # a float run, and 4 bits from where its learning rate decays
+    efftrain compress runs/qat/int4              # stored in 4 bits, bit by bit what was trained
+    python recipes/qat.py cpu --compare          # with and without, 8 bits, learned steps, GPTQ, AWQ; three seeds
+    python recipes/qat.py v5e-64 --corpus corpora/python    # on every worker of a TPU slice
+
+The float run stands beside the other, as float-seedN; it is the baseline too, on the same tokens. ``--start beginning``
+trains for quantisation from the first step, ``--start finish`` briefly behind the end of the float run.
+
+A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
+
+gpu, v5e-64: not measured; they compile for v5e.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flax import nnx
+
+import efftrain
+from efftrain.compress.pieces import Pieces
+from efftrain.compress.quantize import Method, convert
+from efftrain.compress.run import Text
+from efftrain.config import to_json
+from efftrain.errors import ConfigError
+from efftrain.measure.compare import Comparison, compare
+from efftrain.measure.experiment import Experiment, train_and_score
+from efftrain.measure.flops import FORWARD_AND_BACKWARD, training_flops
+from efftrain.measure.kept import Kept
+from efftrain.measure.parameters import abstract_decoder
+from efftrain.measure.scorecard import Scorecard, table
+from efftrain.models.config import llama
+from efftrain.models.decoder import Decoder
+from efftrain.models.quantization import Quantization, QuantizationRule, give_rules
+from efftrain.ops.quantize import Integer
+from efftrain.progress import console
+from efftrain.recipe import run_recipe
+from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.loop import Training
+from efftrain.train.objective import Objective, SelfDistillation, next_token_loss
+from efftrain.train.optimizers import AdamW
+from efftrain.train.schedules import Cosine, WarmupStableDecay
+
+FINISH_SHARE, FINISH_LR = 0.05, 0.05  # of the float run's steps and peak learning rate, for ``start="finish"``
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Experiment):
+    """A run for quantisation.
+
+    Attributes:
+      start: where training sees quantised numbers: from where the float run's learning rate decays, from the beginning,
+        or in a short run of its own behind the float run.
+      distillation: also keep close to the float matrices' output. None: only the text counts.
+      compare: train and convert in other ways too.
+      seeds: of a comparison.
+    """
+
+    start: Literal["decay", "beginning", "finish"] = "decay"
+    distillation: SelfDistillation | None = None
+    corpus: Path = Path("corpora/python")
+    out: Path = Path("runs/qat/int4")
+    compare: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def quantization(weights: Integer | None, activations: Integer | None = None, **changes) -> Quantization:
+    """Of the matrices of all blocks; embedding, head, norms and routers stay float."""
+    rule = QuantizationRule(layers="blocks/.*", weights=weights, activations=activations, **changes)
+    return Quantization(rules=(rule,))
+
+
+int8, int4 = Integer(bits=8), Integer(bits=4, group=32)
+four_bits = quantization(int4)
+
+cpu = Config(
+    model=llama(
+        vocab_size=4096,
+        d_model=64,
+        n_layers=4,
+        n_heads=2,
+        d_ff=256,
+        max_length=512,
+        tied_embedding=True,
+        quantization=four_bits,
+    ),
+    training=Training(
+        steps=2000,
+        batch_size=16,
+        length=256,
+        optimizer=AdamW(peak_lr=3e-3),
+        checkpoint_every=400,
+    ),
+)
+gpu = replace(  # about 125M parameters
+    cpu,
+    model=llama(
+        vocab_size=4096,
+        d_model=768,
+        n_layers=16,
+        n_heads=12,
+        d_ff=2304,
+        max_length=2048,
+        tied_embedding=True,
+        dtype="bfloat16",
+        quantization=four_bits,
+    ),
+    training=replace(
+        cpu.training,
+        steps=5000,
+        batch_size=64,
+        length=2048,
+        optimizer=AdamW(peak_lr=1.5e-3),
+        eval_every=500,
+        checkpoint_every=500,
+        keep_every=1000,
+    ),
+)
+v5e_64 = replace(
+    gpu,
+    model=llama(
+        vocab_size=4096,
+        d_model=2048,
+        n_layers=20,
+        n_heads=16,
+        n_kv_heads=8,
+        d_ff=5632,
+        max_length=2048,
+        dtype="bfloat16",
+        scan=True,
+        remat="full",
+        quantization=four_bits,
+    ),
+    training=replace(
+        gpu.training,
+        steps=20_000,
+        batch_size=512,
+        optimizer=AdamW(peak_lr=6e-4),
+        mesh=MeshConfig(replica=-1, fsdp=16),
+    ),
+)
+configs = {"cpu": cpu, "gpu": gpu, "v5e-64": v5e_64}
+
+
+def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective]:
+    """The model and what is minimised: what ``fit`` trains, and what ``efftrain aot`` compiles."""
+    return lambda rngs: Decoder(config.model, rngs=rngs), config.distillation or next_token_loss
+
+
+def main(config: Config) -> Scorecard | Comparison:
+    if config.compare:
+        return compare_formats(config)
+    config = replace(config, seeds=())
+    if is_quantized(config) and config.start != "beginning":
+        train(float_run(config))
+    card = train(started(config))
+    console.print(table([card]))
+    return card
+
+
+def train(config: Config) -> Scorecard:
+    def finished_float() -> Decoder:
+        model = efftrain.load(float_run(config).out)
+        give_rules(model, config.model.quantization)
+        return model
+
+    behind = is_quantized(config) and config.start == "finish"
+    extra = 0.0
+    if config.distillation is not None:  # the float matrices' pass is forward only
+        extra = training_flops(abstract_decoder(config.model), config.training.length) / FORWARD_AND_BACKWARD
+    initial = finished_float if behind else None
+    return train_and_score(config, *program(config), initial=initial, extra_flops=extra)[1]
+
+
+def is_quantized(config: Config) -> bool:
+    return config.model.quantization != Quantization()
+
+
+def float_run(config: Config) -> Config:
+    """The same model and seed without quantisation, beside the run."""
+    return replace(
+        config,
+        model=config.model.replace(quantization=Quantization()),
+        training=replace(config.training, branch=None),
+        start="beginning",
+        distillation=None,
+        out=config.out.with_name(f"float-seed{config.training.seed}"),
+    )
+
+
+def started(config: Config) -> Config:
+    """With what depends on the float run: the checkpoint to branch from, or a schedule behind its end."""
+    training = config.training
+    if not is_quantized(config) or config.start == "beginning" or training.branch is not None:
+        return config
+    if config.start == "decay":
+        return replace(config, training=replace(training, branch=f"{float_run(config).out}@{decay_start(training)}"))
+    steps = max(round(FINISH_SHARE * training.steps), 1)
+    optimizer = replace(training.optimizer, peak_lr=FINISH_LR * training.optimizer.peak_lr)
+    short = replace(training, steps=steps, optimizer=optimizer, schedule=Cosine(warmup=0.04, final=0.0))
+    return replace(config, training=short)
+
+
+def decay_start(training: Training) -> int:
+    """The step at which the learning rate begins to fall, which has to have a checkpoint."""
+    if not isinstance(training.schedule, WarmupStableDecay):
+        raise ConfigError("start 'decay' needs the schedule WarmupStableDecay; use start 'beginning' or 'finish'")
+    step = round((1 - training.schedule.decay) * training.steps)
+    kept = training.keep_every or training.checkpoint_every
+    stays = step > training.steps - training.keep_checkpoints * training.checkpoint_every or training.keep_every
+    if step % kept or not stays:
+        raise ConfigError(
+            f"the learning rate decays from step {step}, of which the float run keeps no checkpoint; set "
+            f"training.keep-every and training.checkpoint-every to divisors of {step}"
+        )
+    return step
+
+
+def compare_formats(config: Config) -> Comparison:
+    """Training for several formats, and converting the float runs in several ways; each with every seed."""
+    base = replace(config, compare=False, seeds=())
+    out = config.out.parent
+
+    def trained(**changes: Any) -> Config:
+        return replace(base, model=base.model.replace(**changes))
+
+    variants = {
+        "float": float_run(base),
+        "int4": base,
+        "int4-learned-steps": trained(quantization=quantization(int4, learned_step=True)),
+        "int4-distilled": replace(base, distillation=SelfDistillation()),
+        "w8a8": trained(quantization=quantization(int8, int8)),
+    }
+    found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
+    console.print(found.table())
+    conversions = [convert_and_evaluate(base, out, seed) for seed in config.seeds]
+    result = {"conversions": conversions, "cost_share": costs(found, conversions)}
+    found.write(out / "comparison.json", **result)
+    console.print(json.dumps(result["cost_share"]))
+    return found
+
+
+def convert_and_evaluate(config: Config, out: Path, seed: int) -> dict[str, float]:
+    """Bits per byte of the float run's model after each conversion, and of the trained ones after theirs."""
+    ways: dict[str, tuple[str, Quantization | None, Method]] = {
+        "int8": ("float", quantization(int8), "nearest"),
+        "int8, int8 activations": ("float", quantization(int8, int8), "nearest"),
+        "int8 cache": ("float", Quantization(cache=int8), "nearest"),
+        "int4 cache": ("float", Quantization(cache=Integer(bits=4)), "nearest"),
+        "int4:g32": ("float", quantization(int4), "nearest"),
+        "int4:g32, gptq": ("float", quantization(int4), "gptq"),
+        "int4:g32, awq": ("float", quantization(int4), "awq"),
+        **{name: (name, None, "nearest") for name in ("int4", "int4-learned-steps", "int4-distilled", "w8a8")},
+    }
+    text = Text(config.corpus, config.training.length)
+    kept = Kept(out / f"conversions-seed{seed}.json", {"model": to_json(config.model), "seed": seed})
+    evaluate, found = text.evaluator(), {}
+    for name, (run, wanted, method) in ways.items():
+
+        def measure(run: str = run, wanted: Quantization | None = wanted, method: Method = method) -> float:
+            pieces = Pieces.read(out / f"{run}-seed{seed}")
+            calibration = text.calibration(128) if method != "nearest" else None
+            model = convert(pieces, wanted or pieces.config.quantization, method=method, calibration=calibration)[0]
+            return evaluate(model)["bpb"]
+
+        found[name] = kept.cell(name, measure)
+    return found
+
+
+def costs(found: Comparison, conversions: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Bits per byte above the float run's, as a share of it, for each seed."""
+    plain = [card.figures["bpb"].value for card in found.cards["float"]]
+    return {
+        name: [values[name] / bpb - 1 for values, bpb in zip(conversions, plain, strict=True)]
+        for name in conversions[0]
+    }
+
+
+if __name__ == "__main__":
+    run_recipe(main, configs)
