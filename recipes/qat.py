@@ -7,7 +7,8 @@
     python recipes/qat.py v5e-64 --corpus corpora/python    # on every worker of a TPU slice
 
 The float run stands beside the other, as float-seedN; it is the baseline too, on the same tokens. ``--start beginning``
-trains for quantisation from the first step, ``--start finish`` briefly behind the end of the float run.
+trains for quantisation from the first step, ``--start finish`` briefly behind the end of the float run (its FLOPs and
+tokens are those of the short run).
 
 A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
 
@@ -26,13 +27,14 @@ import efftrain
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import Method, convert
 from efftrain.compress.run import Text
-from efftrain.config import to_json
+from efftrain.config import digest
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
 from efftrain.measure.experiment import Experiment, train_and_score
 from efftrain.measure.flops import FORWARD_AND_BACKWARD, training_flops
 from efftrain.measure.kept import Kept
 from efftrain.measure.parameters import abstract_decoder
+from efftrain.measure.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
@@ -41,6 +43,7 @@ from efftrain.ops.quantize import Integer
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.branch import parse_branch
 from efftrain.train.loop import Training
 from efftrain.train.objective import Objective, SelfDistillation, next_token_loss
 from efftrain.train.optimizers import AdamW
@@ -95,6 +98,7 @@ cpu = Config(
         length=256,
         optimizer=AdamW(peak_lr=3e-3),
         checkpoint_every=400,
+        keep_every=400,
     ),
 )
 gpu = replace(  # about 125M parameters
@@ -140,6 +144,7 @@ v5e_64 = replace(
         gpu.training,
         steps=20_000,
         batch_size=512,
+        keep_every=4000,
         optimizer=AdamW(peak_lr=6e-4),
         mesh=MeshConfig(replica=-1, fsdp=16),
     ),
@@ -170,11 +175,18 @@ def train(config: Config) -> Scorecard:
         return model
 
     behind = is_quantized(config) and config.start == "finish"
-    extra = 0.0
-    if config.distillation is not None:  # the float matrices' pass is forward only
-        extra = training_flops(abstract_decoder(config.model), config.training.length) / FORWARD_AND_BACKWARD
     initial = finished_float if behind else None
-    return train_and_score(config, *program(config), initial=initial, extra_flops=extra)[1]
+    return train_and_score(config, *program(config), initial=initial, extra_flops=teacher_flops(config))[1]
+
+
+def teacher_flops(config: Config) -> float:
+    """Of the float matrices' pass, forward only, for a token of the run; before a branch there was none."""
+    training = config.training
+    if config.distillation is None:
+        return 0.0
+    before = 0 if training.branch is None else parse_branch(training.branch, training.steps)[1]
+    forward = training_flops(abstract_decoder(config.model), training.length) / FORWARD_AND_BACKWARD
+    return forward * (1 - before / training.steps)
 
 
 def is_quantized(config: Config) -> bool:
@@ -211,12 +223,10 @@ def decay_start(training: Training) -> int:
     if not isinstance(training.schedule, WarmupStableDecay):
         raise ConfigError("start 'decay' needs the schedule WarmupStableDecay; use start 'beginning' or 'finish'")
     step = round((1 - training.schedule.decay) * training.steps)
-    kept = training.keep_every or training.checkpoint_every
-    stays = step > training.steps - training.keep_checkpoints * training.checkpoint_every or training.keep_every
-    if step % kept or not stays:
+    if training.keep_every is None or step % training.keep_every:
         raise ConfigError(
             f"the learning rate decays from step {step}, of which the float run keeps no checkpoint; set "
-            f"training.keep-every and training.checkpoint-every to divisors of {step}"
+            f"training.keep-every and training.checkpoint-every to a divisor of {step}"
         )
     return step
 
@@ -258,7 +268,10 @@ def convert_and_evaluate(config: Config, out: Path, seed: int) -> dict[str, floa
         **{name: (name, None, "nearest") for name in ("int4", "int4-learned-steps", "int4-distilled", "w8a8")},
     }
     text = Text(config.corpus, config.training.length)
-    kept = Kept(out / f"conversions-seed{seed}.json", {"model": to_json(config.model), "seed": seed})
+    of_runs = {
+        run: digest(json.loads((out / f"{run}-seed{seed}" / SCORECARD).read_text())) for run, _, _ in ways.values()
+    }
+    kept = Kept(out / f"conversions-seed{seed}.json", {"runs": of_runs, "corpus": str(config.corpus)})
     evaluate, found = text.evaluator(), {}
     for name, (run, wanted, method) in ways.items():
 

@@ -42,29 +42,30 @@ def shared_inputs(block: Block) -> list[Shared]:
     return sorted(found, key=lambda shared: shared.source.endswith("scale"))
 
 
-def scale_inputs(block: Block, grams: Grams) -> dict[str, float]:
-    """Scales a plain block, whose matrices have their rules, in place.
+def scale_inputs(block: Block, grams: Grams) -> dict[str, Array]:
+    """Scales a plain block, whose matrices have their rules, in place; not those whose steps were learned.
 
     Returns:
-      The power that was best for each product; 0 where nothing was scaled.
+      The factors (d_in,) of each product that was scaled.
     """
-    powers: dict[str, float] = {}
+    factors: dict[str, Array] = {}
     for shared in shared_inputs(block):
         kernels = [_find(block, f"{name}/kernel") for name in shared.products]
-        formats = [rule and rule.weights for rule in map(rule_of, kernels)]
-        if None in formats:
+        rules = [rule_of(kernel) for kernel in kernels]
+        if any(rule is None or rule.weights is None or rule.learned_step for rule in rules):
             continue
-        factor_d, power = best_factor([kernel[...] for kernel in kernels], grams[shared.products[0]], formats)
+        formats = [rule.weights for rule in rules]
+        factor_d = best_factor([kernel[...] for kernel in kernels], grams[shared.products[0]], formats)
         for kernel in kernels:
             kernel[...] = kernel[...] * factor_d[:, None]
         source = _find(block, shared.source)
         source[...] = source[...] / factor_d  # of a kernel the columns, of a norm its scale
-        powers |= dict.fromkeys(shared.products, float(power))
-    return powers
+        factors |= dict.fromkeys(shared.products, factor_d)
+    return factors
 
 
-def best_factor(weights: Sequence[Array], gram_dd: Array, formats: Sequence[Format]) -> tuple[Array, Array]:
-    """The factors (d,) of the inputs with which the outputs of the rounded products change least, and their power.
+def best_factor(weights: Sequence[Array], gram_dd: Array, formats: Sequence[Format]) -> Array:
+    """The factors (d,) of the inputs with which the outputs of the rounded products change least.
 
     Args:
       weights: (d, f) each.
@@ -75,7 +76,7 @@ def best_factor(weights: Sequence[Array], gram_dd: Array, formats: Sequence[Form
 
 
 @partial(jax.jit, static_argnames="formats")
-def _best_factor(weights: tuple[Array, ...], gram_dd: Array, formats: tuple[Format, ...]) -> tuple[Array, Array]:
+def _best_factor(weights: tuple[Array, ...], gram_dd: Array, formats: tuple[Format, ...]) -> Array:
     size_d = jnp.sqrt(jnp.maximum(jnp.diag(gram_dd), 1e-20))
 
     def factor(power: Array) -> Array:
@@ -85,11 +86,10 @@ def _best_factor(weights: tuple[Array, ...], gram_dd: Array, formats: tuple[Form
     def loss(power: Array) -> Array:
         f_d1 = factor(power)[:, None]
         changes = [fake_quantize(w * f_d1, format) / f_d1 - w for w, format in zip(weights, formats, strict=True)]
-        return sum(jnp.einsum("df,de,ef->", c, gram_dd, c) for c in changes)
+        return sum((jnp.matmul(gram_dd, c, precision="highest") * c).sum() for c in changes)
 
     powers = jnp.arange(POWERS) / POWERS
-    power = powers[jnp.argmin(jax.lax.map(loss, powers))]
-    return factor(power), power
+    return factor(powers[jnp.argmin(jax.lax.map(loss, powers))])
 
 
 def _find(block: Block, path: str):

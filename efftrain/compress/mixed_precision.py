@@ -4,19 +4,19 @@ Each part of each layer is tried alone in each format, on held-out text, while a
 parts are moved on, cheapest first, until the bytes fit. Greedy: costs are taken to add up.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
 from efftrain.compress.quantize import stored_bytes
 from efftrain.errors import ConfigError
 from efftrain.measure.kept import Kept
 from efftrain.models.decoder import Decoder
-from efftrain.models.quantization import QuantizationRule, matrices
+from efftrain.models.quantization import QuantizationRule, in_float, matrices
 from efftrain.ops.quantize import AnyFormat, fake_quantize, format_name, quantize
 from efftrain.progress import Progress
 
@@ -56,32 +56,29 @@ def choose_formats(
 
     Args:
       model: float.
-      formats: from the one of most bytes to that of least.
+      formats: two or more, of different bytes, in any order.
       budget: the most bytes of the matrices, as a share of float32.
       bpb: bits per byte on held-out text; called for the first format, and for each part in each later one.
       kept: what was measured before.
 
     Raises:
-      ConfigError: the budget is too small for the last format.
+      ConfigError: the budget is too small for the smallest format, or two formats take as many bytes.
     """
     values = _Values(model, formats)
-    parts = values.parts()
-    at = dict.fromkeys(parts, 0)
-    least = values.share(dict.fromkeys(parts, len(formats) - 1))
-    if budget < least:
+    formats, parts = values.formats, values.parts
+    shares = [values.share(dict.fromkeys(parts, i)) for i in range(len(formats))]
+    for (larger, smaller), (more, less) in zip(itertools.pairwise(formats), itertools.pairwise(shares), strict=True):
+        if more == less:
+            names = f"{format_name(larger)} and {format_name(smaller)}"
+            raise ConfigError(f"--quantize: {names} take as many bytes; leave one of them out")
+    if budget < shares[-1]:
         raise ConfigError(
-            f"--budget {budget} is below {least:.4f}, the share of {format_name(formats[-1])} everywhere; give more or "
-            "a format of fewer bits"
+            f"--budget {budget} is below {shares[-1]:.4f}, the share of {format_name(formats[-1])} everywhere; "
+            "give more, or a format of fewer bits"
         )
-    base = kept.cell("first format", lambda: bpb(values.model(at)))
-    costs: dict[tuple[Part, int], float] = {}
-    with Progress("sensitivity", len(parts) * (len(formats) - 1), unit="trials") as progress:
-        for part in parts:
-            for i in range(1, len(formats)):
-                name = _name(part, formats[i])
-                progress.note(name)
-                costs[part, i] = kept.cell(name, lambda part=part, i=i: bpb(values.model(at | {part: i}))) - base
-                progress.advance()
+    at, costs = dict.fromkeys(parts, 0), {}
+    if budget < shares[0]:
+        costs = _costs(values, bpb, kept)
 
     def price(part: Part) -> float:
         """Bits per byte for a byte saved by the next format."""
@@ -97,32 +94,54 @@ def choose_formats(
     return Choice(rules, named, values.share(at))
 
 
+def _costs(values: "_Values", bpb: Callable[[Decoder], float], kept: Kept) -> dict[tuple[Part, int], float]:
+    """Bits per byte that each part costs in each format but the first, alone."""
+    formats, parts, first, costs = values.formats, values.parts, dict.fromkeys(values.parts, 0), {}
+    base = kept.cell("first format", lambda: bpb(values.model(first)))
+    with Progress("sensitivity", len(parts) * (len(formats) - 1), unit="trials") as progress:
+        for part in parts:
+            for i in range(1, len(formats)):
+                name = _name(part, formats[i])
+                progress.note(name)
+                costs[part, i] = kept.cell(name, lambda part=part, i=i: bpb(values.model(first | {part: i}))) - base
+                progress.advance()
+    return costs
+
+
 class _Values:
-    """A model's matrices with the values that each format leaves of them."""
+    """A model's matrices with the values that each format leaves of them.
+
+    Attributes:
+      formats: from the one of most bytes to that of least.
+      parts: of all layers.
+    """
 
     def __init__(self, model: Decoder, formats: Sequence[AnyFormat]):
-        self._graph, self._state = nnx.split(model)
+        self._float = in_float(model)
         self._n_positions = len(model.config.pattern)
-        self._matrices: dict[str, list[Array]] = {}  # values by format, layers stacked
-        self._bytes: dict[str, tuple[int, list[int]]] = {}  # of one layer: float32, by format
-        for name, module, attribute in matrices(model):
-            if name.startswith("blocks/"):
-                variable = getattr(module, attribute)
-                axis = variable.get_metadata()["contraction"]
-                self._matrices[name] = [fake_quantize(variable[...], format, axis) for format in formats]
-                sizes = [stored_bytes(quantize(variable[0], format, axis)) for format in formats]
-                self._bytes[name] = variable[0].size * 4, sizes
+        found = {name: getattr(m, a) for name, m, a in matrices(self._float) if name.startswith("blocks/")}
 
-    def parts(self) -> list[Part]:
-        found = set()
-        for name, values in self._matrices.items():
-            _, position, word, *_ = name.split("/")
-            found |= {(repeat * self._n_positions + int(position), word) for repeat in range(len(values[0]))}
-        return sorted(found)
+        def size(variable: nnx.Variable, format: AnyFormat) -> int:
+            return stored_bytes(quantize(variable[0], format, variable.get_metadata()["contraction"]))
+
+        self.formats = sorted(formats, key=lambda format: -sum(size(v, format) for v in found.values()))
+        # Of one layer: float32, by format.
+        self._bytes = {n: (v[0].size * 4, [size(v, format) for format in self.formats]) for n, v in found.items()}
+        self._matrices = {
+            name: [fake_quantize(v[...], format, v.get_metadata()["contraction"]) for format in self.formats]
+            for name, v in found.items()
+        }
+        self.parts: list[Part] = sorted(
+            {
+                (repeat * self._n_positions + int(name.split("/")[1]), name.split("/")[2])
+                for name, v in found.items()
+                for repeat in range(len(v[...]))
+            }
+        )
 
     def model(self, at: dict[Part, int]) -> Decoder:
         """The model with each part in its format."""
-        model = nnx.merge(self._graph, self._state)
+        model = in_float(self._float)
         for name, module, attribute in list(matrices(model)):
             if name in self._matrices:
                 _, position, word, *_ = name.split("/")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.models.attention import SelfAttention
 from efftrain.models.linear import Linear
+from efftrain.models.mlp import SwiGLU
 
 ROWS = 8  # that a layer computes at once
 
@@ -45,7 +48,7 @@ class Observed(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        self.gram[...] += flat.T @ flat
+        self.gram[...] += jnp.matmul(flat.T, flat, precision="highest")
         return self.linear(x)
 
 
@@ -62,20 +65,32 @@ def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> n
 def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dict[str, Array]:
     """For each dense product of a plain block, by its path in it, the sum of ``x x^T`` over the calibration's tokens.
 
-    Products that see the same input have the same sum.
+    Products that see the same input share one array.
     """
     graph, rest = nnx.split(layer)
     observed = nnx.merge(graph, rest)  # the caller's stays as it is
-    holders = [(path, module) for path, module in nnx.iter_modules(observed) if isinstance(module, Linear)]
-    for path, linear in holders:
-        holder = observed
-        for key in path[:-1]:
-            holder = getattr(holder, key) if isinstance(key, str) else holder[key]
-        setattr(holder, path[-1], Observed(linear))
+    leader = _same_input(observed)
+    for holder_path, holder in list(nnx.iter_modules(observed)):
+        for name, linear in list(vars(holder).items()):
+            if isinstance(linear, Linear) and (*holder_path, name) not in leader:
+                setattr(holder, name, Observed(linear))
     graph, sums, rest = nnx.split(observed, Gram, ...)
     for rows in calibration.batches():
         sums = _add_products(graph, sums, rest, x_ntd[rows], calibration.positions[rows], calibration.segments[rows])
-    return {"/".join(map(str, path[:-1])): variable[...] for path, variable in nnx.to_flat_state(sums)}
+    found = {path[:-1]: variable[...] for path, variable in nnx.to_flat_state(sums)}
+    found |= {path: found[first] for path, first in leader.items()}
+    return {"/".join(map(str, path)): gram for path, gram in found.items()}
+
+
+def _same_input(layer: nnx.Module) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """Paths of products that see what another one sees, and the path of that one."""
+    found = {}
+    for path, module in nnx.iter_modules(layer):
+        if isinstance(module, SelfAttention):
+            found |= {(*path, name): (*path, "query") for name in ("key", "value")}
+        elif isinstance(module, SwiGLU):
+            found[*path, "up"] = (*path, "gate")
+    return found
 
 
 @partial(jax.jit, static_argnums=0)
@@ -83,7 +98,7 @@ def _compute(graph: nnx.GraphDef, state: nnx.State, x_btd: Array, positions_bt: 
     return nnx.merge(graph, state)(x_btd, positions_bt, segments_bt)[0]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add_products(graph, sums, rest, x_btd, positions_bt, segments_bt) -> nnx.State:
     layer = nnx.merge(graph, sums, rest)
     layer(x_btd, positions_bt, segments_bt)
@@ -99,7 +114,7 @@ def relative_error(change_df: Array, weight_df: Array, gram_dd: Array) -> float:
     """The root of the mean squared change of a product's output over that of the output."""
 
     def energy(a_df: Array) -> Array:
-        return jnp.einsum("df,de,ef->", a_df, gram_dd, a_df)
+        return (jnp.matmul(gram_dd, a_df, precision="highest") * a_df).sum()
 
     return float(jnp.sqrt(energy(change_df) / jnp.maximum(energy(weight_df), 1e-30)))
 

@@ -1,7 +1,7 @@
 """A float model, or one trained for quantisation, converted into one whose matrices are stored quantised."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.compress.awq import scale_inputs
-from efftrain.compress.observe import Calibration, Grams, forward, grams, inputs_of, relative_error
+from efftrain.compress.observe import Calibration, forward, grams, inputs_of, relative_error
 from efftrain.compress.pieces import Pieces, abstract_variables, assemble
 from efftrain.compress.second_order import gptq
 from efftrain.errors import ConfigError
@@ -114,10 +114,15 @@ def convert(
             give_rules(layer, quantization, f"blocks/{number % n_positions}/")
             plain = isinstance(layer, Block)
             found = grams(layer, x_ntd, calibration) if observe and plain else {}
-            powers = scale_inputs(layer, found) if method == "awq" and plain else {}
+            factors = scale_inputs(layer, found) if method == "awq" and plain else {}
+            observed = found.keys() & {name for name, _, _ in matrices(layer)}
             for name, module, attribute in list(matrices(layer)):
-                how = _how(name, method, found, powers, plain)
-                rows.append(_convert(f"blocks/{number}/{name}", module, attribute, *how, found.get(name)))
+                how = _how(name, getattr(module, attribute), method, plain, observed, factors)
+                gram = found.pop(name, None)
+                if name in factors:  # of the inputs as they are now
+                    gram = gram / jnp.outer(factors[name], factors[name])
+                rows.append(_convert(f"blocks/{number}/{name}", module, attribute, *how, gram))
+                del gram  # before the next one is made from its inputs
             if observe and number + 1 < n:
                 x_ntd = forward(layer, x_ntd, calibration)
             states.append(nnx.state(layer))
@@ -130,13 +135,22 @@ def convert(
     return assemble(config, outer, states), Report(tuple(rows))
 
 
-def _how(name: str, method: Method, found: Grams, powers: dict[str, float], plain: bool) -> tuple[str, str]:
-    """By which method a matrix is converted, and why not by the one that was asked for."""
-    if method == "nearest" or (method == "gptq" and name in found) or name in powers:
+def _how(
+    name: str, variable: nnx.Variable, method: Method, plain: bool, observed: Set[str], factors: Mapping[str, Array]
+) -> tuple[str, str]:
+    """By which method a matrix of a layer is converted, and why not by the one that was asked for."""
+    if method == "nearest":
         return method, ""
     if not plain:
         return "nearest", f"{method} is for plain blocks"
-    return "nearest", f"{method} is for dense products" if name not in found else "nothing before it can be scaled"
+    if name not in observed:
+        return "nearest", f"{method} is for dense products"
+    rule = rule_of(variable)
+    if rule is not None and rule.learned_step:
+        return "nearest", "its steps were learned"
+    if method == "awq" and name not in factors:
+        return "nearest", "its inputs cannot be scaled: nothing before it, or a product beside it that stays as it is"
+    return method, ""
 
 
 def _convert(name: str, module: nnx.Module, attribute: str, method: str, why: str, gram: Array | None) -> Converted:
@@ -144,10 +158,7 @@ def _convert(name: str, module: nnx.Module, attribute: str, method: str, why: st
     rule, before, n_bytes = rule_of(variable), variable[...], variable.size * variable.dtype.itemsize
     if rule is None or rule.weights is None:
         return Converted(name, str(variable.dtype), "none", "no rule has weights for it", n_bytes, n_bytes, 0.0, None)
-    if method == "gptq" and not rule.learned_step:
-        value = gptq(before, gram, rule.weights)
-    else:
-        value = quantized(module, attribute)
+    value = gptq(before, gram, rule.weights) if method == "gptq" else quantized(module, attribute)
     change = value.dequantize() - before
     weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
     output_error = None if gram is None else relative_error(change, before, gram)

@@ -26,13 +26,14 @@ from efftrain.measure.scorecard import Figure, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.ops.quantize import parse_format
+from efftrain.ops.quantize import AnyFormat, parse_format
 from efftrain.progress import console
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.run import checkpoint_directory, environment, load_model_config, read_json
 from efftrain.train.state import split_model
 
 FILE_NAME = "compression.json"
+ALL_BLOCKS = "blocks/.*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Compression:
     quantize: str | None = None
     activations: str | None = None
     cache: str | None = None
-    layers: str = "blocks/.*"
+    layers: str = ALL_BLOCKS
     method: Method = "nearest"
     budget: float | None = None
     rows: int = 128
@@ -67,11 +68,13 @@ class Compression:
             raise ConfigError("--budget chooses between formats; give several, such as --quantize int8,int4:g32")
         if self.budget is None and "," in (self.quantize or ""):
             raise ConfigError(f"--quantize is {self.quantize}; give one format, or a --budget to choose by")
-        if self.budget is not None and (self.activations or self.layers != "blocks/.*"):
+        if self.budget is not None and (self.activations or self.layers != ALL_BLOCKS):
             raise ConfigError("--budget is for the weights of all blocks; leave --activations and --layers out")
-        for text in (*(self.quantize or "").split(","), self.activations, self.cache):
-            if text:
-                parse_format(text)
+        if self.layers != ALL_BLOCKS and not (self.quantize or self.activations):
+            raise ConfigError("--layers is given and not what to do with them; add --quantize or --activations")
+        for text in (self.quantize or "").split(","):
+            QuantizationRule(weights=_format(text), activations=_format(self.activations))
+        Quantization(cache=_format(self.cache))
 
     @property
     def name(self) -> str:
@@ -96,7 +99,8 @@ def compress(run: Path, options: Compression, *, out: Path | None = None, corpus
     Raises:
       EfftrainError: the run, the corpus and the options do not fit, or ``out`` holds something else.
     """
-    run, config = Path(run), load_model_config(run)
+    run = Path(run).resolve()
+    config = load_model_config(run)
     if config.quantization.stored:
         raise ConfigError(f"the model of {run} is converted already; convert the one it was made from")
     settings = read_json(run / "config.json")
@@ -104,15 +108,16 @@ def compress(run: Path, options: Compression, *, out: Path | None = None, corpus
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(corpus or Path(settings["corpus"]), settings["training"]["length"])
     out = run.with_name(f"{run.name}-{options.name}") if out is None else out
-    made_from = {"run": str(run), "step": _newest_step(run, settings), "options": to_json(options)}
+    step = _newest_step(run, settings)
+    made_from = {"run": str(run), "step": step, "corpus": str(text.corpus.resolve()), "options": to_json(options)}
     if out.exists():
         _check_made_from(out, made_from)
         console.print(f"{out} is converted already", markup=False)
+        if (out / SCORECARD).exists():
+            return Scorecard.read(out / SCORECARD)
         model = efftrain.load(out)
     else:
         model = _convert(run, config, options, text, out, settings, made_from)
-    if (out / SCORECARD).exists():
-        return Scorecard.read(out / SCORECARD)
     card = _score(out, model, text)
     card.write(out / SCORECARD)
     return card
@@ -152,7 +157,7 @@ class Text:
 
 def _convert(run, config: ModelConfig, options: Compression, text: Text, out: Path, settings, made_from) -> Decoder:
     calibration = text.calibration(options.rows) if options.method != "nearest" else None
-    cache = parse_format(options.cache) if options.cache else config.quantization.cache
+    cache = _format(options.cache) or config.quantization.cache
     chosen = None
     if options.budget is not None:
         formats = [parse_format(part) for part in options.quantize.split(",")]
@@ -175,25 +180,44 @@ def _convert(run, config: ModelConfig, options: Compression, text: Text, out: Pa
 
 
 def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule, ...]:
-    if options.quantize is None and options.activations is None:
-        return config.quantization.rules
-    weights = parse_format(options.quantize) if options.quantize else None
-    activations = parse_format(options.activations) if options.activations else None
-    return (QuantizationRule(layers=options.layers, weights=weights, activations=activations),)
+    """Those that the options say; what they leave open is as in training."""
+    weights, activations = _format(options.quantize), _format(options.activations)
+    trained = config.quantization.rules
+    if weights is None and activations is None:
+        return trained
+    if weights is None and trained:
+        if options.layers != ALL_BLOCKS:
+            raise ConfigError("the run has layers of its own that it was trained for; leave --layers out")
+        return tuple(replace(rule, activations=activations) for rule in trained)
+    rule = QuantizationRule(layers=options.layers, weights=weights, activations=activations)
+    if any(r.learned_step for r in trained):
+        if (same := replace(rule, learned_step=True)) in trained:
+            return (same,)
+        console.print(
+            "warning: the run has learned its steps, for other rules; scales are made anew. Without --quantize they are "
+            "kept",
+            style="yellow",
+        )
+    return (rule,)
+
+
+def _format(text: str | None) -> AnyFormat | None:
+    return parse_format(text) if text else None
 
 
 def _write(out: Path, run: Path, model: Decoder, report: Report, settings: dict, made_from: dict[str, Any]) -> None:
     """The new directory, under another name until it is whole."""
     unfinished = out.with_name(f"{out.name}.incomplete")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        if (unfinished / FILE_NAME).exists():  # ours, of a process that was killed
+            shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
-        training = settings.get("training", {}) | {"checkpoints": None}
-        write_json(unfinished / "config.json", settings | {"model": to_json(model.config), "training": training})
-        write_json(unfinished / "environment.json", environment())
         write_json(
             unfinished / FILE_NAME, made_from | {"bytes_share": report.bytes_share, "matrices": report.as_json()}
         )
+        training = settings.get("training", {}) | {"checkpoints": None}
+        write_json(unfinished / "config.json", settings | {"model": to_json(model.config), "training": training})
+        write_json(unfinished / "environment.json", environment())
         if (run / "recipe.py").exists():
             shutil.copyfile(run / "recipe.py", unfinished / "recipe.py")
         _, params, rest = split_model(model)
@@ -202,7 +226,7 @@ def _write(out: Path, run: Path, model: Decoder, report: Report, settings: dict,
             checkpoints.wait()
         os.rename(unfinished, out)
     except OSError as error:
-        raise RunError(f"cannot write {out} ({error.strerror}); free the disk or choose another --out") from error
+        raise RunError(f"cannot write {out} ({error}); free the disk or choose another --out") from error
 
 
 def _check_made_from(out: Path, made_from: dict[str, Any]) -> None:

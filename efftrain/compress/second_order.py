@@ -9,10 +9,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.ops.quantize import Format, QuantizedArray, group_size, quantize, step_of
+from efftrain.ops.quantize import Format, QuantizedArray, group_size, quantize, step_of, stored_scale
 
 BLOCK = 128  # rows whose making-up reaches the rows behind them together
 DAMPING = 0.01  # of the mean of the diagonal
@@ -27,24 +29,24 @@ def inverse_factor(gram_dd: Array, damping: float = DAMPING) -> Array:
     Raises:
       ConfigError: the matrix is not finite.
     """
-    if not bool(jnp.isfinite(gram_dd).all()):
+    gram = np.asarray(gram_dd)
+    if not np.isfinite(gram).all():
         raise ConfigError("the products of the calibration's inputs are not finite; calibrate a model that works")
+    unused, mean = (np.diag(gram) == 0).astype(gram.dtype), np.mean(np.diag(gram))
+    potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (gram,))
     while damping <= MOST_DAMPING:
-        factor = _inverse_factor(gram_dd, damping)
-        if bool(jnp.isfinite(factor).all()):
-            return factor
+        # In place: of a wide layer this matrix is as large as the layer.
+        matrix = np.array(gram, order="F")
+        matrix[np.diag_indices_from(matrix)] += unused + damping * mean  # an input that is always zero gets a one
+        matrix, failed = potrf(matrix, overwrite_a=True)
+        if not failed:
+            matrix, failed = potri(matrix, overwrite_c=True)
+        if not failed:
+            matrix, failed = potrf(matrix, overwrite_a=True)
+        if not failed and np.isfinite(matrix).all():
+            return jnp.asarray(np.triu(matrix))
         damping *= 10
     raise ConfigError("the products of the calibration's inputs cannot be inverted; give more calibration rows")
-
-
-@jax.jit
-def _inverse_factor(gram_dd: Array, damping: float) -> Array:
-    diagonal = jnp.diag(gram_dd)
-    # An input that is always zero: its row does not matter.
-    gram_dd = gram_dd + jnp.diag(jnp.where(diagonal == 0, 1.0, 0.0) + damping * jnp.mean(diagonal))
-    identity = jnp.eye(len(gram_dd))
-    inverse = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram_dd, lower=True), identity)
-    return jnp.linalg.cholesky(inverse, symmetrize_input=True).T
 
 
 def compensated(w_df: Array, factor_dd: Array, project: Callable[[Array, Array], Array]) -> Array:
@@ -72,7 +74,9 @@ def compensated(w_df: Array, factor_dd: Array, project: Callable[[Array, Array],
         empty = jnp.zeros_like(rows_bf)
         _, out_bf, error_bf = jax.lax.fori_loop(0, size, row, (rows_bf, empty, empty))
         to_all_bd = jax.lax.dynamic_slice_in_dim(factor_dd, first, size)
-        return w_df - to_all_bd.T @ error_bf, out_bf  # rows of this block are not read again
+        return w_df - jnp.matmul(
+            to_all_bd.T, error_bf, precision="highest"
+        ), out_bf  # rows of this block are not read again
 
     return jax.lax.scan(block, w_df, jnp.arange(0, d, size))[1].reshape(d, f)
 
@@ -88,8 +92,8 @@ def gptq(w_df: Array, gram_dd: Array, format: Format) -> QuantizedArray:
       format: of the result.
     """
     order_d = jnp.argsort(-jnp.diag(gram_dd))
-    factor_dd = inverse_factor(gram_dd[order_d][:, order_d])
-    scale_gf = step_of(w_df, format).astype(format.scale_dtype)
+    factor_dd = inverse_factor(gram_dd[jnp.ix_(order_d, order_d)])
+    scale_gf = stored_scale(step_of(w_df, format), format)
     nearest_df = _gptq(w_df.astype(jnp.float32), factor_dd, scale_gf, order_d, format)
     return quantize(nearest_df, format, scale=scale_gf)
 

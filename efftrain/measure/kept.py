@@ -41,6 +41,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """
     temporary = path.with_name(f"{path.name}.writing")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
         os.replace(temporary, path)
     except OSError as error:

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efftrain.errors import ConfigError
 from efftrain.models.cache import LayerCache
 from efftrain.models.config import Attention
 from efftrain.models.linear import Linear, RMSNorm
 from efftrain.ops.attention import cached_attention
 from efftrain.ops.attention_backends import attention, choose_backend
-from efftrain.ops.quantize import AnyFormat, fake_quantize
+from efftrain.ops.quantize import AnyFormat, fake_quantize, group_size
 from efftrain.ops.rope import apply_rope, rope_angles
 from efftrain.sharding.context import attend_on_mesh
 from efftrain.sharding.rules import constrain, shard_count
@@ -32,6 +33,11 @@ class SelfAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config, self.cache_format = config, cache
+        if cache is not None:
+            try:
+                group_size(config.d_head, cache)
+            except ConfigError as error:
+                raise ConfigError(f"quantization.cache and attention.d_head {config.d_head}: {error}") from error
         heads, kv_heads, d_head = config.n_heads, config.n_kv_heads, config.d_head
 
         def into(n: int, axis: str) -> Linear:

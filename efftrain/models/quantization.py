@@ -29,8 +29,10 @@ from efftrain.ops.quantize import (
     quantize,
     quantized_product,
     step_of,
+    stored_scale,
 )
 
+RATIO = "_step_ratio"  # behind a matrix's name
 SMALLEST_RATIO = 0.05  # of a learned step over that of the largest magnitude
 # Where products of two quantised matrices are computed in their own type. Neither was measured; elsewhere, and on CPU,
 # the product is one of floats (XLA's int8 products are slower there: tests/bench/quantize.py).
@@ -99,7 +101,7 @@ class Scale(nnx.Variable):
 
 
 class StepRatio(nnx.Param):
-    """Learned steps over those of the largest magnitude, under the matrix's name with ``_ratio`` behind it.
+    """Learned steps over those of the largest magnitude, under the matrix's name with ``_step_ratio`` behind it.
 
     A ratio, so that one learning rate fits all, and steps follow their matrix from the first training step on.
     """
@@ -157,14 +159,16 @@ def learned_steps(module: nnx.Module, name: str) -> Array:
     """The float32 scales of a matrix whose rule has ``learned_step``; not differentiated in the matrix."""
     matrix = getattr(module, name)
     step = step_of(jax.lax.stop_gradient(matrix[...]), rule_of(matrix).weights, matrix.get_metadata()["contraction"])
-    return step * jnp.maximum(getattr(module, f"{name}_ratio")[...], SMALLEST_RATIO)
+    ratio = getattr(module, f"{name}{RATIO}")[...]
+    # Straight through the bound, or a step below it would never come back.
+    return step * (ratio + jax.lax.stop_gradient(jnp.maximum(ratio, SMALLEST_RATIO) - ratio))
 
 
 def quantized(module: nnx.Module, name: str) -> QuantizedArray:
     """What a matrix with a rule for its weights becomes when it is stored: exactly what ``read`` gives."""
     variable = getattr(module, name)
     rule, axis = rule_of(variable), variable.get_metadata()["contraction"]
-    scale = learned_steps(module, name).astype(rule.weights.scale_dtype) if rule.learned_step else None
+    scale = stored_scale(learned_steps(module, name), rule.weights) if rule.learned_step else None
     return quantize(variable[...], rule.weights, axis, scale=scale)
 
 
@@ -180,8 +184,8 @@ def store(module: nnx.Module, name: str, value: QuantizedArray) -> None:
     axes[axis], units[axis] = "groups", value.scale.shape[axis]
     setattr(module, name, Packed(value.packed, **kept | {"units": tuple(packed_units), "per_byte": per_byte}))
     setattr(module, f"{name}_scale", Scale(value.scale, axes=tuple(axes), units=tuple(units)))
-    if hasattr(module, f"{name}_ratio"):
-        delattr(module, f"{name}_ratio")
+    if hasattr(module, f"{name}{RATIO}"):
+        delattr(module, f"{name}{RATIO}")
 
 
 def rule_of(variable: nnx.Variable) -> QuantizationRule | None:
@@ -230,14 +234,25 @@ def give_rules(module: nnx.Module, quantization: Quantization, prefix: str = "")
         _give_rule(name, holder, attribute, rule)
 
 
+def in_float(model: nnx.Module) -> nnx.Module:
+    """The same model, of the same arrays, in variables of its own; neither matrices nor cache are quantised."""
+    graph, state = nnx.split(model)
+    twin = nnx.merge(graph, jax.tree.map(lambda array: array, state))
+    give_rules(twin, Quantization())
+    for _, module in nnx.iter_modules(twin):
+        if hasattr(module, "cache_format"):
+            module.cache_format = None
+    return twin
+
+
 def _give_rule(name: str, module: nnx.Module, attribute: str, rule: QuantizationRule | None) -> None:
     variable = getattr(module, attribute)
     metadata = variable.get_metadata()
     if metadata.get("rule") == rule:
         return
     variable.set_metadata(rule=rule)
-    if hasattr(module, f"{attribute}_ratio"):
-        delattr(module, f"{attribute}_ratio")
+    if hasattr(module, f"{attribute}{RATIO}"):
+        delattr(module, f"{attribute}{RATIO}")
     if rule is None or rule.weights is None:
         return
     axis = metadata["contraction"]
@@ -252,4 +267,4 @@ def _give_rule(name: str, module: nnx.Module, attribute: str, rule: Quantization
         shape[axis] = units[axis] = shape[axis] // size
         axes[axis] = "groups"
         ratio = jnp.ones(shape, jnp.float32)
-        setattr(module, f"{attribute}_ratio", StepRatio(ratio, axes=tuple(axes), units=tuple(units)))
+        setattr(module, f"{attribute}{RATIO}", StepRatio(ratio, axes=tuple(axes), units=tuple(units)))

@@ -27,10 +27,12 @@ def forward_kl(
     batch, length, _ = x_btd.shape
     n_chunks = choose_chunks(length, 2 * batch * length * kernel_dv.shape[1] // shards)
 
+    kernel_32 = kernel_dv.astype(jnp.float32)  # its gradient adds up over the chunks
+
     @jax.checkpoint
     def add_chunk(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         x, teacher, weights = chunk
-        log_p = jax.nn.log_softmax(_logits(x, kernel_dv))
+        log_p = jax.nn.log_softmax(_logits(x, kernel_32.astype(kernel_dv.dtype)))
         log_t = jax.nn.log_softmax(jax.lax.stop_gradient(_logits(teacher, teacher_dv)))
         divergence = (jnp.exp(log_t) * (log_t - log_p)).sum(-1)
         return total + (divergence * weights).sum(), None
@@ -40,4 +42,5 @@ def forward_kl(
 
 
 def _logits(x: Array, kernel_dv: Array) -> Array:
-    return jnp.matmul(x, kernel_dv, preferred_element_type=jnp.float32)
+    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel_dv, preferred_element_type=jnp.float32)
+    return flat.reshape(*x.shape[:-1], -1)

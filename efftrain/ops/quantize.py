@@ -116,8 +116,9 @@ class Float8(Format):
         return _times(jnp.abs(x).max(axis), 1 / self.levels[1])
 
     def nearest(self, v: Array) -> Array:
-        # Clipped first: beyond its largest number the type has only NaN.
-        return jnp.clip(v, *self.levels).astype(self.dtype).astype(jnp.float32)
+        # Clipped first: beyond its largest number the type has only NaN. The barrier: XLA may leave out a conversion
+        # there and back, and with it the rounding (GPUs allow excess precision by default).
+        return jax.lax.optimization_barrier(jnp.clip(v, *self.levels).astype(self.dtype)).astype(jnp.float32)
 
 
 AnyFormat = Integer | Ternary | Float8  # what a field of a configuration may hold
@@ -190,6 +191,13 @@ def step_of(x: Array, format: Format, axis: int = -2) -> Array:
     return jnp.where(step < SMALLEST_SCALE, 1.0, step)
 
 
+def stored_scale(step: Array, format: Format) -> Array:
+    """Float32 scales in the format's ``scale_dtype``, rounded for certain: XLA may leave out a conversion and its
+    inverse, but not this."""
+    rounded = jax.lax.reduce_precision(step, 8, 7) if format.scale_dtype == "bfloat16" else step
+    return rounded.astype(format.scale_dtype)
+
+
 def quantize(x: Array, format: Format, axis: int = -2, *, scale: Array | None = None) -> QuantizedArray:
     """The nearest numbers of a format.
 
@@ -200,7 +208,7 @@ def quantize(x: Array, format: Format, axis: int = -2, *, scale: Array | None = 
       scale: those to use, in ``scale_dtype``. None: ``step_of`` rounded to it.
     """
     size = group_size(x.shape[axis], format)
-    scale = step_of(x, format, axis).astype(format.scale_dtype) if scale is None else scale
+    scale = stored_scale(step_of(x, format, axis), format) if scale is None else scale
     levels = format.nearest(_unscaled(x.astype(jnp.float32), scale, size, axis)).astype(format.dtype)
     return QuantizedArray(pack(levels, format, axis), scale, format, axis, size)
 
@@ -215,7 +223,7 @@ def fake_quantize(x: Array, format: Format, axis: int = -2) -> Array:
     most half a step.
     """
     size = group_size(x.shape[axis], format)
-    scale = step_of(x, format, axis).astype(format.scale_dtype)
+    scale = stored_scale(step_of(x, format, axis), format)
     levels = format.nearest(_unscaled(x.astype(jnp.float32), scale, size, axis))
     return _scaled(levels, scale, size, axis).astype(x.dtype)
 
@@ -248,7 +256,7 @@ def learned_quantize(x: Array, step: Array, format: Format, axis: int = -2) -> A
 
     Source: Esser et al. 2020 (LSQ), equations 3 and 5, section 2.2.
     """
-    size, scale = group_size(x.shape[axis], format), step.astype(format.scale_dtype)
+    size, scale = group_size(x.shape[axis], format), stored_scale(step, format)
     return _scaled(format.nearest(_unscaled(x, scale, size, axis)), scale, size, axis)
 
 
@@ -259,7 +267,7 @@ def _learned_forward(x: Array, step: Array, format: Format, axis: int) -> tuple[
 def _learned_backward(format: Format, axis: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, step = saved
     size = group_size(x.shape[axis], format)
-    v = _unscaled(x, step.astype(format.scale_dtype), size, axis)
+    v = _unscaled(x, stored_scale(step, format), size, axis)
     low, high = format.levels
     inside = (v >= low) & (v <= high)
     slope = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, low, high))

@@ -7,13 +7,17 @@ one trunk, and compared with it from the same state on.
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from efftrain.errors import ConfigError, RunError
+from efftrain.models.quantization import RATIO
 from efftrain.progress import console
-from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.checkpoints import Checkpoints, flatten, unflatten
+from efftrain.train.program import Program
 from efftrain.train.run import checkpoint_directory, read_json
 from efftrain.train.state import TrainState
 
-NEW = ("_ratio",)  # ends of the names of parameters that a trunk need not have: they start as built
+NEW = (RATIO,)  # in the names of what a trunk need not have: it starts as built
 
 
 def parse_branch(text: str, steps: int) -> tuple[Path, int]:
@@ -32,13 +36,14 @@ def parse_branch(text: str, steps: int) -> tuple[Path, int]:
     return Path(run), int(step)
 
 
-def branch_from(text: str, steps: int, state: TrainState) -> tuple[TrainState, Any]:
+def branch_from(text: str, steps: int, program: Program, abstract: TrainState) -> tuple[TrainState, Any]:
     """The state at a checkpoint of another run, and the position in its data.
 
     Args:
       text: ``Training.branch``.
       steps: of the new run.
-      state: of the new run as it was built, for shapes, shardings and what the other run does not have.
+      program: of the new run, which makes what the other run does not have.
+      abstract: its state, with shardings.
 
     Raises:
       RunError: there is no such run or checkpoint, or it is of another model or optimizer.
@@ -52,6 +57,9 @@ def branch_from(text: str, steps: int, state: TrainState) -> tuple[TrainState, A
                 f"training.branch: {run} has checkpoints of steps {', '.join(map(str, checkpoints.steps())) or 'none'} "
                 f"and not of {step}; give one of them, or train it with --training.keep-every"
             )
-        found = checkpoints.restore_step(step, state, new=NEW)
+        arrays, data_state = checkpoints.restore_step(step, abstract, new=NEW)
+    missing = {name: array.sharding for name, array in flatten(abstract).items() if name not in arrays}
+    if missing:  # only these are made: two whole states may not fit
+        arrays |= jax.jit(lambda: {n: flatten(program.init())[n] for n in missing}, out_shardings=missing)()
     console.print(f"branching from step {step} of {run}", markup=False)
-    return found
+    return unflatten(arrays, abstract), data_state

@@ -156,10 +156,8 @@ class Checkpoints:
         step, array = found
         yield first, array.pop(first)
         for name in rest:
-            try:
+            with self._reading(step):
                 array = self._read_model(step, {name: variables[name]})
-            except ValueError as error:
-                raise RunError(f"checkpoint {self.directory / str(step)} is damaged ({error})") from error
             yield name, array.pop(name)
 
     def _read_model(self, step: int, variables: dict[str, Any]) -> dict[str, Any]:
@@ -171,37 +169,28 @@ class Checkpoints:
         flat, _ = self._read(step, {place: variables[name] for name, place in places.items()}, partial=True)
         return {name: flat[place] for name, place in places.items()}
 
-    def restore_step(self, step: int, state: Any, *, new: tuple[str, ...]) -> tuple[Any, Any]:
+    def restore_step(self, step: int, abstract_state: Any, *, new: tuple[str, ...]) -> tuple[dict[str, Array], Any]:
         """One checkpoint, for another run to go on from.
 
         Args:
           step: of a checkpoint that is there.
-          state: of the run that goes on; its arrays give shapes and shardings.
-          new: ends of the names of arrays that the checkpoint may lack; they stay as they are.
+          abstract_state: of the run that goes on, with shardings.
+          new: arrays with one of these in their names may be lacking.
 
         Returns:
-          (state, data iterator's state).
+          (arrays by name, data iterator's state).
 
         Raises:
           RunError: the checkpoint is damaged, or of another model or optimizer.
         """
-        own = flatten(state)
         saved = self._saved_shapes(step)
         wanted = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-            for name, array in own.items()
-            if name in saved or not name.endswith(new)
+            name: array
+            for name, array in flatten(abstract_state).items()
+            if name in saved or not any(end in name for end in new)
         }
-        try:
-            flat, data_state = self._read(step, wanted)
-        except RunError:
-            raise
-        except Exception as error:  # as in _newest_complete
-            _ignore_late_callbacks()
-            raise RunError(
-                f"checkpoint {self.directory / str(step)} is damaged ({_first_line(error)}); branch from another one"
-            ) from error
-        return unflatten(own | flat, state), data_state
+        with self._reading(step):
+            return self._read(step, wanted)
 
     def _newest_complete(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
         damaged = []
@@ -262,6 +251,20 @@ class Checkpoints:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (epath.Path(self.directory) / str(step)).rename(target)
         self._manager.reload()
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Of one checkpoint, where there is no other to fall back to."""
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:  # as in _newest_complete
+            _ignore_late_callbacks()
+            raise RunError(
+                f"checkpoint {self.directory / str(step)} is damaged or was removed ({_first_line(error)}); use "
+                "another one, or wait for the run to end"
+            ) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -299,11 +299,11 @@ def _restore_or_init(
 ) -> TrainState:
     abstract = program.abstract_state(mesh, rules)
     found = checkpoints.restore(abstract)
-    if found is None:
+    if found is None and config.branch is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
-        if config.branch is None:
-            return state if initial is None else _start_from(initial(), state)
-        state, data_state = branch_from(config.branch, config.steps, state)
+        return state if initial is None else _start_from(initial(), state)
+    if found is None:
+        state, data_state = branch_from(config.branch, config.steps, program, abstract)
     else:
         step, state, data_state = found
         console.print(f"continuing from step {step}")

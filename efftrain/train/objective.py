@@ -16,7 +16,7 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
-from efftrain.models.quantization import Quantization, give_rules
+from efftrain.models.quantization import in_float
 from efftrain.ops.cross_entropy import cross_entropy
 from efftrain.ops.divergence import forward_kl
 from efftrain.ops.platform import conditional
@@ -75,9 +75,7 @@ class SelfDistillation:
         if not model.config.quantization.rules:
             raise ConfigError("distillation from the float model needs model.quantization.rules; give one, or leave it")
         inputs = {"segments_bt": batch["segments"], "positions_bt": batch["positions"], "key": key}
-        graph, state = nnx.split(model)
-        teacher = nnx.merge(graph, jax.lax.stop_gradient(state))
-        give_rules(teacher, Quantization())
+        teacher = in_float(model)
         teacher_btd = teacher.hidden(batch["tokens"], **inputs)[0]
         hidden_btd, metrics = model.hidden(batch["tokens"], **inputs)
         loss = _cross_entropy(model, hidden_btd, batch)

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from efftrain.config import difference, digest, from_json, to_json
-from efftrain.errors import RunError
+from efftrain.errors import ConfigError, RunError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
@@ -67,9 +67,10 @@ class Run:
             self._copy_recipe()
 
     def _check_same_config(self) -> None:
-        lines = difference(
-            _without_operational(read_json(self.path / "config.json")), _without_operational(self.config)
-        )
+        before = read_json(self.path / "config.json")
+        with contextlib.suppress(ConfigError):  # fields that did not exist then have their defaults
+            before = to_json(from_json(before, script=sys.modules["__main__"]))
+        lines = difference(_without_operational(before), _without_operational(self.config))
         if lines:
             more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
             raise RunError(

@@ -28,7 +28,7 @@ def build(model_config: ModelConfig, seed: int = 0) -> Decoder:
     def draw(path, leaf):
         if leaf.dtype != jnp.float32:
             return jnp.zeros(leaf.shape, leaf.dtype)
-        if "scale" in jax.tree_util.keystr(path):
+        if any(word in jax.tree_util.keystr(path) for word in ("scale", "ratio")):
             return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
         return jnp.asarray(rng.normal(size=leaf.shape) * leaf.shape[-2] ** -0.5, jnp.float32)
 
