@@ -49,6 +49,7 @@ from efftrain.train.objective import Objective, SelfDistillation, next_token_los
 from efftrain.train.optimizers import AdamW
 from efftrain.train.schedules import Cosine, WarmupStableDecay
 
+EVALUATED_ROWS = 2048  # of the validation split, for conversions; a trained run is evaluated on all of it
 FINISH_SHARE, FINISH_LR = 0.05, 0.05  # of the float run's steps and peak learning rate, for ``start="finish"``
 
 
@@ -243,13 +244,12 @@ def compare_formats(config: Config) -> Comparison:
         "float": float_run(base),
         "int4": base,
         "int4-learned-steps": trained(quantization=quantization(int4, learned_step=True)),
-        "int4-distilled": replace(base, distillation=SelfDistillation()),
         "w8a8": trained(quantization=quantization(int8, int8)),
     }
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
     conversions = [convert_and_evaluate(base, out, seed) for seed in config.seeds]
-    result = {"conversions": conversions, "cost_share": costs(found, conversions)}
+    result = {"conversions": conversions, "cost_share": costs(conversions)}
     found.write(out / "comparison.json", **result)
     console.print(json.dumps(result["cost_share"]))
     return found
@@ -258,6 +258,7 @@ def compare_formats(config: Config) -> Comparison:
 def convert_and_evaluate(config: Config, out: Path, seed: int) -> dict[str, float]:
     """Bits per byte of the float run's model after each conversion, and of the trained ones after theirs."""
     ways: dict[str, tuple[str, Quantization | None, Method]] = {
+        "float": ("float", None, "nearest"),
         "int8": ("float", quantization(int8), "nearest"),
         "int8, int8 activations": ("float", quantization(int8, int8), "nearest"),
         "int8 cache": ("float", Quantization(cache=int8), "nearest"),
@@ -265,14 +266,14 @@ def convert_and_evaluate(config: Config, out: Path, seed: int) -> dict[str, floa
         "int4:g32": ("float", quantization(int4), "nearest"),
         "int4:g32, gptq": ("float", quantization(int4), "gptq"),
         "int4:g32, awq": ("float", quantization(int4), "awq"),
-        **{name: (name, None, "nearest") for name in ("int4", "int4-learned-steps", "int4-distilled", "w8a8")},
+        **{name: (name, None, "nearest") for name in ("int4", "int4-learned-steps", "w8a8")},
     }
     text = Text(config.corpus, config.training.length)
     of_runs = {
         run: digest(json.loads((out / f"{run}-seed{seed}" / SCORECARD).read_text())) for run, _, _ in ways.values()
     }
     kept = Kept(out / f"conversions-seed{seed}.json", {"runs": of_runs, "corpus": str(config.corpus)})
-    evaluate, found = text.evaluator(), {}
+    evaluate, found = text.evaluator(EVALUATED_ROWS), {}
     for name, (run, wanted, method) in ways.items():
 
         def measure(run: str = run, wanted: Quantization | None = wanted, method: Method = method) -> float:
@@ -285,13 +286,9 @@ def convert_and_evaluate(config: Config, out: Path, seed: int) -> dict[str, floa
     return found
 
 
-def costs(found: Comparison, conversions: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Bits per byte above the float run's, as a share of it, for each seed."""
-    plain = [card.figures["bpb"].value for card in found.cards["float"]]
-    return {
-        name: [values[name] / bpb - 1 for values, bpb in zip(conversions, plain, strict=True)]
-        for name in conversions[0]
-    }
+def costs(conversions: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Bits per byte above the float model's, as a share of it, for each seed."""
+    return {name: [found[name] / found["float"] - 1 for found in conversions] for name in conversions[0]}
 
 
 if __name__ == "__main__":

@@ -14,10 +14,14 @@ import pytest
 from flax import nnx
 
 import efftrain
+from efftrain.compress.pieces import Pieces
+from efftrain.compress.quantize import convert
 from efftrain.models.config import BlockConfig, DepthConfig, Full, LayerDropout, ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
+from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.models.routed_depth import MixtureOfDepths, Recursion
+from efftrain.ops.quantize import Integer
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training, fit
 from efftrain.train.objective import EarlyExitLoss, next_token_loss
@@ -69,6 +73,14 @@ def layer_skip(config: Config) -> Config:
     return dataclasses.replace(config, exits=EarlyExitLoss(scale=0.5, stride=2))
 
 
+def four_bits(config: Config) -> Config:
+    """Matrices of blocks in 4 bits with learned steps, 8 bits for what they are multiplied with and for the cache."""
+    rule = QuantizationRule(
+        weights=Integer(bits=4, group=8), activations=Integer(bits=8), learned_step=True, layers="blocks/.*"
+    )
+    return change_model(quantization=Quantization(rules=(rule,), cache=Integer(bits=8)))(config)
+
+
 def routed(depth: DepthConfig) -> Callable[[Config], Config]:
     """In the last block of the pattern, or behind it where that one is routed too."""
 
@@ -94,6 +106,7 @@ TECHNIQUES: dict[str, Callable[[Config], Config]] = {
     "layer dropout and early exits": layer_skip,
     "mixture of depths": routed(MixtureOfDepths(capacity=0.5)),
     "recursion": routed(Recursion(shares=(1.0, 0.5))),
+    "quantisation": four_bits,
     "muon": change_training(optimizer=Muon(peak_lr=1e-2)),
     "tokens split over devices": tokens_over_devices,
     "averaged, in micro-batches": change_training(ema_decay=0.5, n_microbatches=2),
@@ -156,3 +169,12 @@ def test_two_techniques_work_together(pair: tuple[str, str], tmp_path: Path):
 
     restored = nnx.state(efftrain.load(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(fitted.model), restored)
+
+    if config.model.quantization != Quantization():  # what was trained is what is stored
+        trained = efftrain.load(tmp_path)
+        stored = convert(Pieces.read(tmp_path), config.model.quantization)[0]
+        tokens = batch["tokens"]
+        if config.model.dtype == "float32":
+            np.testing.assert_array_equal(stored(tokens), trained(tokens))
+        else:
+            np.testing.assert_allclose(stored(tokens), trained(tokens), atol=0.1)

@@ -212,9 +212,8 @@ def _write(out: Path, run: Path, model: Decoder, report: Report, settings: dict,
         if (unfinished / FILE_NAME).exists():  # ours, of a process that was killed
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
-        write_json(
-            unfinished / FILE_NAME, made_from | {"bytes_share": report.bytes_share, "matrices": report.as_json()}
-        )
+        changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
+        write_json(unfinished / FILE_NAME, made_from | changes)
         training = settings.get("training", {}) | {"checkpoints": None}
         write_json(unfinished / "config.json", settings | {"model": to_json(model.config), "training": training})
         write_json(unfinished / "environment.json", environment())
