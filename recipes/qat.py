@@ -17,7 +17,7 @@ gpu, v5e-64: not measured; they compile for v5e.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,6 @@ from efftrain.measure.experiment import Experiment, train_and_score
 from efftrain.measure.flops import FORWARD_AND_BACKWARD, training_flops
 from efftrain.measure.kept import Kept
 from efftrain.measure.parameters import abstract_decoder
-from efftrain.measure.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
@@ -162,9 +161,10 @@ def main(config: Config) -> Scorecard | Comparison:
     if config.compare:
         return compare_formats(config)
     config = replace(config, seeds=())
+    ready = started(config)
     if is_quantized(config) and config.start != "beginning":
         train(float_run(config))
-    card = train(started(config))
+    card = train(ready)
     console.print(table([card]))
     return card
 
@@ -235,7 +235,7 @@ def decay_start(training: Training) -> int:
 def compare_formats(config: Config) -> Comparison:
     """Training for several formats, and converting the float runs in several ways; each with every seed."""
     base = replace(config, compare=False, seeds=())
-    out = config.out.parent
+    out, weights = config.out.parent, config.model.quantization.rules[0].weights
 
     def trained(**changes: Any) -> Config:
         return replace(base, model=base.model.replace(**changes))
@@ -243,36 +243,36 @@ def compare_formats(config: Config) -> Comparison:
     variants = {
         "float": float_run(base),
         "int4": base,
-        "int4-learned-steps": trained(quantization=quantization(int4, learned_step=True)),
+        "int4-learned-steps": trained(quantization=quantization(weights, learned_step=True)),
         "w8a8": trained(quantization=quantization(int8, int8)),
     }
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
-    conversions = [convert_and_evaluate(base, out, seed) for seed in config.seeds]
+    kept = [Kept(out / f"conversions-seed{seed}.json", scorecards(found, i)) for i, seed in enumerate(config.seeds)]
+    conversions = [convert_and_evaluate(base, out, s, k) for s, k in zip(config.seeds, kept, strict=True)]
     result = {"conversions": conversions, "cost_share": costs(conversions)}
     found.write(out / "comparison.json", **result)
+    for measured in kept:
+        measured.remove()
     console.print(json.dumps(result["cost_share"]))
     return found
 
 
-def convert_and_evaluate(config: Config, out: Path, seed: int) -> dict[str, float]:
+def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Kept) -> dict[str, float]:
     """Bits per byte of the float run's model after each conversion, and of the trained ones after theirs."""
+    weights = config.model.quantization.rules[0].weights
     ways: dict[str, tuple[str, Quantization | None, Method]] = {
         "float": ("float", None, "nearest"),
         "int8": ("float", quantization(int8), "nearest"),
         "int8, int8 activations": ("float", quantization(int8, int8), "nearest"),
         "int8 cache": ("float", Quantization(cache=int8), "nearest"),
         "int4 cache": ("float", Quantization(cache=Integer(bits=4)), "nearest"),
-        "int4:g32": ("float", quantization(int4), "nearest"),
-        "int4:g32, gptq": ("float", quantization(int4), "gptq"),
-        "int4:g32, awq": ("float", quantization(int4), "awq"),
-        **{name: (name, None, "nearest") for name in ("int4", "int4-learned-steps", "w8a8")},
+        "int4": ("float", quantization(weights), "nearest"),
+        "int4, gptq": ("float", quantization(weights), "gptq"),
+        "int4, awq": ("float", quantization(weights), "awq"),
+        **{f"trained {name}": (name, None, "nearest") for name in ("int4", "int4-learned-steps", "w8a8")},
     }
     text = Text(config.corpus, config.training.length)
-    of_runs = {
-        run: digest(json.loads((out / f"{run}-seed{seed}" / SCORECARD).read_text())) for run, _, _ in ways.values()
-    }
-    kept = Kept(out / f"conversions-seed{seed}.json", {"runs": of_runs, "corpus": str(config.corpus)})
     evaluate, found = text.evaluator(EVALUATED_ROWS), {}
     for name, (run, wanted, method) in ways.items():
 
@@ -284,6 +284,11 @@ def convert_and_evaluate(config: Config, out: Path, seed: int) -> dict[str, floa
 
         found[name] = kept.cell(name, measure)
     return found
+
+
+def scorecards(found: Comparison, i: int) -> dict[str, Any]:
+    """What conversions of the runs with the i-th seed depend on."""
+    return {name: digest(asdict(cards[i])) for name, cards in found.cards.items()}
 
 
 def costs(conversions: list[dict[str, float]]) -> dict[str, list[float]]:

@@ -194,8 +194,7 @@ def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule,
         if (same := replace(rule, learned_step=True)) in trained:
             return (same,)
         console.print(
-            "warning: the run has learned its steps, for other rules; scales are made anew. Without --quantize they are "
-            "kept",
+            "warning: the run has learned its steps for other rules; scales are made anew (kept without --quantize)",
             style="yellow",
         )
     return (rule,)

@@ -1,0 +1,296 @@
+"""Quantisation by the clock: training for it, decoding with it, converting to it, what is held in memory.
+
+    python tests/bench/quantize.py                     # 8 minutes on 2 cores
+    python tests/bench/quantize.py --size gpu          # on a GPU; float8 too
+
+Training: the step of a model whose matrices are trained for 4 bits in groups of 32, over the plain step; in turn,
+medians.
+Decoding: one program for each storage of the same model, batch 1 and 8, in turn. Products: one (rows, d) @ (d, d)
+product in several formulations, what decoding is made of. Conversion: seconds for each 100M parameters, of the blocks.
+Memory: resident bytes of a process that has loaded the model and drawn a token, less those of one that has loaded
+nothing; fresh processes.
+
+Writes ``tests/bench/results/quantize.json``. The last line is JSON: ``ratio`` is the step time for quantisation over
+the plain one, ``goal`` what it may be.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from flax import nnx
+
+import efftrain
+from efftrain.compress.observe import Calibration
+from efftrain.compress.pieces import Pieces
+from efftrain.compress.quantize import convert
+from efftrain.measure.latency import draw
+from efftrain.measure.parameters import stored_bytes
+from efftrain.models.config import ModelConfig, llama
+from efftrain.models.decode import prefill
+from efftrain.models.decoder import Decoder
+from efftrain.models.quantization import Quantization, QuantizationRule
+from efftrain.ops.quantize import AnyFormat, Float8, Integer, quantize, quantized_product
+from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
+from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.loop import Training
+from efftrain.train.objective import next_token_loss
+from efftrain.train.program import make_program
+from efftrain.train.run import Run, environment
+
+RESULTS = Path(__file__).parent / "results" / "quantize.json"
+GOAL = 1.25
+INT8, INT4 = Integer(bits=8), Integer(bits=4, group=32)
+PROMPT, NEW = 32, 32
+
+SIZES = {
+    "cpu": (
+        llama(vocab_size=4096, d_model=384, n_layers=6, n_heads=6, d_ff=1024, max_length=256),
+        Training(steps=1000, batch_size=16, length=256),
+        llama(vocab_size=4096, d_model=1024, n_layers=8, n_heads=16, d_ff=2816, max_length=256),
+    ),
+    "gpu": (
+        llama(vocab_size=4096, d_model=1024, n_layers=12, n_heads=16, d_ff=2816, max_length=1024, dtype="bfloat16"),
+        Training(steps=1000, batch_size=32, length=1024),
+        llama(vocab_size=4096, d_model=4096, n_layers=16, n_heads=32, d_ff=11008, max_length=256, dtype="bfloat16"),
+    ),
+}
+
+
+def weights(format: AnyFormat, activations: AnyFormat | None = None) -> Quantization:
+    return Quantization(rules=(QuantizationRule(weights=format, activations=activations),))
+
+
+class Stepper:
+    """The compiled training step of a model, and its state."""
+
+    def __init__(self, model: ModelConfig, training: Training):
+        program = make_program(lambda rngs: Decoder(model, rngs=rngs), next_token_loss, training)
+        self._state = jax.jit(program.init)()
+        tokens = np.random.default_rng(0).integers(0, 4096, (training.batch_size, training.length + 1), np.int32)
+        ones = np.ones_like(tokens[:, 1:])
+        positions = np.tile(np.arange(training.length, dtype=np.int32), (training.batch_size, 1))
+        self._batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones, "positions": positions}
+        self._batch["mask"] = ones.astype(bool)
+        self._run = jax.jit(program.step, donate_argnums=0).lower(self._state, self._batch).compile()
+
+    def __call__(self) -> None:
+        self._state, metrics = self._run(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+
+
+def in_turn(programs: dict, rounds: int) -> dict[str, float]:
+    """Median seconds of each; they take turns, the first turn is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds + 1):
+        for name, run in programs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def steps(model: ModelConfig, training: Training, rounds: int, *, float8: bool) -> dict[str, float]:
+    ways = {
+        "plain": Quantization(),
+        "int4:g32": weights(INT4),
+        "int8, int8 activations": weights(INT8, INT8),
+        "int4:g32, learned steps": Quantization(rules=(QuantizationRule(weights=INT4, learned_step=True),)),
+    }
+    if float8:
+        ways["fp8, fp8 activations"] = weights(Float8(), Float8())
+    return in_turn({n: Stepper(model.replace(quantization=q), training) for n, q in ways.items()}, rounds)
+
+
+def decoding(model: ModelConfig, rounds: int, *, float8: bool) -> dict[str, dict[str, float]]:
+    """Tokens a second of each storage, and its bytes."""
+    plain = Decoder(model, rngs=nnx.Rngs(0))
+    models = {"float32": plain, "bfloat16": as_bfloat16(plain)}
+    for name, quantization in {
+        "int8": weights(INT8),
+        "int8, int8 activations": weights(INT8, INT8),
+        "int4:g32": weights(INT4),
+        "int8, int8 cache": replace(weights(INT8), cache=INT8),
+        **({"fp8, fp8 activations": weights(Float8(), Float8())} if float8 else {}),
+    }.items():
+        models[name] = convert(Pieces.of(plain), quantization)[0]
+    found = {name: {"bytes": stored_bytes(each)} for name, each in models.items()}
+    for batch in (1, 8):
+        times = in_turn({name: drawing(each, batch) for name, each in models.items()}, rounds)
+        for name, seconds in times.items():
+            found[name][f"tokens_per_s_b{batch}"] = batch * NEW / seconds
+    return found
+
+
+def as_bfloat16(model: Decoder) -> Decoder:
+    """Parameters and products in bfloat16."""
+    graph = nnx.split(nnx.eval_shape(lambda: Decoder(model.config.replace(dtype="bfloat16"), rngs=nnx.Rngs(0))))[0]
+    return nnx.merge(graph, jax.tree.map(lambda a: a.astype("bfloat16"), nnx.state(model)))
+
+
+def drawing(model: Decoder, batch: int):
+    graph, state = nnx.split(model)
+    prompts = jnp.asarray(np.random.default_rng(0).integers(0, 4096, (batch, PROMPT)), jnp.int32)
+    logits_bv, cache = jax.jit(
+        lambda state: prefill(nnx.merge(graph, state), prompts, jnp.full(batch, PROMPT), slots=PROMPT + NEW)
+    )(state)
+    first_b = logits_bv.argmax(-1).astype(jnp.int32)
+    return lambda: jax.block_until_ready(draw(graph, state, first_b, cache, NEW))
+
+
+def products(d: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds of one product of 1 and of 8 rows, by formulation."""
+    rng = np.random.default_rng(0)
+    w_df = jnp.asarray(rng.normal(size=(d, d)), jnp.float32)
+    int8, int4 = quantize(w_df, INT8), quantize(w_df, INT4)
+    int8_fd = int8.packed.T.copy()
+
+    def blocked(x_nd, packed_df, scale_f, rows: int = 64):
+        """Rows of the matrix made float, a block at a time, never all of them."""
+
+        def block(i, y_nf):
+            w = jax.lax.dynamic_slice_in_dim(packed_df, i * rows, rows).astype(jnp.float32)
+            return y_nf + jax.lax.dynamic_slice_in_dim(x_nd, i * rows, rows, 1) @ w
+
+        zeros = jnp.zeros((len(x_nd), packed_df.shape[1]), jnp.float32)
+        return jax.lax.fori_loop(0, packed_df.shape[0] // rows, block, zeros) * scale_f
+
+    def multiply_reduce(x_nd, packed_df, scale_f):
+        """No product: one fused loop over the matrix as it is stored."""
+        return (x_nd[:, :, None] * packed_df[None].astype(jnp.float32)).sum(1) * scale_f
+
+    def multiply_reduce_transposed(x_nd, packed_fd, scale_f):
+        return (x_nd[:, None] * packed_fd[None].astype(jnp.float32)).sum(2) * scale_f
+
+    scale_f = int8.scale[0].astype(jnp.float32)
+    ways = {
+        "float32": (lambda x, w: x @ w, w_df),
+        "bfloat16 stored": (lambda x, w: x @ w.astype(jnp.float32), w_df.astype("bfloat16")),
+        "int8, dequantised": (lambda x, q: x @ q.dequantize(), int8),
+        "int4, dequantised": (lambda x, q: x @ q.dequantize(), int4),
+        "int8 x int8 to int32": (lambda x, q: quantized_product(x, q, INT8), int8),
+        "int8, blocks of rows": (lambda x, a: blocked(x, *a), (int8.packed, scale_f)),
+        "int8, multiply and reduce": (lambda x, a: multiply_reduce(x, *a), (int8.packed, scale_f)),
+        "int8, multiply and reduce, transposed": (
+            lambda x, a: multiply_reduce_transposed(x, *a),
+            (int8_fd, scale_f),
+        ),
+    }
+    found: dict[str, dict[str, float]] = {name: {} for name in ways}
+    for n in (1, 8):
+        x_nd = jnp.asarray(rng.normal(size=(n, d)), jnp.float32)
+        compiled = {}
+        for name, (product, matrix) in ways.items():
+
+            def many(x, matrix, product=product):
+                """Each product needs the one before, as in a decoder."""
+                return jax.lax.fori_loop(0, 20, lambda _, x: product(x, matrix) * 1e-3, x)
+
+            program = jax.jit(many).lower(x_nd, matrix).compile()
+            compiled[name] = lambda program=program, x=x_nd, m=matrix: jax.block_until_ready(program(x, m))
+        for name, seconds in in_turn(compiled, rounds).items():
+            found[name][f"us_{n}_rows"] = seconds / 20 * 1e6
+    return found
+
+
+def conversion(model: ModelConfig) -> dict[str, float]:
+    """Seconds for each 100M parameters of the blocks; compiling included, which a larger model has once as well."""
+    rng = np.random.default_rng(0)
+    text = Calibration(
+        rng.integers(0, 4096, (128, 256)).astype(np.int32),
+        np.ones((128, 256), np.int32),
+        np.tile(np.arange(256, dtype=np.int32), (128, 1)),
+    )
+    plain, found = Decoder(model, rngs=nnx.Rngs(0)), {}
+    in_blocks = sum(v.size for path, v in nnx.to_flat_state(nnx.state(plain, nnx.Param)) if path[0] == "blocks")
+    for method in ("nearest", "gptq", "awq"):
+        start = time.perf_counter()
+        converted, _ = convert(Pieces.of(plain), weights(INT4), method=method, calibration=text)
+        jax.block_until_ready(nnx.state(converted))
+        found[method] = (time.perf_counter() - start) * 1e8 / in_blocks
+    return found
+
+
+def memory(model: ModelConfig) -> dict[str, dict[str, float]]:
+    """Of processes that load a run of each storage, in bytes; peak and what stays."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Decoder(model, rngs=nnx.Rngs(0))
+        models = {"float32": plain}
+        models |= {n: convert(Pieces.of(plain), weights(f))[0] for n, f in (("int8", INT8), ("int4:g32", INT4))}
+        for name, each in models.items():
+            run = Run(Path(folder) / name.replace(":", ""), Holder(each.config))
+            params, rest = nnx.split(each, nnx.Param, ...)[1:]
+            with Checkpoints(run.checkpoints) as checkpoints:
+                checkpoints.save(1, {"params": params, "model_state": rest}, None, None)
+                checkpoints.wait()
+            on_disk = sum(f.stat().st_size for f in run.checkpoints.rglob("*") if f.is_file())
+            found[name] = {"checkpoint_bytes": on_disk, "stored_bytes": stored_bytes(each)} | loaded(run.path)
+    return found
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What a run directory needs of a configuration."""
+
+    model: ModelConfig
+
+
+def loaded(run: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--load", str(run)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def load_and_report(run: Path) -> None:
+    """In a fresh process: what loading adds to it."""
+    jax.block_until_ready(jnp.ones(8) + 1)
+    before = psutil.Process().memory_info().rss
+    model = efftrain.load(run)
+    jax.block_until_ready(nnx.state(model))
+    after = psutil.Process().memory_info().rss
+    live = sum(a.nbytes for a in jax.live_arrays())
+    print(json.dumps({"resident_bytes": after - before, "live_array_bytes": live}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--load", type=Path)
+    options = parser.parse_args()
+    if options.load:
+        load_and_report(options.load)
+        return
+    use_compilation_cache()
+    restart_with_huge_pages()
+    small, training, large = SIZES[options.size]
+    float8 = options.size == "gpu"
+    result = {"environment": environment(), "size": options.size}
+    step_s = steps(small, training, options.rounds, float8=float8)
+    result["step_s"], ratio = step_s, step_s["int4:g32"] / step_s["plain"]
+    print(json.dumps(result["step_s"]), flush=True)
+    for name, measure in {
+        "products": lambda: products(large.d_model, options.rounds),
+        "decoding": lambda: decoding(large, options.rounds, float8=float8),
+        "conversion_s_per_100M": lambda: conversion(large),
+        "memory": lambda: memory(large),
+    }.items():
+        result[name] = measure()
+        print(name, json.dumps(result[name]), flush=True)
+    result |= {"ratio": ratio, "goal": GOAL}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
