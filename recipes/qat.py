@@ -1,9 +1,9 @@
-"""Training for quantisation: the end of a float run again, with matrices as they will be stored in 4 or 8 bits.
+"""Training for quantisation: the last tenth of a float run again, with matrices as they will be stored in 4 bits.
 
     python data/python.py --out corpora/python
-    python recipes/qat.py cpu                    # a float run, and 4 bits from where its learning rate decays
+    python recipes/qat.py cpu                    # a float run, and from its last tenth on 4 bits
     efftrain compress runs/qat/int4              # stored in 4 bits, bit by bit what was trained
-    python recipes/qat.py cpu --compare          # with and without, 8 bits, learned steps, GPTQ, AWQ; three seeds
+    python recipes/qat.py cpu --compare          # beside rounding, GPTQ, AWQ, 8 bits, quantised caches; three seeds
     python recipes/qat.py v5e-64 --corpus corpora/python    # on every worker of a TPU slice
 
 The float run stands beside the other, as float-seedN; it is the baseline too, on the same tokens. ``--start beginning``
@@ -12,7 +12,7 @@ tokens are those of the short run).
 
 A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
 
-gpu, v5e-64: not measured; they compile for v5e.
+@RESULT@ gpu, v5e-64: not measured; they compile for v5e.
 """
 
 import json
@@ -46,10 +46,10 @@ from efftrain.train.branch import parse_branch
 from efftrain.train.loop import Training
 from efftrain.train.objective import Objective, SelfDistillation, next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.schedules import Cosine, WarmupStableDecay
+from efftrain.train.schedules import Cosine
 
 EVALUATED_ROWS = 2048  # of the validation split, for conversions; a trained run is evaluated on all of it
-FINISH_SHARE, FINISH_LR = 0.05, 0.05  # of the float run's steps and peak learning rate, for ``start="finish"``
+FINISH_SHARE, FINISH_LR = 0.05, 0.05  # of the float run's steps and peak learning rate, for start "finish"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,17 @@ class Config(Experiment):
     """A run for quantisation.
 
     Attributes:
-      start: where training sees quantised numbers: from where the float run's learning rate decays, from the beginning,
-        or in a short run of its own behind the float run.
+      start: where training sees quantised numbers: in the last part of the float run, from the beginning, or in a short
+        run of its own behind the float run.
+      share: of the steps, for start "end"; the float run keeps a checkpoint where it begins. While the learning rate is
+        still high, matrices jump between levels: the whole decay (0.2) is worse than its second half.
       distillation: also keep close to the float matrices' output. None: only the text counts.
       compare: train and convert in other ways too.
       seeds: of a comparison.
     """
 
-    start: Literal["decay", "beginning", "finish"] = "decay"
+    start: Literal["end", "beginning", "finish"] = "end"
+    share: float = 0.1
     distillation: SelfDistillation | None = None
     corpus: Path = Path("corpora/python")
     out: Path = Path("runs/qat/int4")
@@ -79,7 +82,7 @@ def quantization(weights: Integer | None, activations: Integer | None = None, **
 
 
 int8, int4 = Integer(bits=8), Integer(bits=4, group=32)
-four_bits = quantization(int4)
+four_bits = quantization(int4, learned_step=True)
 
 cpu = Config(
     model=llama(
@@ -97,8 +100,8 @@ cpu = Config(
         batch_size=16,
         length=256,
         optimizer=AdamW(peak_lr=3e-3),
-        checkpoint_every=400,
-        keep_every=400,
+        checkpoint_every=200,
+        keep_every=600,
     ),
 )
 gpu = replace(  # about 125M parameters
@@ -122,7 +125,7 @@ gpu = replace(  # about 125M parameters
         optimizer=AdamW(peak_lr=1.5e-3),
         eval_every=500,
         checkpoint_every=500,
-        keep_every=1000,
+        keep_every=1500,
     ),
 )
 v5e_64 = replace(
@@ -144,7 +147,7 @@ v5e_64 = replace(
         gpu.training,
         steps=20_000,
         batch_size=512,
-        keep_every=4000,
+        keep_every=6000,
         optimizer=AdamW(peak_lr=6e-4),
         mesh=MeshConfig(replica=-1, fsdp=16),
     ),
@@ -201,6 +204,7 @@ def float_run(config: Config) -> Config:
         model=config.model.replace(quantization=Quantization()),
         training=replace(config.training, branch=None),
         start="beginning",
+        share=Config.share,
         distillation=None,
         out=config.out.with_name(f"float-seed{config.training.seed}"),
     )
@@ -211,23 +215,24 @@ def started(config: Config) -> Config:
     training = config.training
     if not is_quantized(config) or config.start == "beginning" or training.branch is not None:
         return config
-    if config.start == "decay":
-        return replace(config, training=replace(training, branch=f"{float_run(config).out}@{decay_start(training)}"))
+    if config.start == "end":
+        return replace(config, training=replace(training, branch=f"{float_run(config).out}@{first_step(config)}"))
     steps = max(round(FINISH_SHARE * training.steps), 1)
     optimizer = replace(training.optimizer, peak_lr=FINISH_LR * training.optimizer.peak_lr)
     short = replace(training, steps=steps, optimizer=optimizer, schedule=Cosine(warmup=0.04, final=0.0))
     return replace(config, training=short)
 
 
-def decay_start(training: Training) -> int:
-    """The step at which the learning rate begins to fall, which has to have a checkpoint."""
-    if not isinstance(training.schedule, WarmupStableDecay):
-        raise ConfigError("start 'decay' needs the schedule WarmupStableDecay; use start 'beginning' or 'finish'")
-    step = round((1 - training.schedule.decay) * training.steps)
+def first_step(config: Config) -> int:
+    """The step of the float run, with a checkpoint, behind which training sees quantised numbers."""
+    training = config.training
+    if not 0 < config.share < 1:
+        raise ConfigError(f"share is {config.share}; give a number between 0 and 1, such as 0.1")
+    step = round((1 - config.share) * training.steps)
     if training.keep_every is None or step % training.keep_every:
         raise ConfigError(
-            f"the learning rate decays from step {step}, of which the float run keeps no checkpoint; set "
-            f"training.keep-every and training.checkpoint-every to a divisor of {step}"
+            f"quantisation begins behind step {step}, of which the float run keeps no checkpoint; set "
+            f"training.keep-every and training.checkpoint-every to divisors of {step}"
         )
     return step
 
@@ -243,8 +248,7 @@ def compare_formats(config: Config) -> Comparison:
     variants = {
         "float": float_run(base),
         "int4": base,
-        "int4-learned-steps": trained(quantization=quantization(weights, learned_step=True)),
-        "w8a8": trained(quantization=quantization(int8, int8)),
+        "int4-fixed-steps": trained(quantization=quantization(weights)),
     }
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
@@ -270,7 +274,7 @@ def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Kept) -> di
         "int4": ("float", quantization(weights), "nearest"),
         "int4, gptq": ("float", quantization(weights), "gptq"),
         "int4, awq": ("float", quantization(weights), "awq"),
-        **{f"trained {name}": (name, None, "nearest") for name in ("int4", "int4-learned-steps", "w8a8")},
+        **{f"trained {name}": (name, None, "nearest") for name in ("int4", "int4-fixed-steps")},
     }
     text = Text(config.corpus, config.training.length)
     evaluate, found = text.evaluator(EVALUATED_ROWS), {}

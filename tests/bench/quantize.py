@@ -15,6 +15,7 @@ the plain one, ``goal`` what it may be.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ from efftrain.compress.observe import Calibration
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import convert
 from efftrain.measure.latency import draw
+from efftrain.measure.memory import host_peak_bytes
 from efftrain.measure.parameters import stored_bytes
 from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decode import prefill
@@ -205,20 +207,19 @@ def products(d: int, rounds: int) -> dict[str, dict[str, float]]:
 
 def conversion(model: ModelConfig) -> dict[str, float]:
     """Seconds for each 100M parameters of the blocks; compiling included, which a larger model has once as well."""
-    rng = np.random.default_rng(0)
-    text = Calibration(
-        rng.integers(0, 4096, (128, 256)).astype(np.int32),
-        np.ones((128, 256), np.int32),
-        np.tile(np.arange(256, dtype=np.int32), (128, 1)),
-    )
     plain, found = Decoder(model, rngs=nnx.Rngs(0)), {}
     in_blocks = sum(v.size for path, v in nnx.to_flat_state(nnx.state(plain, nnx.Param)) if path[0] == "blocks")
     for method in ("nearest", "gptq", "awq"):
         start = time.perf_counter()
-        converted, _ = convert(Pieces.of(plain), weights(INT4), method=method, calibration=text)
+        converted, _ = convert(Pieces.of(plain), weights(INT4), method=method, calibration=random_text())
         jax.block_until_ready(nnx.state(converted))
         found[method] = (time.perf_counter() - start) * 1e8 / in_blocks
     return found
+
+
+def random_text() -> Calibration:
+    tokens = np.random.default_rng(0).integers(0, 4096, (128, 256)).astype(np.int32)
+    return Calibration(tokens, np.ones_like(tokens), np.tile(np.arange(256, dtype=np.int32), (128, 1)))
 
 
 def memory(model: ModelConfig) -> dict[str, dict[str, float]]:
@@ -235,7 +236,10 @@ def memory(model: ModelConfig) -> dict[str, dict[str, float]]:
                 checkpoints.save(1, {"params": params, "model_state": rest}, None, None)
                 checkpoints.wait()
             on_disk = sum(f.stat().st_size for f in run.checkpoints.rglob("*") if f.is_file())
-            found[name] = {"checkpoint_bytes": on_disk, "stored_bytes": stored_bytes(each)} | loaded(run.path)
+            found[name] = {"checkpoint_bytes": on_disk, "stored_bytes": stored_bytes(each)}
+            found[name] |= in_new_process("load", run.path)
+        for method in ("nearest", "gptq"):
+            found[f"converting, {method}"] = in_new_process(method, Path(folder) / "float32")
     return found
 
 
@@ -246,30 +250,36 @@ class Holder:
     model: ModelConfig
 
 
-def loaded(run: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--load", str(run)]
+def in_new_process(what: str, run: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--run", str(run), "--do", what]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
-def load_and_report(run: Path) -> None:
-    """In a fresh process: what loading adds to it."""
+def report_memory(what: str, run: Path) -> None:
+    """In a fresh process: what loading a run, or reading and converting it, adds at most and in the end."""
     jax.block_until_ready(jnp.ones(8) + 1)
     before = psutil.Process().memory_info().rss
-    model = efftrain.load(run)
+    if what == "load":
+        model = efftrain.load(run)
+    else:
+        text = random_text() if what != "nearest" else None
+        model = convert(Pieces.read(run), weights(INT4), method=what, calibration=text)[0]
     jax.block_until_ready(nnx.state(model))
+    gc.collect()
     after = psutil.Process().memory_info().rss
-    live = sum(a.nbytes for a in jax.live_arrays())
-    print(json.dumps({"resident_bytes": after - before, "live_array_bytes": live}))
+    figures = {"resident_bytes": after - before, "peak_resident_bytes": host_peak_bytes() - before}
+    print(json.dumps(figures | {"live_array_bytes": sum(a.nbytes for a in jax.live_arrays())}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--load", type=Path)
+    parser.add_argument("--run", type=Path, help="of a process that this script starts")
+    parser.add_argument("--do", choices=("load", "nearest", "gptq"))
     options = parser.parse_args()
-    if options.load:
-        load_and_report(options.load)
+    if options.do:
+        report_memory(options.do, options.run)
         return
     use_compilation_cache()
     restart_with_huge_pages()

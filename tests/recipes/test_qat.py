@@ -28,7 +28,7 @@ SMALL = f"""
     --model.pattern.0.attention.d-head 8 --model.pattern.0.mlp.d-ff 32
     --model.quantization.rules.0.weights.group 8
     --training.steps {STEPS} --training.batch-size 4 --training.length 16
-    --training.checkpoint-every 4 --training.keep-every 4
+    --training.checkpoint-every 4 --training.keep-every 4 --share 0.2
 """.split()
 
 
@@ -62,7 +62,7 @@ def logits(model: Decoder) -> np.ndarray:
 def test_the_float_run_stands_beside_and_both_share_their_beginning(trained):
     plain = trained.with_name("float-seed0")
     assert [row["step"] for row in read_metrics(plain)] == list(range(1, STEPS + 1))
-    assert [row["step"] for row in read_metrics(trained)] == list(range(17, STEPS + 1))  # the decay: a fifth
+    assert [row["step"] for row in read_metrics(trained)] == list(range(17, STEPS + 1))  # the last fifth
     assert json.loads((trained / "config.json").read_text())["training"]["branch"] == f"{plain}@16"
     assert efftrain.load(plain).config.quantization == Quantization()
     assert np.abs(logits(efftrain.load(plain)) - logits(efftrain.load(trained))).max() > 1e-3
@@ -163,6 +163,7 @@ def test_trained_rules_are_kept_where_options_leave_them_open(trained, tmp_path)
     from efftrain.compress.run import Compression, _rules
 
     config = efftrain.load(trained).config
+    assert config.quantization.rules[0].learned_step
     (rule,) = _rules(Compression(activations="int8"), config)
     assert rule.weights == config.quantization.rules[0].weights
     assert rule.activations.bits == 8
@@ -192,21 +193,18 @@ def test_a_run_from_the_beginning_and_one_behind_the_end(trained, command, tmp_p
 def test_a_float_run_without_the_checkpoint_is_refused_before_it_is_trained(command, tmp_path):
     code, output = run(command(tmp_path / "int4", "--training.keep-every", "None"))
     assert code == 2
-    assert "the learning rate decays from step 16, of which the float run keeps no checkpoint" in " ".join(
-        output.split()
-    )
+    assert "quantisation begins behind step 16, of which the float run keeps no checkpoint" in " ".join(output.split())
     assert not (tmp_path / "float-seed0").exists()
 
 
 def test_a_comparison_shares_the_float_runs(command, trained, tmp_path):
     recipe = import_script(ROOT / "recipes" / "qat.py")
     assert list(recipe.configs) == ["cpu", "gpu", "v5e-64"]
-    for name in ("cpu", "gpu", "v5e-64"):
-        assert recipe.decay_start(recipe.configs[name].training)
+    assert [recipe.first_step(config) for config in recipe.configs.values()] == [1800, 4500, 18_000]
     code, output = run(command(tmp_path / "int4", "--compare", "--seeds", "0", "1"))
     assert code == 0, output
     found = json.loads((tmp_path / "comparison.json").read_text())
-    assert set(found["variants"]) == {"float", "int4", "int4-learned-steps", "w8a8"}
+    assert set(found["variants"]) == {"float", "int4", "int4-fixed-steps"}
     costs = found["cost_share"]
     assert costs["float"] == [0, 0]
     assert all(len(values) == 2 for values in costs.values())
