@@ -23,6 +23,7 @@ from efftrain.ops.quantize import (
     Float8,
     QuantizedArray,
     fake_quantize,
+    fake_quantized_product,
     group_size,
     learned_quantize,
     multiplies_quantized,
@@ -34,9 +35,7 @@ from efftrain.ops.quantize import (
 
 RATIO = "_step_ratio"  # behind a matrix's name
 SMALLEST_RATIO = 0.05  # of a learned step over that of the largest magnitude
-# Where products of two quantised matrices are computed in their own type. Neither was measured; elsewhere, and on CPU,
-# the product is one of floats (XLA's int8 products are slower there: tests/bench/quantize.py).
-MULTIPLIES = {"tpu", "gpu"}
+MULTIPLIES_FLOAT8 = {"tpu", "gpu"}  # not measured; on CPU such a product is one of floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +133,34 @@ def read_rows(module: nnx.Module, name: str, places: Array) -> Array:
 
 def product(x_nd: Array, module: nnx.Module, name: str) -> Array:
     """(n, d_in) @ the matrix -> (n, d_out), in the dtype of x."""
-    variable = getattr(module, name)
-    rule = rule_of(variable)
-    activations = None if rule is None else rule.activations
-    if activations is None:
+    variable, rule = getattr(module, name), rule_of(getattr(module, name))
+    if rule is None:
         return x_nd @ read(module, name, x_nd.dtype)
-    if isinstance(variable, Packed) and platform() in MULTIPLIES:
-        kernel = stored(module, name)
-        if multiplies_quantized(kernel, activations):
-            return quantized_product(x_nd, kernel, activations).astype(x_nd.dtype)
-    return fake_quantize(x_nd, activations, -1) @ read(module, name, x_nd.dtype)
+    if multiplies_quantized(rule.weights, rule.activations) and not rule.learned_step:
+        if not isinstance(variable, Packed):
+            product_nf = fake_quantized_product(x_nd, variable[...], rule.activations, rule.weights)
+            return product_nf.astype(x_nd.dtype)
+        if rule.weights.dtype == "int8" or platform() in MULTIPLIES_FLOAT8:
+            return quantized_product(x_nd, stored(module, name), rule.activations).astype(x_nd.dtype)
+    if rule.activations is not None:
+        x_nd = fake_quantize(x_nd, rule.activations, -1)
+    if not isinstance(variable, Packed):
+        return x_nd @ read(module, name, x_nd.dtype)
+    return x_nd @ _dequantized_for(x_nd, stored(module, name))
+
+
+def _dequantized_for(x_nd: Array, kernel: QuantizedArray) -> Array:
+    """The float matrix, made for this product and no other.
+
+    XLA on CPU moves what does not change out of a loop, and decoding would hold the whole model in float. So the levels
+    depend on x: exclusive or with zero, which only a number that is both infinite and none would make another.
+    """
+    if platform() != "cpu" or kernel.packed.dtype != jnp.int8:
+        return kernel.dequantize().astype(x_nd.dtype)
+    first = x_nd.reshape(-1)[0]
+    zero = (jnp.isnan(first) & jnp.isinf(first)).astype(jnp.int8)
+    kernel = QuantizedArray(kernel.packed ^ zero, kernel.scale, kernel.format, kernel.axis, kernel.group)
+    return kernel.dequantize().astype(x_nd.dtype)
 
 
 def stored(module: nnx.Module, name: str) -> QuantizedArray:

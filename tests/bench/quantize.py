@@ -151,57 +151,48 @@ def drawing(model: Decoder, batch: int):
 
 
 def products(d: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds of one product of 1 and of 8 rows, by formulation."""
-    rng = np.random.default_rng(0)
-    w_df = jnp.asarray(rng.normal(size=(d, d)), jnp.float32)
-    int8, int4 = quantize(w_df, INT8), quantize(w_df, INT4)
-    int8_fd = int8.packed.T.copy()
+    """Microseconds of one product of 1, 8 and 128 rows, by formulation, through a stack of matrices."""
+    rng, n_matrices = np.random.default_rng(0), 16
+    w_ldf = jnp.asarray(rng.normal(size=(n_matrices, d, d)), jnp.float32)
+    int8, int4 = quantize(w_ldf, INT8), quantize(w_ldf, INT4)
 
-    def blocked(x_nd, packed_df, scale_f, rows: int = 64):
+    def blocked(x_nd, q, rows: int = 64):
         """Rows of the matrix made float, a block at a time, never all of them."""
 
         def block(i, y_nf):
-            w = jax.lax.dynamic_slice_in_dim(packed_df, i * rows, rows).astype(jnp.float32)
+            w = jax.lax.dynamic_slice_in_dim(q.packed, i * rows, rows).astype(jnp.float32)
             return y_nf + jax.lax.dynamic_slice_in_dim(x_nd, i * rows, rows, 1) @ w
 
-        zeros = jnp.zeros((len(x_nd), packed_df.shape[1]), jnp.float32)
-        return jax.lax.fori_loop(0, packed_df.shape[0] // rows, block, zeros) * scale_f
+        return jax.lax.fori_loop(0, d // rows, block, jnp.zeros((len(x_nd), d))) * q.scale.astype(jnp.float32)
 
-    def multiply_reduce(x_nd, packed_df, scale_f):
+    def multiply_reduce(x_nd, q):
         """No product: one fused loop over the matrix as it is stored."""
-        return (x_nd[:, :, None] * packed_df[None].astype(jnp.float32)).sum(1) * scale_f
+        return (x_nd[:, :, None] * q.packed[None].astype(jnp.float32)).sum(1) * q.scale.astype(jnp.float32)
 
-    def multiply_reduce_transposed(x_nd, packed_fd, scale_f):
-        return (x_nd[:, None] * packed_fd[None].astype(jnp.float32)).sum(2) * scale_f
-
-    scale_f = int8.scale[0].astype(jnp.float32)
     ways = {
-        "float32": (lambda x, w: x @ w, w_df),
-        "bfloat16 stored": (lambda x, w: x @ w.astype(jnp.float32), w_df.astype("bfloat16")),
+        "float32": (lambda x, w: x @ w, w_ldf),
+        "bfloat16 stored": (lambda x, w: x @ w.astype(jnp.float32), w_ldf.astype("bfloat16")),
         "int8, dequantised": (lambda x, q: x @ q.dequantize(), int8),
         "int4, dequantised": (lambda x, q: x @ q.dequantize(), int4),
+        "int8, blocks of rows": (blocked, int8),
+        "int8, multiply and reduce": (multiply_reduce, int8),
         "int8 x int8 to int32": (lambda x, q: quantized_product(x, q, INT8), int8),
-        "int8, blocks of rows": (lambda x, a: blocked(x, *a), (int8.packed, scale_f)),
-        "int8, multiply and reduce": (lambda x, a: multiply_reduce(x, *a), (int8.packed, scale_f)),
-        "int8, multiply and reduce, transposed": (
-            lambda x, a: multiply_reduce_transposed(x, *a),
-            (int8_fd, scale_f),
-        ),
     }
     found: dict[str, dict[str, float]] = {name: {} for name in ways}
-    for n in (1, 8):
+    for n in (1, 8, 128):
         x_nd = jnp.asarray(rng.normal(size=(n, d)), jnp.float32)
         compiled = {}
-        for name, (product, matrix) in ways.items():
+        for name, (product, matrices) in ways.items():
+            if n > 8 and "reduce" in name:
+                continue
 
-            def many(x, matrix, product=product):
-                """Each product needs the one before, as in a decoder."""
-                return jax.lax.fori_loop(0, 20, lambda _, x: product(x, matrix) * 1e-3, x)
+            def through(x, matrices, product=product):
+                return jax.lax.scan(lambda x, matrix: (product(x, matrix) * 1e-2, None), x, matrices)[0]
 
-            program = jax.jit(many).lower(x_nd, matrix).compile()
-            compiled[name] = lambda program=program, x=x_nd, m=matrix: jax.block_until_ready(program(x, m))
+            program = jax.jit(through).lower(x_nd, matrices).compile()
+            compiled[name] = lambda program=program, x=x_nd, m=matrices: jax.block_until_ready(program(x, m))
         for name, seconds in in_turn(compiled, rounds).items():
-            found[name][f"us_{n}_rows"] = seconds / 20 * 1e6
+            found[name][f"us_{n}_rows"] = seconds / n_matrices * 1e6
     return found
 
 

@@ -11,7 +11,9 @@ from tiny_models import LOCAL, PLAIN, build, config, rows, tokens
 
 from efftrain.errors import ConfigError
 from efftrain.measure.flops import training_flops
+from efftrain.measure.latency import draw
 from efftrain.measure.parameters import cache_bytes_per_token, count_parameters, stored_bytes
+from efftrain.models.cache import empty_cache
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decode import generate
 from efftrain.models.decoder import Decoder
@@ -130,7 +132,7 @@ def test_steps_are_learned_and_routers_and_norms_are_not_quantised():
     model = build(MODELS["learned steps"])
     graph, params = nnx.split(model, nnx.Param)
     gradient = jax.grad(lambda p: next_token_loss(nnx.merge(graph, p), rows(tokens()), None)[0])(params)
-    ratio = gradient["blocks"][0]["mlp"]["up"]["kernel_ratio"][...]
+    ratio = gradient["blocks"][0]["mlp"]["up"]["kernel_step_ratio"][...]
     assert ratio.shape == (2, 4, 24)  # layers, groups of 4 of 16 inputs, outputs
     assert (np.abs(ratio) > 0).all()
     routed = build(MODELS["mixture of depths"])
@@ -175,6 +177,19 @@ def test_decoding_with_a_quantised_cache_is_the_model_that_was_evaluated(format,
     numbers, heads = 2 * 2 * (2 * 4 + 2 * 8), 2 * 2 * (2 + 2)
     assert cache_bytes_per_token(model.config) == numbers * format.bits // 8 + 2 * heads
     assert cache_bytes_per_token(config()) == 4 * numbers
+
+
+def test_decoding_never_holds_the_float_matrices():
+    """XLA's own account of the loop's memory, against that of the float model."""
+    wide = replace(PLAIN, mlp=Dense(d_ff=512))
+    temporaries = {}
+    for name, quantization in {"float": Quantization(), "int8": weights(INT8), "int4": weights(INT4)}.items():
+        model = stored_twin(build(config(pattern=(wide,), n_repeats=8, d_model=64, quantization=quantization)))
+        graph, state = nnx.split(model)
+        arguments = graph, state, jnp.zeros(1, jnp.int32), empty_cache(model.config, 1, 16), 8
+        temporaries[name] = draw.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries["int8"] < 0.45 * temporaries["float"]
+    assert temporaries["int4"] < 0.5 * temporaries["float"]
 
 
 def test_drafts_share_a_quantised_cache():

@@ -13,6 +13,7 @@ from efftrain.ops.quantize import (
     Integer,
     Ternary,
     fake_quantize,
+    fake_quantized_product,
     format_name,
     group_size,
     learned_quantize,
@@ -193,17 +194,48 @@ def test_a_learned_step_is_used_as_it_is_stored():
     np.testing.assert_array_equal(trained, quantize(x, format, scale=step.astype("bfloat16")).dequantize())
 
 
-@pytest.mark.parametrize("format", [Integer(bits=8), Float8()], ids=format_name)
-def test_the_product_of_levels_is_that_of_values(format):
-    x, kernel = normal(16, 64), quantize(normal(64, 24, seed=1), format)
-    assert multiplies_quantized(kernel, format)
-    wanted = fake_quantize(x, format, -1) @ kernel.dequantize()
-    np.testing.assert_allclose(quantized_product(x, kernel, format), wanted, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_product_of_integers_is_that_of_training_to_the_bit(dtype, rows):
+    """Of as many inputs as float32 adds up exactly; and the values that both stand for, but for rounding."""
+    x, w, int8 = normal(rows, 1024).astype(dtype), normal(1024, 24, seed=1), Integer(bits=8)
+    found = jax.jit(lambda x, w: quantized_product(x, quantize(w, int8), int8))(x, w)
+    trained = jax.jit(fake_quantized_product, static_argnums=(2, 3))(x, w, int8, int8)
+    np.testing.assert_array_equal(found, trained)
+    wanted = np.asarray(fake_quantize(x.astype("float32"), int8, -1)) @ np.asarray(fake_quantize(w, int8, -2))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_the_product_of_float8_is_that_of_its_values():
+    x, w, float8 = normal(16, 64), normal(64, 24, seed=1), Float8()
+    wanted = fake_quantize(x, float8, -1) @ fake_quantize(w, float8, -2)
+    for found in (
+        quantized_product(x, quantize(w, float8), float8),
+        fake_quantized_product(x, w, float8, float8),
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_a_product_of_levels_are_those_of_its_values():
+    x, w, slope, int8 = normal(16, 64), normal(64, 24, seed=1), normal(16, 24, seed=2), Integer(bits=8)
+    found = jax.grad(lambda x, w: (fake_quantized_product(x, w, int8, int8) * slope).sum(), argnums=(0, 1))(x, w)
+    wanted = jax.grad(
+        lambda x, w: ((fake_quantize(x, int8, -1) @ fake_quantize(w, int8, -2)) * slope).sum(), argnums=(0, 1)
+    )(x, w)
+    for mine, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("weights", "activations"),
-    [(Integer(bits=8), None), (Integer(bits=8), Float8()), (Integer(bits=8, group=32), Integer(bits=8))],
+    [
+        (None, Integer(bits=8)),
+        (Integer(bits=8), None),
+        (Integer(bits=8), Float8()),
+        (Integer(bits=4), Integer(bits=8)),
+        (Integer(bits=8, group=32), Integer(bits=8)),
+    ],
 )
 def test_products_of_unlike_or_grouped_numbers_are_those_of_floats(weights, activations):
-    assert not multiplies_quantized(quantize(normal(64, 8), weights), activations)
+    assert not multiplies_quantized(weights, activations)
+    assert multiplies_quantized(Integer(bits=8), Integer(bits=8))
