@@ -70,10 +70,10 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
 
 def empty_layer_cache(attention: Attention, model: ModelConfig, batch: int, slots: int) -> LayerCache:
     """No tokens, room for ``slots`` a row, in the model's dtype or quantised."""
-    empty, format = (
-        jnp.zeros((batch, attention.n_kv_heads, slots, attention.d_head), model.dtype),
-        model.quantization.cache,
-    )
+    empty = jnp.zeros((batch, attention.n_kv_heads, slots, attention.d_head), model.dtype)
+    format = model.quantization.cache
     if format is not None:
-        return LayerCache(quantize(empty, format, -1), quantize(empty, format, -1))
+        # Not quantised zeros: XLA would compute them while it compiles.
+        stored = jax.eval_shape(lambda: quantize(empty, format, -1))
+        return LayerCache(*(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stored) for _ in "kv"))
     return LayerCache(empty, jnp.zeros_like(empty))
