@@ -208,7 +208,7 @@ def _write(out: Path, run: Path, model: Decoder, report: Report, settings: dict,
     """The new directory, under another name until it is whole."""
     unfinished = out.with_name(f"{out.name}.incomplete")
     try:
-        if (unfinished / FILE_NAME).exists():  # ours, of a process that was killed
+        if unfinished.is_dir() and _is_ours(unfinished):
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
         changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
@@ -225,6 +225,11 @@ def _write(out: Path, run: Path, model: Decoder, report: Report, settings: dict,
         os.rename(unfinished, out)
     except OSError as error:
         raise RunError(f"cannot write {out} ({error}); free the disk or choose another --out") from error
+
+
+def _is_ours(unfinished: Path) -> bool:
+    """Left by a process that was killed: our file is the first that is written."""
+    return (unfinished / FILE_NAME).exists() or all(p.name.startswith(FILE_NAME) for p in unfinished.iterdir())
 
 
 def _check_made_from(out: Path, made_from: dict[str, Any]) -> None:
