@@ -55,11 +55,10 @@ class Observed(nnx.Module):
 def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> np.ndarray:
     """The layer's output (rows, length, d_model) for its input, some rows at a time."""
     graph, state = nnx.split(layer)
-    outs = [
-        _compute(graph, state, x_ntd[rows], calibration.positions[rows], calibration.segments[rows])
-        for rows in calibration.batches()
-    ]
-    return np.concatenate([np.asarray(out) for out in outs])
+    out_ntd = np.empty_like(x_ntd)
+    for rows in calibration.batches():
+        out_ntd[rows] = _compute(graph, state, x_ntd[rows], calibration.positions[rows], calibration.segments[rows])
+    return out_ntd
 
 
 def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dict[str, Array]:
