@@ -43,7 +43,7 @@ from efftrain.measure.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule, give_rules
-from efftrain.ops.quantize import Integer
+from efftrain.ops.number_formats import Integer
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig

@@ -21,7 +21,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.models.routed_depth import MixtureOfDepths, Recursion
-from efftrain.ops.quantize import Integer
+from efftrain.ops.number_formats import Integer
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training, fit
 from efftrain.train.objective import EarlyExitLoss, next_token_loss

@@ -16,7 +16,8 @@ from efftrain.compress.observe import Grams
 from efftrain.models.block import Block
 from efftrain.models.mlp import SwiGLU
 from efftrain.models.quantization import rule_of
-from efftrain.ops.quantize import Format, fake_quantize
+from efftrain.ops.number_formats import Format
+from efftrain.ops.quantize import fake_quantize
 
 POWERS = 20  # of the mean input that are tried, from 0 to 1
 

@@ -17,7 +17,8 @@ from efftrain.errors import ConfigError
 from efftrain.measure.kept import Kept
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import QuantizationRule, in_float, matrices
-from efftrain.ops.quantize import AnyFormat, fake_quantize, format_name, quantize
+from efftrain.ops.number_formats import AnyFormat, format_name
+from efftrain.ops.quantize import fake_quantize, quantize
 from efftrain.progress import Progress
 
 Part = tuple[int, str]  # number of the layer, first word of the matrices' names in it: (3, "attention")

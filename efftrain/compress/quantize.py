@@ -17,7 +17,8 @@ from efftrain.errors import ConfigError
 from efftrain.models.block import Block
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, give_rules, matrices, quantized, rule_of, store
-from efftrain.ops.quantize import QuantizedArray, format_name
+from efftrain.ops.number_formats import format_name
+from efftrain.ops.quantize import QuantizedArray
 from efftrain.progress import Progress
 
 Method = Literal["nearest", "gptq", "awq"]

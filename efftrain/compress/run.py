@@ -26,7 +26,7 @@ from efftrain.measure.scorecard import Figure, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.ops.quantize import AnyFormat, parse_format
+from efftrain.ops.number_formats import AnyFormat, parse_format
 from efftrain.progress import console
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.run import checkpoint_directory, environment, load_model_config, read_json

@@ -14,7 +14,8 @@ import scipy.linalg
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.ops.quantize import Format, QuantizedArray, group_size, quantize, step_of, stored_scale
+from efftrain.ops.number_formats import Format
+from efftrain.ops.quantize import QuantizedArray, group_size, quantize, step_of, stored_scale
 
 BLOCK = 128  # rows whose making-up reaches the rows behind them together
 DAMPING = 0.01  # of the mean of the diagonal

@@ -12,7 +12,8 @@ from efftrain.models.config import Attention
 from efftrain.models.linear import Linear, RMSNorm
 from efftrain.ops.attention import cached_attention
 from efftrain.ops.attention_backends import attention, choose_backend
-from efftrain.ops.quantize import AnyFormat, fake_quantize, group_size
+from efftrain.ops.number_formats import AnyFormat
+from efftrain.ops.quantize import fake_quantize, group_size
 from efftrain.ops.rope import apply_rope, rope_angles
 from efftrain.sharding.context import attend_on_mesh
 from efftrain.sharding.rules import constrain, shard_count

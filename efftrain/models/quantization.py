@@ -17,10 +17,9 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.ops.number_formats import AnyFormat, Float8
 from efftrain.ops.platform import platform
 from efftrain.ops.quantize import (
-    AnyFormat,
-    Float8,
     QuantizedArray,
     fake_quantize,
     fake_quantized_product,

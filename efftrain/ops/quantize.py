@@ -1,127 +1,21 @@
-"""Quantised numbers: formats, one value for an array of them, and the fake quantisation that trains for it.
+"""Quantised arrays: one value for numbers and their scales, the fake quantisation that trains for it, and products.
 
-One convention everywhere, that of qwix and compressed-tensors: symmetric, ``value = scale * q``, the scale such that
-the largest magnitude of a group falls half a step behind the greatest level (absmax / 7.5 for 4 bits, levels -8 to 7).
-The scale is rounded to the type in which it is stored *before* the numbers are, so that what is trained with is what is
-stored. A group of zeros has scale 1.
+A scale is rounded to the type in which it is stored *before* the numbers are, so that what is trained with is what is
+stored. A group of zeros has scale 1. Types of numbers and the convention of scales: ``ops.number_formats``.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.ops.number_formats import AnyFormat, Format
 
-ScaleDtype = Literal["float32", "bfloat16"]
 SMALLEST_SCALE = 1e-30  # below, a division by it is not finite; the numbers are zero for every purpose
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """How numbers are stored; see the subclasses.
-
-    Attributes:
-      group: along the contraction, so many numbers share a scale. None: all of them, a scale for each output.
-      scale_dtype: in which scales are stored.
-    """
-
-    group: int | None = None
-    scale_dtype: ScaleDtype = "bfloat16"
-
-    dtype: ClassVar[str]  # of a level before packing
-
-    def __post_init__(self):
-        if self.group is not None and self.group < 1:
-            raise ConfigError(f"quantization: group is {self.group}; give a positive number such as 32, or None")
-        if self.scale_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"quantization: scale_dtype is {self.scale_dtype!r}; use 'float32' or 'bfloat16'")
-
-    @property
-    def storage_bits(self) -> int:
-        """Of one number, without its share of the scale."""
-        return 8
-
-    @property
-    def levels(self) -> tuple[float, float]:
-        """The least and the greatest."""
-        raise NotImplementedError
-
-    def step(self, x: Array, axis: int) -> Array:
-        """The scale of float32 numbers along ``axis``, which goes, before it is rounded or checked."""
-        raise NotImplementedError
-
-    def nearest(self, v: Array) -> Array:
-        """The nearest level to each of the float32 numbers ``value / scale``, as float32."""
-        return jnp.clip(jnp.round(v), *self.levels)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Integer(Format):
-    """Signed integers of 8 or 4 bits; those of 4 are packed, two to a byte."""
-
-    bits: int = 8
-    dtype: ClassVar[str] = "int8"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.bits not in (4, 8):
-            raise ConfigError(f"quantization: bits is {self.bits}; use 8 or 4, or the format Ternary")
-
-    @property
-    def storage_bits(self) -> int:
-        return self.bits
-
-    @property
-    def levels(self) -> tuple[float, float]:
-        return -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
-
-    def step(self, x: Array, axis: int) -> Array:
-        return _times(jnp.abs(x).max(axis), 1 / (self.levels[1] + 0.5))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ternary(Format):
-    """-1, 0 and 1 times the mean magnitude; four to a byte. For research: Ma et al. 2024 (BitNet b1.58)."""
-
-    dtype: ClassVar[str] = "int8"
-
-    @property
-    def storage_bits(self) -> int:
-        return 2
-
-    @property
-    def levels(self) -> tuple[float, float]:
-        return -1.0, 1.0
-
-    def step(self, x: Array, axis: int) -> Array:
-        return _times(jnp.abs(x).sum(axis), 1 / x.shape[axis])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Float8(Format):
-    """Floating point of 8 bits, 4 of exponent and 3 of mantissa (e4m3fn, Micikevicius et al. 2022)."""
-
-    dtype: ClassVar[str] = "float8_e4m3fn"
-
-    @property
-    def levels(self) -> tuple[float, float]:
-        return -448.0, 448.0
-
-    def step(self, x: Array, axis: int) -> Array:
-        return _times(jnp.abs(x).max(axis), 1 / self.levels[1])
-
-    def nearest(self, v: Array) -> Array:
-        # Clipped first: beyond its largest number the type has only NaN. The barrier: XLA may leave out a conversion
-        # there and back, and with it the rounding (GPUs allow excess precision by default).
-        return jax.lax.optimization_barrier(jnp.clip(v, *self.levels).astype(self.dtype)).astype(jnp.float32)
-
-
-AnyFormat = Integer | Ternary | Float8  # what a field of a configuration may hold
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("packed", "scale"), meta_fields=("format", "axis", "group"))
@@ -368,34 +262,6 @@ def multiplies_quantized(format: Format | None, activations: Format | None) -> b
     if format is None or activations is None or format.storage_bits != 8:
         return False
     return activations.dtype == format.dtype and format.group is activations.group is None
-
-
-def parse_format(text: str) -> AnyFormat:
-    """``int8``, ``int4:g32``, ``ternary:g64``, ``fp8``: the type, and the group where there is one.
-
-    Raises:
-      ConfigError: something else.
-    """
-    name, _, rest = text.partition(":")
-    formats = {"int8": Integer(bits=8), "int4": Integer(bits=4), "ternary": Ternary(), "fp8": Float8()}
-    if name not in formats or (rest and not (rest[0] == "g" and rest[1:].isdigit())):
-        raise ConfigError(
-            f"{text!r} is no number format; use one of {', '.join(formats)}, with a group where wanted, such as "
-            "int4:g32"
-        )
-    format = formats[name]
-    return type(format)(**(vars(format) | {"group": int(rest[1:])})) if rest else format
-
-
-def format_name(format: Format) -> str:
-    """The inverse of ``parse_format``, but for the type of the scales."""
-    name = {Ternary: "ternary", Float8: "fp8"}.get(type(format)) or f"int{format.storage_bits}"
-    return name if format.group is None else f"{name}:g{format.group}"
-
-
-def _times(x: Array, reciprocal: float) -> Array:
-    """Not a division: XLA makes it this product within a program, and does not where it is the whole program."""
-    return x * jnp.float32(reciprocal)
 
 
 def _grouped(x: Array, size: int, axis: int) -> Array:

@@ -42,7 +42,8 @@ from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decode import prefill
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.ops.quantize import AnyFormat, Float8, Integer, quantize, quantized_product
+from efftrain.ops.number_formats import AnyFormat, Float8, Integer
+from efftrain.ops.quantize import quantize, quantized_product
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Training

@@ -22,7 +22,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule, give_rules, matrices
 from efftrain.models.routed_depth import MixtureOfDepths, Recursion
-from efftrain.ops.quantize import Float8, Integer
+from efftrain.ops.number_formats import Float8, Integer
 from efftrain.train.checkpoints import flatten, unflatten
 
 INT8, INT4 = Integer(bits=8), Integer(bits=4, group=4)

@@ -8,7 +8,8 @@ import pytest
 from efftrain.compress.observe import relative_error
 from efftrain.compress.second_order import BLOCK, DAMPING, compensated, gptq, inverse_factor
 from efftrain.errors import ConfigError
-from efftrain.ops.quantize import Integer, quantize
+from efftrain.ops.number_formats import Integer
+from efftrain.ops.quantize import quantize
 
 INT4 = Integer(bits=4, group=16, scale_dtype="float32")
 

@@ -31,7 +31,8 @@ from efftrain.models.quantization import (
 )
 from efftrain.models.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.self_speculation import SelfSpeculation
-from efftrain.ops.quantize import Float8, Integer, Ternary, fake_quantize
+from efftrain.ops.number_formats import Float8, Integer, Ternary
+from efftrain.ops.quantize import fake_quantize
 from efftrain.sharding.layout import state_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use

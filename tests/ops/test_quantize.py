@@ -8,18 +8,14 @@ import pytest
 import qwix
 
 from efftrain.errors import ConfigError
+from efftrain.ops.number_formats import Float8, Integer, Ternary, format_name, parse_format
 from efftrain.ops.quantize import (
-    Float8,
-    Integer,
-    Ternary,
     fake_quantize,
     fake_quantized_product,
-    format_name,
     group_size,
     learned_quantize,
     multiplies_quantized,
     pack,
-    parse_format,
     quantize,
     quantized_product,
     step_of,

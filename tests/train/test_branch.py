@@ -14,7 +14,7 @@ import efftrain
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.ops.quantize import Integer
+from efftrain.ops.number_formats import Integer
 from efftrain.train.loop import Fitted, fit
 from efftrain.train.objective import next_token_loss
 from efftrain.train.run import Run, read_metrics
