@@ -134,6 +134,22 @@ def test_a_conversion_that_was_killed_is_not_one(trained, tmp_path):
     assert not (tmp_path / "killed.incomplete").exists()
 
 
+def test_a_folder_of_the_users_is_not_taken_for_a_half_written_one(trained, tmp_path):
+    """Beside ``out``, under the name of an unfinished conversion: refused and kept; an empty one is taken."""
+    plain = trained.with_name("float-seed0")
+    theirs, empty = tmp_path / "a.incomplete", tmp_path / "b.incomplete"
+    theirs.mkdir()
+    empty.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    code, output = compress(plain, "--quantize", "int8", "--out", tmp_path / "a")
+    assert (code, "Traceback" in output) == (2, False), output
+    assert "a.incomplete" in output
+    assert (theirs / "thesis.txt").read_text() == "years of work"
+    code, output = compress(plain, "--quantize", "int8", "--out", tmp_path / "b")
+    assert code == 0, output
+    assert not empty.exists()
+
+
 def test_bad_input_is_one_sentence(trained, tmp_path):
     plain = trained.with_name("float-seed0")
     (tmp_path / "mine").mkdir()
