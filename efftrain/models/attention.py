@@ -59,8 +59,8 @@ class SelfAttention(nnx.Module):
             gain=(2 * n_layers) ** -0.5,
         )
         if config.qk_norm:
-            self.query_norm = RMSNorm(d_head, eps=norm_eps)
-            self.key_norm = RMSNorm(d_head, eps=norm_eps)
+            self.query_norm = RMSNorm(d_head, eps=norm_eps, axis="head_dim")
+            self.key_norm = RMSNorm(d_head, eps=norm_eps, axis="head_dim")
 
     def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> Array:
         """Training: every token sees the earlier tokens of its segment."""

@@ -62,10 +62,16 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """See ``ops.norm``."""
+    """See ``ops.norm``.
 
-    def __init__(self, d_model: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones((d_model,)), axes=("norm",), units=(d_model,))
+    Args:
+      size: of what is normalised.
+      eps: see there.
+      axis: logical axis name of the scale: of hidden channels "norm".
+    """
+
+    def __init__(self, size: int, *, eps: float, axis: str = "norm"):
+        self.scale = nnx.Param(jnp.ones((size,)), axes=(axis,), units=(size,))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:

@@ -131,7 +131,7 @@ class RoutedExperts(nnx.Module):
         # float32: bf16 scores tie often enough to unbalance the experts.
         self.router = nnx.Param(
             nnx.initializers.truncated_normal(0.02)(rngs.params(), (d_model, n)),
-            axes=("embed", None),
+            axes=("embed", "choices"),
             units=(d_model, n),
         )
 
@@ -150,8 +150,8 @@ class RoutedExperts(nnx.Module):
         self.gate = experts(d_model, f, ("embed", "mlp"))
         self.up = experts(d_model, f, ("embed", "mlp"))
         self.down = experts(f, d_model, ("mlp", "embed"), gain=(2 * n_layers) ** -0.5)
-        self.bias = BalanceBias(jnp.zeros(n), axes=(None,), units=(n,))
-        self.starved = StarvedSteps(jnp.zeros(n, jnp.int32), axes=(None,), units=(n,))
+        self.bias = BalanceBias(jnp.zeros(n), axes=("choices",), units=(n,))
+        self.starved = StarvedSteps(jnp.zeros(n, jnp.int32), axes=("choices",), units=(n,))
         if config.n_shared:
             self.shared = SwiGLU(d_model, config.n_shared * f, n_layers=n_layers, dtype=dtype, rngs=rngs)
 

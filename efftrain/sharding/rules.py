@@ -129,6 +129,8 @@ DEFAULT_RULES = ShardingRules(
         # Kept whole.
         "layers": (),  # the scan slices it: split, every layer would be fetched from another device
         "norm": (),  # a vector: gathering it costs more than keeping it
+        "head_dim": (),  # of queries and keys that are normalised; a vector too
+        "choices": (),  # the experts as a router sees them: every token is compared with all
         "groups": (),  # the scales of a quantised matrix along its contraction: few
     }
 )

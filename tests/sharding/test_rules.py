@@ -65,7 +65,7 @@ def test_units_that_are_no_units(mesh):
 def test_unknown_logical_axis(mesh):
     with pytest.raises(ConfigError) as error:
         DEFAULT_RULES.resolve(("embed", "mpl"), (8, 8), mesh, name="gate")
-    assert "gate: there is no sharding rule for the logical axis 'mpl' (known: batch, embed," in str(error.value)
+    assert "gate: there is no sharding rule for the logical axis 'mpl' (known: batch, choices," in str(error.value)
     assert "add one with rules.replace(mpl=...)" in str(error.value)
 
 
