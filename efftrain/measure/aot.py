@@ -25,16 +25,16 @@ from efftrain.sharding.rules import use
 from efftrain.sharding.topologies import Topology
 from efftrain.train.loop import Training
 from efftrain.train.objective import Objective
-from efftrain.train.program import abstract_batch, make_program
+from efftrain.train.program import Wrap, abstract_batch, make_program
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Target:
     """What is compiled: a configuration of a recipe.
 
     Attributes:
       name: for people.
-      build, objective: as ``fit`` takes them.
+      build, objective, wrap: as ``fit`` takes them.
       training: with the mesh.
     """
 
@@ -42,6 +42,7 @@ class Target:
     build: Callable[[nnx.Rngs], nnx.Module]
     objective: Objective
     training: Training
+    wrap: Wrap | None = None
 
     def with_mesh(self, mesh: MeshConfig) -> "Target":
         return dataclasses.replace(self, training=dataclasses.replace(self.training, mesh=mesh))
@@ -110,12 +111,12 @@ def read_target(recipe: Path, name: str | None = None) -> Target:
     if not configs:
         raise ConfigError(f"{recipe} has no table `configs`; give a recipe, such as recipes/dense.py")
     if program is None:
-        raise ConfigError(f"{recipe} has no function `program(config) -> (build, objective)`; take main's two into one")
+        raise ConfigError(f"{recipe} has no function `program(config) -> (build, objective[, wrap])`; add one")
     name = next(iter(configs)) if name is None else name
     if name not in configs:
         raise ConfigError(f"{recipe} has no configuration {name!r}; choose one of {', '.join(configs)}")
-    build, objective = program(configs[name])
-    return Target(name=f"{Path(recipe).stem} {name}", build=build, objective=objective, training=configs[name].training)
+    build, objective, *wrap = program(configs[name])
+    return Target(f"{Path(recipe).stem} {name}", build, objective, configs[name].training, *wrap)
 
 
 def compile_target(target: Target, topology: Topology) -> Report:
@@ -126,7 +127,7 @@ def compile_target(target: Target, topology: Topology) -> Report:
     """
     training = target.training
     mesh = make_mesh(training.mesh, topology.devices)
-    program = make_program(target.build, target.objective, training)
+    program = make_program(target.build, target.objective, training, target.wrap)
     with use(mesh):
         state, batch = program.abstract_state(mesh), abstract_batch(training, mesh)
         began = time.perf_counter()

@@ -17,7 +17,10 @@ from efftrain.train.program import Program
 from efftrain.train.run import checkpoint_directory, read_json
 from efftrain.train.state import TrainState
 
-NEW = (RATIO,)  # in the names of what a trunk need not have: it starts as built
+WRAPPED, PLAIN = "opt_state/inner/", "opt_state/"  # the state of an optimizer within another's, and of one alone
+# In the names of what a trunk need not have: it starts as built.
+COUNT = "opt_state/count"
+NEW = (RATIO, "opt_state/masks/", "opt_state/kept/", "opt_state/fresh", COUNT)
 
 
 def parse_branch(text: str, steps: int) -> tuple[Path, int]:
@@ -57,9 +60,11 @@ def branch_from(text: str, steps: int, program: Program, abstract: TrainState) -
                 f"training.branch: {run} has checkpoints of steps {', '.join(map(str, checkpoints.steps())) or 'none'} "
                 f"and not of {step}; give one of them, or train it with --training.keep-every"
             )
-        arrays, data_state = checkpoints.restore_step(step, abstract, new=NEW)
+        arrays, data_state = checkpoints.restore_step(step, abstract, new=NEW, instead=(WRAPPED, PLAIN))
     missing = {name: array.sharding for name, array in flatten(abstract).items() if name not in arrays}
     if missing:  # only these are made: two whole states may not fit
         arrays |= jax.jit(lambda: {n: flatten(program.init())[n] for n in missing}, out_shardings=missing)()
+    if COUNT in missing:  # an optimizer around the one that made so many updates
+        arrays[COUNT] = jax.device_put(arrays["step"] - arrays["skipped"], missing[COUNT])
     console.print(f"branching from step {step} of {run}", markup=False)
     return unflatten(arrays, abstract), data_state

@@ -24,7 +24,7 @@ from efftrain.train.interruption import Interruption
 from efftrain.train.objective import Metrics, Objective
 from efftrain.train.optimizers import AdamW, Muon
 from efftrain.train.profile import Profiler, parse_steps
-from efftrain.train.program import Program, batch_sharding, make_program
+from efftrain.train.program import Program, Wrap, batch_sharding, make_program
 from efftrain.train.recorder import VOTES, Recorder, read_figures
 from efftrain.train.run import Run, read_metrics
 from efftrain.train.schedules import Cosine, WarmupStableDecay
@@ -146,6 +146,7 @@ def fit(
     config: Training,
     run: Run,
     *,
+    wrap: Wrap | None = None,
     initial: Callable[[], nnx.Module] | None = None,
     evaluate: Callable[[nnx.Module], dict[str, float]] | None = None,
     flops_per_token: float | None = None,
@@ -160,6 +161,7 @@ def fit(
       batches: this process's part of every global batch.
       config: see ``Training``.
       run: the directory.
+      wrap: put around the optimizer, whose state it shares: what prunes weights (``compress.sparsify``). None: nothing.
       initial: makes the model that a new run starts from, of the structure that ``build`` has; None: as built. Not
         called where a checkpoint is found.
       evaluate: model -> figures on held-out text, written to the metrics.
@@ -175,7 +177,7 @@ def fit(
     if config.branch is not None and initial is not None:
         raise ConfigError("training.branch is set and the run starts from a model; leave one of them out")
     mesh = make_mesh(config.mesh, devices)
-    program = make_program(build, objective, config)
+    program = make_program(build, objective, config, wrap)
     if hosts.process_count() > 1:
         program = replace(program, step=_with_votes(program.step))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -15,6 +16,8 @@ from efftrain.train.objective import Objective
 from efftrain.train.optimizers import with_clipping
 from efftrain.train.state import TrainState, init_state, split_model
 from efftrain.train.step import Step, make_step
+
+Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 if TYPE_CHECKING:
     from efftrain.train.loop import Training
@@ -51,10 +54,14 @@ class Program:
         return jax.jit(self.step, donate_argnums=0, out_shardings=(same, None))
 
 
-def make_program(build: Callable[[nnx.Rngs], nnx.Module], objective: Objective, config: "Training") -> Program:
+def make_program(
+    build: Callable[[nnx.Rngs], nnx.Module], objective: Objective, config: "Training", wrap: Wrap | None = None
+) -> Program:
     """The functions of a run; nothing is computed or allocated. Arguments: those of ``fit``."""
     factor = config.schedule.build(config.steps)
     optimizer = with_clipping(config.optimizer.build(factor), config.clip_norm)
+    if wrap is not None:
+        optimizer = wrap(optimizer)
     graph = split_model(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
     step = make_step(
         graph,

@@ -55,7 +55,7 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema and optax.incremental_update(params, state.ema, 1 - ema_decay)
+        ema = state.ema and _averaged(params, state.ema, ema_decay)
 
         def keep(new, old):
             return jax.tree.map(partial(jnp.where, finite), new, old)
@@ -77,6 +77,12 @@ def make_step(
         return after, {"loss": (loss, count)} | metrics | figures | {name: (v, 1) for name, v in values.items()}
 
     return step
+
+
+def _averaged(params: Any, ema: Any, decay: float) -> Any:
+    """The averages after a step. A parameter that is exactly zero was pruned, and so is its average."""
+    averaged = optax.incremental_update(params, ema, 1 - decay)
+    return jax.tree.map(lambda new, average: jnp.where(new == 0, 0, average), params, averaged)
 
 
 def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: int):

@@ -56,8 +56,8 @@ def reduced(recipe: Path, name: str | None = None, **mesh) -> Target:
     script = import_script(recipe)
     config = list(script.configs.values())[-1] if name is None else script.configs[name]
     training = replace(config.training, batch_size=8, length=256, n_microbatches=1, mesh=MeshConfig(**mesh))
-    build, objective = script.program(replace(config, model=narrow(config.model), training=training))
-    return Target(name=recipe.stem, build=build, objective=objective, training=training)
+    build, objective, *wrap = script.program(replace(config, model=narrow(config.model), training=training))
+    return Target(recipe.stem, build, objective, training, *wrap)
 
 
 def check(report: Report, target: Target) -> None:

@@ -124,6 +124,7 @@ def train(
     devices: int = 1,
     evaluate=None,
     initial=None,
+    wrap=None,
     **changes,
 ) -> Fitted:
     """``fit`` of the tiny run on so many devices, with fields of its ``Training`` changed."""
@@ -136,6 +137,7 @@ def train(
         Run(out, config),
         evaluate=evaluate,
         initial=initial,
+        wrap=wrap,
         devices=jax.devices()[:devices],
     )
 

@@ -1,0 +1,173 @@
+"""When masks change, and how far: schedules as shares of a run and of the target; and the target of each matrix."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from efftrain.errors import ConfigError
+
+Shape = tuple[int, int, int]  # (matrices of one variable, d_in, d_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot:
+    """All at once.
+
+    Attributes:
+      at: share of the steps.
+    """
+
+    at: float = 0.5
+
+    def __post_init__(self):
+        _check_shares(at=self.at)
+
+    @property
+    def end(self) -> float:
+        return self.at
+
+    def due(self, step: Array, n_steps: int) -> Array:
+        return step == round(self.at * n_steps)
+
+    def share(self, step: Array, n_steps: int) -> Array:
+        return (step >= round(self.at * n_steps)).astype(jnp.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual:
+    """More and more: ``1 - (1 - t)^3`` of the target at share t of the way. Zhu and Gupta 2017, equation 1.
+
+    Attributes:
+      start, end: shares of the steps. The end lies before the learning rate decays, or weights have no time to make up.
+      updates: of the masks on the way.
+    """
+
+    start: float = 0.2
+    end: float = 0.7
+    updates: int = 50
+
+    def __post_init__(self):
+        _check_shares(start=self.start, end=self.end)
+        if not self.start < self.end or self.updates < 1:
+            raise ConfigError(
+                f"pruning from {self.start} to {self.end} in {self.updates} updates; give start < end and 1 or more"
+            )
+
+    def due(self, step: Array, n_steps: int) -> Array:
+        first, last = round(self.start * n_steps), round(self.end * n_steps)
+        every = max((last - first) // self.updates, 1)
+        return (step >= first) & (step <= last) & ((last - step) % every == 0)
+
+    def share(self, step: Array, n_steps: int) -> Array:
+        first, last = round(self.start * n_steps), round(self.end * n_steps)
+        t = jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
+        return 1 - (1 - t) ** 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterative:
+    """In rounds, each of which leaves the same share of what there was, with training between them.
+
+    Attributes:
+      start, end: shares of the steps, of the first and the last round.
+      rounds: how many.
+      sparsity: the target, which the structure has too.
+      rewind: behind a round the weights that stay go back to what they were before the first one. Frankle et al. 2020
+        (weight rewinding).
+    """
+
+    start: float = 0.2
+    end: float = 0.7
+    rounds: int = 3
+    sparsity: float = 0.5
+    rewind: bool = False
+
+    def __post_init__(self):
+        _check_shares(start=self.start, end=self.end)
+        if self.rounds < 2 or not self.start < self.end:
+            raise ConfigError(f"{self.rounds} rounds from {self.start} to {self.end}; give 2 or more and start < end")
+        if not 0 < self.sparsity < 1:
+            raise ConfigError(f"iterative.sparsity is {self.sparsity}; give that of the structure, between 0 and 1")
+
+    def _steps(self, n_steps: int) -> np.ndarray:
+        return np.round(np.linspace(self.start, self.end, self.rounds) * n_steps).astype(int)
+
+    def due(self, step: Array, n_steps: int) -> Array:
+        return (step == jnp.asarray(self._steps(n_steps))).any()
+
+    def share(self, step: Array, n_steps: int) -> Array:
+        done = (step >= jnp.asarray(self._steps(n_steps))).sum()
+        shares = [(1 - (1 - self.sparsity) ** (i / self.rounds)) / self.sparsity for i in range(self.rounds)]
+        return jnp.asarray([*shares, 1.0], jnp.float32)[done]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The target from the start on, with updates that exchange weights: for ``Regrow``."""
+
+    start: float = 0.0
+    end: float = 0.75
+    updates: int = 75
+
+    __post_init__ = Gradual.__post_init__
+    due = Gradual.due
+
+    def share(self, step: Array, n_steps: int) -> Array:
+        return (step >= round(self.start * n_steps)).astype(jnp.float32)
+
+
+Schedule = OneShot | Gradual | Iterative | Constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Every matrix has the same sparsity."""
+
+    def sparsities(self, shapes: Mapping[str, Shape], sparsity: float) -> dict[str, float]:
+        """Of each variable's matrices, so that the whole has ``sparsity``."""
+        return dict.fromkeys(shapes, sparsity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErdosRenyi:
+    """Density falls with size, as ``(d + f) / (d f)``, at most 1: for 80 % and more. Mocanu et al. 2018."""
+
+    def sparsities(self, shapes: Mapping[str, Shape], sparsity: float) -> dict[str, float]:
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        raw = {name: (d + f) / (d * f) for name, (_, d, f) in shapes.items()}
+        dense: set[str] = set()
+        while True:  # those that would be denser than full are full, and the others make up for them
+            left = (1 - sparsity) * sum(sizes.values()) - sum(sizes[name] for name in dense)
+            scale = left / sum(raw[name] * sizes[name] for name in shapes if name not in dense)
+            over = {name for name in shapes if name not in dense and scale * raw[name] > 1}
+            if not over:
+                return {name: 0.0 if name in dense else 1 - scale * raw[name] for name in shapes}
+            dense |= over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Global:
+    """One ranking over all matrices.
+
+    Attributes:
+      most: sparsity of any one matrix; thin layers would be emptied.
+    """
+
+    most: float = 0.95
+
+    def __post_init__(self):
+        if not 0 < self.most < 1:
+            raise ConfigError(f"global.most is {self.most}; give the highest sparsity of a matrix, such as 0.95")
+
+
+Distribution = Uniform | ErdosRenyi | Global
+
+
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"schedule.{name} is {value}; it is a share of the steps, give a number from 0 to 1")

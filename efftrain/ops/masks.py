@@ -1,0 +1,142 @@
+"""Which numbers of a matrix stay: exactly so many, in a pattern; and masks as bits."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from efftrain.errors import ConfigError
+
+
+def keep_highest(scores: Array, n_keep: Array | int) -> Array:
+    """(..., n) bool: the ``n_keep`` highest of the last axis, exactly so many; of equal ones those of lower index.
+
+    Args:
+      scores: (..., n) float.
+      n_keep: () integer, may be traced.
+    """
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1) < n_keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unstructured:
+    """Any number of a matrix may go.
+
+    Attributes:
+      sparsity: the share that goes.
+    """
+
+    sparsity: float = 0.5
+
+    def __post_init__(self):
+        _check_sparsity(self.sparsity)
+
+    def check(self, name: str, d: int, f: int) -> None:
+        """Raises ``ConfigError`` where a (d, f) matrix cannot have the pattern."""
+
+    def group(self, a_ldf: Array) -> Array:
+        """(l, d, f) -> (l, groups, units): of every group the same number of units stays."""
+        return a_ldf.reshape(len(a_ldf), 1, -1)
+
+    def ungroup(self, keep_lgu: Array, shape: tuple[int, int, int]) -> Array:
+        """(l, groups, units) -> the mask (l, d, f)."""
+        return keep_lgu.reshape(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Blocks of rows x columns (inputs x outputs) go whole; a block counts by its mean.
+
+    Attributes:
+      sparsity: the share that goes.
+    """
+
+    sparsity: float = 0.5
+    rows: int = 4
+    columns: int = 4
+
+    def __post_init__(self):
+        _check_sparsity(self.sparsity)
+        if self.rows < 1 or self.columns < 1:
+            raise ConfigError(f"blocks are {self.rows} x {self.columns}; give at least 1 row and 1 column")
+
+    def check(self, name: str, d: int, f: int) -> None:
+        if d % self.rows or f % self.columns:
+            raise ConfigError(
+                f"sparsity of {name}: blocks of {self.rows} x {self.columns} do not divide its {d} x {f}; choose others"
+            )
+
+    def group(self, a_ldf: Array) -> Array:
+        n, d, f = a_ldf.shape
+        blocks = a_ldf.reshape(n, d // self.rows, self.rows, f // self.columns, self.columns)
+        return blocks.mean((2, 4), dtype=jnp.float32).reshape(n, 1, -1)
+
+    def ungroup(self, keep_lgu: Array, shape: tuple[int, int, int]) -> Array:
+        n, d, f = shape
+        blocks = keep_lgu.reshape(n, d // self.rows, f // self.columns)
+        return jnp.repeat(jnp.repeat(blocks, self.rows, 1), self.columns, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NofM:
+    """Of ``m`` inputs that follow each other ``n`` stay, for each output: 2 of 4 is what NVIDIA's sparse cores read."""
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self):
+        if not 0 < self.n <= self.m:
+            raise ConfigError(f"sparsity {self.n}:{self.m} keeps {self.n} of {self.m}; give 0 < n <= m, such as 2:4")
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def check(self, name: str, d: int, f: int) -> None:
+        if d % self.m:
+            raise ConfigError(
+                f"sparsity of {name}: groups of {self.m} do not divide its {d} inputs; choose another m for "
+                f"{self.n}:{self.m}"
+            )
+
+    def group(self, a_ldf: Array) -> Array:
+        n, d, f = a_ldf.shape
+        return a_ldf.reshape(n, d // self.m, self.m, f).swapaxes(2, 3).reshape(n, -1, self.m)
+
+    def ungroup(self, keep_lgu: Array, shape: tuple[int, int, int]) -> Array:
+        n, d, f = shape
+        return keep_lgu.reshape(n, d // self.m, f, self.m).swapaxes(2, 3).reshape(shape)
+
+
+Structure = Unstructured | Blocks | NofM
+
+
+def kept_units(structure: Structure, units: int, share: Array | float = 1.0, sparsity: float | None = None) -> Array:
+    """() int32: how many units of a group stay.
+
+    Args:
+      structure: whose sparsity is the target.
+      units: of a group.
+      share: of the way to the target; may be traced.
+      sparsity: the target in place of that of the structure.
+    """
+    sparsity = structure.sparsity if sparsity is None else sparsity
+    # float32 has no room for the units of a large matrix: the target itself is exact.
+    on_the_way = jnp.round((1 - sparsity * share) * units).astype(jnp.int32)
+    return jnp.where(jnp.asarray(share) >= 1, jnp.int32(round((1 - sparsity) * units)), on_the_way)
+
+
+def pack_bits(mask: Array, axis: int) -> Array:
+    """uint8 with eight of the axis in each; a last byte is filled up with zeros."""
+    return jnp.packbits(mask, axis=axis)
+
+
+def unpack_bits(packed: Array, size: int, axis: int) -> Array:
+    """The inverse of ``pack_bits``: bool, ``size`` along the axis."""
+    return jnp.unpackbits(packed, axis=axis, count=size).astype(bool)
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ConfigError(f"sparsity is {sparsity}; it is the share that goes, give a number from 0 to below 1")
