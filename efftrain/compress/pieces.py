@@ -1,6 +1,7 @@
 """A model taken apart into its layers, so that each can be changed and let go before the next."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from flax import nnx
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
+from efftrain.compress.observe import Calibration, forward, grams, inputs_of
+from efftrain.models.block import Block
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.depth import unstack
+from efftrain.progress import Progress
 from efftrain.train.checkpoints import Checkpoints, flatten, unflatten
 from efftrain.train.run import checkpoint_directory, load_model_config, read_json
 
@@ -68,6 +72,30 @@ class Pieces:
         )
         with Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints:
             return Pieces(config, checkpoints.model_arrays(variables))
+
+    def walk(
+        self, title: str, calibration: Calibration | None = None
+    ) -> Iterator[tuple[int, nnx.Module, Callable[[], dict[str, Array]]]]:
+        """Every layer, to be changed, first to last; they are gone afterwards.
+
+        Args:
+          title: of the progress.
+          calibration: text that goes through the layers as they are changed. None: none does.
+
+        Yields:
+          The number of the layer, the layer, and what gives ``observe.grams`` of its inputs behind the layers before
+          it: empty without text, and for layers that are no plain blocks.
+        """
+        x_ntd = None if calibration is None else inputs_of(self.outer, calibration)
+        n = len(self.layers)
+        with Progress(title, n, unit="layers") as progress:
+            for number in range(n):
+                layer = self.layers.pop(0)
+                observe = calibration is not None and isinstance(layer, Block)
+                yield number, layer, partial(grams, layer, x_ntd, calibration) if observe else dict
+                if calibration is not None and number + 1 < n:
+                    x_ntd = forward(layer, x_ntd, calibration)
+                progress.advance()
 
     def unrolled(self) -> ModelConfig:
         """The configuration in which every layer stands in the pattern: for layers that differ."""

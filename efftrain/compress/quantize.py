@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.compress.awq import scale_inputs
-from efftrain.compress.observe import Calibration, forward, grams, inputs_of, relative_error
+from efftrain.compress.observe import Calibration, relative_error
 from efftrain.compress.pieces import Pieces, abstract_variables, assemble
 from efftrain.compress.second_order import gptq
 from efftrain.errors import ConfigError
@@ -19,7 +19,6 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, give_rules, matrices, quantized, rule_of, store
 from efftrain.ops.number_formats import format_name
 from efftrain.ops.quantize import QuantizedArray
-from efftrain.progress import Progress
 
 Method = Literal["nearest", "gptq", "awq"]
 
@@ -36,6 +35,7 @@ class Converted:
       bytes_before, bytes_after: of the matrix.
       weight_error: root mean squared change over that of the weights.
       output_error: the same of its outputs on the calibration's text; None where that was not observed.
+      sparsity: share of the numbers that are zero.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Converted:
     bytes_after: int
     weight_error: float
     output_error: float | None
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,28 +108,21 @@ def convert(
     outer = pieces.outer
     give_rules(outer, quantization)
     observe = method != "nearest"
-    x_ntd = inputs_of(outer, calibration) if observe else None
-    n, n_positions, states = len(pieces.layers), len(config.pattern), []
-    with Progress("convert", n, unit="layers") as progress:
-        for number in range(n):
-            layer = pieces.layers.pop(0)
-            give_rules(layer, quantization, f"blocks/{number % n_positions}/")
-            plain = isinstance(layer, Block)
-            found = grams(layer, x_ntd, calibration) if observe and plain else {}
-            factors = scale_inputs(layer, found) if method == "awq" and plain else {}
-            observed = found.keys() & {name for name, _, _ in matrices(layer)}
-            for name, module, attribute in list(matrices(layer)):
-                how = _how(name, getattr(module, attribute), method, plain, observed, factors)
-                gram = found.pop(name, None)
-                if name in factors:  # of the inputs as they are now
-                    gram = gram / jnp.outer(factors[name], factors[name])
-                rows.append(_convert(f"blocks/{number}/{name}", module, attribute, *how, gram))
-                del gram  # before the next one is made from its inputs
-            if observe and number + 1 < n:
-                x_ntd = forward(layer, x_ntd, calibration)
-            states.append(nnx.state(layer))
-            progress.advance()
-            each_layer(number + 1)
+    n_positions, states = len(config.pattern), []
+    for number, layer, products in pieces.walk("convert", calibration if observe else None):
+        give_rules(layer, quantization, f"blocks/{number % n_positions}/")
+        plain, found = isinstance(layer, Block), products()
+        factors = scale_inputs(layer, found) if method == "awq" and plain else {}
+        observed = found.keys() & {name for name, _, _ in matrices(layer)}
+        for name, module, attribute in list(matrices(layer)):
+            how = _how(name, getattr(module, attribute), method, plain, observed, factors)
+            gram = found.pop(name, None)
+            if name in factors:  # of the inputs as they are now
+                gram = gram / jnp.outer(factors[name], factors[name])
+            rows.append(_convert(f"blocks/{number}/{name}", module, attribute, *how, gram))
+            del gram  # before the next one is made from its inputs
+        states.append(nnx.state(layer))
+        each_layer(number + 1)
     for name, module, attribute in list(matrices(outer)):
         if not name.startswith("blocks/"):
             why = f"{method} is for the products of blocks" if observe else ""

@@ -14,6 +14,7 @@ import scipy.linalg
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.ops.masks import NofM, Unstructured, keep_highest, kept_units
 from efftrain.ops.number_formats import Format
 from efftrain.ops.quantize import QuantizedArray, group_size, quantize, step_of, stored_scale
 
@@ -50,30 +51,50 @@ def inverse_factor(gram_dd: Array, damping: float = DAMPING) -> Array:
     raise ConfigError("the products of the calibration's inputs cannot be inverted; give more calibration rows")
 
 
-def compensated(w_df: Array, factor_dd: Array, project: Callable[[Array, Array], Array]) -> Array:
+def compensated(
+    w_df: Array,
+    factor_dd: Array,
+    project: Callable[[Array, Array], Array],
+    *,
+    select: Callable[[Array, Array], Array] | None = None,
+    group: int | None = None,
+) -> Array:
     """(d, f) float32 with every row replaced by what ``project`` makes of it, and the rows behind it made up for that.
 
     Args:
       w_df: float32.
       factor_dd: of ``inverse_factor``, its rows in the order of those of w.
       project: (row (f,), its number () int32) -> (f,): the nearest that is allowed. Traced.
+      select: (rows (g, f) of a group, diagonal of the factor (g,)) -> (g, f) bool: False where a number becomes zero.
+        Decided when the first row of the group is reached, whose numbers have by then made up for those before.
+      group: rows; divides d. None: a block, of at most ``BLOCK`` rows.
     """
     d, f = w_df.shape
-    size = next(n for n in range(min(BLOCK, d), 0, -1) if d % n == 0)
+    size = next(n for n in range(max(min(BLOCK, d), group or 1), 0, -1) if d % n == 0 and n % (group or 1) == 0)
+    group = group or size
 
     def block(w_df: Array, first: Array) -> tuple[Array, Array]:
         rows_bf = jax.lax.dynamic_slice_in_dim(w_df, first, size)
         own_bb = jax.lax.dynamic_slice(factor_dd, (first, first), (size, size))
 
-        def row(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def row(i: Array, carry: tuple[Array, Array, Array], start: Array, keep_gf: Array | None):
             rows_bf, out_bf, error_bf = carry
             new_f = project(rows_bf[i], first + i)
+            if keep_gf is not None:
+                new_f = jnp.where(keep_gf[i - start], new_f, 0)
             error_f = (rows_bf[i] - new_f) / own_bb[i, i]
             # Upper triangular: rows before this one stay as they are.
             return rows_bf - own_bb[i][:, None] * error_f, out_bf.at[i].set(new_f), error_bf.at[i].set(error_f)
 
+        def rows_of_group(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            start, keep_gf = j * group, None
+            if select is not None:
+                rows_gf = jax.lax.dynamic_slice_in_dim(carry[0], start, group)
+                keep_gf = select(rows_gf, jax.lax.dynamic_slice_in_dim(jnp.diag(own_bb), start, group))
+            return jax.lax.fori_loop(start, start + group, partial(row, start=start, keep_gf=keep_gf), carry)
+
         empty = jnp.zeros_like(rows_bf)
-        _, out_bf, error_bf = jax.lax.fori_loop(0, size, row, (rows_bf, empty, empty))
+        _, out_bf, error_bf = jax.lax.fori_loop(0, size // group, rows_of_group, (rows_bf, empty, empty))
         to_all_bd = jax.lax.dynamic_slice_in_dim(factor_dd, first, size)
         return w_df - jnp.matmul(
             to_all_bd.T, error_bf, precision="highest"
@@ -97,6 +118,45 @@ def gptq(w_df: Array, gram_dd: Array, format: Format) -> QuantizedArray:
     scale_gf = stored_scale(step_of(w_df, format), format)
     nearest_df = _gptq(w_df.astype(jnp.float32), factor_dd, scale_gf, order_d, format)
     return quantize(nearest_df, format, scale=scale_gf)
+
+
+def sparse_gpt(w_df: Array, gram_dd: Array, structure: Unstructured | NofM, format: Format | None = None) -> Array:
+    """The matrix with zeros so that its products with the calibration's inputs change least, float32.
+
+    In each block of rows the numbers go that cost least by the second derivative, ``w^2 / U_jj^2``; the rows behind
+    make up for them.
+
+    Args:
+      w_df, gram_dd: as of ``gptq``.
+      structure: which numbers go.
+      format: what stays is of this format too; its scales are those of the matrix as it was.
+
+    Source: Frantar and Alistarh 2023 (SparseGPT), algorithm 1.
+    """
+    live_d = jnp.diag(gram_dd) > 0  # what reads an input that is always zero is of no use
+    w_df = jnp.where(live_d[:, None], w_df.astype(jnp.float32), 0)
+    scale_gf = None if format is None else stored_scale(step_of(w_df, format), format).astype(jnp.float32)
+    return _sparse_gpt(w_df, inverse_factor(gram_dd), scale_gf, structure, format)
+
+
+@partial(jax.jit, static_argnames=("structure", "format"))
+def _sparse_gpt(
+    w_df: Array, factor_dd: Array, scale_gf: Array | None, structure: Unstructured | NofM, format: Format | None
+) -> Array:
+    def project(row_f: Array, i: Array) -> Array:
+        if format is None:
+            return row_f
+        scale_f = scale_gf[i // group_size(len(w_df), format)]
+        return format.nearest(row_f / scale_f) * scale_f
+
+    def select(rows_gf: Array, diagonal_g: Array) -> Array:
+        cost_gf = (rows_gf / diagonal_g[:, None]) ** 2
+        if isinstance(structure, NofM):
+            return keep_highest(cost_gf.T, structure.n).T
+        return keep_highest(cost_gf.reshape(-1), kept_units(structure, cost_gf.size)).reshape(cost_gf.shape)
+
+    group = structure.m if isinstance(structure, NofM) else None
+    return compensated(w_df, factor_dd, project, select=select, group=group)
 
 
 @partial(jax.jit, static_argnames="format")

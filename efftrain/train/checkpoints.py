@@ -17,6 +17,7 @@ from efftrain.config import difference, digest
 from efftrain.errors import RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
+from efftrain.train.sparse_storage import BITS, expand, squeeze, stored_names
 
 # Orbax reports each save in ten lines, and each failure once a thread before it raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -75,11 +76,15 @@ class Checkpoints:
             },
         )
 
-    def save(self, step: int, state: Any, data_state: Any, config: Any) -> None:
-        """Starts a save and returns once the arrays are copied; a step that is there already is left as it is."""
+    def save(self, step: int, state: Any, data_state: Any, config: Any, *, squeezed: bool = False) -> None:
+        """Starts a save and returns once the arrays are copied; a step that is there already is left as it is.
+
+        Args:
+          squeezed: arrays with many zeros without them (``sparse_storage``); for models, not for runs that go on.
+        """
         if step in self._manager.all_steps():
             return
-        flat = flatten(state)
+        flat = squeeze(flatten(state)) if squeezed else flatten(state)
         data = {"iterator": data_state, "iterator_digest": digest(data_state), "fingerprints": fingerprints(flat)}
         with self._writing():
             self._manager.save(
@@ -163,19 +168,24 @@ class Checkpoints:
     def _read_model(self, step: int, variables: dict[str, Any]) -> dict[str, Any]:
         saved = self._saved_shapes(step)
         trained = "ema" if any(name.startswith("ema/") for name in saved) else "params"
-        places = {
-            name: f"model_state/{name}" if f"model_state/{name}" in saved else f"{trained}/{name}" for name in variables
-        }
-        flat, _ = self._read(step, {place: variables[name] for name, place in places.items()}, partial=True)
+        untrained = {name.removesuffix(BITS) for name in saved if name.startswith("model_state/")}
+        places = {name: f"model_state/{name}" for name in variables}
+        places = {name: place if place in untrained else f"{trained}/{name}" for name, place in places.items()}
+        wanted = {place: variables[name] for name, place in places.items()}
+        stored, _ = self._read(step, stored_names(wanted, saved), partial=True)
+        flat = expand(stored, wanted)
         return {name: flat[place] for name, place in places.items()}
 
-    def restore_step(self, step: int, abstract_state: Any, *, new: tuple[str, ...]) -> tuple[dict[str, Array], Any]:
+    def restore_step(
+        self, step: int, abstract_state: Any, *, new: tuple[str, ...], instead: tuple[str, str]
+    ) -> tuple[dict[str, Array], Any]:
         """One checkpoint, for another run to go on from.
 
         Args:
           step: of a checkpoint that is there.
           abstract_state: of the run that goes on, with shardings.
           new: arrays with one of these in their names may be lacking.
+          instead: a beginning of names, and the one that it has in a checkpoint where there is none that begins so.
 
         Returns:
           (arrays by name, data iterator's state).
@@ -183,14 +193,14 @@ class Checkpoints:
         Raises:
           RunError: the checkpoint is damaged, or of another model or optimizer.
         """
-        saved = self._saved_shapes(step)
-        wanted = {
-            name: array
-            for name, array in flatten(abstract_state).items()
-            if name in saved or not any(end in name for end in new)
-        }
+        saved, (ours, theirs) = self._saved_shapes(step), instead
+        same = any(name.startswith(ours) for name in saved)
+        abstract = flatten(abstract_state)
+        place = {n: n if same or not n.startswith(ours) else theirs + n.removeprefix(ours) for n in abstract}
+        place = {n: p for n, p in place.items() if p in saved or not any(word in n for word in new)}
         with self._reading(step):
-            return self._read(step, wanted)
+            arrays, data_state = self._read(step, {p: abstract[n] for n, p in place.items()})
+        return {n: arrays[p] for n, p in place.items()}, data_state
 
     def _newest_complete(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
         damaged = []

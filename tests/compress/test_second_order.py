@@ -1,4 +1,4 @@
-"""GPTQ against its own definition, row by row with an explicit inverse, in float64."""
+"""GPTQ and SparseGPT against their own definition, row by row with an explicit inverse, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from efftrain.compress.observe import relative_error
-from efftrain.compress.second_order import BLOCK, DAMPING, compensated, gptq, inverse_factor
+from efftrain.compress.second_order import BLOCK, DAMPING, compensated, gptq, inverse_factor, sparse_gpt
 from efftrain.errors import ConfigError
+from efftrain.ops.masks import NofM, Unstructured
 from efftrain.ops.number_formats import Integer
 from efftrain.ops.quantize import quantize
 
@@ -89,3 +90,64 @@ def test_too_little_text_is_damped_until_it_works():
         assert np.isfinite(factor).all()
     with pytest.raises(ConfigError, match="are not finite; calibrate a model that works"):
         inverse_factor(jnp.full((4, 4), jnp.nan))
+
+
+def pruned_by_definition(w: np.ndarray, gram: np.ndarray, n: int, m: int) -> np.ndarray:
+    """In every group of m rows, those of which going costs least, given what was pruned before, for each column."""
+    d, w, out = len(w), w.astype(np.float64).copy(), np.zeros(w.shape)
+    gram = gram.astype(np.float64) + DAMPING * np.mean(np.diag(gram)) * np.eye(d)
+    # U_jj^2 is what the row alone has left once all rows before it are settled.
+    left = np.array([np.linalg.inv(gram[i:, i:])[0, 0] for i in range(d)])
+    for start in range(0, d, m):
+        cost = w[start : start + m] ** 2 / left[start : start + m, None]
+        gone = np.argsort(cost, axis=0, kind="stable")[: m - n]
+        keep = np.ones(cost.shape, bool)
+        np.put_along_axis(keep, gone, False, axis=0)
+        for i in range(start, start + m):
+            inverse = np.linalg.inv(gram[i:, i:])
+            out[i] = np.where(keep[i - start], w[i], 0)
+            w[i:] -= np.outer(inverse[:, 0] / inverse[0, 0], w[i] - out[i])
+    return out
+
+
+@pytest.mark.parametrize("d", [24, BLOCK + 32])
+def test_sparse_gpt_is_what_the_definition_says(d):
+    w, gram = problem(d, 5)
+    with jax.enable_x64(True):
+        found = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), NofM(n=2, m=4))
+    wanted = pruned_by_definition(w, gram, 2, 4)
+    same = (np.asarray(found) == 0) == (wanted == 0)
+    assert same.mean() > 0.99  # float32 within; two costs may change places
+    groups = np.asarray(found).reshape(-1, 4, 5)
+    assert (np.count_nonzero(groups, axis=1) == 2).all()
+    columns = same.all(0)
+    assert columns.any()
+    np.testing.assert_allclose(np.asarray(found)[:, columns], wanted[:, columns], atol=0.02)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
+def test_sparse_gpt_prunes_its_share_of_every_block_of_rows(sparsity):
+    w, gram = problem(2 * BLOCK, 16)
+    found = np.asarray(sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=sparsity)))
+    for block in found.reshape(2, -1):
+        assert np.count_nonzero(block) == round((1 - sparsity) * block.size)
+
+
+def test_sparse_gpt_rounds_what_stays_in_the_same_pass():
+    w, gram = problem(64, 32)
+    found = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=0.5), INT4)
+    stored = quantize(found, INT4, scale=quantize(jnp.asarray(w), INT4).scale)
+    np.testing.assert_allclose(stored.dequantize(), found, atol=1e-6)
+    assert np.count_nonzero(stored.levels()) <= found.size // 2
+    apart = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=0.5))
+    rounded = quantize(apart, INT4, scale=stored.scale).dequantize()
+    errors = [relative_error(a - w, jnp.asarray(w), jnp.asarray(gram)) for a in (found, rounded)]
+    assert errors[0] < errors[1]
+
+
+def test_what_reads_an_input_that_is_never_used_goes_first():
+    w, gram = problem(32, 8)
+    gram[3], gram[:, 3] = 0, 0
+    found = np.asarray(sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=0.5)))
+    assert not found[3].any()
+    assert np.isfinite(found).all()

@@ -1,0 +1,151 @@
+"""A trained model pruned at once, layer by layer: by size, by size and inputs (Wanda), or made up for (SparseGPT)."""
+
+import re
+from dataclasses import replace
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.compress.observe import Calibration, relative_error
+from efftrain.compress.pieces import Pieces, abstract_variables, assemble
+from efftrain.compress.quantize import Converted, Report, stored_bytes
+from efftrain.compress.second_order import sparse_gpt
+from efftrain.errors import ConfigError
+from efftrain.models.decoder import Decoder
+from efftrain.models.quantization import Quantization, give_rules, matrices, rule_of, store
+from efftrain.ops.masks import Blocks, Structure, Unstructured, keep_highest, kept_units
+from efftrain.ops.number_formats import format_name
+from efftrain.ops.quantize import quantize, step_of, stored_scale
+from efftrain.train.sparse_storage import sparse_bytes
+
+PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
+
+
+def prune(
+    pieces: Pieces,
+    structure: Structure,
+    *,
+    method: PruneMethod = "sparsegpt",
+    calibration: Calibration | None = None,
+    quantization: Quantization | None = None,
+    layers: str = "blocks/.*",
+) -> tuple[Decoder, Report]:
+    """Makes weights zero, layer by layer, each by its inputs behind the layers that are pruned already.
+
+    What is not a dense product of a plain block (experts) is pruned by magnitude. Embedding, head, norms and routers
+    stay.
+
+    Args:
+      pieces: of a float model; its layers are gone afterwards.
+      structure: which patterns of zeros, and how many.
+      method: "magnitude": the smallest of a matrix go. "wanda": of each output those of smallest size times the norm
+        of their input (Sun et al. 2024, equation 1). "sparsegpt": see ``second_order.sparse_gpt``.
+      calibration: text, for these two.
+      quantization: "sparsegpt" alone: what stays is rounded in the same pass, and stored so.
+      layers: a regular expression for the names of matrices, such as ``blocks/.*/mlp/.*``.
+
+    Returns:
+      The new model, of the same configuration but for the quantisation, and what was done to each matrix.
+
+    Raises:
+      ConfigError: the model is stored quantised; the structure does not divide a matrix; there is no calibration.
+    """
+    if method not in get_args(PruneMethod):
+        raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(PruneMethod))}")
+    if pieces.config.quantization.stored:
+        raise ConfigError("the model is quantised already; prune the one it was made from")
+    if method != "magnitude" and calibration is None:
+        raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
+    if quantization is not None and method != "sparsegpt":
+        raise ConfigError("only sparsegpt prunes and quantises in one pass; use it, or do one after the other")
+    if method == "sparsegpt" and isinstance(structure, Blocks):
+        raise ConfigError("sparsegpt does not prune blocks; use magnitude or wanda")
+    config = pieces.config
+    if quantization is not None:
+        config = config.replace(quantization=replace(quantization, stored=True))
+    names = [name for name, module, a in matrices(abstract_variables(config)) if _check(name, module, a, structure)]
+    if not any(re.fullmatch(layers, name) for name in names):
+        raise ConfigError(f"--layers is {layers!r}, which matches no matrix; they are {', '.join(sorted(names)[:8])}")
+
+    rows, states = [], []
+    n_positions = len(config.pattern)
+    for number, layer, products in pieces.walk("prune", None if method == "magnitude" else calibration):
+        place = f"blocks/{number % n_positions}/"
+        if quantization is not None:
+            give_rules(layer, quantization, place)
+        found = products()
+        for name, module, attribute in list(matrices(layer)):
+            gram = found.pop(name, None)
+            how = method if gram is not None else "magnitude"
+            chosen = bool(re.fullmatch(layers, place + name))
+            rows.append(_prune(f"blocks/{number}/{name}", module, attribute, structure, how, method, gram, chosen))
+            del gram
+        states.append(nnx.state(layer))
+    return assemble(config, pieces.outer, states), Report(tuple(rows))
+
+
+def mask_by_magnitude(w: Array, structure: Structure) -> Array:
+    """bool like w (..., d, f): of every matrix the largest stay."""
+    w_ldf = jnp.abs(w).reshape(-1, *w.shape[-2:])
+    scores_lgu = structure.group(w_ldf)
+    keep_lgu = keep_highest(scores_lgu, kept_units(structure, scores_lgu.shape[-1]))
+    return structure.ungroup(keep_lgu, w_ldf.shape).reshape(w.shape)
+
+
+def mask_by_inputs(w_df: Array, gram_dd: Array, structure: Structure) -> Array:
+    """(d, f) bool: of every output those stay whose size times the norm of their input is largest (Wanda)."""
+    scores_df = jnp.abs(w_df) * jnp.sqrt(jnp.diag(gram_dd))[:, None]
+    if isinstance(structure, Unstructured):
+        return keep_highest(scores_df.T, kept_units(structure, len(w_df))).T
+    return mask_by_magnitude(scores_df, structure)
+
+
+def _check(name: str, module: nnx.Module, attribute: str, structure: Structure) -> bool:
+    """Whether a matrix may be pruned."""
+    if not name.startswith("blocks/"):
+        return False
+    variable = getattr(module, attribute)
+    d = variable.shape[-2] * variable.get_metadata().get("per_byte", 1)
+    structure.check(name, d, variable.shape[-1])
+    return True
+
+
+def _prune(name, module, attribute, structure, how: str, asked: str, gram: Array | None, chosen: bool) -> Converted:
+    variable = getattr(module, attribute)
+    before, rule = variable[...], rule_of(variable)
+    format = rule.weights if rule is not None else None
+    if not chosen:
+        after, how, why = before, "none", "--layers does not match it"
+    elif how == "sparsegpt":
+        after, why = sparse_gpt(before, gram, structure, format), ""
+    else:
+        mask = mask_by_inputs(before, gram, structure) if how == "wanda" else mask_by_magnitude(before, structure)
+        after, why = (
+            jnp.where(mask, before, 0),
+            "" if how == asked else f"{asked} is for dense products of plain blocks",
+        )
+    n_bytes, sparsity = variable.size * variable.dtype.itemsize, float(jnp.mean(after == 0))
+    if format is None:
+        variable[...] = after
+        bytes_after = sparse_bytes(after)
+    else:
+        value = quantize(after, format, scale=stored_scale(step_of(before, format), format))
+        after = value.dequantize()
+        store(module, attribute, value)
+        bytes_after = stored_bytes(value)
+    change = after - before
+    weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
+    output_error = None if gram is None else relative_error(change, before, gram)
+    return Converted(
+        name,
+        str(before.dtype) if format is None else format_name(format),
+        how,
+        why,
+        n_bytes,
+        bytes_after,
+        weight_error,
+        output_error,
+        sparsity,
+    )
