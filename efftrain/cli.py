@@ -167,16 +167,24 @@ def compress(
     activations: str | None = None,
     cache: str | None = None,
     layers: str = "blocks/.*",
-    method: Literal["nearest", "gptq", "awq"] = "nearest",
+    method: Literal["nearest", "gptq", "awq", "magnitude", "wanda", "sparsegpt"] | None = None,
     budget: float | None = None,
     rows: int = 128,
+    sparsity: str | None = None,
+    slim: float | None = None,
+    way: Literal["width", "depth", "any"] = "width",
+    by: Literal["parameters", "flops", "latency"] = "parameters",
+    search: int | None = None,
+    recover: int = 0,
+    rounds: int = 1,
     out: Path | None = None,
     corpus: Path | None = None,
 ) -> None:
-    """Convert a run's model into one whose matrices are stored in fewer bits, in a run directory of its own.
+    """Make a smaller model of a run's, in a run directory of its own: fewer bits, fewer weights, or a smaller shape.
 
-    Such as: efftrain compress runs/dense --quantize int4:g32 --method gptq. When interrupted, the same command
-    continues.
+    Such as: efftrain compress runs/dense --quantize int4:g32 --method gptq; --sparsity 0.5; --slim 0.33 --recover
+    400000. When interrupted, the same command continues. Only --slim makes a model faster: JAX has no sparse products,
+    neither for single zeros nor for 2:4.
 
     Args:
       run: the directory of a training run.
@@ -185,13 +193,21 @@ def compress(
       activations: the type of what they are multiplied with, such as int8, a scale a token; by default float.
       cache: the type of keys and values in decoding, such as int8; by default float.
       layers: a regular expression for the names of matrices, such as blocks/.*/mlp/.* or blocks/.*|embedding.
-      method: round to the nearest, or look at the inputs on calibration text: gptq, awq.
+      method: to quantise, round to the nearest (the default), or look at the inputs on calibration text: gptq, awq. To
+        prune, by size: magnitude; by size and inputs: wanda; making up for it: sparsegpt (the default).
       budget: bytes of the blocks' matrices as a share of float32; each layer gets the format that it bears.
       rows: of calibration text, or of each trial of a budget.
+      sparsity: weights that become zero: a share, such as 0.5, or 2:4. Fewer bytes on disk, no speed.
+      slim: the share to cut off, such as 0.33: units, heads and channels that do least go. Faster.
+      way: cut width (better quality) or depth (better latency); any: a search over both.
+      by: slim is a share of the parameters, of training FLOPs, or of the time that one row decodes in.
+      search: shapes to try, each trained with a tenth of the tokens of recover.
+      recover: tokens of training behind the cut; a twentieth to a tenth of what the run was trained on.
+      rounds: cut and train in so many, for 50 % and more.
       out: the new run directory; by default the run's name with these options.
       corpus: by default that of the run.
     """
-    from efftrain.compress.run import Compression
+    from efftrain.compress.options import Compression
     from efftrain.compress.run import compress as compress_run
     from efftrain.measure.scorecard import table
 
@@ -203,6 +219,13 @@ def compress(
         method=method,
         budget=budget,
         rows=rows,
+        sparsity=sparsity,
+        slim=slim,
+        way=way,
+        by=by,
+        search=search,
+        recover=recover,
+        rounds=rounds,
     )
     card = compress_run(run, options, out=out, corpus=corpus)
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table([card]))

@@ -31,7 +31,7 @@ from flax import nnx
 import efftrain
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import Method, convert
-from efftrain.compress.run import Text
+from efftrain.compress.text import Text
 from efftrain.config import digest
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare

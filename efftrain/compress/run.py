@@ -1,187 +1,226 @@
 """``efftrain compress``: a run directory in, a run directory of the smaller model out."""
 
-import itertools
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import efftrain
-from efftrain import data
+from efftrain.compress.importance import importance
 from efftrain.compress.mixed_precision import choose_formats
-from efftrain.compress.observe import Calibration
+from efftrain.compress.one_shot import prune
+from efftrain.compress.options import ALL_BLOCKS, Compression, parse
 from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import Method, Report, convert
+from efftrain.compress.quantize import convert
+from efftrain.compress.recover import recover, recovery_training
+from efftrain.compress.shape import Shape
+from efftrain.compress.shape_latency import fast_shapes
+from efftrain.compress.shapes import candidates
+from efftrain.compress.slim import slim
+from efftrain.compress.text import Text
 from efftrain.config import to_json
 from efftrain.errors import ConfigError, RunError
-from efftrain.measure.evaluate import Evaluator
 from efftrain.measure.kept import Kept, write_json
+from efftrain.measure.parameters import zeros_share
 from efftrain.measure.score import score
 from efftrain.measure.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard import Figure, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.ops.number_formats import AnyFormat, parse_format
+from efftrain.ops.number_formats import parse_format
 from efftrain.progress import console
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.run import checkpoint_directory, environment, load_model_config, read_json
 from efftrain.train.state import split_model
 
 FILE_NAME = "compression.json"
-ALL_BLOCKS = "blocks/.*"
+TRIAL = 0.1  # of the recovery's tokens, for each shape of a search
+
+Changed = tuple[Decoder, dict[str, Any]]  # the new model, and what was done, as JSON
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compression:
-    """What is done to a model.
+def compress(
+    run: Path,
+    options: Compression,
+    *,
+    out: Path | None = None,
+    corpus: Path | None = None,
+    evaluated_rows: int | None = None,
+) -> Scorecard:
+    """Changes a run's model, and scores the new one; the run stays as it is.
 
-    Attributes:
-      quantize: the format of matrices, such as int8 or int4:g32; with a budget several, of falling size, with commas.
-        None: what the run was trained for.
-      activations: the format of what they are multiplied with. None: float.
-      cache: the format of keys and values. None: float.
-      layers: a regular expression for the names of matrices; see ``models.quantization.QuantizationRule``.
-      method: see ``compress.quantize.convert``.
-      budget: bytes of the blocks' matrices as a share of float32, for which each layer gets a format of its own.
-      rows: of the training split, for "gptq" and "awq"; of the validation split, for each trial of a budget.
-    """
-
-    quantize: str | None = None
-    activations: str | None = None
-    cache: str | None = None
-    layers: str = ALL_BLOCKS
-    method: Method = "nearest"
-    budget: float | None = None
-    rows: int = 128
-
-    def __post_init__(self):
-        if self.rows < 1:
-            raise ConfigError(f"--rows is {self.rows}; give at least 1")
-        if self.budget is not None and not 0 < self.budget < 1:
-            raise ConfigError(f"--budget is {self.budget}; give a share between 0 and 1")
-        if self.budget is not None and (self.quantize is None or "," not in self.quantize):
-            raise ConfigError("--budget chooses between formats; give several, such as --quantize int8,int4:g32")
-        if self.budget is None and "," in (self.quantize or ""):
-            raise ConfigError(f"--quantize is {self.quantize}; give one format, or a --budget to choose by")
-        if self.budget is not None and (self.activations or self.layers != ALL_BLOCKS):
-            raise ConfigError("--budget is for the weights of all blocks; leave --activations and --layers out")
-        if self.layers != ALL_BLOCKS and not (self.quantize or self.activations):
-            raise ConfigError("--layers is given and not what to do with them; add --quantize or --activations")
-        for text in (self.quantize or "").split(","):
-            QuantizationRule(weights=_format(text), activations=_format(self.activations))
-        Quantization(cache=_format(self.cache))
-
-    @property
-    def name(self) -> str:
-        """Of the new run, behind that of the old one."""
-        words = [self.quantize or "", self.activations and f"a-{self.activations}", self.cache and f"kv-{self.cache}"]
-        words += [self.method if self.method != "nearest" else "", self.budget and f"{self.budget}x"]
-        return "-".join(w for w in words if w).replace(":", "").replace(",", "-") or "stored"
-
-
-def compress(run: Path, options: Compression, *, out: Path | None = None, corpus: Path | None = None) -> Scorecard:
-    """Converts a run's model, and scores the new one; the run stays as it is.
-
-    The new directory appears when the conversion is whole. When interrupted, the same command continues: trials of a
-    budget are kept, and a whole conversion is only scored.
+    A directory appears when the conversion is whole, or when its training begins; what comes before the last stage is
+    in ``OUT.stages``. When interrupted, the same command continues: trials are kept, stages that are done are read.
 
     Args:
       run: of a float model.
       options: what to do.
       out: the new directory. None: the run's, with the options in its name.
-      corpus: for calibration and scores. None: that of the run.
+      corpus: for calibration, training and scores. None: that of the run.
+      evaluated_rows: of the validation split, for the score. None: all.
 
     Raises:
       EfftrainError: the run, the corpus and the options do not fit, or ``out`` holds something else.
     """
     run = Path(run).resolve()
-    config = load_model_config(run)
+    config, settings = load_model_config(run), read_json(run / "config.json")
     if config.quantization.stored:
         raise ConfigError(f"the model of {run} is converted already; convert the one it was made from")
-    settings = read_json(run / "config.json")
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
-    text = Text(corpus or Path(settings["corpus"]), settings["training"]["length"])
+    text = Text(Path(corpus or settings["corpus"]), settings["training"]["length"])
     out = run.with_name(f"{run.name}-{options.name}") if out is None else out
-    step = _newest_step(run, settings)
-    made_from = {"run": str(run), "step": step, "corpus": str(text.corpus.resolve()), "options": to_json(options)}
-    if out.exists():
-        _check_made_from(out, made_from)
-        console.print(f"{out} is converted already", markup=False)
-        if (out / SCORECARD).exists():
-            return Scorecard.read(out / SCORECARD)
-        model = efftrain.load(out)
-    else:
-        model = _convert(run, config, options, text, out, settings, made_from)
-    card = _score(out, model, text)
+    if options.recover:
+        return _in_rounds(run, options, text, out, evaluated_rows)
+    model = _stage(run, options, text, out)
+    if (out / SCORECARD).exists():
+        return Scorecard.read(out / SCORECARD)
+    card = _score(out, model or efftrain.load(out), text, evaluated_rows)
     card.write(out / SCORECARD)
     return card
 
 
-@dataclass(frozen=True)
-class Text:
-    """Rows of a corpus, of so many tokens."""
+def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated_rows: int | None) -> Scorecard:
+    """Cut and train, as often as there are rounds."""
+    stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
+    recovery_training(read_json(run / "config.json"), run, tokens, 1)  # refuses too few tokens before anything is done
+    if out.exists() and not (stages / "1-cut").exists():
+        raise RunError(f"{out} exists and was not made by this command; choose another --out")
+    for number in range(1, options.rounds + 1):
+        cut, once = stages / f"{number}-cut", _round(options, number)
+        shape = None if options.search is None else _best_shape(run, once, text, stages / f"{number}-search", tokens)
+        _stage(run, replace(once, search=None), text, cut, shape)
+        last = number == options.rounds
+        run = out if last else stages / f"{number}-recovered"
+        rows = evaluated_rows if last else options.rows
+        sparse = options.sparsity is not None
+        card = recover(cut, tokens, run, text.corpus, sparse=sparse, number=number, rows=rows)
+    return card
 
-    corpus: Path
-    length: int
 
-    def evaluator(self, max_rows: int | None = None) -> Evaluator:
-        opened = data.open(self.corpus)
-        max_batches = None if max_rows is None else -(-max_rows // 8)
-        return Evaluator(lambda: self._batches("validation"), opened.token_bytes(), max_batches=max_batches)
+def _round(options: Compression, number: int) -> Compression:
+    """What one of several rounds cuts: the same share of what is left in each."""
+    once = replace(options, recover=0 if options.search is None else options.recover, rounds=1)
+    if options.rounds == 1:
+        return once
+    if options.slim is not None:
+        return replace(once, slim=1 - (1 - options.slim) ** (1 / options.rounds))
+    # What is zero already counts.
+    return replace(once, sparsity=str(1 - (1 - options.structure.sparsity) ** (number / options.rounds)))
 
-    def calibration(self, rows: int) -> Calibration:
-        """Rows of the training split."""
-        batches = list(itertools.islice(self._batches("train"), -(-rows // 8)))
-        if not batches:
-            raise ConfigError(f"{self.corpus}: the training split is shorter than one row of {self.length} tokens")
-        names = ("tokens", "segments", "positions")
-        return Calibration(*(np.concatenate([b[name] for b in batches])[:rows] for name in names))
 
-    def _batches(self, split: str):
-        loader = data.LoaderConfig(
-            corpora=(data.Part(path=self.corpus),),
-            length=self.length,
-            batch_size=8,
-            split=split,
-            shuffle=False,
-            repeat=False,
+def _best_shape(run: Path, options: Compression, text: Text, folder: Path, tokens: int) -> Shape:
+    """The shape whose model is best on some rows after a short training."""
+    shapes = _shapes(load_model_config(run), options, text)[: options.search]
+    cut, bpb = replace(options, search=None, recover=0), []
+    for i, shape in enumerate(shapes):
+        console.print(f"shape {i + 1} of {len(shapes)}: {shape}", markup=False)
+        _stage(run, cut, text, folder / f"{i + 1}-cut", shape)
+        trial = folder / f"{i + 1}"
+        done = (trial / SCORECARD).exists()
+        card = (
+            Scorecard.read(trial / SCORECARD)
+            if done
+            else recover(
+                folder / f"{i + 1}-cut", round(TRIAL * tokens), trial, text.corpus, sparse=False, rows=options.rows
+            )
         )
-        return data.batches(loader, verify=False)
+        bpb.append(card.figures["bpb"].value)
+    write_json(folder / "shapes.json", {"shapes": [to_json(shape) for shape in shapes], "bpb": bpb})
+    return shapes[int(np.argmin(bpb))]
 
 
-def _convert(run, config: ModelConfig, options: Compression, text: Text, out: Path, settings, made_from) -> Decoder:
-    calibration = text.calibration(options.rows) if options.method != "nearest" else None
-    cache = _format(options.cache) or config.quantization.cache
+def _shapes(config: ModelConfig, options: Compression, text: Text) -> list[Shape]:
+    if options.by == "latency":
+        return fast_shapes(config, 1 - options.slim, way=options.way, length=text.length)
+    return candidates(config, 1 - options.slim, way=options.way, by=options.by, length=text.length)
+
+
+def _stage(run: Path, options: Compression, text: Text, out: Path, shape: Shape | None = None) -> Decoder | None:
+    """Makes the run directory of a converted model; None where it is there already."""
+    settings, config = read_json(run / "config.json"), load_model_config(run)
+    step, shape_json = _newest_step(run, settings), None if shape is None else to_json(shape)
+    corpus = str(text.corpus.resolve())
+    made_from = {"run": str(run), "step": step, "corpus": corpus, "options": to_json(options), "shape": shape_json}
+    if out.exists():
+        _check_made_from(out, made_from)
+        console.print(f"{out} is converted already", markup=False)
+        return None
+    kept = Kept(out, made_from)
+    if options.slim is not None:
+        model, changes = _slim(run, config, options, text, shape)
+    elif options.sparsity is not None:
+        model, changes = _prune(run, config, options, text)
+    else:
+        model, changes = _quantize(run, config, options, text, kept)
+    _write(out, run, model, settings, made_from | changes)
+    kept.remove()
+    return model
+
+
+def _slim(run: Path, config: ModelConfig, options: Compression, text: Text, shape: Shape | None) -> Changed:
+    shape = _shapes(config, options, text)[0] if shape is None else shape
+    pieces = Pieces.read(run)
+    model, report = slim(pieces, shape, importance(pieces, text.calibration(options.rows)))
+    return model, {"slim": report.as_json()} | _quality(run, model, options, text)
+
+
+def _prune(run: Path, config: ModelConfig, options: Compression, text: Text) -> Changed:
+    method = options.method or "sparsegpt"
+    quantization = Quantization(rules=_rules(options, config)) if options.quantize or options.activations else None
+    model, report = prune(
+        Pieces.read(run),
+        options.structure,
+        method=method,
+        calibration=None if method == "magnitude" else text.calibration(options.rows),
+        quantization=quantization,
+        layers=options.layers,
+    )
+    changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
+    return model, changes | _quality(run, model, options, text)
+
+
+def _quality(run: Path, model: Decoder, options: Compression, text: Text) -> dict[str, Any]:
+    """Bits per byte on some rows before and after the cut."""
+    evaluate = text.evaluator(options.rows)
+    return {"rows": options.rows, "bpb_before": evaluate(efftrain.load(run))["bpb"], "bpb": evaluate(model)["bpb"]}
+
+
+def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, kept: Kept) -> Changed:
+    method = options.method or "nearest"
+    calibration = text.calibration(options.rows) if method != "nearest" else None
+    cache = parse(options.cache) or config.quantization.cache
     chosen = None
     if options.budget is not None:
         formats = [parse_format(part) for part in options.quantize.split(",")]
         evaluate = text.evaluator(options.rows)
-        kept = Kept(out, made_from)
         chosen = choose_formats(efftrain.load(run), formats, options.budget, lambda model: evaluate(model)["bpb"], kept)
         rules = chosen.rules
     else:
-        kept, rules = None, _rules(options, config)
+        rules = _rules(options, config)
     quantization = Quantization(rules=rules, cache=cache)
     if quantization == Quantization():
-        raise ConfigError(f"{run} was not trained for a quantisation; say what to do, such as --quantize int8")
+        model = efftrain.load(run)
+        if not zeros_share(model):
+            raise ConfigError(
+                f"{run} was not trained for a quantisation and has no zeros; say what to do, such as --quantize int8"
+            )
+        return model, {"bytes_share": None, "matrices": []}
     model, report = convert(
-        Pieces.read(run), quantization, method=options.method, calibration=calibration, unrolled=chosen is not None
+        Pieces.read(run), quantization, method=method, calibration=calibration, unrolled=chosen is not None
     )
-    _write(out, run, model, report, settings, made_from | ({"choice": chosen.as_json()} if chosen else {}))
-    if kept is not None:
-        kept.remove()
-    return model
+    changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
+    return model, changes | ({"choice": chosen.as_json()} if chosen else {})
 
 
 def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule, ...]:
     """Those that the options say; what they leave open is as in training."""
-    weights, activations = _format(options.quantize), _format(options.activations)
+    weights, activations = parse(options.quantize), parse(options.activations)
     trained = config.quantization.rules
     if weights is None and activations is None:
         return trained
@@ -200,19 +239,14 @@ def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule,
     return (rule,)
 
 
-def _format(text: str | None) -> AnyFormat | None:
-    return parse_format(text) if text else None
-
-
-def _write(out: Path, run: Path, model: Decoder, report: Report, settings: dict, made_from: dict[str, Any]) -> None:
+def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_from: dict[str, Any]) -> None:
     """The new directory, under another name until it is whole."""
     unfinished = out.with_name(f"{out.name}.incomplete")
     try:
         if unfinished.is_dir() and _is_ours(unfinished):
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
-        changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
-        write_json(unfinished / FILE_NAME, made_from | changes)
+        write_json(unfinished / FILE_NAME, made_from)
         training = settings.get("training", {}) | {"checkpoints": None}
         write_json(unfinished / "config.json", settings | {"model": to_json(model.config), "training": training})
         write_json(unfinished / "environment.json", environment())
@@ -220,7 +254,7 @@ def _write(out: Path, run: Path, model: Decoder, report: Report, settings: dict,
             shutil.copyfile(run / "recipe.py", unfinished / "recipe.py")
         _, params, rest = split_model(model)
         with Checkpoints(unfinished / "checkpoints") as checkpoints:
-            checkpoints.save(made_from["step"], {"params": params, "model_state": rest}, None, None)
+            checkpoints.save(made_from["step"], {"params": params, "model_state": rest}, None, None, squeezed=True)
             checkpoints.wait()
         os.rename(unfinished, out)
     except OSError as error:
@@ -248,16 +282,16 @@ def _newest_step(run: Path, settings: dict[str, Any]) -> int:
     return steps[-1]
 
 
-def _score(out: Path, model: Decoder, text: Text) -> Scorecard:
+def _score(out: Path, model: Decoder, text: Text, rows: int | None) -> Scorecard:
     card = score(
         model,
         name=out.name,
         length=text.length,
-        quality=text.evaluator()(model),
+        quality=text.evaluator(rows)(model),
         checkpoint=out / "checkpoints",
     )
-    share = read_json(out / FILE_NAME)["bytes_share"]
-    if share is not None:
+    share = read_json(out / FILE_NAME).get("bytes_share")
+    if share is not None and model.config.quantization.stored:
         note = "quantised matrices with their scales, over float32"
         card = replace(card, figures=card.figures | {"quantized_bytes_share": Figure(share, "share", "counted", note)})
     return card

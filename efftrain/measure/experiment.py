@@ -17,6 +17,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.sharding import hosts
 from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
+from efftrain.train.program import Wrap
 from efftrain.train.run import Run
 
 
@@ -39,9 +40,11 @@ def train_and_score(
     config: Experiment,
     build: Callable[[nnx.Rngs], Decoder],
     objective: Objective,
+    wrap: Wrap | None = None,
     *,
     initial: Callable[[], Decoder] | None = None,
     extra_flops: float = 0.0,
+    evaluated_rows: int | None = None,
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
@@ -49,7 +52,8 @@ def train_and_score(
 
     Args:
       config: of the run.
-      build, objective, initial: see ``fit``.
+      build, objective, wrap, initial: see ``fit``.
+      evaluated_rows: of the validation split. None: all.
       extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
 
     Raises:
@@ -74,14 +78,18 @@ def train_and_score(
 
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
+    max_batches = None if evaluated_rows is None else -(-evaluated_rows // training.batch_size)
     fitted = fit(
         build,
         objective,
         data.batches(loader, *part, verify=False),
         training,
         run,
+        wrap=wrap,
         initial=initial,
-        evaluate=Evaluator(lambda: data.batches(held_out, *part, verify=False), corpus.token_bytes()),
+        evaluate=Evaluator(
+            lambda: data.batches(held_out, *part, verify=False), corpus.token_bytes(), max_batches=max_batches
+        ),
         flops_per_token=flops_per_token,
     )
     card = score(

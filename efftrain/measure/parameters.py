@@ -11,7 +11,7 @@ from efftrain.models.cache import empty_cache
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
-from efftrain.models.quantization import Packed
+from efftrain.models.quantization import Matrix, Packed
 
 HEAD = ("head",)  # path of the untied head in a decoder
 Path = tuple[Any, ...]
@@ -60,6 +60,15 @@ def count_parameters(model: nnx.Module) -> Parameters:
 def stored_bytes(model: nnx.Module) -> int:
     """Bytes of every variable in the type that it has, those that are not trained too."""
     return _bytes(nnx.state(model))
+
+
+def zeros_share(model: nnx.Module) -> float:
+    """The share of the numbers of all float matrices of blocks that are exactly zero; 0 for a model that was not
+    pruned."""
+    matrices = [v[...] for path, v in parameters(model) if isinstance(v, Matrix) and path[0] == "blocks"]
+    zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
+    share = zeros / max(sum(matrix.size for matrix in matrices), 1)
+    return share if share > 1e-4 else 0.0  # a trained weight may be zero by chance
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:

@@ -8,14 +8,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from running import run, start
+from running import compress, logits, run, start
 
 import efftrain
-from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Packed, Quantization
 from efftrain.recipe import import_script
 from efftrain.train.run import read_metrics
@@ -47,16 +45,6 @@ def trained(command, tmp_path_factory) -> Path:
     code, output = run(command(out))
     assert code == 0, output
     return out
-
-
-def compress(*arguments: str | Path) -> tuple[int, str]:
-    return run([sys.executable, "-m", "efftrain.cli", "compress", *map(str, arguments)])
-
-
-def logits(model: Decoder) -> np.ndarray:
-    graph, state = nnx.split(model)
-    tokens = np.random.default_rng(0).integers(0, 300, (2, 16))
-    return np.asarray(jax.jit(lambda state: nnx.merge(graph, state)(tokens))(state))
 
 
 def test_the_float_run_stands_beside_and_both_share_their_beginning(trained):
@@ -176,7 +164,8 @@ def test_bad_input_is_one_sentence(trained, tmp_path):
 
 
 def test_trained_rules_are_kept_where_options_leave_them_open(trained, tmp_path):
-    from efftrain.compress.run import Compression, _rules
+    from efftrain.compress.options import Compression
+    from efftrain.compress.run import _rules
 
     config = efftrain.load(trained).config
     assert config.quantization.rules[0].learned_step

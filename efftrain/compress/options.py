@@ -1,0 +1,132 @@
+"""What ``efftrain compress`` does to a model."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from efftrain.compress.one_shot import PruneMethod
+from efftrain.compress.quantize import Method
+from efftrain.compress.shape_count import By
+from efftrain.compress.shapes import Way
+from efftrain.errors import ConfigError
+from efftrain.models.quantization import Quantization, QuantizationRule
+from efftrain.ops.masks import NofM, Structure, Unstructured
+from efftrain.ops.number_formats import AnyFormat, parse_format
+
+ALL_BLOCKS = "blocks/.*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Attributes:
+    quantize: the format of matrices, such as int8 or int4:g32; with a budget several, of falling size, with commas.
+      None: what the run was trained for.
+    activations: the format of what they are multiplied with. None: float.
+    cache: the format of keys and values. None: float.
+    layers: a regular expression for the names of matrices; see ``models.quantization.QuantizationRule``.
+    method: see ``compress.quantize.convert`` and, with ``sparsity``, ``compress.one_shot.prune``. None: "nearest", and
+      "sparsegpt".
+    budget: bytes of the blocks' matrices as a share of float32, for which each layer gets a format of its own.
+    rows: of the training split, for methods that look at text and for ``slim``; of the validation split, for each trial
+      of a budget and for the figures of a stage.
+    sparsity: the share of the weights that becomes zero, or n:m.
+    slim: the share of ``by`` that is cut off, so that the model is really smaller.
+    way: what is cut: width or depth, or both; the first guess of "any" is one of width.
+    by: what ``slim`` is a share of.
+    search: shapes that are tried, each with a tenth of ``recover``. None: the first guess is taken.
+    recover: tokens of training behind the cut.
+    rounds: in which cut and training are done.
+    """
+
+    quantize: str | None = None
+    activations: str | None = None
+    cache: str | None = None
+    layers: str = ALL_BLOCKS
+    method: Method | PruneMethod | None = None
+    budget: float | None = None
+    rows: int = 128
+    sparsity: str | None = None
+    slim: float | None = None
+    way: Way = "width"
+    by: By | Literal["latency"] = "parameters"
+    search: int | None = None
+    recover: int = 0
+    rounds: int = 1
+
+    def __post_init__(self):
+        if self.rows < 1:
+            raise ConfigError(f"--rows is {self.rows}; give at least 1")
+        self._check_quantization()
+        self._check_pruning()
+
+    def _check_quantization(self) -> None:
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ConfigError(f"--budget is {self.budget}; give a share between 0 and 1")
+        if self.budget is not None and (self.quantize is None or "," not in self.quantize):
+            raise ConfigError("--budget chooses between formats; give several, such as --quantize int8,int4:g32")
+        if self.budget is None and "," in (self.quantize or ""):
+            raise ConfigError(f"--quantize is {self.quantize}; give one format, or a --budget to choose by")
+        if self.budget is not None and (self.activations or self.layers != ALL_BLOCKS):
+            raise ConfigError("--budget is for the weights of all blocks; leave --activations and --layers out")
+        if self.layers != ALL_BLOCKS and not (self.quantize or self.activations or self.sparsity):
+            raise ConfigError("--layers is given and not what to do with them; add --quantize or --activations")
+        for text in (self.quantize or "").split(","):
+            QuantizationRule(weights=parse(text), activations=parse(self.activations))
+        Quantization(cache=parse(self.cache))
+
+    def _check_pruning(self) -> None:
+        quantized = self.quantize or self.activations or self.cache or self.budget
+        methods = get_args(Method) if self.sparsity is None else get_args(PruneMethod)
+        if self.method is not None and self.method not in methods:
+            raise ConfigError(
+                f"--method is {self.method}; it is one of {', '.join(methods)} "
+                f"{'without' if self.sparsity is None else 'with'} --sparsity"
+            )
+        if self.slim is not None:
+            if not 0 < self.slim < 1:
+                raise ConfigError(f"--slim is {self.slim}; give the share to cut off, between 0 and 1")
+            if quantized or self.sparsity or self.method:
+                raise ConfigError("--slim cuts and does nothing else; quantise or prune the new run afterwards")
+        elif (self.way, self.by, self.search) != ("width", "parameters", None):
+            raise ConfigError("--way, --by and --search say how --slim cuts; add --slim, such as --slim 0.33")
+        if self.search is not None and (self.search < 2 or not self.recover):
+            raise ConfigError(f"--search is {self.search}; give 2 shapes or more, and the tokens of --recover")
+        if self.sparsity is not None:
+            structure = self.structure
+            if quantized and (self.cache or self.budget or self.method not in (None, "sparsegpt")):
+                raise ConfigError("--sparsity and --quantize go together with --method sparsegpt, and without a budget")
+            if isinstance(structure, NofM) and self.rounds > 1:
+                raise ConfigError(f"--sparsity {self.sparsity} is reached in one round; leave --rounds out")
+        if self.recover < 0 or self.rounds < 1:
+            raise ConfigError(f"--recover is {self.recover} and --rounds {self.rounds}; give no negative number")
+        if self.recover and ((self.slim is None and self.sparsity is None) or quantized):
+            raise ConfigError("--recover trains what --slim or --sparsity cut; train for quantised matrices by qat.py")
+        if self.rounds > 1 and not self.recover:
+            raise ConfigError("--rounds needs training between them; add --recover with a number of tokens")
+
+    @property
+    def structure(self) -> Structure:
+        """That ``sparsity`` says.
+
+        Raises:
+          ConfigError: it says none.
+        """
+        n, colon, m = self.sparsity.partition(":")
+        try:
+            return NofM(n=int(n), m=int(m)) if colon else Unstructured(sparsity=float(n))
+        except ValueError as error:
+            raise ConfigError(f"--sparsity is {self.sparsity!r}; give a share such as 0.5, or 2:4") from error
+
+    @property
+    def name(self) -> str:
+        """Of the new run, behind that of the old one."""
+        words = [self.quantize or "", self.activations and f"a-{self.activations}", self.cache and f"kv-{self.cache}"]
+        words += [self.sparsity and f"sparse{self.sparsity.replace(':', 'of')}", self.slim and f"slim{self.slim}"]
+        words += [self.way if self.way != "width" else "", self.by if self.by != "parameters" else ""]
+        words += [self.method if self.method not in (None, "nearest") else "", self.budget and f"{self.budget}x"]
+        words += [self.recover and f"r{self.recover}", f"{self.rounds}rounds" if self.rounds > 1 else ""]
+        return "-".join(w for w in words if w).replace(":", "").replace(",", "-") or "stored"
+
+
+def parse(text: str | None) -> AnyFormat | None:
+    """A format, where there is one."""
+    return parse_format(text) if text else None

@@ -1,0 +1,246 @@
+"""Pruning: weights that go while the model is trained."""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+import efftrain
+from efftrain.compress.one_shot import prune
+from efftrain.compress.options import Compression
+from efftrain.compress.pieces import Pieces
+from efftrain.compress.run import compress
+from efftrain.compress.sparsify import Magnitude, Sparsity
+from efftrain.compress.sparsity_schedules import Gradual
+from efftrain.compress.text import Text
+from efftrain.config import digest
+from efftrain.errors import ConfigError
+from efftrain.measure.compare import Comparison, compare
+from efftrain.measure.experiment import Experiment, train_and_score
+from efftrain.measure.kept import Kept
+from efftrain.measure.latency import measure_latency
+from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
+from efftrain.models.config import llama
+from efftrain.models.decoder import Decoder
+from efftrain.ops.masks import NofM, Unstructured
+from efftrain.progress import console
+from efftrain.recipe import run_recipe
+from efftrain.train.loop import Training
+from efftrain.train.objective import Objective, next_token_loss
+from efftrain.train.optimizers import AdamW
+from efftrain.train.program import Wrap
+from efftrain.train.run import load_model_config
+
+EVALUATED_ROWS, CALIBRATION_ROWS = 2048, 128  # of the validation and of the training split
+RECOVERY = 0.1  # of the dense run's tokens
+DENSE_STEPS = 0.5  # share of the steps that the dense run and the sparse ones have in common
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Experiment):
+    """A sparse run, which begins as the dense one beside it.
+
+    Attributes:
+      sparsity: what goes, and when; None trains the dense run alone.
+      compare: train and prune in other ways too.
+      seeds: of a comparison.
+    """
+
+    sparsity: Sparsity | None = None
+    corpus: Path = Path("corpora/python")
+    out: Path = Path("runs/prune/sparse")
+    compare: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+gradual = Sparsity(
+    structure=Unstructured(sparsity=0.5),
+    schedule=Gradual(start=DENSE_STEPS, end=0.75),
+    score=Magnitude(straight_through=True),
+)
+
+cpu = Config(
+    model=llama(vocab_size=4096, d_model=96, n_layers=6, n_heads=4, d_ff=288, max_length=512, tied_embedding=True),
+    training=Training(
+        steps=1000,
+        batch_size=16,
+        length=256,
+        optimizer=AdamW(peak_lr=3e-3),
+        checkpoint_every=100,
+        keep_every=100,
+    ),
+    sparsity=gradual,
+)
+gpu = replace(  # about 125M parameters
+    cpu,
+    model=llama(
+        vocab_size=4096,
+        d_model=768,
+        n_layers=16,
+        n_heads=12,
+        d_ff=2304,
+        max_length=2048,
+        tied_embedding=True,
+        dtype="bfloat16",
+    ),
+    training=replace(
+        cpu.training,
+        steps=5000,
+        batch_size=64,
+        length=2048,
+        optimizer=AdamW(peak_lr=1.5e-3),
+        eval_every=500,
+        checkpoint_every=500,
+        keep_every=500,
+    ),
+)
+configs = {"cpu": cpu, "gpu": gpu}
+
+
+def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective, Wrap | None]:
+    """The model, what is minimised, and what stands around the optimizer."""
+    wrap = config.sparsity and config.sparsity.around(config.training)
+    return lambda rngs: Decoder(config.model, rngs=rngs), next_token_loss, wrap
+
+
+def main(config: Config) -> Scorecard | Comparison:
+    if config.compare:
+        return compare_ways(config)
+    config = replace(config, seeds=())
+    ready = started(config)
+    if config.sparsity is not None:
+        train(dense_run(config))
+    card = train(ready)
+    console.print(table([card]))
+    return card
+
+
+def train(config: Config) -> Scorecard:
+    return train_and_score(config, *program(config))[1]
+
+
+def dense_run(config: Config) -> Config:
+    """The same model and seed, dense, beside the run."""
+    training = replace(config.training, branch=None)
+    return replace(config, training=training, sparsity=None, out=config.out.with_name(f"dense-seed{training.seed}"))
+
+
+def started(config: Config) -> Config:
+    """With the checkpoint of the dense run at which pruning starts."""
+    training = config.training
+    if config.sparsity is None or training.branch is not None:
+        return config
+    step = round(DENSE_STEPS * training.steps)
+    if training.keep_every is None or step % training.keep_every:
+        raise ConfigError(
+            f"pruning begins behind step {step}, of which the dense run keeps no checkpoint; set training.keep-every "
+            f"and training.checkpoint-every to divisors of {step}"
+        )
+    return replace(config, training=replace(training, branch=f"{dense_run(config).out}@{step}"))
+
+
+def compare_ways(config: Config) -> Comparison:
+    """Sparse training, and what can be done to the dense runs; each with every seed."""
+    base, out = replace(config, compare=False, seeds=()), config.out.parent
+    variants = {
+        "dense": dense_run(base),
+        "sparse": base,
+        "sparse-2of4": replace(base, sparsity=replace(base.sparsity, structure=NofM(n=2, m=4))),
+    }
+    found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
+    console.print(found.table())
+    seeds: dict[str, Any] = {}
+    for i, seed in enumerate(config.seeds):
+        dense = out / f"dense-seed{seed}"
+        kept = Kept(out / f"cuts-seed{seed}.json", {"dense": digest(asdict(found.cards["dense"][i]))})
+        at_once = kept.cell("at once", lambda dense=dense: prune_at_once(base, dense))
+        tuned = cut_and_tune(base, dense, seed)
+        seeds[str(seed)] = {
+            "at_once": at_once,
+            "tuned": tuned,
+            "latency": kept.cell("latency", lambda dense=dense: side_by_side(dense)),
+        }
+    found.write(out / "comparison.json", seeds=seeds)
+    console.print(json.dumps(seeds, indent=1))
+    return found
+
+
+def prune_at_once(config: Config, dense: Path) -> dict[str, float]:
+    """Bits per byte on some rows, without training behind the cut."""
+    text = Text(config.corpus, config.training.length)
+    evaluate, calibration = text.evaluator(EVALUATED_ROWS), text.calibration(CALIBRATION_ROWS)
+    found = {"dense": evaluate(efftrain.load(dense))["bpb"]}
+    for name, structure in {"half": Unstructured(sparsity=0.5), "2of4": NofM(n=2, m=4)}.items():
+        for method in ("magnitude", "wanda", "sparsegpt"):
+            model, _ = prune(Pieces.read(dense), structure, method=method, calibration=calibration)
+            found[f"{name}, {method}"] = evaluate(model)["bpb"]
+    return found
+
+
+def cuts(config: Config) -> dict[str, Compression]:
+    """What is cut off a dense run, and trained for a tenth of its tokens."""
+    tokens = round(RECOVERY * config.training.tokens)
+    return {
+        "magnitude": Compression(sparsity="0.5", method="magnitude", recover=tokens),
+        "magnitude-3rounds": Compression(sparsity="0.5", method="magnitude", recover=tokens, rounds=3),
+        "sparsegpt": Compression(sparsity="0.5", method="sparsegpt", recover=tokens),
+        "width33": Compression(slim=0.33, recover=tokens),
+        "depth33": Compression(slim=0.33, way="depth", recover=tokens),
+        "width50-2rounds": Compression(slim=0.5, recover=tokens, rounds=2),
+    }
+
+
+def cut_and_tune(config: Config, dense: Path, seed: int) -> dict[str, dict[str, float]]:
+    """What each cut came to, and a model of the same shape that was trained on those tokens alone."""
+    found = {}
+    for name, options in cuts(config).items():
+        cut = dense.with_name(f"{name}-seed{seed}")
+        console.print(f"{name}, seed {seed}", markup=False)
+        done = (cut / FILE_NAME).exists()
+        card = (
+            Scorecard.read(cut / FILE_NAME)
+            if done
+            else compress(dense, options, out=cut, evaluated_rows=EVALUATED_ROWS)
+        )
+        found[name] = figures(card)
+        if name == "width33":
+            found["width33-scratch"] = figures(from_scratch(config, cut, seed))
+    return found
+
+
+def from_scratch(config: Config, cut: Path, seed: int) -> Scorecard:
+    """The shape of a model that was cut, trained on as many tokens as were spent behind the cut."""
+    training = replace(config.training, seed=seed, steps=round(RECOVERY * config.training.steps), keep_every=None)
+    out = cut.with_name(f"{cut.name}-scratch")
+    scratch = replace(config, model=load_model_config(cut), training=training, sparsity=None, out=out)
+    if (out / FILE_NAME).exists():
+        return Scorecard.read(out / FILE_NAME)
+    return train_and_score(scratch, *program(scratch), evaluated_rows=EVALUATED_ROWS)[1]
+
+
+def figures(card: Scorecard) -> dict[str, float]:
+    return {name: card.figures[name].value for name in ("bpb", "parameters_total", "train_flops")}
+
+
+def side_by_side(dense: Path) -> dict[str, dict[str, float]]:
+    """Seconds for a prompt of 128 tokens and for a token, one row and eight: medians of rounds that alternate."""
+    seed = dense.name.removeprefix("dense-seed")
+    runs = {"dense": dense} | {
+        name: dense.with_name(f"{name}-seed{seed}") for name in ("width33", "depth33", "width50-2rounds")
+    }
+    models, times = {name: efftrain.load(run) for name, run in runs.items()}, {}
+    for _ in range(5):
+        for name, model in models.items():
+            for batch in (1, 8):
+                read, draw = measure_latency(model, batch=batch, prompt_length=128, n_new=64, rounds=3)
+                times.setdefault(name, {}).setdefault(f"prefill_s_b{batch}", []).append(read.median_s)
+                times[name].setdefault(f"decode_s_per_token_b{batch}", []).append(draw.s_per_token)
+    return {name: {f: statistics.median(values) for f, values in found.items()} for name, found in times.items()}
+
+
+if __name__ == "__main__":
+    run_recipe(main, configs)

@@ -1,0 +1,194 @@
+"""Pruning as a user has it: the recipe, then ``efftrain compress``, killed, repeated, given bad input."""
+
+import hashlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import compress, logits, run, start
+
+import efftrain
+from efftrain.measure.parameters import count_parameters, zeros_share
+from efftrain.recipe import import_script
+from efftrain.train.run import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+SMALL = f"""
+    --model.vocab-size 300 --model.d-model 16 --model.n-repeats 4 --model.max-length 32
+    --model.pattern.0.attention.n-heads 4 --model.pattern.0.attention.n-kv-heads 4
+    --model.pattern.0.attention.d-head 4 --model.pattern.0.mlp.d-ff 64
+    --training.steps {STEPS} --training.batch-size 4 --training.length 16
+    --training.checkpoint-every 5 --training.keep-every 5
+""".split()
+
+
+@pytest.fixture(scope="module")
+def command(corpus):
+    def make(out: Path, *changes: str) -> list[str]:
+        script = str(ROOT / "recipes" / "prune.py")
+        return [sys.executable, script, "cpu", "--corpus", str(corpus), "--out", str(out), *SMALL, *changes]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sparse(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "sparse"
+    code, output = run(command(out))
+    assert code == 0, output
+    return out
+
+
+@pytest.fixture(scope="module")
+def dense(sparse) -> Path:
+    return sparse.with_name("dense-seed0")
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.blake2b(p.read_bytes()).hexdigest() for p in files}
+
+
+def figures(run: Path) -> dict[str, float]:
+    return {n: f["value"] for n, f in json.loads((run / "scorecard.json").read_text())["figures"].items()}
+
+
+def test_half_of_the_weights_are_gone_and_what_is_stored_is_smaller(sparse, dense):
+    assert [row["step"] for row in read_metrics(sparse)] == list(range(11, STEPS + 1))  # behind the dense run's 10
+    assert zeros_share(efftrain.load(sparse)) == figures(sparse)["sparsity"] == 0.5
+    assert "sparsity" not in figures(dense)
+    code, output = compress(sparse)
+    assert code == 0, output
+    out = sparse.with_name("sparse-stored")
+    np.testing.assert_array_equal(logits(efftrain.load(out)), logits(efftrain.load(sparse)))
+    code, output = compress(dense)
+    assert code == 2
+    assert "was not trained for a quantisation and has no zeros; say what to do" in output
+
+
+def test_a_dense_run_is_pruned_at_once_and_stays_as_it_is(dense, tmp_path):
+    before = fingerprint(dense)
+    code, output = compress(dense, "--sparsity", "0.5", "--rows", "8", "--out", tmp_path / "half")
+    assert code == 0, output
+    model, report = efftrain.load(tmp_path / "half"), json.loads((tmp_path / "half" / "compression.json").read_text())
+    assert zeros_share(model) == figures(tmp_path / "half")["sparsity"] == 0.5
+    assert {m["method"] for m in report["matrices"]} == {"sparsegpt"}
+    assert report["bytes_share"] == pytest.approx(0.5 + 1 / 32)
+    assert report["bpb"] != report["bpb_before"]
+    arguments = ("--sparsity", "2:4", "--method", "sparsegpt", "--quantize", "int4:g8", "--rows", "8")
+    code, output = compress(dense, *arguments, "--out", tmp_path / "both")
+    assert code == 0, output
+    assert efftrain.load(tmp_path / "both").config.quantization.stored
+    report = json.loads((tmp_path / "both" / "compression.json").read_text())
+    assert all(m["sparsity"] >= 0.5 and m["format"] == "int4:g8" for m in report["matrices"])
+    assert fingerprint(dense) == before
+
+
+def test_a_cut_model_is_smaller_and_its_training_goes_on_when_it_was_killed(dense, tmp_path):
+    before, out = fingerprint(dense), tmp_path / "slim"
+    arguments = ("--slim", "0.3", "--recover", 64 * 40, "--rows", "8", "--out", out)
+    process = start([sys.executable, "-m", "efftrain.cli", "compress", str(dense), *map(str, arguments)])
+    while process.poll() is None and not (out / "checkpoints" / "10").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    cut = fingerprint(tmp_path / "slim.stages" / "1-cut")
+    code, output = compress(dense, *arguments)
+    assert code == 0, output
+    assert "continuing from step" in output or "is trained already" in output
+    assert fingerprint(tmp_path / "slim.stages" / "1-cut") == cut
+    assert fingerprint(dense) == before
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    peak = max(row["lr"] for row in read_metrics(dense))
+    assert max(row["lr"] for row in rows) == pytest.approx(0.3 * peak, rel=0.05)
+    model, whole = efftrain.load(out), efftrain.load(dense)
+    assert count_parameters(model).total <= 0.7 * count_parameters(whole).total
+    assert model.config.n_layers == whole.config.n_layers
+    report = json.loads((tmp_path / "slim.stages" / "1-cut" / "compression.json").read_text())
+    assert report["slim"]["after"]["parameters"] == count_parameters(model).total
+    code, output = compress(dense, *arguments)
+    assert code == 0
+    assert "nothing to do" in output
+    code, output = compress(dense, *arguments[:2], "--recover", 64 * 20, "--rows", "8", "--out", out)
+    assert code == 2
+    assert "holds a run with another configuration" in " ".join(output.split())
+
+
+def test_rounds_reach_the_target_in_equal_shares(dense, tmp_path):
+    out = tmp_path / "rounds"
+    arguments = ("--sparsity", "0.5", "--method", "magnitude", "--rounds", "2", "--recover", 64 * 10, "--rows", "8")
+    code, output = compress(dense, *arguments, "--out", out)
+    assert code == 0, output
+    stages = tmp_path / "rounds.stages"
+    shares = [zeros_share(efftrain.load(stages / name)) for name in ("1-cut", "1-recovered", "2-cut")]
+    assert shares == pytest.approx([1 - 0.5**0.5, 1 - 0.5**0.5, 0.5], abs=2e-3)
+    assert zeros_share(efftrain.load(out)) == 0.5
+    first, second = read_metrics(stages / "1-recovered"), read_metrics(out)
+    assert len(first) == len(second) == 5
+    assert first[0]["loss"] != second[0]["loss"]
+
+
+def test_a_search_takes_the_shape_that_is_best_after_a_short_training(dense, tmp_path):
+    out = tmp_path / "best"
+    arguments = ("--slim", "0.3", "--way", "any", "--search", "2", "--recover", 64 * 20, "--rows", "8")
+    code, output = compress(dense, *arguments, "--out", out)
+    assert code == 0, output
+    folder = tmp_path / "best.stages" / "1-search"
+    found = json.loads((folder / "shapes.json").read_text())
+    assert [figures(folder / str(i))["bpb"] for i in (1, 2)] == found["bpb"]
+    assert [len(read_metrics(folder / str(i))) for i in (1, 2)] == [2, 2]
+    best = found["shapes"][int(np.argmin(found["bpb"]))]
+    config = efftrain.load(out).config
+    assert (config.d_model, config.n_layers) == (best["d_model"], best["n_layers"])
+
+
+def test_bad_input_is_one_sentence(dense, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    before = sorted(p.name for p in dense.parent.iterdir())
+    cases = {
+        ("--sparsity", "1.5"): "sparsity is 1.5; it is the share that goes",
+        ("--sparsity", "half"): "--sparsity is 'half'; give a share such as 0.5, or 2:4",
+        ("--sparsity", "3:5", "--method", "magnitude"): "groups of 5 do not divide its 16 inputs",
+        ("--sparsity", "0.5", "--method", "gptq"): "it is one of magnitude, wanda, sparsegpt with --sparsity",
+        ("--method", "wanda"): "it is one of nearest, gptq, awq without --sparsity",
+        ("--slim", "1.2"): "--slim is 1.2; give the share to cut off",
+        ("--slim", "0.99"): "keep is",
+        ("--slim", "0.3", "--quantize", "int8"): "--slim cuts and does nothing else",
+        ("--way", "depth"): "add --slim",
+        ("--slim", "0.3", "--search", "4"): "give 2 shapes or more, and the tokens of --recover",
+        ("--slim", "0.3", "--rounds", "2"): "--rounds needs training between them",
+        ("--slim", "0.3", "--recover", "10"): "--recover is 10, less than the 64 tokens of a step",
+        ("--quantize", "int8", "--recover", "640"): "--recover trains what --slim or --sparsity cut",
+        ("--slim", "0.3", "--recover", "640", "--out", tmp_path / "mine"): "was not made by this command",
+        ("--sparsity", "0.5", "--out", tmp_path / "mine"): "exists and is not a converted model",
+    }
+    for arguments, message in cases.items():
+        code, output = compress(dense, *arguments)
+        assert (code, "Traceback" in output) == (2, False), output
+        assert message in " ".join(output.split()), output
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert sorted(p.name for p in dense.parent.iterdir()) == before
+
+
+def test_the_recipe_compares_everything_it_says(command, tmp_path):
+    recipe = import_script(ROOT / "recipes" / "prune.py")
+    assert list(recipe.configs) == ["cpu", "gpu"]
+    changes = ("--training.steps", "20", "--compare", "--seeds", "0")
+    code, output = run(command(tmp_path / "sparse", *changes))
+    assert code == 0, output
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert set(found["variants"]) == {"dense", "sparse", "sparse-2of4"}
+    seed = found["seeds"]["0"]
+    assert set(seed["at_once"]) >= {"dense", "half, magnitude", "half, wanda", "half, sparsegpt", "2of4, sparsegpt"}
+    assert seed["tuned"].keys() >= set(recipe.cuts(recipe.cpu)) | {"width33-scratch"}
+    whole = seed["tuned"]["magnitude"]["parameters_total"]
+    assert seed["tuned"]["width33"]["parameters_total"] <= 0.67 * whole
+    assert seed["tuned"]["width33-scratch"]["parameters_total"] == seed["tuned"]["width33"]["parameters_total"]
+    assert seed["latency"].keys() == {"dense", "width33", "depth33", "width50-2rounds"}
