@@ -14,9 +14,16 @@ import pytest
 from flax import nnx
 
 import efftrain
+from efftrain.compress.importance import importance
+from efftrain.compress.observe import Calibration
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import convert
-from efftrain.models.config import BlockConfig, DepthConfig, Full, LayerDropout, ModelConfig, llama
+from efftrain.compress.slim import Shape, slim
+from efftrain.compress.sparsify import Magnitude, Sparsity
+from efftrain.compress.sparsity_schedules import OneShot
+from efftrain.errors import ConfigError
+from efftrain.measure.parameters import zeros_share
+from efftrain.models.config import BlockConfig, Dense, DepthConfig, Full, LayerDropout, ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule
@@ -36,6 +43,8 @@ class Config:
     model: ModelConfig
     training: Training
     exits: EarlyExitLoss | None = None
+    sparsity: Sparsity | None = None
+    slim: bool = False
 
 
 BASE = Config(
@@ -81,6 +90,17 @@ def four_bits(config: Config) -> Config:
     return change_model(quantization=Quantization(rules=(rule,), cache=Integer(bits=8)))(config)
 
 
+def half_of_the_weights(config: Config) -> Config:
+    """Pruned in the first step, and allowed to come back in none."""
+    sparsity = Sparsity(schedule=OneShot(at=0.0), score=Magnitude(straight_through=True))
+    return dataclasses.replace(config, sparsity=sparsity)
+
+
+def cut_in_width(config: Config) -> Config:
+    """Half of the hidden channels and of the units sliced out of another model, before the first step."""
+    return dataclasses.replace(config, slim=True)
+
+
 def routed(depth: DepthConfig) -> Callable[[Config], Config]:
     """In the last block of the pattern, or behind it where that one is routed too."""
 
@@ -107,10 +127,25 @@ TECHNIQUES: dict[str, Callable[[Config], Config]] = {
     "mixture of depths": routed(MixtureOfDepths(capacity=0.5)),
     "recursion": routed(Recursion(shares=(1.0, 0.5))),
     "quantisation": four_bits,
+    "sparsity": half_of_the_weights,
+    "structured pruning": cut_in_width,
     "muon": change_training(optimizer=Muon(peak_lr=1e-2)),
     "tokens split over devices": tokens_over_devices,
     "averaged, in micro-batches": change_training(ema_decay=0.5, n_microbatches=2),
 }
+
+# What structured pruning does not cut, and says so.
+NOT_CUT = {"mixture of depths", "recursion", "quantisation"}
+
+
+def slimmed(config: ModelConfig) -> Decoder:
+    """Of a new model, by what it does on the rows."""
+    rows = Rows().batch
+    pieces = Pieces.of(Decoder(config, rngs=nnx.Rngs(1)))
+    dense = any(isinstance(block.mlp, Dense) for block in config.pattern)
+    shape = dataclasses.replace(Shape.of(config), d_model=8, ffn=0.5 if dense else 1.0)
+    found = importance(pieces, Calibration(rows["tokens"], rows["segments"], rows["positions"]))
+    return slim(pieces, shape, found)[0]
 
 
 class Rows:
@@ -142,12 +177,22 @@ def test_two_techniques_work_together(pair: tuple[str, str], tmp_path: Path):
     config = BASE
     for name in pair:
         config = TECHNIQUES[name](config)
+    initial = None
+    if config.slim and NOT_CUT & set(pair):
+        with pytest.raises(ConfigError, match=r"prun|cut"):
+            slimmed(config.model)
+        return
+    if config.slim:
+        smaller = slimmed(config.model)
+        initial, config = lambda: smaller, dataclasses.replace(config, model=smaller.config)
     fitted = fit(
         lambda rngs: Decoder(config.model, rngs=rngs),
         config.exits or next_token_loss,
         Rows(),
         config.training,
         Run(tmp_path, config),
+        initial=initial,
+        wrap=config.sparsity and config.sparsity.around(config.training),
     )
 
     losses = [row["loss"] for row in read_metrics(tmp_path)]
@@ -170,6 +215,8 @@ def test_two_techniques_work_together(pair: tuple[str, str], tmp_path: Path):
     restored = nnx.state(efftrain.load(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(fitted.model), restored)
 
+    if config.sparsity is not None:
+        assert zeros_share(fitted.model) == 0.5
     if config.model.quantization != Quantization():  # what was trained is what is stored
         trained = efftrain.load(tmp_path)
         stored = convert(Pieces.read(tmp_path), config.model.quantization)[0]
