@@ -17,7 +17,6 @@ the plain one, ``goal`` what it may be.
 import argparse
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
+from clock import Stepper, in_turn, random_text
 from flax import nnx
 
 import efftrain
-from efftrain.compress.observe import Calibration
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import convert
 from efftrain.measure.latency import draw
@@ -47,8 +46,6 @@ from efftrain.ops.quantize import quantize, quantized_product
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Training
-from efftrain.train.objective import next_token_loss
-from efftrain.train.program import make_program
 from efftrain.train.run import Run, environment
 
 RESULTS = Path(__file__).parent / "results" / "quantize.json"
@@ -72,35 +69,6 @@ SIZES = {
 
 def weights(format: AnyFormat, activations: AnyFormat | None = None) -> Quantization:
     return Quantization(rules=(QuantizationRule(weights=format, activations=activations),))
-
-
-class Stepper:
-    """The compiled training step of a model, and its state."""
-
-    def __init__(self, model: ModelConfig, training: Training):
-        program = make_program(lambda rngs: Decoder(model, rngs=rngs), next_token_loss, training)
-        self._state = jax.jit(program.init)()
-        tokens = np.random.default_rng(0).integers(0, 4096, (training.batch_size, training.length + 1), np.int32)
-        ones = np.ones_like(tokens[:, 1:])
-        positions = np.tile(np.arange(training.length, dtype=np.int32), (training.batch_size, 1))
-        self._batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones, "positions": positions}
-        self._batch["mask"] = ones.astype(bool)
-        self._run = jax.jit(program.step, donate_argnums=0).lower(self._state, self._batch).compile()
-
-    def __call__(self) -> None:
-        self._state, metrics = self._run(self._state, self._batch)
-        jax.block_until_ready((self._state, metrics))
-
-
-def in_turn(programs: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each; they take turns, the first turn is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds + 1):
-        for name, run in programs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def steps(model: ModelConfig, training: Training, rounds: int, *, float8: bool) -> dict[str, float]:
@@ -207,11 +175,6 @@ def conversion(model: ModelConfig) -> dict[str, float]:
         jax.block_until_ready(nnx.state(converted))
         found[method] = (time.perf_counter() - start) * 1e8 / in_blocks
     return found
-
-
-def random_text() -> Calibration:
-    tokens = np.random.default_rng(0).integers(0, 4096, (128, 256)).astype(np.int32)
-    return Calibration(tokens, np.ones_like(tokens), np.tile(np.arange(256, dtype=np.int32), (128, 1)))
 
 
 def memory(model: ModelConfig) -> dict[str, dict[str, float]]:
