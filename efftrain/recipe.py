@@ -139,5 +139,9 @@ def import_script(path: Path | str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(SCRIPT_PREFIX + path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a run directory stays as it is
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
     return module

@@ -14,7 +14,7 @@ from efftrain.compress.one_shot import prune
 from efftrain.compress.options import Compression
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.run import compress
-from efftrain.compress.sparsify import Magnitude, Sparsity
+from efftrain.compress.sparsify import Sparsity
 from efftrain.compress.sparsity_schedules import Gradual
 from efftrain.compress.text import Text
 from efftrain.config import digest
@@ -60,7 +60,6 @@ class Config(Experiment):
 gradual = Sparsity(
     structure=Unstructured(sparsity=0.5),
     schedule=Gradual(start=DENSE_STEPS, end=0.75),
-    score=Magnitude(straight_through=True),
 )
 
 cpu = Config(
@@ -112,7 +111,7 @@ def main(config: Config) -> Scorecard | Comparison:
         return compare_ways(config)
     config = replace(config, seeds=())
     ready = started(config)
-    if config.sparsity is not None:
+    if ready.training.branch != config.training.branch:
         train(dense_run(config))
     card = train(ready)
     console.print(table([card]))
@@ -135,6 +134,11 @@ def started(config: Config) -> Config:
     if config.sparsity is None or training.branch is not None:
         return config
     step = round(DENSE_STEPS * training.steps)
+    if config.sparsity.schedule.start < DENSE_STEPS:
+        raise ConfigError(
+            f"pruning starts at {config.sparsity.schedule.start} of the steps, of which the dense run shares the first "
+            f"{DENSE_STEPS}; start it there or later"
+        )
     if training.keep_every is None or step % training.keep_every:
         raise ConfigError(
             f"pruning begins behind step {step}, of which the dense run keeps no checkpoint; set training.keep-every "
@@ -145,6 +149,8 @@ def started(config: Config) -> Config:
 
 def compare_ways(config: Config) -> Comparison:
     """Sparse training, and what can be done to the dense runs; each with every seed."""
+    if config.sparsity is None:
+        raise ConfigError("--compare compares a dense run with sparse ones; give it a sparsity")
     base, out = replace(config, compare=False, seeds=()), config.out.parent
     variants = {
         "dense": dense_run(base),
@@ -154,10 +160,12 @@ def compare_ways(config: Config) -> Comparison:
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
     seeds: dict[str, Any] = {}
+    measured = []
     for i, seed in enumerate(config.seeds):
         dense = out / f"dense-seed{seed}"
         kept = Kept(out / f"cuts-seed{seed}.json", {"dense": digest(asdict(found.cards["dense"][i]))})
         at_once = kept.cell("at once", lambda dense=dense: prune_at_once(base, dense))
+        measured.append(kept)
         tuned = cut_and_tune(base, dense, seed)
         seeds[str(seed)] = {
             "at_once": at_once,
@@ -165,6 +173,8 @@ def compare_ways(config: Config) -> Comparison:
             "latency": kept.cell("latency", lambda dense=dense: side_by_side(dense)),
         }
     found.write(out / "comparison.json", seeds=seeds)
+    for kept in measured:
+        kept.remove()
     console.print(json.dumps(seeds, indent=1))
     return found
 

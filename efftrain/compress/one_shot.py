@@ -13,8 +13,9 @@ from efftrain.compress.pieces import Pieces, abstract_variables, assemble
 from efftrain.compress.quantize import Converted, Report, stored_bytes
 from efftrain.compress.second_order import sparse_gpt
 from efftrain.errors import ConfigError
+from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
-from efftrain.models.quantization import Quantization, give_rules, matrices, rule_of, store
+from efftrain.models.quantization import Packed, Quantization, give_rules, matrices, rule_of, store
 from efftrain.ops.masks import Blocks, Structure, Unstructured, keep_highest, kept_units
 from efftrain.ops.number_formats import format_name
 from efftrain.ops.quantize import quantize, step_of, stored_scale
@@ -63,11 +64,10 @@ def prune(
     if method == "sparsegpt" and isinstance(structure, Blocks):
         raise ConfigError("sparsegpt does not prune blocks; use magnitude or wanda")
     config = pieces.config
+    _check(config, structure, layers)
     if quantization is not None:
         config = config.replace(quantization=replace(quantization, stored=True))
-    names = [name for name, module, a in matrices(abstract_variables(config)) if _check(name, module, a, structure)]
-    if not any(re.fullmatch(layers, name) for name in names):
-        raise ConfigError(f"--layers is {layers!r}, which matches no matrix; they are {', '.join(sorted(names)[:8])}")
+        _check_rules(config)
 
     rows, states = [], []
     n_positions = len(config.pattern)
@@ -80,7 +80,11 @@ def prune(
             gram = found.pop(name, None)
             how = method if gram is not None else "magnitude"
             chosen = bool(re.fullmatch(layers, place + name))
-            rows.append(_prune(f"blocks/{number}/{name}", module, attribute, structure, how, method, gram, chosen))
+            rule = rule_of(getattr(module, attribute)) if quantization is not None else None
+            format = rule.weights if rule is not None else None
+            rows.append(
+                _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, gram, chosen)
+            )
             del gram
         states.append(nnx.state(layer))
     return assemble(config, pieces.outer, states), Report(tuple(rows))
@@ -102,20 +106,27 @@ def mask_by_inputs(w_df: Array, gram_dd: Array, structure: Structure) -> Array:
     return mask_by_magnitude(scores_df, structure)
 
 
-def _check(name: str, module: nnx.Module, attribute: str, structure: Structure) -> bool:
-    """Whether a matrix may be pruned."""
-    if not name.startswith("blocks/"):
-        return False
-    variable = getattr(module, attribute)
-    d = variable.shape[-2] * variable.get_metadata().get("per_byte", 1)
-    structure.check(name, d, variable.shape[-1])
-    return True
+def _check(config: ModelConfig, structure: Structure, layers: str) -> None:
+    found = {name: (m, a) for name, m, a in matrices(abstract_variables(config)) if name.startswith("blocks/")}
+    chosen = {name: getattr(*where) for name, where in found.items() if re.fullmatch(layers, name)}
+    if not chosen:
+        raise ConfigError(f"--layers is {layers!r}, which matches no matrix; they are {', '.join(sorted(found)[:8])}")
+    for name, variable in chosen.items():
+        structure.check(name, *variable.shape[-2:])
 
 
-def _prune(name, module, attribute, structure, how: str, asked: str, gram: Array | None, chosen: bool) -> Converted:
+def _check_rules(config: ModelConfig) -> None:
+    for rule in config.quantization.rules:
+        if rule.learned_step:
+            raise ConfigError("the run has learned its steps, for a dense model; prune the float run it began as")
+    for name, module, attribute in matrices(abstract_variables(config)):
+        if not name.startswith("blocks/") and isinstance(getattr(module, attribute), Packed):
+            raise ConfigError(f"with --sparsity only blocks are quantised, and not {name}; use --layers 'blocks/.*'")
+
+
+def _prune(name, module, attribute, structure, format, how: str, asked: str, gram: Array | None, chosen) -> Converted:
     variable = getattr(module, attribute)
-    before, rule = variable[...], rule_of(variable)
-    format = rule.weights if rule is not None else None
+    before = variable[...]
     if not chosen:
         after, how, why = before, "none", "--layers does not match it"
     elif how == "sparsegpt":
@@ -129,7 +140,7 @@ def _prune(name, module, attribute, structure, how: str, asked: str, gram: Array
     n_bytes, sparsity = variable.size * variable.dtype.itemsize, float(jnp.mean(after == 0))
     if format is None:
         variable[...] = after
-        bytes_after = sparse_bytes(after)
+        bytes_after = min(sparse_bytes(after), n_bytes)
     else:
         value = quantize(after, format, scale=stored_scale(step_of(before, format), format))
         after = value.dequantize()

@@ -30,7 +30,7 @@ class Compression:
       of a budget and for the figures of a stage.
     sparsity: the share of the weights that becomes zero, or n:m.
     slim: the share of ``by`` that is cut off, so that the model is really smaller.
-    way: what is cut: width or depth, or both; the first guess of "any" is one of width.
+    way: what is cut: width or depth, or (with ``search``) both.
     by: what ``slim`` is a share of.
     search: shapes that are tried, each with a tenth of ``recover``. None: the first guess is taken.
     recover: tokens of training behind the cut.
@@ -88,12 +88,16 @@ class Compression:
                 raise ConfigError("--slim cuts and does nothing else; quantise or prune the new run afterwards")
         elif (self.way, self.by, self.search) != ("width", "parameters", None):
             raise ConfigError("--way, --by and --search say how --slim cuts; add --slim, such as --slim 0.33")
+        if self.search is None and self.way == "any":
+            raise ConfigError("--way any needs shapes to be tried; add --search 4 and --recover")
         if self.search is not None and (self.search < 2 or not self.recover):
             raise ConfigError(f"--search is {self.search}; give 2 shapes or more, and the tokens of --recover")
         if self.sparsity is not None:
             structure = self.structure
-            if quantized and (self.cache or self.budget or self.method not in (None, "sparsegpt")):
-                raise ConfigError("--sparsity and --quantize go together with --method sparsegpt, and without a budget")
+            if self.cache or self.budget:
+                raise ConfigError("--sparsity goes together with neither --cache nor --budget; compress its run again")
+            if quantized and self.method not in (None, "sparsegpt"):
+                raise ConfigError("--sparsity and --quantize go together by sparsegpt alone; leave --method out")
             if isinstance(structure, NofM) and self.rounds > 1:
                 raise ConfigError(f"--sparsity {self.sparsity} is reached in one round; leave --rounds out")
         if self.recover < 0 or self.rounds < 1:
@@ -123,7 +127,8 @@ class Compression:
         words += [self.sparsity and f"sparse{self.sparsity.replace(':', 'of')}", self.slim and f"slim{self.slim}"]
         words += [self.way if self.way != "width" else "", self.by if self.by != "parameters" else ""]
         words += [self.method if self.method not in (None, "nearest") else "", self.budget and f"{self.budget}x"]
-        words += [self.recover and f"r{self.recover}", f"{self.rounds}rounds" if self.rounds > 1 else ""]
+        words += [f"search{self.search}" if self.search else "", self.recover and f"r{self.recover}"]
+        words += [f"{self.rounds}rounds" if self.rounds > 1 else ""]
         return "-".join(w for w in words if w).replace(":", "").replace(",", "-") or "stored"
 
 

@@ -1,11 +1,8 @@
 """Training that makes up for what was cut out of a model."""
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from flax import nnx
 
 import efftrain
 from efftrain.compress.sparsify import hold_zeros
@@ -15,6 +12,7 @@ from efftrain.measure.experiment import Experiment, train_and_score
 from efftrain.measure.scorecard import Scorecard
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
+from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training
 from efftrain.train.objective import next_token_loss
 from efftrain.train.run import load_model_config, read_json
@@ -40,21 +38,19 @@ class Recovery(Experiment):
 
 
 def recover(
-    source: Path, tokens: int, out: Path, corpus: Path, *, sparse: bool, number: int = 1, rows: int | None = None
+    source: Path, training: Training, out: Path, corpus: Path, *, sparse: bool, rows: int | None = None
 ) -> Scorecard:
-    """Trains a run's model for so many tokens, or continues; the learning rate warms up and falls to zero.
+    """Trains the model of a run for its next token, or continues.
 
     Source: Muralidharan et al. 2024 (Minitron); for masks, Renda et al. 2020 (learning-rate rewinding).
 
     Args:
       source: the run directory of the model that was cut.
-      tokens: at least one step's.
+      training: see ``recovery_training``.
       out: the run directory.
       corpus: of the text.
       sparse, rows: see ``Recovery``.
-      number: of the round: another order of the text in each.
     """
-    training = recovery_training(read_json(source / "config.json"), source, tokens, number)
     config = Recovery(
         model=load_model_config(source),
         training=training,
@@ -65,20 +61,37 @@ def recover(
         rows=rows,
     )
     wrap = hold_zeros().around(training) if sparse else None
-    build: Callable[[nnx.Rngs], Decoder] = lambda rngs: Decoder(config.model, rngs=rngs)  # noqa: E731
-    return train_and_score(
-        config, build, next_token_loss, wrap, initial=lambda: efftrain.load(source), evaluated_rows=rows
-    )[1]
+    _, card = train_and_score(
+        config,
+        lambda rngs: Decoder(config.model, rngs=rngs),
+        next_token_loss,
+        wrap,
+        initial=lambda: efftrain.load(source),
+        evaluated_rows=rows,
+        script=source / "recipe.py",
+    )
+    return card
 
 
-def recovery_training(settings: dict[str, Any], run: Path, tokens: int, number: int) -> Training:
-    """How a run is trained that makes up for a cut, from the configuration (JSON) of the run that was cut."""
-    script = import_script(run / "recipe.py") if (run / "recipe.py").exists() else None
-    before: Training = from_json(settings["training"], script=script)
+def recovery_training(run: Path, tokens: int, number: int) -> Training:
+    """How a model is trained that makes up for a cut: the learning rate warms up to a part of the peak, and falls to 0.
+
+    Args:
+      run: in which the whole model was trained.
+      tokens: at least one step's.
+      number: of the round: another order of the text in each.
+
+    Raises:
+      ConfigError: there are too few tokens.
+    """
+    value = read_json(run / "config.json")["training"]
+    script = import_script(run / "recipe.py") if ".py:" in json.dumps(value) else None
+    before: Training = from_json(value, script=script)
     steps = tokens // (before.batch_size * before.length)
     if steps < 1:
         raise ConfigError(
-            f"--recover is {tokens}, less than the {before.batch_size * before.length} tokens of a step; give more"
+            f"--recover leaves {tokens} tokens for a round or a trial, and a step has "
+            f"{before.batch_size * before.length}; give more, or fewer --rounds"
         )
     return replace(
         before,
@@ -86,6 +99,8 @@ def recovery_training(settings: dict[str, Any], run: Path, tokens: int, number: 
         optimizer=replace(before.optimizer, peak_lr=PEAK * before.optimizer.peak_lr),
         schedule=Cosine(warmup=WARMUP, final=0.0),
         seed=before.seed + number,
+        ema_decay=None,  # of so few steps it would be the model as it was cut
+        mesh=MeshConfig(),
         eval_every=None,
         checkpoint_every=max(min(before.checkpoint_every, steps // 4), 1),
         keep_every=None,

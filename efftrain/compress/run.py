@@ -19,10 +19,10 @@ from efftrain.compress.quantize import convert
 from efftrain.compress.recover import recover, recovery_training
 from efftrain.compress.shape import Shape
 from efftrain.compress.shape_latency import fast_shapes
-from efftrain.compress.shapes import candidates
+from efftrain.compress.shapes import Way, candidates
 from efftrain.compress.slim import slim
 from efftrain.compress.text import Text
-from efftrain.config import to_json
+from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.parameters import zeros_share
@@ -34,11 +34,14 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.number_formats import parse_format
 from efftrain.progress import console
+from efftrain.sharding.hosts import Hosts
 from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.loop import Training
 from efftrain.train.run import checkpoint_directory, environment, load_model_config, read_json
 from efftrain.train.state import split_model
 
 FILE_NAME = "compression.json"
+SHAPES = "shapes.json"
 TRIAL = 0.1  # of the recovery's tokens, for each shape of a search
 
 Changed = tuple[Decoder, dict[str, Any]]  # the new model, and what was done, as JSON
@@ -67,14 +70,16 @@ def compress(
     Raises:
       EfftrainError: the run, the corpus and the options do not fit, or ``out`` holds something else.
     """
+    if Hosts.from_environment().processes > 1:
+        raise ConfigError("a model is compressed by one process; unset EFFTRAIN_PROCESSES and start one")
     run = Path(run).resolve()
     config, settings = load_model_config(run), read_json(run / "config.json")
     if config.quantization.stored:
         raise ConfigError(f"the model of {run} is converted already; convert the one it was made from")
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
-    text = Text(Path(corpus or settings["corpus"]), settings["training"]["length"])
-    out = run.with_name(f"{run.name}-{options.name}") if out is None else out
+    text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
+    out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
     model = _stage(run, options, text, out)
@@ -88,24 +93,29 @@ def compress(
 def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated_rows: int | None) -> Scorecard:
     """Cut and train, as often as there are rounds."""
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
-    recovery_training(read_json(run / "config.json"), run, tokens, 1)  # refuses too few tokens before anything is done
+    trained = run
+    # Too few tokens are refused before anything is done.
+    recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), 1)
     if out.exists() and not (stages / "1-cut").exists():
-        raise RunError(f"{out} exists and was not made by this command; choose another --out")
+        raise RunError(f"{out} exists and was not made by this command, or {stages} is gone; choose another --out")
     for number in range(1, options.rounds + 1):
-        cut, once = stages / f"{number}-cut", _round(options, number)
-        shape = None if options.search is None else _best_shape(run, once, text, stages / f"{number}-search", tokens)
-        _stage(run, replace(once, search=None), text, cut, shape)
+        cut, once, shape = stages / f"{number}-cut", _round(options, number), None
+        if options.search is not None:
+            trial = recovery_training(trained, round(TRIAL * tokens), number)
+            shape = _best_shape(run, options, once, text, stages / f"{number}-search", trial)
+        _stage(run, once, text, cut, shape)
         last = number == options.rounds
         run = out if last else stages / f"{number}-recovered"
         rows = evaluated_rows if last else options.rows
-        sparse = options.sparsity is not None
-        card = recover(cut, tokens, run, text.corpus, sparse=sparse, number=number, rows=rows)
+        training = recovery_training(trained, tokens, number)
+        card = recover(cut, training, run, text.corpus, sparse=options.sparsity is not None, rows=rows)
     return card
 
 
 def _round(options: Compression, number: int) -> Compression:
     """What one of several rounds cuts: the same share of what is left in each."""
-    once = replace(options, recover=0 if options.search is None else options.recover, rounds=1)
+    way = "width" if options.search is not None else options.way  # the shape says it
+    once = replace(options, recover=0, rounds=1, search=None, way=way)
     if options.rounds == 1:
         return once
     if options.slim is not None:
@@ -114,44 +124,48 @@ def _round(options: Compression, number: int) -> Compression:
     return replace(once, sparsity=str(1 - (1 - options.structure.sparsity) ** (number / options.rounds)))
 
 
-def _best_shape(run: Path, options: Compression, text: Text, folder: Path, tokens: int) -> Shape:
+def _best_shape(
+    run: Path, options: Compression, once: Compression, text: Text, folder: Path, training: Training
+) -> Shape:
     """The shape whose model is best on some rows after a short training."""
-    shapes = _shapes(load_model_config(run), options, text)[: options.search]
-    cut, bpb = replace(options, search=None, recover=0), []
+    made_from = {"run": str(run), "corpus": str(text.corpus), "options": to_json(options)}
+    if (folder / SHAPES).exists():  # by latency they would be others each time
+        before = read_json(folder / SHAPES)
+        if {name: before.get(name) for name in made_from} != json.loads(json.dumps(made_from)):
+            raise RunError(f"{folder} was made from another run or with other options; choose another --out")
+        shapes = [from_json(shape) for shape in before["shapes"]]
+    else:
+        shapes = _shapes(load_model_config(run), once, options.way, text)[: options.search]
+        write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]})
+    bpb = []
     for i, shape in enumerate(shapes):
-        console.print(f"shape {i + 1} of {len(shapes)}: {shape}", markup=False)
-        _stage(run, cut, text, folder / f"{i + 1}-cut", shape)
-        trial = folder / f"{i + 1}"
-        done = (trial / SCORECARD).exists()
-        card = (
-            Scorecard.read(trial / SCORECARD)
-            if done
-            else recover(
-                folder / f"{i + 1}-cut", round(TRIAL * tokens), trial, text.corpus, sparse=False, rows=options.rows
-            )
-        )
+        console.print(f"shape {i + 1} of {len(shapes)} that were found: {shape}", markup=False)
+        cut = folder / f"{i + 1}-cut"
+        _stage(run, once, text, cut, shape)
+        card = recover(cut, training, folder / f"{i + 1}", text.corpus, sparse=False, rows=options.rows)
         bpb.append(card.figures["bpb"].value)
-    write_json(folder / "shapes.json", {"shapes": [to_json(shape) for shape in shapes], "bpb": bpb})
+    write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes], "bpb": bpb})
     return shapes[int(np.argmin(bpb))]
 
 
-def _shapes(config: ModelConfig, options: Compression, text: Text) -> list[Shape]:
+def _shapes(config: ModelConfig, options: Compression, way: Way, text: Text) -> list[Shape]:
     if options.by == "latency":
-        return fast_shapes(config, 1 - options.slim, way=options.way, length=text.length)
-    return candidates(config, 1 - options.slim, way=options.way, by=options.by, length=text.length)
+        return fast_shapes(config, 1 - options.slim, way=way, length=text.length)
+    return candidates(config, 1 - options.slim, way=way, by=options.by, length=text.length)
 
 
 def _stage(run: Path, options: Compression, text: Text, out: Path, shape: Shape | None = None) -> Decoder | None:
     """Makes the run directory of a converted model; None where it is there already."""
     settings, config = read_json(run / "config.json"), load_model_config(run)
     step, shape_json = _newest_step(run, settings), None if shape is None else to_json(shape)
-    corpus = str(text.corpus.resolve())
+    corpus = str(text.corpus)
     made_from = {"run": str(run), "step": step, "corpus": corpus, "options": to_json(options), "shape": shape_json}
+    kept = Kept(out, made_from)
     if out.exists():
         _check_made_from(out, made_from)
+        kept.remove()
         console.print(f"{out} is converted already", markup=False)
         return None
-    kept = Kept(out, made_from)
     if options.slim is not None:
         model, changes = _slim(run, config, options, text, shape)
     elif options.sparsity is not None:
@@ -164,7 +178,7 @@ def _stage(run: Path, options: Compression, text: Text, out: Path, shape: Shape 
 
 
 def _slim(run: Path, config: ModelConfig, options: Compression, text: Text, shape: Shape | None) -> Changed:
-    shape = _shapes(config, options, text)[0] if shape is None else shape
+    shape = _shapes(config, options, options.way, text)[0] if shape is None else shape
     pieces = Pieces.read(run)
     model, report = slim(pieces, shape, importance(pieces, text.calibration(options.rows)))
     return model, {"slim": report.as_json()} | _quality(run, model, options, text)
@@ -172,7 +186,9 @@ def _slim(run: Path, config: ModelConfig, options: Compression, text: Text, shap
 
 def _prune(run: Path, config: ModelConfig, options: Compression, text: Text) -> Changed:
     method = options.method or "sparsegpt"
-    quantization = Quantization(rules=_rules(options, config)) if options.quantize or options.activations else None
+    quantization = None
+    if options.quantize or options.activations:
+        quantization = Quantization(rules=_rules(options, config), cache=config.quantization.cache)
     model, report = prune(
         Pieces.read(run),
         options.structure,
@@ -291,7 +307,7 @@ def _score(out: Path, model: Decoder, text: Text, rows: int | None) -> Scorecard
         checkpoint=out / "checkpoints",
     )
     share = read_json(out / FILE_NAME).get("bytes_share")
-    if share is not None and model.config.quantization.stored:
+    if share is not None and any(rule.weights for rule in model.config.quantization.rules):
         note = "quantised matrices with their scales, over float32"
         card = replace(card, figures=card.figures | {"quantized_bytes_share": Figure(share, "share", "counted", note)})
     return card

@@ -14,7 +14,7 @@ import scipy.linalg
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.ops.masks import NofM, Unstructured, keep_highest, kept_units
+from efftrain.ops.masks import NofM, Unstructured, keep_highest
 from efftrain.ops.number_formats import Format
 from efftrain.ops.quantize import QuantizedArray, group_size, quantize, step_of, stored_scale
 
@@ -56,7 +56,7 @@ def compensated(
     factor_dd: Array,
     project: Callable[[Array, Array], Array],
     *,
-    select: Callable[[Array, Array], Array] | None = None,
+    select: Callable[[Array, Array, Array], Array] | None = None,
     group: int | None = None,
 ) -> Array:
     """(d, f) float32 with every row replaced by what ``project`` makes of it, and the rows behind it made up for that.
@@ -65,8 +65,8 @@ def compensated(
       w_df: float32.
       factor_dd: of ``inverse_factor``, its rows in the order of those of w.
       project: (row (f,), its number () int32) -> (f,): the nearest that is allowed. Traced.
-      select: (rows (g, f) of a group, diagonal of the factor (g,)) -> (g, f) bool: False where a number becomes zero.
-        Decided when the first row of the group is reached, whose numbers have by then made up for those before.
+      select: (rows (g, f) of a group, diagonal of the factor (g,), number of the first row) -> (g, f) bool: False where
+        a number becomes zero. Decided when the first row is reached; the rows have by then made up for those before.
       group: rows; divides d. None: a block, of at most ``BLOCK`` rows.
     """
     d, f = w_df.shape
@@ -90,7 +90,8 @@ def compensated(
             start, keep_gf = j * group, None
             if select is not None:
                 rows_gf = jax.lax.dynamic_slice_in_dim(carry[0], start, group)
-                keep_gf = select(rows_gf, jax.lax.dynamic_slice_in_dim(jnp.diag(own_bb), start, group))
+                diagonal_g = jax.lax.dynamic_slice_in_dim(jnp.diag(own_bb), start, group)
+                keep_gf = select(rows_gf, diagonal_g, first + start)
             return jax.lax.fori_loop(start, start + group, partial(row, start=start, keep_gf=keep_gf), carry)
 
         empty = jnp.zeros_like(rows_bf)
@@ -149,11 +150,15 @@ def _sparse_gpt(
         scale_f = scale_gf[i // group_size(len(w_df), format)]
         return format.nearest(row_f / scale_f) * scale_f
 
-    def select(rows_gf: Array, diagonal_g: Array) -> Array:
+    # Of every block, so that the whole has exactly its share.
+    kept_before = np.round(np.arange(len(w_df) + 1) * w_df.shape[1] * (1 - structure.sparsity)).astype(np.int32)
+
+    def select(rows_gf: Array, diagonal_g: Array, first: Array) -> Array:
         cost_gf = (rows_gf / diagonal_g[:, None]) ** 2
         if isinstance(structure, NofM):
             return keep_highest(cost_gf.T, structure.n).T
-        return keep_highest(cost_gf.reshape(-1), kept_units(structure, cost_gf.size)).reshape(cost_gf.shape)
+        n_keep = jnp.asarray(kept_before)[first + len(rows_gf)] - jnp.asarray(kept_before)[first]
+        return keep_highest(cost_gf.reshape(-1), n_keep).reshape(cost_gf.shape)
 
     group = structure.m if isinstance(structure, NofM) else None
     return compensated(w_df, factor_dd, project, select=select, group=group)
@@ -165,7 +170,7 @@ def _gptq(w_df: Array, factor_dd: Array, scale_gf: Array, order_d: Array, format
 
     def project(row_f: Array, i: Array) -> Array:
         scale_f = scale_gf[order_d[i] // size]
-        return format.nearest(row_f / scale_f) * scale_f
+        return jnp.where(w_df[order_d[i]] != 0, format.nearest(row_f / scale_f) * scale_f, 0)  # pruned stays pruned
 
     ordered_df = compensated(w_df[order_d], factor_dd, project)
     return jnp.zeros_like(w_df).at[order_d].set(ordered_df)

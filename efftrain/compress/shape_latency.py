@@ -22,7 +22,9 @@ def fast_shapes(config: ModelConfig, keep: float, *, way: Way, length: int) -> l
     Raises:
       ConfigError: no shape is so fast.
     """
-    ways = ("width", "depth") if way == "any" else (way,)
+    ways = ("width", "depth") if way == "any" and config.n_layers > 2 else ("width",) if way == "any" else (way,)
+    for one in ways:
+        candidates(config, float(SHARES[0]), way=one, by="parameters", length=length)  # what cannot be cut is refused
     whole, found = decode_s(config), []
     with Progress("latency", len(ways) * len(SHARES), unit="shapes") as progress:
         for one in ways:

@@ -10,6 +10,7 @@ Learned from jaxpruner (Lee et al. 2023), which changes the parameters in a hook
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -45,7 +46,8 @@ class Magnitude:
 
     Attributes:
       straight_through: weights that are pruned go on being trained, by the gradient at the masked weights, and may
-        come back; costs a second copy of the weights. The best of jaxpruner's in a language model.
+        come back; costs a second copy of the weights. The best of jaxpruner's in a language model; in ours masks
+        flicker as long as the learning rate is high, and it is worse (``recipes/prune.py``).
     """
 
     straight_through: bool = False
@@ -160,7 +162,7 @@ class Sparsity:
         """What ``fit`` puts around its optimizer.
 
         Raises:
-          ConfigError: masks would change while the learning rate decays.
+          ConfigError: masks would change while the learning rate decays, or behind the last step.
         """
         decay = training.schedule.decay if isinstance(training.schedule, WarmupStableDecay) else 0.0
         if self.schedule.end > 1 - decay:
@@ -168,6 +170,8 @@ class Sparsity:
                 f"pruning ends at {self.schedule.end} of the steps and the learning rate decays from {1 - decay:g} on; "
                 "end pruning before, so that weights can make up for it"
             )
+        if round(self.schedule.end * training.steps) >= training.steps:
+            raise ConfigError(f"pruning ends at {self.schedule.end} of the steps, behind the last one; end it before")
         return lambda inner: sparsify(inner, self, training.steps)
 
 
@@ -180,7 +184,7 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
     """An optimizer that prunes: exactly so many weights of each matrix stay, and the others are exactly zero.
 
     Its state works on any mesh that the parameters work on. Where the score is not straight-through, pruned weights
-    have no gradient, not in moments nor in a global norm.
+    have no gradient, not in a global norm either, and their moments fade.
 
     Args:
       inner: over NNX states whose matrices are ``Matrix`` variables.
@@ -213,13 +217,16 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
         shapes = {name: a.shape for name, a in w.items()}
         kept = {name: variable[...] for name, variable in state.kept.items()}
         if kept:  # a run may start from a model that came after ``init``
-            starts = state.count == round(sparsity.schedule.start * n_steps) if _rewinds(sparsity) else state.fresh
+            starts = state.fresh
+            if _rewinds(sparsity):
+                starts |= state.count == round(sparsity.schedule.start * n_steps)
             kept = {name: jnp.where(starts, w[name], kept[name]) for name in kept}
         latent = kept if sparsity._straight_through else w
 
         packed = _arrays(state.masks)
         axes = {name: mask.get_metadata()["packed"] for name, mask in state.masks.items()}
-        due = state.fresh if isinstance(sparsity.score, Zeros) else sparsity.schedule.due(state.count, n_steps)
+        due = sparsity.schedule.due(state.count, n_steps)
+        due |= state.fresh & (sparsity.schedule.share(state.count, n_steps) > 0)  # a run may begin behind a step
 
         def renewed(latent: Arrays, g: Arrays, packed: Arrays) -> Arrays:
             masks = _unpack(packed, shapes, axes)
@@ -280,7 +287,7 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
         for i, (name, score_lgu) in enumerate(scores.items()):
             n_keep = kept_units(structure, score_lgu.shape[-1], share, targets[name])
             if not isinstance(score, Regrow):
-                keep[name] = keep_highest(score_lgu, n_keep)
+                keep[name] = jax.lax.map(partial(keep_highest, n_keep=n_keep), score_lgu)  # one matrix at a time
                 continue
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), i)
             growth_lgu = structure.group(score.growth(g[name], key).reshape(shapes[name]))

@@ -27,6 +27,10 @@ class OneShot:
         _check_shares(at=self.at)
 
     @property
+    def start(self) -> float:
+        return self.at
+
+    @property
     def end(self) -> float:
         return self.at
 

@@ -45,6 +45,7 @@ def train_and_score(
     initial: Callable[[], Decoder] | None = None,
     extra_flops: float = 0.0,
     evaluated_rows: int | None = None,
+    script: Path | None = None,
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
@@ -54,6 +55,7 @@ def train_and_score(
       config: of the run.
       build, objective, wrap, initial: see ``fit``.
       evaluated_rows: of the validation split. None: all.
+      script: see ``Run``.
       extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
 
     Raises:
@@ -64,7 +66,7 @@ def train_and_score(
     with hosts.together():
         corpus = data.open(config.corpus)
         corpus.check_model(config.model.vocab_size)
-    run = Run(config.out, config)
+    run = Run(config.out, config, script=script)
 
     loader = data.LoaderConfig(
         corpora=(data.Part(path=config.corpus),),

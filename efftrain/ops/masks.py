@@ -15,8 +15,14 @@ def keep_highest(scores: Array, n_keep: Array | int) -> Array:
       scores: (..., n) float.
       n_keep: () integer, may be traced.
     """
-    order = jnp.argsort(-scores, axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1) < n_keep
+    n = scores.shape[-1]
+    # One sort of values and no permutations: a large matrix has no room for them.
+    ordered = jnp.sort(scores, axis=-1)
+    least = jnp.take(ordered, jnp.clip(n - n_keep, 0, n - 1), axis=-1)[..., None]
+    above = scores > least
+    n_level = n_keep - above.sum(-1, keepdims=True)
+    level = scores == least
+    return above | (level & (jnp.cumsum(level, -1) <= n_level))
 
 
 @dataclass(frozen=True, kw_only=True)

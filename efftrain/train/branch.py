@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.quantization import RATIO
@@ -19,8 +20,8 @@ from efftrain.train.state import TrainState
 
 WRAPPED, PLAIN = "opt_state/inner/", "opt_state/"  # the state of an optimizer within another's, and of one alone
 # In the names of what a trunk need not have: it starts as built.
-COUNT = "opt_state/count"
-NEW = (RATIO, "opt_state/masks/", "opt_state/kept/", "opt_state/fresh", COUNT)
+COUNT, FRESH, KEPT = "opt_state/count", "opt_state/fresh", "opt_state/kept/"
+NEW = (RATIO, "opt_state/masks/", KEPT, FRESH, COUNT)
 
 
 def parse_branch(text: str, steps: int) -> tuple[Path, int]:
@@ -66,5 +67,7 @@ def branch_from(text: str, steps: int, program: Program, abstract: TrainState) -
         arrays |= jax.jit(lambda: {n: flatten(program.init())[n] for n in missing}, out_shardings=missing)()
     if COUNT in missing:  # an optimizer around the one that made so many updates
         arrays[COUNT] = jax.device_put(arrays["step"] - arrays["skipped"], missing[COUNT])
+    if any(name.startswith(KEPT) for name in missing):  # what is kept is taken from the parameters
+        arrays[FRESH] = jax.device_put(jnp.ones((), bool), arrays[FRESH].sharding)
     console.print(f"branching from step {step} of {run}", markup=False)
     return unflatten(arrays, abstract), data_state

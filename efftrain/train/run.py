@@ -37,6 +37,12 @@ class Run:
 
     Several processes are one run: the first of them writes.
 
+    Args:
+      path: of the directory.
+      config: a dataclass.
+      script: kept as ``recipe.py``: it has the classes that the configuration names and efftrain has not. None: the one
+        that is running.
+
     Attributes:
       checkpoints: the folder of the checkpoints: in the directory, or where the configuration says.
 
@@ -45,8 +51,9 @@ class Run:
         differ in configuration, code or packages.
     """
 
-    def __init__(self, path: Path | str, config: Any):
+    def __init__(self, path: Path | str, config: Any, *, script: Path | None = None):
         self.path, self.config = Path(path), to_json(config)
+        self._script = script or getattr(sys.modules["__main__"], "__file__", None)
         self.checkpoints = checkpoint_directory(self.path, self.config)
         hosts.agree({"configuration": self.config} | _code())
         with hosts.together():
@@ -79,8 +86,8 @@ class Run:
             )
 
     def _copy_recipe(self) -> None:
-        script, copy = getattr(sys.modules["__main__"], "__file__", None), self.path / "recipe.py"
-        if script and script.endswith(".py") and not (copy.exists() and copy.samefile(script)):
+        script, copy = self._script and Path(self._script), self.path / "recipe.py"
+        if script and script.suffix == ".py" and script.exists() and not (copy.exists() and copy.samefile(script)):
             shutil.copyfile(script, copy)
 
     def write_json(self, name: str, value: Any) -> None:

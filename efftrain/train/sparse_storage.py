@@ -23,8 +23,8 @@ def squeeze(flat: dict[str, Array]) -> dict[str, Array]:
         if values is None or not values.any() or sparse_bytes(array) > WORTH * values.nbytes:
             found[name] = array
             continue
-        mask = values != 0
-        found[name + BITS] = jax.numpy.asarray(np.packbits(mask.reshape(-1)))
+        mask = values.view(f"u{values.itemsize}") != 0  # the bits: -0.0 is a value
+        found[name + BITS] = jax.numpy.asarray(np.packbits(mask, axis=-1))
         found[name + VALUES] = jax.numpy.asarray(values[mask])
     return found
 
@@ -47,7 +47,7 @@ def expand(stored: dict[str, Array], wanted: dict[str, Any]) -> dict[str, Array]
     """The arrays of ``wanted`` (shapes with shardings) from what ``stored_names`` said.
 
     Raises:
-      RunError: an array has another size than was stored.
+      RunError: an array has another shape than was stored.
     """
     found = {}
     for name, like in wanted.items():
@@ -55,16 +55,17 @@ def expand(stored: dict[str, Array], wanted: dict[str, Any]) -> dict[str, Array]
             found[name] = stored[name]
             continue
         bits, values = np.asarray(stored[name + BITS]), np.asarray(stored[name + VALUES])
-        size = int(np.prod(like.shape))
-        if len(bits) != -(-size // 8):
-            raise RunError(f"{name} was stored with another number of elements than {size}; it is of another model")
-        dense = np.zeros(size, values.dtype)
-        dense[np.unpackbits(bits, count=size).astype(bool)] = values
-        dense = dense.reshape(like.shape)
+        *leading, size = like.shape
+        mask = np.unpackbits(bits, axis=-1, count=size).astype(bool) if bits.shape[-1] * 8 >= size else bits
+        if bits.shape != (*leading, -(-size // 8)) or np.count_nonzero(mask) != len(values):
+            raise RunError(f"{name} was stored with another shape than {like.shape}; it is of another model")
+        dense = np.zeros(like.shape, values.dtype)
+        dense[mask] = values
         found[name] = jax.numpy.asarray(dense) if like.sharding is None else jax.device_put(dense, like.sharding)
     return found
 
 
 def sparse_bytes(array: Array) -> int:
     """Of bits and values of an array."""
-    return -(-array.size // 8) + int(jax.numpy.count_nonzero(array)) * array.dtype.itemsize
+    bits = array.size // array.shape[-1] * -(-array.shape[-1] // 8)
+    return bits + int(jax.numpy.count_nonzero(array)) * array.dtype.itemsize

@@ -127,6 +127,27 @@ def test_pruned_and_quantised_in_one_pass_is_stored_so():
     assert np.isfinite(pruned(tokens())).all()
 
 
+def test_a_model_that_is_trained_for_a_quantisation_stays_one():
+    rules = (QuantizationRule(weights=Integer(bits=4, group=4)),)
+    model = build(config(quantization=Quantization(rules=rules)))
+    pruned, report = prune(Pieces.of(model), HALF, method="magnitude")
+    assert pruned.config == model.config
+    assert {m.format for m in report.matrices} == {"float32"}
+    for name, layers in stacked(pruned).items():
+        want = stacked(model)[name]
+        np.testing.assert_array_equal(layers[layers != 0], want[layers != 0])
+        assert np.count_nonzero(layers) == layers.size // 2
+    learned = Quantization(rules=(replace(rules[0], learned_step=True),))
+    with pytest.raises(ConfigError, match="has learned its steps"):
+        prune(Pieces.of(model), HALF, calibration=calibration(), quantization=learned)
+
+
+def test_only_what_is_chosen_has_to_fit():
+    pruned, _ = prune(Pieces.of(build(config())), NofM(n=1, m=3), method="magnitude", layers=".*/mlp/down")
+    down = stacked(pruned)["blocks/1/mlp/down"]  # 12 inputs; attention has 16
+    assert (np.count_nonzero(down.reshape(2, 4, 3, -1), axis=2) == 1).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

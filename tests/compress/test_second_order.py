@@ -125,12 +125,20 @@ def test_sparse_gpt_is_what_the_definition_says(d):
     np.testing.assert_allclose(np.asarray(found)[:, columns], wanted[:, columns], atol=0.02)
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
-def test_sparse_gpt_prunes_its_share_of_every_block_of_rows(sparsity):
-    w, gram = problem(2 * BLOCK, 16)
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.77])
+def test_sparse_gpt_prunes_exactly_its_share_and_as_much_of_every_block_of_rows(sparsity):
+    w, gram = problem(3 * BLOCK, 5)
     found = np.asarray(sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=sparsity)))
-    for block in found.reshape(2, -1):
-        assert np.count_nonzero(block) == round((1 - sparsity) * block.size)
+    assert np.count_nonzero(found) == round((1 - sparsity) * found.size)
+    for block in found.reshape(3, -1):
+        assert abs(np.count_nonzero(block) - (1 - sparsity) * block.size) <= 1
+
+
+def test_gptq_leaves_zeros_of_a_pruned_matrix():
+    w, gram = problem(64, 16)
+    w = np.where(np.random.default_rng(1).random(w.shape) < 0.5, w, 0)
+    found = gptq(jnp.asarray(w), jnp.asarray(gram), INT4)
+    assert not np.asarray(found.dequantize())[w == 0].any()
 
 
 def test_sparse_gpt_rounds_what_stays_in_the_same_pass():

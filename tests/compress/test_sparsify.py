@@ -19,7 +19,6 @@ from efftrain.errors import ConfigError, RunError
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import matrices
 from efftrain.ops.masks import Blocks, NofM, Unstructured, keep_highest, pack_bits, unpack_bits
-from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.optimizers import AdamW, Muon
 from efftrain.train.schedules import Cosine
 
@@ -73,9 +72,15 @@ def test_bits_hold_a_mask_of_any_length():
         np.testing.assert_array_equal(unpack_bits(packed, mask.shape[axis], axis), mask)
 
 
-@pytest.mark.parametrize("score", [Magnitude(), Magnitude(straight_through=True), Saliency()], ids=str)
 @pytest.mark.parametrize(
-    "structure", [HALF, Unstructured(sparsity=0.8), Blocks(sparsity=0.5, rows=4, columns=2)], ids=str
+    ("score", "structure"),
+    [
+        (Magnitude(), HALF),
+        (Magnitude(straight_through=True), Unstructured(sparsity=0.8)),
+        (Saliency(), HALF),
+        (Magnitude(), Blocks(sparsity=0.5, rows=4, columns=2)),
+    ],
+    ids=str,
 )
 def test_every_layer_loses_exactly_its_share_and_nothing_else(score, structure):
     model, state = run(Sparsity(structure=structure, score=score))[-1]
@@ -254,7 +259,6 @@ def test_one_ranking_takes_from_small_weights_but_empties_no_matrix():
     for layer in emptied:
         assert np.count_nonzero(layer) == -(-layer.size // 10)
     rest = {n: w for n, w in pruned.items() if n != "blocks/0/mlp/up"}
-    assert min(np.abs(w[w != 0]).min() for w in rest.values()) >= 0  # and of the others by one threshold
     dense = stacked(build(config()))
     threshold = max(np.abs(dense[n][pruned[n] == 0]).max() for n in rest)
     assert threshold <= min(np.abs(w[w != 0]).min() for w in rest.values())
@@ -314,16 +318,20 @@ def test_a_pruned_model_is_trained_on_with_another_optimizer(tmp_path, optimizer
 
 
 def test_a_step_that_is_not_finite_changes_no_mask(tmp_path):
-    def at(spoil):
-        out = tmp_path / str(len(spoil))
-        trained(out, batches=tiny.Walks(spoil=spoil), objective=tiny.nan_at_spoiled, checkpoint_every=1)
-        with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
-            assert checkpoints.steps()[-1] == 8
-        return efftrain.load(out)
-
-    clean, spoiled = at(()), at((3,))
-    assert {n: g.sum() for n, g in zeros(clean).items()} == {n: g.sum() for n, g in zeros(spoiled).items()}
-    assert all(np.isfinite(w).all() for w in stacked(spoiled).values())
+    """The third step would change them; the same update comes one step later."""
+    for steps in (2, 3):
+        with pytest.raises(tiny.Crash):
+            trained(
+                tmp_path / str(steps),
+                batches=tiny.Walks(spoil=(3,), crash_at=steps + 1),
+                objective=tiny.nan_at_spoiled,
+                checkpoint_every=1,
+            )
+    before, after = (efftrain.load(tmp_path / str(steps)) for steps in (2, 3))
+    tiny.assert_same_parameters(after, before)
+    whole = trained(tmp_path / "3", batches=tiny.Walks(spoil=(3,)), objective=tiny.nan_at_spoiled, checkpoint_every=1)
+    assert all(gone.mean() == 0.5 for gone in zeros(whole).values())
+    assert all(np.isfinite(w).all() for w in stacked(whole).values())
 
 
 def test_a_sparse_run_branches_off_a_dense_one(tmp_path):
@@ -341,6 +349,25 @@ def test_a_sparse_run_branches_off_a_dense_one(tmp_path):
         assert abs(sparse[6] - dense[6]) > 1e-4
 
 
+@pytest.mark.parametrize("schedule", [OneShot(at=0.1), Gradual(start=0.1, end=0.3), Iterative(start=0.1, rewind=True)])
+def test_a_branch_behind_a_step_of_the_schedule_prunes_at_once(tmp_path, schedule):
+    tiny.train(tmp_path / "dense", keep_every=3)
+    model = trained(tmp_path / "sparse", Sparsity(schedule=schedule), branch=f"{tmp_path / 'dense'}@6")
+    for name, gone in zeros(model).items():
+        assert gone.mean() == 0.5, name
+
+
+def test_a_sparse_run_branches_into_one_of_another_score(tmp_path):
+    trained(tmp_path / "sparse", keep_every=3)
+    score = Magnitude(straight_through=True)
+    model = trained(tmp_path / "other", replace(PRUNED, score=score), branch=f"{tmp_path / 'sparse'}@6")
+    for name, gone in zeros(model).items():
+        assert gone.mean() == 0.5, name
+    assert tiny.read_metrics(tmp_path / "other")[0]["loss"] == pytest.approx(
+        tiny.read_metrics(tmp_path / "sparse")[6]["loss"], abs=1e-5
+    )
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     for make, words in (
         (lambda: Unstructured(sparsity=1.0), "below 1"),
@@ -352,6 +379,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (lambda: Sparsity(layers="("), "regular expression"),
         (lambda: Sparsity(schedule=Iterative(sparsity=0.8)), "the same to both"),
         (lambda: Sparsity(schedule=Gradual(end=0.9)).around(tiny.TRAINING), "decays from 0.8"),
+        (lambda: Sparsity(schedule=OneShot(at=1.0)).around(replace(tiny.TRAINING, schedule=Cosine())), "the last one"),
         (lambda: run(Sparsity(layers="blocks/9/.*"), steps=1), "matches no matrix; they are blocks/0/attention/key"),
         (lambda: run(Sparsity(structure=NofM(n=2, m=5)), steps=1), "groups of 5 do not divide its 16 inputs"),
         (lambda: run(Sparsity(structure=Blocks(columns=5)), steps=1), "do not divide its 16 x"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import sys
 import time
@@ -132,6 +133,30 @@ def test_rounds_reach_the_target_in_equal_shares(dense, tmp_path):
     first, second = read_metrics(stages / "1-recovered"), read_metrics(out)
     assert len(first) == len(second) == 5
     assert first[0]["loss"] != second[0]["loss"]
+    assert max(row["lr"] for row in first) == max(row["lr"] for row in second)
+
+
+def test_a_recovered_run_of_a_fork_loads(dense, tmp_path):
+    """Its class stands in the run's own recipe; averages of the run are no matter for so few steps."""
+    run = tmp_path / "fork"
+    shutil.copytree(dense, run)
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["pattern"][0]["mlp"]["type"] = "recipe.py:Odd"
+    config["training"]["ema_decay"] = 0.999
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "recipe.py").write_text(
+        "from dataclasses import dataclass\nfrom efftrain.models.config import Dense\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Odd(Dense):\n    pass\n"
+    )
+    before = fingerprint(run)
+    arguments = ("--slim", "0.3", "--recover", 64 * 10, "--rounds", "2", "--rows", "8", "--out", tmp_path / "out")
+    code, output = compress(run, *arguments)
+    assert code == 0, output
+    assert type(efftrain.load(tmp_path / "out").config.pattern[0].mlp).__name__ == "Odd"
+    assert fingerprint(run) == before
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["training"]["ema_decay"] is None
+    cut, tuned = (efftrain.load(tmp_path / name) for name in ("out.stages/2-cut", "out"))
+    assert np.abs(logits(cut) - logits(tuned)).max() > 1e-3
 
 
 def test_a_search_takes_the_shape_that_is_best_after_a_short_training(dense, tmp_path):
@@ -144,6 +169,9 @@ def test_a_search_takes_the_shape_that_is_best_after_a_short_training(dense, tmp
     assert [figures(folder / str(i))["bpb"] for i in (1, 2)] == found["bpb"]
     assert [len(read_metrics(folder / str(i))) for i in (1, 2)] == [2, 2]
     best = found["shapes"][int(np.argmin(found["bpb"]))]
+    code, output = compress(dense, *arguments, "--out", out)  # again: nothing is cut or trained
+    assert code == 0, output
+    assert json.loads((folder / "shapes.json").read_text()) == found
     config = efftrain.load(out).config
     assert (config.d_model, config.n_layers) == (best["d_model"], best["n_layers"])
 
@@ -162,9 +190,13 @@ def test_bad_input_is_one_sentence(dense, tmp_path):
         ("--slim", "0.99"): "keep is",
         ("--slim", "0.3", "--quantize", "int8"): "--slim cuts and does nothing else",
         ("--way", "depth"): "add --slim",
+        ("--slim", "0.3", "--way", "any"): "add --search 4 and --recover",
+        ("--slim", "0.3", "--search", "2", "--recover", "500"): "--recover leaves 50 tokens for a round or a trial",
+        ("--sparsity", "0.5", "--cache", "int8"): "neither --cache nor --budget",
+        ("--sparsity", "0.5", "--quantize", "int8", "--layers", "blocks/.*|embedding"): "only blocks are quantised",
         ("--slim", "0.3", "--search", "4"): "give 2 shapes or more, and the tokens of --recover",
         ("--slim", "0.3", "--rounds", "2"): "--rounds needs training between them",
-        ("--slim", "0.3", "--recover", "10"): "--recover is 10, less than the 64 tokens of a step",
+        ("--slim", "0.3", "--recover", "10"): "--recover leaves 10 tokens for a round or a trial, and a step has 64",
         ("--quantize", "int8", "--recover", "640"): "--recover trains what --slim or --sparsity cut",
         ("--slim", "0.3", "--recover", "640", "--out", tmp_path / "mine"): "was not made by this command",
         ("--sparsity", "0.5", "--out", tmp_path / "mine"): "exists and is not a converted model",
