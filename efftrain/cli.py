@@ -1,26 +1,18 @@
 """``efftrain VERB``. A verb imports what it needs when it runs, so that ``efftrain --help`` is instant."""
 
-import importlib.metadata
 import itertools
 import os
-import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
 import efftrain
 from efftrain.errors import ConfigError
-from efftrain.recipe import HUGE_PAGES, JAX_CACHE, exit_cleanly, import_script, use_compilation_cache
-from efftrain.sharding.mesh import AXES, MeshConfig, make_mesh
-
-if TYPE_CHECKING:
-    import jax
-
-    from efftrain.models.config import ModelConfig
+from efftrain.recipe import exit_cleanly, use_compilation_cache
+from efftrain.sharding.mesh import MeshConfig
 
 RESTARTS = "--max-restarts"
 
@@ -299,23 +291,9 @@ def doctor(
         raise ConfigError(f"--config {config} needs the recipe it belongs to; add --recipe PATH")
     if fake_devices is not None:
         _fake_devices(fake_devices)
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    out.print(f"efftrain {importlib.metadata.version('efftrain')}, Python {platform.python_version()}")
-    out.print(f"{platform.platform()}, {os.cpu_count()} CPU cores, {_gib(_host_memory())} memory")
-    out.print(f"huge pages for malloc: {_huge_pages()}")
-    out.print(f"compiled programs: {os.environ.get(JAX_CACHE) or 'not kept'}\n")
-    out.print(_versions_table())
-    out.print(_devices_table(_devices()))
+    from efftrain.doctor import show
 
-    from efftrain.sharding.layout import layout_table
-
-    chosen = _recipe_config(recipe, config) if recipe else None
-    model, title = _model(chosen, recipe)
-    device_mesh = make_mesh(_recipe_mesh(chosen) if mesh == MeshConfig() else mesh)
-    out.print(f"mesh: {', '.join(f'{axis}={device_mesh.shape[axis]}' for axis in AXES)}\n")
-    table = layout_table(_abstract_parameters(model), device_mesh)
-    table.title, table.title_justify = title, "left"
-    out.print(table)
+    show(Console(highlight=False, width=None if sys.stdout.isatty() else 120), recipe, config, mesh)
 
 
 def _fake_devices(count: int) -> None:
@@ -325,118 +303,6 @@ def _fake_devices(count: int) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
-
-
-def _devices() -> "list[jax.Device]":
-    import jax
-
-    try:
-        return jax.devices()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"JAX cannot reach its devices ({error}); install the extra for this accelerator (efftrain[cuda] "
-            "or efftrain[tpu]), or set JAX_PLATFORMS=cpu"
-        ) from error
-
-
-def _devices_table(devices: "list[jax.Device]") -> Table:
-    """One row for each kind of device."""
-    table = Table("devices", "kind", "platform", "memory of each", title_justify="left")
-    kinds: dict[tuple[str, str], list[jax.Device]] = {}
-    for device in devices:
-        kinds.setdefault((device.device_kind, device.platform), []).append(device)
-    for (kind, name), same in kinds.items():
-        memory = (same[0].memory_stats() or {}).get("bytes_limit")
-        shown = _gib(memory) if memory else "that of the host" if name == "cpu" else "not reported"
-        table.add_row(str(len(same)), kind, name, shown)
-    return table
-
-
-def _versions_table() -> Table:
-    """Each requirement of efftrain: what is installed against the range that is tested."""
-    table = Table("package", "installed", "tested with", "")
-    for name, wanted in _requirements():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(name, "-", str(wanted), "missing", style="red")
-            continue
-        fits = wanted.contains(installed, prereleases=True)
-        table.add_row(name, installed, str(wanted), "" if fits else "not tested", style="" if fits else "red")
-    return table
-
-
-def _requirements() -> Iterator[tuple[str, Any]]:
-    """Name and version specifier of what efftrain needs here, without its extras."""
-    from packaging.requirements import Requirement
-
-    for line in importlib.metadata.requires("efftrain") or ():
-        requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield requirement.name, requirement.specifier
-            if requirement.name == "jax":
-                yield "jaxlib", requirement.specifier
-
-
-def _huge_pages() -> str:
-    """Whether recipes get them; see ``recipe.restart_with_huge_pages``."""
-    tunables = os.environ.get("GLIBC_TUNABLES")
-    if tunables is not None:
-        return "on" if HUGE_PAGES in tunables else f"off, because GLIBC_TUNABLES={tunables} was set"
-    kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not kernel.exists():
-        return "this system has none"
-    if "[madvise]" in kernel.read_text():
-        return f"recipes switch them on (GLIBC_TUNABLES={HUGE_PAGES})"
-    return "on for every program" if "[always]" in kernel.read_text() else f"off, because {kernel} says never"
-
-
-def _recipe_config(recipe: Path, name: str | None) -> Any:
-    configs = getattr(import_script(recipe), "configs", None)
-    if not configs:
-        raise ConfigError(f"{recipe} has no table `configs`; give a recipe, such as recipes/dense.py")
-    name = next(iter(configs)) if name is None else name
-    if name not in configs:
-        raise ConfigError(f"{recipe} has no configuration {name!r}; choose one of {', '.join(configs)}")
-    if not hasattr(configs[name], "model"):
-        raise ConfigError(f"{recipe}: configuration {name!r} has no field `model` to lay out")
-    return configs[name]
-
-
-def _recipe_mesh(config: Any) -> MeshConfig:
-    for holder in (config, getattr(config, "training", None)):
-        if isinstance(found := getattr(holder, "mesh", None), MeshConfig):
-            return found
-    return MeshConfig()
-
-
-def _model(config: Any, recipe: Path | None) -> "tuple[ModelConfig, str]":
-    if config is not None:
-        return config.model, f"parameters of {recipe}"
-
-    from efftrain.models.config import llama
-
-    small = llama(vocab_size=4096, d_model=384, n_layers=6, n_heads=8, d_ff=1024, max_length=256)
-    return small, "parameters of a small decoder (choose another with --recipe)"
-
-
-def _abstract_parameters(model: "ModelConfig") -> Any:
-    """Shapes and logical axes of the model's parameters; nothing is allocated."""
-    from flax import nnx
-
-    from efftrain.models.decoder import Decoder
-
-    return nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))), nnx.Param, ...)[1]
-
-
-def _host_memory() -> int:
-    import psutil
-
-    return psutil.virtual_memory().total
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def compress(
     Raises:
       EfftrainError: the run, the corpus and the options do not fit, or ``out`` holds something else.
     """
-    if Hosts.from_environment().processes > 1:
+    if (Hosts.from_environment().processes or 1) > 1:
         raise ConfigError("a model is compressed by one process; unset EFFTRAIN_PROCESSES and start one")
     run = Path(run).resolve()
     config, settings = load_model_config(run), read_json(run / "config.json")
