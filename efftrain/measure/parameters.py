@@ -13,6 +13,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
 from efftrain.models.quantization import Matrix, Packed
 
+CHANCE = 1e-4  # share of trained weights that may be zero without having been pruned
 HEAD = ("head",)  # path of the untied head in a decoder
 Path = tuple[Any, ...]
 
@@ -65,10 +66,15 @@ def stored_bytes(model: nnx.Module) -> int:
 def zeros_share(model: nnx.Module) -> float:
     """The share of the numbers of all float matrices of blocks that are exactly zero; 0 for a model that was not
     pruned."""
+    zeros, size = pruned(model)
+    return zeros / size if zeros else 0.0
+
+
+def pruned(model: nnx.Module) -> tuple[int, int]:
+    """How many numbers of the float matrices of blocks are exactly zero, and of how many; no zeros but by pruning."""
     matrices = [v[...] for path, v in parameters(model) if isinstance(v, Matrix) and path[0] == "blocks"]
-    zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
-    share = zeros / max(sum(matrix.size for matrix in matrices), 1)
-    return share if share > 1e-4 else 0.0  # a trained weight may be zero by chance
+    zeros, size = sum(int((matrix == 0).sum()) for matrix in matrices), sum(matrix.size for matrix in matrices)
+    return zeros if zeros > CHANCE * size else 0, size
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:

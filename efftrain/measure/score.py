@@ -9,7 +9,7 @@ import jax
 from efftrain.measure.flops import decode_flops, training_flops
 from efftrain.measure.latency import Latency, measure_latency
 from efftrain.measure.memory import device_peak_bytes, host_peak_bytes
-from efftrain.measure.parameters import cache_bytes_per_token, count_parameters, stored_bytes, zeros_share
+from efftrain.measure.parameters import cache_bytes_per_token, count_parameters, pruned, stored_bytes
 from efftrain.measure.scorecard import Figure, Method, Scorecard, not_measured
 from efftrain.models.decoder import Decoder
 from efftrain.models.routed_depth import routes_causally
@@ -112,10 +112,12 @@ def _size(model: Decoder, checkpoint: Path | None) -> dict[str, Figure]:
 
 
 def _sparsity(model: Decoder) -> dict[str, Figure]:
-    zeros = zeros_share(model)
+    zeros, size = pruned(model)
     if not zeros:
         return {}
-    return {"sparsity": Figure(zeros, "share", "counted", "zeros in matrices of blocks: fewer bytes on disk, no speed")}
+    whole = zeros / count_parameters(model).total
+    note = f"zeros in matrices of blocks, {whole:.1%} of all parameters; fewer bytes on disk, no speed"
+    return {"sparsity": Figure(zeros / size, "share", "counted", note)}
 
 
 def _checkpoint(path: Path | None) -> Figure:
