@@ -18,7 +18,7 @@ from efftrain.train.objective import next_token_loss
 from efftrain.train.run import load_model_config, read_json
 from efftrain.train.schedules import WarmupStableDecay
 
-# Of the peak learning rate that the run was trained with. A cut of a third (recipes/prune.py, seed 0) cost 4.1, 3.4, 3.2
+# Of the run's peak learning rate. A cut of a third (recipes/prune.py, seed 0) cost 4.1, 3.4, 3.2
 # and 3.5 % after 0.15, 0.3, 0.6 and 1 with a cosine; 3.0 % after 0.6, constant and then falling over half of the steps.
 PEAK = 0.6
 SCHEDULE = WarmupStableDecay(warmup=0.05, decay=0.5)
