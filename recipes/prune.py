@@ -190,7 +190,7 @@ def prune_at_once(config: Config, dense: Path) -> dict[str, float]:
 
 
 def cuts(config: Config) -> dict[str, Compression]:
-    """What is cut off a dense run, and trained for a tenth of its tokens."""
+    """What is done to a dense run, which is trained for a tenth of its tokens behind that."""
     tokens = round(RECOVERY * config.training.tokens)
     return {
         "magnitude": Compression(sparsity="0.5", method="magnitude", recover=tokens),

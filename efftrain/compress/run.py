@@ -93,22 +93,22 @@ def compress(
 def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated_rows: int | None) -> Scorecard:
     """Cut and train, as often as there are rounds."""
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
-    trained = run
+    trained, sparse = run, options.sparsity is not None
     # Too few tokens are refused before anything is done.
-    recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), 1)
+    recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     if out.exists() and not (stages / "1-cut").exists():
         raise RunError(f"{out} exists and was not made by this command, or {stages} is gone; choose another --out")
     for number in range(1, options.rounds + 1):
         cut, once, shape = stages / f"{number}-cut", _round(options, number), None
         if options.search is not None:
-            trial = recovery_training(trained, round(TRIAL * tokens), number)
+            trial = recovery_training(trained, round(TRIAL * tokens), sparse=sparse, number=number)
             shape = _best_shape(run, options, once, text, stages / f"{number}-search", trial)
         _stage(run, once, text, cut, shape)
         last = number == options.rounds
         run = out if last else stages / f"{number}-recovered"
         rows = evaluated_rows if last else options.rows
-        training = recovery_training(trained, tokens, number)
-        card = recover(cut, training, run, text.corpus, sparse=options.sparsity is not None, rows=rows)
+        training = recovery_training(trained, tokens, sparse=sparse, number=number, last=last)
+        card = recover(cut, training, run, text.corpus, sparse=sparse, rows=rows)
     return card
 
 
