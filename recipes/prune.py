@@ -1,4 +1,23 @@
-"""Pruning: weights that go while the model is trained."""
+"""Pruning: zeros while a model is trained, and what can be cut out of one that is trained.
+
+    python data/python.py --out corpora/python
+    python recipes/prune.py cpu                  # a dense run, and from its middle on half of its weights
+    efftrain compress runs/prune/sparse          # stored without its zeros
+    efftrain compress runs/prune/dense-seed0 --slim 0.33 --recover 400000       # a smaller, faster model
+    python recipes/prune.py cpu --compare        # 2:4, magnitude, Wanda, SparseGPT, width, depth, rounds; three seeds
+
+The dense run stands beside the other, as dense-seedN; both share their first half. Zeros bring fewer bytes on disk and
+no speed: JAX has no sparse products, neither for single zeros nor for 2:4. Cuts of width and depth bring both.
+
+A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
+
+Measured, cpu: bits per byte above the dense run's, three seeds (2 cores of an Intel Xeon;
+tests/bench/results/prune_quality.json): on the same 4.1 M tokens half of the weights 1.41, 0.99, 1.85 %, 2:4
+1.50, 1.13, 2.06 %. At once, without training: magnitude 2.58, 2.30, 3.05 %, Wanda 2.81, 2.54, 3.26 %, SparseGPT
+1.24, 1.39, 1.55 %. Behind a tenth of the tokens: magnitude 0.30, 0.41, 0.32 %, in three rounds 1.63, 1.81, 1.76 %; a
+third less in width 2.28, 2.61, 2.45 %, that shape from scratch 57.21, 55.04, 62.40 %; four of six layers
+4.30, 4.04, 7.53 %; half in width, in two rounds, 9.11 % (seed 0). gpu: not measured; it compiles for v5e.
+"""
 
 import json
 import statistics
