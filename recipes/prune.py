@@ -262,10 +262,11 @@ def side_by_side(dense: Path) -> dict[str, dict[str, float]]:
         name: dense.with_name(f"{name}-seed{seed}") for name in ("width33", "depth28", "width50-2rounds")
     }
     models, times = {name: efftrain.load(run) for name, run in runs.items()}, {}
+    prompt, n_new = (min(n, models["dense"].config.max_length // 2) for n in (128, 64))
     for _ in range(5):
         for name, model in models.items():
             for batch in (1, 8):
-                read, draw = measure_latency(model, batch=batch, prompt_length=128, n_new=64, rounds=3)
+                read, draw = measure_latency(model, batch=batch, prompt_length=prompt, n_new=n_new, rounds=3)
                 times.setdefault(name, {}).setdefault(f"prefill_s_b{batch}", []).append(read.median_s)
                 times[name].setdefault(f"decode_s_per_token_b{batch}", []).append(draw.s_per_token)
     return {name: {f: statistics.median(values) for f, values in found.items()} for name, found in times.items()}

@@ -212,7 +212,7 @@ def test_bad_input_is_one_sentence(dense, tmp_path):
 def test_the_recipe_compares_everything_it_says(command, tmp_path):
     recipe = import_script(ROOT / "recipes" / "prune.py")
     assert list(recipe.configs) == ["cpu", "gpu"]
-    changes = ("--training.steps", "20", "--compare", "--seeds", "0")
+    changes = ("--training.steps", "60", "--compare", "--seeds", "0")
     code, output = run(command(tmp_path / "sparse", *changes))
     assert code == 0, output
     found = json.loads((tmp_path / "comparison.json").read_text())
