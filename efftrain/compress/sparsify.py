@@ -91,9 +91,6 @@ class Regrow:
 class Zeros:
     """What is zero stays zero: to train a model that was pruned, with any optimizer."""
 
-    def of(self, w: Array, g: Array) -> Array:
-        return jnp.where(w != 0, 1.0, 0.0)
-
 
 Score = Magnitude | Saliency | Regrow | Zeros
 
@@ -280,7 +277,8 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
 
     scores = groups({name: score.of(w[name], g[name]) for name in w})
     if isinstance(distribution, Global):
-        keep = _rank_together(scores, kept_of(structure, scores, share), distribution.most)
+        n_keep = kept_units(structure, sum(a.size for a in scores.values()), share)
+        keep = _rank_together(scores, n_keep, distribution.most)
     else:
         targets = distribution.sparsities(shapes, structure.sparsity)
         keep = {}
@@ -297,11 +295,6 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
             stays = keep_highest(jnp.where(old_lgu, score_lgu, -jnp.inf), n_keep - n_new)
             keep[name] = stays | keep_highest(jnp.where(stays, -jnp.inf, growth_lgu), n_new)
     return {name: structure.ungroup(k, shapes[name]).reshape(w[name].shape) for name, k in keep.items()}
-
-
-def kept_of(structure: Structure, scores: Arrays, share: Array) -> Array:
-    """Units of all matrices together that stay."""
-    return kept_units(structure, sum(a.size for a in scores.values()), share)
 
 
 def _rank_together(scores: Arrays, n_keep: Array, most: float) -> Arrays:

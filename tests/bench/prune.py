@@ -1,6 +1,6 @@
 """Pruning by the clock: a sparse training step, pruning at once, and the time before and after a structured cut.
 
-    python tests/bench/prune.py                     # 6 minutes on 2 cores
+    python tests/bench/prune.py --rounds 3          # 5 minutes on 2 cores; more rounds are steadier
     python tests/bench/prune.py --size gpu          # on a GPU
 
 Training: a step between two updates of the masks, and one that updates them, over the dense step; in turn, medians.
