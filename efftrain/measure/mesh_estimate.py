@@ -17,7 +17,7 @@ from efftrain.measure.flops import mean_computed_keys, training_hardware_flops
 from efftrain.measure.parameters import count_parameters, parameters
 from efftrain.models.config import MlpConfig, ModelConfig
 from efftrain.models.moe import MoE
-from efftrain.ops.cross_entropy import CHUNK_ELEMENTS
+from efftrain.ops.head_loss import CHUNK_ELEMENTS
 from efftrain.sharding.roofline import Roofline, axis_bandwidth, sent_bytes
 from efftrain.sharding.topologies import Topology
 from efftrain.train.loop import Training

@@ -1,46 +1,167 @@
-"""How far a distribution over the vocabulary is from another one, in chunks of tokens."""
+"""How far a student's next-token distribution is from its teacher's, and the losses that are made of it.
+
+Of the teacher there are states and a head, or the part of its distribution that a cache keeps.
+"""
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efftrain.ops.cross_entropy import choose_chunks, over_chunks
+from efftrain.ops.cross_entropy import at_targets
+from efftrain.ops.head_loss import choose_chunks, head_loss, logits_of
+
+SMALLEST_TAIL = 1e-6  # of the student's probability outside of what a cache keeps: float32 does not resolve less
 
 
-def forward_kl(
-    x_btd: Array, kernel_dv: Array, teacher_btd: Array, teacher_dv: Array, weights_bt: Array, *, shards: int = 1
-) -> Array:
-    """Weighted sum over tokens of the divergence of the student's next-token distribution from the teacher's.
+def generalized_jsd(student_logits: Array, teacher_logits: Array, beta: float) -> Array:
+    """Generalised Jensen-Shannon divergence between two next-token distributions.
 
-    Logits are formed again in the backward pass: no two tensors of all logits exist.
+    With the mixture ``m = (1 - beta) student + beta teacher`` it is
+    ``beta KL(teacher || m) + (1 - beta) KL(student || m)``, which vanishes at both ends; there it is, as its source
+    defines it, the divergence that its direction comes to.
+
+    Args:
+      student_logits: (..., vocab), any float dtype; computed in float32.
+      teacher_logits: (..., vocab).
+      beta: 0 gives forward KL(teacher || student), 1 gives reverse KL(student || teacher).
+
+    Returns:
+      (...) nats. Callers mask and sum; nothing is averaged here.
+
+    Source: Agarwal et al. 2024 (GKD), equation 1.
+    """
+    log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32))
+    log_t = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
+    if beta == 0:
+        return _kl(log_t, log_s)
+    if beta == 1:
+        return _kl(log_s, log_t)
+    log_m = jnp.logaddexp(jnp.log1p(-beta) + log_s, jnp.log(beta) + log_t)
+    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+
+
+def _kl(log_p: Array, log_q: Array) -> Array:
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def kept_divergence(student_logits: Array, ids: Array, probs: Array, *, tail: bool) -> Array:
+    """What draws a student to the part of its teacher's distribution that a cache keeps.
+
+    Args:
+      student_logits: (..., vocab).
+      ids: (..., k) integers; entries of probability 0 do not count.
+      probs: (..., k) float32.
+      tail: the probabilities are the largest ones, and all others are one more bucket: KL(teacher || student) over
+        these buckets, a lower bound of the whole. Renormalised without it, the student would become too sure.
+        False: they are shares of samples, for an unbiased estimate of the cross entropy to the teacher.
+
+    Returns:
+      (...) nats.
+
+    Source: Goddard et al. 2024 (DistillKit) for the bucket; Anshumann et al. 2025 (sparse logit sampling), section 3.
+    """
+    log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32))
+    log_k = jnp.take_along_axis(log_s, ids, axis=-1)
+    cross = -(probs * log_k).sum(-1)
+    if not tail:
+        return cross
+    rest_t = jnp.clip(1 - probs.sum(-1), 0)
+    rest_s = 1 - (jnp.exp(log_k) * (probs > 0)).sum(-1)
+    negative_entropy = jax.scipy.special.xlogy(probs, probs).sum(-1) + jax.scipy.special.xlogy(rest_t, rest_t)
+    return negative_entropy + cross - rest_t * jnp.log(jnp.maximum(rest_s, SMALLEST_TAIL))
+
+
+def distillation_loss(
+    x_btd: Array,
+    kernel_dv: Array,
+    targets_bt: Array,
+    weights_bt: Array,
+    teacher_btd: Array,
+    teacher_dv: Array,
+    *,
+    alpha: Array | float = 1.0,
+    temperature: Array | float = 1.0,
+    beta: float = 0.0,
+    n_chunks: int | None = None,
+    shards: int = 1,
+) -> tuple[Array, Array, Array]:
+    """``alpha T^2 D + (1 - alpha) CE`` summed over tokens: D of the distributions at temperature T, CE of the targets.
+
+    T^2 keeps the size of the gradient independent of T.
 
     Args:
       x_btd: (batch, length, d_model) states of the student.
       kernel_dv: (d_model, vocab), its head.
+      targets_bt, weights_bt: see ``cross_entropy``.
       teacher_btd, teacher_dv: of the teacher, of whose width they may be; not differentiated.
-      weights_bt: (batch, length) float32 or bool.
-      shards: see ``cross_entropy``.
+      alpha, temperature: () float32, or numbers.
+      beta: see ``generalized_jsd``.
+      n_chunks, shards: see ``cross_entropy``; a chunk has the logits of both.
 
     Returns:
-      () float32 nats: the sum of ``KL(teacher || student)``. Source: Hinton et al. 2015, at temperature 1.
+      () float32 nats, summed: the loss; the cross entropy; and KL(teacher || student) at temperature 1, which alone
+      can be compared between schedules.
+
+    Source: Hinton et al. 2015, section 2.
     """
     batch, length, _ = x_btd.shape
-    n_chunks = choose_chunks(length, 2 * batch * length * kernel_dv.shape[1] // shards)
-
-    kernel_32 = kernel_dv.astype(jnp.float32)  # its gradient adds up over the chunks
-
-    @jax.checkpoint
-    def add_chunk(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-        x, teacher, weights = chunk
-        log_p = jax.nn.log_softmax(_logits(x, kernel_32.astype(kernel_dv.dtype)))
-        log_t = jax.nn.log_softmax(jax.lax.stop_gradient(_logits(teacher, teacher_dv)))
-        divergence = (jnp.exp(log_t) * (log_t - log_p)).sum(-1)
-        return total + (divergence * weights).sum(), None
-
-    arrays = (x_btd, teacher_btd, weights_bt.astype(jnp.float32))
-    return over_chunks(add_chunk, jnp.zeros(()), arrays, n_chunks)[0]
+    if n_chunks is None:
+        n_chunks = choose_chunks(length, 2 * batch * length * kernel_dv.shape[1] // shards)
+    loss_of = partial(_to_teacher, beta=beta, as_is=isinstance(temperature, float | int) and temperature == 1)
+    arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32), teacher_btd
+    constants = teacher_dv, jnp.float32(alpha), jnp.float32(temperature)
+    loss, (nll, divergence) = head_loss(loss_of, x_btd, kernel_dv, arrays, constants, n_chunks=n_chunks)
+    return loss, nll, divergence
 
 
-def _logits(x: Array, kernel_dv: Array) -> Array:
-    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel_dv, preferred_element_type=jnp.float32)
-    return flat.reshape(*x.shape[:-1], -1)
+def kept_distillation_loss(
+    x_btd: Array,
+    kernel_dv: Array,
+    targets_bt: Array,
+    weights_bt: Array,
+    ids_btk: Array,
+    probs_btk: Array,
+    *,
+    tail: bool,
+    alpha: Array | float = 1.0,
+    n_chunks: int | None = None,
+    shards: int = 1,
+) -> tuple[Array, Array, Array]:
+    """As ``distillation_loss``, from what a cache keeps of the teacher; see ``kept_divergence``."""
+    batch, length, _ = x_btd.shape
+    if n_chunks is None:
+        n_chunks = choose_chunks(length, batch * length * kernel_dv.shape[1] // shards)
+    arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32), ids_btk, probs_btk
+    loss_of = partial(_to_kept, tail=tail)
+    loss, (nll, divergence) = head_loss(loss_of, x_btd, kernel_dv, arrays, jnp.float32(alpha), n_chunks=n_chunks)
+    return loss, nll, divergence
+
+
+# partial(...) is hashable by identity alone: equal ones would be traced again, and no more than that.
+
+
+def _to_teacher(logits: Array, arrays: tuple[Array, ...], constants: Any, *, beta: float, as_is: bool):
+    targets, weights, teacher_states = arrays
+    teacher_dv, alpha, temperature = constants
+    teacher_logits = logits_of(teacher_states, teacher_dv)
+    nll = -at_targets(jax.nn.log_softmax(logits), targets)
+    if as_is:
+        divergence = generalized_jsd(logits, teacher_logits, beta)
+    else:
+        divergence = temperature**2 * generalized_jsd(logits / temperature, teacher_logits / temperature, beta)
+    plain = divergence if as_is and beta == 0 else generalized_jsd(logits, teacher_logits, 0.0)
+    return _sums(alpha * divergence + (1 - alpha) * nll, nll, plain, weights)
+
+
+def _to_kept(logits: Array, arrays: tuple[Array, ...], alpha: Array, *, tail: bool):
+    targets, weights, ids, probs = arrays
+    nll = -at_targets(jax.nn.log_softmax(logits), targets)
+    divergence = kept_divergence(logits, ids, probs, tail=tail)
+    return _sums(alpha * divergence + (1 - alpha) * nll, nll, divergence, weights)
+
+
+def _sums(loss: Array, nll: Array, divergence: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return (loss * weights).sum(), ((nll * weights).sum(), (divergence * weights).sum())

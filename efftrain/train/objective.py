@@ -18,7 +18,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import in_float
 from efftrain.ops.cross_entropy import cross_entropy
-from efftrain.ops.divergence import forward_kl
+from efftrain.ops.divergence import distillation_loss
 from efftrain.ops.platform import conditional
 from efftrain.sharding.rules import shard_count
 
@@ -78,13 +78,18 @@ class SelfDistillation:
         teacher = in_float(model)
         teacher_btd = teacher.hidden(batch["tokens"], **inputs)[0]
         hidden_btd, metrics = model.hidden(batch["tokens"], **inputs)
-        loss = _cross_entropy(model, hidden_btd, batch)
-        shards = shard_count("batch", "length")
-        divergence = forward_kl(
-            hidden_btd, model.head_kernel(), teacher_btd, teacher.head_kernel(), batch["mask"], shards=shards
+        mixed, loss, divergence = distillation_loss(
+            hidden_btd,
+            model.head_kernel(),
+            batch["targets"],
+            batch["mask"],
+            teacher_btd,
+            teacher.head_kernel(),
+            alpha=self.weight / (1 + self.weight),
+            shards=shard_count("batch", "length"),
         )
         count = batch["mask"].sum(dtype=jnp.float32)
-        total = loss + self.weight * divergence + metrics.pop("auxiliary", 0.0) * count
+        total = (1 + self.weight) * mixed + metrics.pop("auxiliary", 0.0) * count
         return total, count, {"loss": (loss, count), "loss/divergence": (divergence, count)} | metrics
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from efftrain.ops import cross_entropy as module
-from efftrain.ops.cross_entropy import choose_chunks, cross_entropy, token_nll
+from efftrain.ops import head_loss as module
+from efftrain.ops.cross_entropy import cross_entropy, token_nll
+from efftrain.ops.head_loss import choose_chunks
 
 BATCH, LENGTH, D, VOCAB = 3, 8, 5, 11
 
@@ -153,8 +154,8 @@ def test_shards_need_fewer_chunks(monkeypatch):
     """Eight devices hold an eighth of a chunk each; the result is the same."""
     given, seen = draw(), []
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", BATCH * VOCAB)  # one token of each row
-    inner = module._cross_entropy
-    monkeypatch.setattr(module, "_cross_entropy", lambda *a: seen.append(a[-1]) or inner(*a))
+    inner = module._head_loss
+    monkeypatch.setattr(module, "_head_loss", lambda *a: seen.append(a[1]) or inner(*a))
     losses = [jax.jit(partial(cross_entropy, shards=shards))(*given) for shards in (1, 4, 8)]
     assert seen == [8, 2, 1]
     np.testing.assert_allclose(losses, truth(*given)[0], rtol=1e-6)
