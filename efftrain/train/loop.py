@@ -31,6 +31,7 @@ from efftrain.train.schedules import Cosine, WarmupStableDecay
 from efftrain.train.state import TrainState, merge_model, split_model
 from efftrain.train.step import Step
 from efftrain.train.supervise import report_checkpoint
+from efftrain.train.teacher import Taught
 from efftrain.train.timing import Timing
 from efftrain.train.watchdog import Watchdog
 
@@ -141,7 +142,7 @@ class Fitted:
 
 def fit(
     build: Callable[[nnx.Rngs], nnx.Module],
-    objective: Objective,
+    objective: Objective | Taught,
     batches: Batches,
     config: Training,
     run: Run,
@@ -193,6 +194,7 @@ def fit(
         if start == config.steps:
             console.print(f"{run.path} is trained already ({start} steps); nothing to do", markup=False)
             return _fitted(program.graph, state, run)
+        frozen = program.frozen(mesh, rules)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None
         chosen = config.profile and parse_steps(config.profile, config.steps)
@@ -206,9 +208,9 @@ def fit(
                 with recorder.phase("input_wait"):
                     batch = place(next(batches), config, mesh, rules) | _vote(interruption, mesh)
                 if compiled is None:
-                    compiled = recorder.compile(program.jit(state), state, batch)
+                    compiled = recorder.compile(program.jit(state), state, batch, frozen)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    state, metrics = compiled(state, batch)
+                    state, metrics = compiled(state, batch, frozen)
                 recorder.push(number, metrics)  # reads the metrics of the step before: no waiting
                 profiler.after(number)
 
@@ -268,8 +270,10 @@ def _vote(interruption: Interruption, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def _with_votes(step: Step) -> Step:
-    def voting(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        state, metrics = step(state, {name: rows for name, rows in batch.items() if name != VOTES})
+    def voting(
+        state: TrainState, batch: Mapping[str, jax.Array], frozen: nnx.State | None = None
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state, {name: rows for name, rows in batch.items() if name != VOTES}, frozen)
         return state, metrics | {VOTES: (jnp.max(batch[VOTES]), 1)}
 
     return voting
@@ -278,10 +282,14 @@ def _with_votes(step: Step) -> Step:
 def place(
     batch: Mapping[str, np.ndarray], config: Training, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
 ) -> dict[str, jax.Array]:
-    """This process's rows as parts of global arrays (batch_size, length), sharded over the mesh."""
-    shape = (config.batch_size, config.length)
-    sharding = batch_sharding(config, mesh, rules)
-    return {name: jax.make_array_from_process_local_data(sharding, rows, shape) for name, rows in batch.items()}
+    """This process's rows as parts of global arrays (batch_size, ...), sharded over the mesh."""
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        shape = (config.batch_size, *rows.shape[1:])
+        sharding = batch_sharding(config, mesh, rules, shape)
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return {name: whole(rows) for name, rows in batch.items()}
 
 
 def peak_flops(mesh: Mesh) -> float | None:

@@ -15,7 +15,8 @@ from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules
 from efftrain.train.objective import Objective
 from efftrain.train.optimizers import with_clipping
 from efftrain.train.state import TrainState, init_state, split_model
-from efftrain.train.step import Step, make_step
+from efftrain.train.step import Step, batch_axes, make_step
+from efftrain.train.teacher import Taught, Teacher, teacher_of
 
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
@@ -32,12 +33,14 @@ class Program:
     Attributes:
       graph: static part of the model.
       init: makes the first state; to be jitted with the state's shardings.
-      step: see ``make_step``.
+      step: see ``make_step``; it is called with the state, the batch and ``frozen``.
+      teacher: whose variables are the third argument of the step. None: it has none.
     """
 
     graph: nnx.GraphDef
     init: Callable[[], TrainState]
     step: Step
+    teacher: Teacher | None = None
 
     def abstract_state(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> TrainState:
         """The state as ``jax.ShapeDtypeStruct``s that carry their sharding.
@@ -48,6 +51,14 @@ class Program:
         abstract = jax.eval_shape(self.init)
         return with_shardings(abstract, state_shardings(abstract, mesh, rules))
 
+    def abstract_frozen(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> nnx.State | None:
+        """What the step reads beside state and batch, as ``jax.ShapeDtypeStruct``s that carry their sharding."""
+        return self.teacher and self.teacher.abstract(mesh, rules)
+
+    def frozen(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> nnx.State | None:
+        """What the step reads beside state and batch."""
+        return self.teacher and self.teacher.place(mesh, rules)
+
     def jit(self, state: Any) -> Any:
         """The step as it is run: donating the state, whose shardings it returns."""
         same = jax.tree.map(lambda array: array.sharding, state)  # or XLA may choose another for the result
@@ -55,7 +66,10 @@ class Program:
 
 
 def make_program(
-    build: Callable[[nnx.Rngs], nnx.Module], objective: Objective, config: "Training", wrap: Wrap | None = None
+    build: Callable[[nnx.Rngs], nnx.Module],
+    objective: Objective | Taught,
+    config: "Training",
+    wrap: Wrap | None = None,
 ) -> Program:
     """The functions of a run; nothing is computed or allocated. Arguments: those of ``fit``."""
     factor = config.schedule.build(config.steps)
@@ -67,6 +81,7 @@ def make_program(
         graph,
         objective,
         optimizer,
+        n_steps=config.steps,
         n_microbatches=config.n_microbatches,
         ema_decay=config.ema_decay,
         learning_rate=lambda step: config.optimizer.peak_lr * factor(step),
@@ -75,13 +90,16 @@ def make_program(
     def init() -> TrainState:
         return init_state(build, optimizer, seed=config.seed, ema=config.ema_decay is not None)
 
-    return Program(graph=graph, init=init, step=step)
+    return Program(graph=graph, init=init, step=step, teacher=teacher_of(objective))
 
 
-def batch_sharding(config: "Training", mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSharding:
-    """Of every array of a batch, (batch_size, length)."""
-    shape = (config.batch_size, config.length)
-    return NamedSharding(mesh, rules.resolve(("batch", "length"), shape, mesh, name="training (batch_size, length)"))
+def batch_sharding(
+    config: "Training", mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, shape: tuple[int, ...] | None = None
+) -> NamedSharding:
+    """Of an array of a batch, (batch_size, length) where no shape is given."""
+    shape = (config.batch_size, config.length) if shape is None else shape
+    axes = batch_axes(shape, config.length)
+    return NamedSharding(mesh, rules.resolve(axes, shape, mesh, name=f"training ({', '.join(map(str, axes))})"))
 
 
 def abstract_batch(

@@ -1,9 +1,11 @@
-"""Learning-rate schedules as factors in [0, 1] of the peak."""
+"""What changes in the course of a run: learning rates as factors in [0, 1] of the peak, and other figures."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from efftrain.errors import ConfigError
 
@@ -59,6 +61,22 @@ class Cosine:
             return up * (self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
 
         return factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A figure that moves from ``start`` to ``end`` over the run; None: it stays."""
+
+    start: float
+    end: float | None = None
+    shape: Literal["cosine", "linear"] = "cosine"
+
+    def at(self, progress: Array) -> Array | float:
+        """Its value when a share of the steps is done; a number where it stays."""
+        if self.end is None:
+            return self.start
+        done = (1 - jnp.cos(jnp.pi * progress)) / 2 if self.shape == "cosine" else progress
+        return self.start + (self.end - self.start) * done
 
 
 def _check(schedule) -> None:

@@ -62,5 +62,11 @@ def init_state(
 
 
 def merge_model(graph: nnx.GraphDef, state: TrainState) -> nnx.Module:
-    """The model of a state: with the averaged parameters where the run keeps them."""
-    return nnx.merge(graph, state.params if state.ema is None else state.ema, state.model_state)
+    """The model of a state: with the averaged parameters where the run keeps them.
+
+    ``helpers``, which an objective had trained beside it, are no part of it.
+    """
+    model = nnx.merge(graph, state.params if state.ema is None else state.ema, state.model_state)
+    if hasattr(model, "helpers"):
+        del model.helpers
+    return model

@@ -14,15 +14,17 @@ from jax import Array
 from efftrain.sharding.rules import constrain
 from efftrain.train.objective import Batch, Metrics, Objective
 from efftrain.train.state import TrainState, split_model
+from efftrain.train.teacher import Taught, objective_at
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Batch, nnx.State | None], tuple[TrainState, Metrics]]
 
 
 def make_step(
     graph: nnx.GraphDef,
-    objective: Objective,
+    objective: Objective | Taught,
     optimizer: optax.GradientTransformation,
     *,
+    n_steps: int = 1,
     n_microbatches: int = 1,
     ema_decay: float | None = None,
     learning_rate: optax.Schedule | None = None,
@@ -33,21 +35,24 @@ def make_step(
 
     Args:
       graph: static part of the model.
-      objective: see ``objective``.
+      objective: see ``objective`` and ``teacher``.
       optimizer: over ``TrainState.params``.
+      n_steps: of the run, by which a ``Taught`` objective knows how far it is.
       n_microbatches: rows are taken in so many parts, one after the other; divides the batch.
       ema_decay: of the averaged parameters, for a state that has them.
       learning_rate: the one in ``optimizer``, to be reported.
 
     Returns:
-      (state, batch) -> (state, metrics as (sum, count) pairs). Metrics: ``loss``, those of the objective, ``grad_norm``
-      before clipping, ``lr``, ``skipped`` (1 for a step that was not finite) and ``bad_steps`` (so many in a row).
+      (state, batch, variables of the objective's teacher or None) -> (state, metrics as (sum, count) pairs). Metrics:
+      ``loss``, those of the objective, ``grad_norm`` before clipping, ``lr``, ``skipped`` (1 for a step that was not
+      finite) and ``bad_steps`` (so many in a row).
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, frozen: nnx.State | None = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        now = objective_at(objective, frozen, state.step / n_steps)
         loss, count, metrics, gradients = accumulate(
-            partial(_value_and_gradient, graph, objective, state), batch, key, n_microbatches
+            partial(_value_and_gradient, graph, now, state), batch, key, n_microbatches
         )
         gradients = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), gradients)
         model_state, figures = _after_step(graph, state, metrics.pop("statistics", None))
@@ -85,6 +90,12 @@ def _averaged(params: Any, ema: Any, decay: float) -> Any:
     return jax.tree.map(lambda new, average: jnp.where(new == 0, 0, average), params, averaged)
 
 
+def batch_axes(shape: tuple[int, ...], length: int) -> tuple[str | None, ...]:
+    """Logical axes of an array of a batch: its rows, and where it has one, the length of the rows."""
+    second = ("length" if n == length and i == 0 else None for i, n in enumerate(shape[1:]))
+    return "batch", *second
+
+
 def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: int):
     """Sums over micro-batches of (loss, count, metrics, gradients), which together equal those of the whole batch.
 
@@ -93,9 +104,12 @@ def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: 
     if n_microbatches == 1:
         return gradient_of(batch, key)
 
+    length = batch["tokens"].shape[1]
+
     def part(a: Array) -> Array:
+        axes = batch_axes(a.shape, length)
         a = a.reshape(a.shape[0] // n_microbatches, n_microbatches, *a.shape[1:])
-        return constrain(jnp.swapaxes(a, 0, 1), None, "batch", "length")
+        return constrain(jnp.swapaxes(a, 0, 1), None, *axes)
 
     def add(total, inputs):
         return jax.tree.map(jnp.add, total, gradient_of(*inputs)), None

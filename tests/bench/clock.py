@@ -2,33 +2,47 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
+from flax import nnx
 
 from efftrain.compress.observe import Calibration
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.train.loop import Training
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.program import Wrap, make_program
+from efftrain.train.teacher import Taught
 
 
 class Stepper:
     """The compiled training step of a model, and its state."""
 
-    def __init__(self, model: ModelConfig, training: Training, wrap: Wrap | None = None):
-        program = make_program(lambda rngs: Decoder(model, rngs=rngs), next_token_loss, training, wrap)
+    def __init__(
+        self,
+        model: ModelConfig,
+        training: Training,
+        wrap: Wrap | None = None,
+        *,
+        objective: Objective | Taught = next_token_loss,
+        more: Mapping[str, np.ndarray] | None = None,
+    ):
+        """``more``: arrays that the objective finds in a batch beside the text."""
+        program = make_program(lambda rngs: Decoder(model, rngs=rngs), objective, training, wrap)
+        self._frozen = program.teacher and nnx.state(program.teacher.load())
         self._state = jax.jit(program.init)()
         tokens = np.random.default_rng(0).integers(0, 4096, (training.batch_size, training.length + 1), np.int32)
         ones = np.ones_like(tokens[:, 1:])
         positions = np.tile(np.arange(training.length, dtype=np.int32), (training.batch_size, 1))
         self._batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones, "positions": positions}
-        self._batch["mask"] = ones.astype(bool)
-        self._run = jax.jit(program.step, donate_argnums=0).lower(self._state, self._batch).compile()
+        self._batch |= {"mask": ones.astype(bool)} | dict(more or {})
+        arguments = self._state, self._batch, self._frozen
+        self._run = jax.jit(program.step, donate_argnums=0).lower(*arguments).compile()
 
     def __call__(self) -> None:
-        self._state, metrics = self._run(self._state, self._batch)
+        self._state, metrics = self._run(self._state, self._batch, self._frozen)
         jax.block_until_ready((self._state, metrics))
 
 
