@@ -53,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 "train": train,
                 "aot": aot,
                 "compress": compress,
+                "teacher": teacher,
                 "corpus": corpus,
                 "calibrate-depth": calibrate_depth,
             },
@@ -169,6 +170,7 @@ def compress(
     search: int | None = None,
     recover: int = 0,
     rounds: int = 1,
+    distill: bool = False,
     out: Path | None = None,
     corpus: Path | None = None,
 ) -> None:
@@ -196,6 +198,7 @@ def compress(
       search: shapes to try, each trained with a tenth of the tokens of recover.
       recover: tokens of training behind the cut; a twentieth to a tenth of what the run was trained on.
       rounds: cut and train in so many, for 50 % and more.
+      distill: in that training, learn from the run as it was and not from the text.
       out: the new run directory; by default the run's name with these options.
       corpus: by default that of the run.
     """
@@ -218,9 +221,55 @@ def compress(
         search=search,
         recover=recover,
         rounds=rounds,
+        distill=distill,
     )
     card = compress_run(run, options, out=out, corpus=corpus)
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table([card]))
+
+
+def teacher(
+    run: Path,
+    /,
+    *,
+    top_k: int | None = None,
+    samples: int | None = None,
+    rows: int | None = None,
+    split: str = "train",
+    length: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    corpus: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Keep what a run's model predicts at every token of a corpus, so that students learn from it without running it.
+
+    Such as: efftrain teacher runs/dense --samples 50. Up to 4 bytes a token for each probability of --top-k, and about
+    1 for each of --samples. When interrupted, the same command continues.
+
+    Args:
+      run: the directory of the teacher's run; a compressed one teaches too.
+      top_k: keep so many of the largest probabilities of each position, and the sum of the others; by default 64.
+      samples: instead, draw so many tokens from each distribution, 255 at most: an unbiased estimate of it.
+      rows: only the first so many rows of the split; documents lie in shuffled order.
+      split: of the corpus.
+      length: tokens of a row; by default as the run was trained. Students are trained on rows of the same length.
+      batch_size: rows that the teacher reads at once.
+      seed: of the draws.
+      corpus: that the students will be trained on; by default that of the run.
+      out: the folder; by default the run's name with these options.
+    """
+    from efftrain.compress.teacher_cache import CacheOptions, build_cache
+
+    options = CacheOptions(
+        top_k=64 if top_k is None and samples is None else top_k,
+        samples=samples,
+        rows=rows,
+        split=split,
+        length=length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    print(build_cache(run, options, corpus=corpus, out=out))
 
 
 def aot(

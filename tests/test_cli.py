@@ -51,6 +51,7 @@ def recipe(tmp_path):
     [
         (["--help"], "doctor"),
         (["doctor", "--help"], "--mesh.fsdp"),
+        (["teacher", "--help"], "--top-k"),
         (["corpus", "--help"], "inspect"),
         (["corpus", "report", "--help"], "--out"),
         (["corpus", "inspect", "--help"], "--rule"),
@@ -78,6 +79,7 @@ def test_help_does_not_wait_for_heavy_imports(arguments, word):
         ["corpus", "nonsense"],
         ["corpus", "report"],
         ["corpus", "inspect", "folder", "--limit", "x"],
+        ["teacher"],
     ],
 )
 def test_unknown_verb_or_flag_ends_with_code_2(arguments):

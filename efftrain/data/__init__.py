@@ -41,6 +41,7 @@ _HOMES = {
     "LoaderConfig": "loader",
     "PackedRows": "loader",
     "Part": "loader",
+    "TeacherCache": "teacher_cache",
     "show_mixture": "mixture",
     "batches": "loader",
 }

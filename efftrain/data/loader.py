@@ -15,6 +15,7 @@ from efftrain.config import digest, to_json
 from efftrain.data import corpus as corpora
 from efftrain.data.corpus import Corpus
 from efftrain.data.packing import row
+from efftrain.data.teacher_cache import TeacherCache, no_teacher
 from efftrain.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -25,10 +26,38 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One corpus of a mixture. Its weight is its share of the rows, relative to the other parts."""
+    """One corpus of a mixture.
+
+    Attributes:
+      path: its folder.
+      weight: its share of the rows, relative to the other parts.
+      rows: only the first so many rows of the split are read; documents lie in shuffled order, so that this is a random
+        part. None: all.
+      teacher: a folder that ``efftrain teacher`` made. Batches then have ``teacher_ids`` and ``teacher_probs`` too, see
+        ``TeacherCache.read``, and only the rows of the cache are read, in the order that they have without it.
+    """
 
     path: Path
     weight: float = 1.0
+    rows: int | None = None
+    teacher: Path | None = None
+
+    def n_rows(self) -> int | None:
+        """How many rows of the split are read. None: all.
+
+        Raises:
+          ConfigError: the teacher's are fewer than ``rows``.
+          CorpusError: the teacher's folder cannot be read.
+        """
+        if self.teacher is None:
+            return self.rows
+        n_taught = len(TeacherCache.open(self.teacher, verify=False))
+        if self.rows is not None and self.rows > n_taught:
+            raise ConfigError(
+                f"loader.corpora: rows is {self.rows} and {self.teacher} holds {n_taught} rows; read no more, or make "
+                "a larger cache with efftrain teacher"
+            )
+        return self.rows or n_taught
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +93,10 @@ class LoaderConfig:
         for part in self.corpora:
             if not 0 < part.weight < float("inf"):
                 raise ConfigError(f"loader.corpora: the weight of {part.path} is {part.weight}; it must be positive")
+            if part.rows is not None and part.rows < 1:
+                raise ConfigError(
+                    f"loader.corpora: rows of {part.path} is {part.rows}; give at least 1, or None for all"
+                )
         for name in ("length", "batch_size", "threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loader.{name} is {getattr(self, name)}; it must be at least 1")
@@ -97,7 +130,7 @@ class PackedRows:
 class Loader:
     """An iterator over the local part of the batches.
 
-    Each is a dict of (batch_size / process_count, length) arrays.
+    Each is a dict of (batch_size / process_count, length) arrays; those of a teacher have a third axis.
     """
 
     def __init__(self, dataset: "grain.MapDataset", config: LoaderConfig, identity: str):
@@ -141,8 +174,8 @@ def batches(config: LoaderConfig, process_index: int = 0, process_count: int = 1
       verify: check the corpora's checksums; see ``corpus.open``.
 
     Raises:
-      ConfigError: the batch does not divide among the processes, a split is too short, tokenizers differ.
-      CorpusError: a corpus is missing or damaged.
+      ConfigError: the batch does not divide among the processes, a split is too short, tokenizers or teachers differ.
+      CorpusError: a corpus or a teacher's cache is missing or damaged.
     """
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process {process_index} is not one of {process_count}")
@@ -152,20 +185,48 @@ def batches(config: LoaderConfig, process_index: int = 0, process_count: int = 1
         )
     opened = [corpora.open(part.path, verify=verify) for part in config.corpora]
     _check_same_tokenizer(opened)
+    caches = _open_caches(config, opened, verify=verify)
     local = config.batch_size // process_count
-    rows = _rows(config, opened)
+    rows = _rows(config, opened, caches)
     # Dropping the remainder drops nothing here, and keeps Grain's length of an endless data set an exact integer.
     local_batches = rows.batch(local, drop_remainder=True)[process_index::process_count]
-    return Loader(local_batches, config, _identity(config, opened))
+    return Loader(local_batches, config, _identity(config, opened, caches))
 
 
-def _rows(config: LoaderConfig, opened: list[Corpus]) -> "grain.MapDataset":
+def _open_caches(config: LoaderConfig, opened: list[Corpus], *, verify: bool) -> list[TeacherCache]:
+    """The teacher's of each part, or none at all."""
+    folders = [part.teacher for part in config.corpora if part.teacher is not None]
+    if folders and len(folders) < len(config.corpora):
+        raise ConfigError(
+            "loader.corpora: some parts have a teacher and others have none; give all of them one, or none"
+        )
+    caches = [TeacherCache.open(folder, verify=verify) for folder in folders]
+    for corpus, cache in zip(opened, caches, strict=bool(caches)):
+        cache.check_corpus(corpus, config.split, config.length)
+        if (cache.plan.kind, cache.plan.teacher) != (caches[0].plan.kind, caches[0].plan.teacher):
+            raise ConfigError(
+                f"{caches[0].path} and {cache.path} are of different teachers or kinds; make both with the same run "
+                "and options"
+            )
+    return caches
+
+
+def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]) -> "grain.MapDataset":
     """The global order of rows."""
     import grain
 
+    width = max((cache.width for cache in caches), default=0)
     parts = []
-    for number, corpus in enumerate(opened):
-        rows = grain.MapDataset.source(PackedRows(corpus, config.split, config.length))
+    for number, (part, corpus) in enumerate(zip(config.corpora, opened, strict=True)):
+        packed = PackedRows(corpus, config.split, config.length)
+        rows = grain.MapDataset.source(TaughtRows(packed, caches[number], width) if caches else packed)
+        if (n_rows := part.n_rows()) is not None:
+            if n_rows > len(packed):
+                raise ConfigError(
+                    f"loader.corpora: rows is {n_rows} and split {config.split!r} of {corpus.path} has {len(packed)} "
+                    f"rows of {config.length} tokens; give fewer, or None for all"
+                )
+            rows = rows[:n_rows]
         # Grain shuffles epoch e with seed + e: hashing first keeps neighbouring seeds and parts from sharing an order.
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
         parts.append(rows.shuffle(seed) if config.shuffle else rows)
@@ -174,15 +235,30 @@ def _rows(config: LoaderConfig, opened: list[Corpus]) -> "grain.MapDataset":
         repeated = [rows.repeat() for rows in parts]
         return repeated[0] if len(parts) == 1 else grain.MapDataset.mix(repeated, weights)
     rows = parts[0] if len(parts) == 1 else grain.MapDataset.concatenate(parts)
-    return grain.MapDataset.source(_Filled(rows, config.batch_size, config.length))
+    padding = row(np.empty(0, np.int32), config.length) | (no_teacher(config.length, width) if caches else {})
+    return grain.MapDataset.source(_Filled(rows, config.batch_size, padding))
+
+
+class TaughtRows:
+    """Rows of a split with what a teacher says of each."""
+
+    def __init__(self, rows: PackedRows, cache: TeacherCache, width: int):
+        self._rows, self._cache, self._width = rows, cache, width
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __getitem__(self, number: int) -> Batch:
+        tokens = self._rows[number]
+        return tokens | self._cache.read(number, tokens, width=self._width)
 
 
 class _Filled:
     """Rows of padding behind the real ones, so that the last global batch is whole on every process."""
 
-    def __init__(self, rows: "grain.MapDataset", multiple: int, length: int):
+    def __init__(self, rows: "grain.MapDataset", multiple: int, padding: Batch):
         self._rows, self._n_rows = rows, -(-len(rows) // multiple) * multiple
-        self._padding = row(np.empty(0, np.int32), length)
+        self._padding = padding
 
     def __len__(self) -> int:
         return self._n_rows
@@ -198,8 +274,11 @@ def _check_same_tokenizer(opened: list[Corpus]) -> None:
         raise ConfigError(f"{one} and {other} have different tokenizers; build them with the same tokenizer")
 
 
-def _identity(config: LoaderConfig, opened: list[Corpus]) -> str:
-    """Stands for what decides the global order; where the corpora lie and how they are read does not."""
+def _identity(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]) -> str:
+    """Stands for what decides the batches; where corpora and caches lie and how they are read does not."""
     decisive = {k: v for k, v in to_json(config).items() if k not in ("corpora", "threads", "prefetch")}
     mixture = [[corpus.token_fingerprint, part.weight] for corpus, part in zip(opened, config.corpora, strict=True)]
+    for number, part in enumerate(config.corpora):
+        if part.rows is not None or caches:  # what a part did not have before is not in the identities of then
+            mixture[number] += [part.rows, caches[number].fingerprint if caches else None]
     return digest({**decisive, "mixture": mixture})

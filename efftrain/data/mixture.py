@@ -11,7 +11,7 @@ from efftrain.errors import ConfigError
 from efftrain.progress import console
 
 if TYPE_CHECKING:
-    from efftrain.data.loader import LoaderConfig
+    from efftrain.data.loader import LoaderConfig, Part
 
 REPEATS = 4.0
 """Up to four epochs, repeated text is nearly as good as new; then its value decays (Muennighoff et al. 2023)."""
@@ -45,7 +45,7 @@ def mixture_table(config: "LoaderConfig", n_tokens: int) -> tuple[Table, list[st
       ConfigError: a corpus lacks the split.
     """
     weights = [part.weight for part in config.corpora]
-    sizes = [corpora.open(part.path, verify=False).n_tokens(config.split) for part in config.corpora]
+    sizes = [_n_tokens(part, config) for part in config.corpora]
     if config.repeat:
         repeats = epochs(weights, sizes, n_tokens)
     else:  # each row once, whatever its weight
@@ -77,6 +77,11 @@ def show_mixture(config: "LoaderConfig", n_tokens: int) -> None:
     console.print(table)
     for line in warnings:
         console.print(line, markup=False, style="yellow")
+
+
+def _n_tokens(part: "Part", config: "LoaderConfig") -> int:
+    n_tokens, n_rows = corpora.open(part.path, verify=False).n_tokens(config.split), part.n_rows()
+    return n_tokens if n_rows is None else min(n_tokens, n_rows * config.length)
 
 
 def _warning(path: Path, repeats: float) -> str:

@@ -59,20 +59,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any], *, contents: bool) -> None:
+def check_files(folder: Path, manifest: Mapping[str, Any], *, contents: bool, hint: str | None = None) -> None:
     """Compares every file with the manifest: its size and, with ``contents``, its checksum (about 1 GB/s per core).
+
+    ``hint`` says what to do; by default to build a corpus again.
 
     Raises:
       CorpusError: a file is missing, truncated, altered or replaced; the message names it.
     """
+    hint = hint or rebuild_hint(folder)
     for name, recorded in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise CorpusError(f"{path} is missing; {rebuild_hint(folder)}")
+            raise CorpusError(f"{path} is missing; {hint}")
         if (size := path.stat().st_size) != recorded["bytes"]:
-            raise CorpusError(
-                f"{path} has {size:,} bytes and its manifest says {recorded['bytes']:,}; {rebuild_hint(folder)}"
-            )
+            raise CorpusError(f"{path} has {size:,} bytes and its manifest says {recorded['bytes']:,}; {hint}")
     if not contents:
         return
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -81,7 +82,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, contents: bool) ->
             if digest != recorded["blake2b"]:
                 raise CorpusError(
                     f"{folder / name} has another checksum than its manifest (expected {recorded['blake2b'][:8]}.., "
-                    f"found {digest[:8]}..); {rebuild_hint(folder)}"
+                    f"found {digest[:8]}..); {hint}"
                 )
 
 

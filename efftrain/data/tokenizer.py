@@ -77,6 +77,17 @@ def token_bytes(tokenizer: "Tokenizer") -> np.ndarray:
     return lengths
 
 
+def first_difference(one: "Tokenizer", other: "Tokenizer") -> str | None:
+    """What the first entry is in which two tokenizers differ, for an error message; None where they are the same."""
+    mine, theirs = ({number: token for token, number in t.get_vocab().items()} for t in (one, other))
+    for number in range(max(len(mine), len(theirs))):
+        if mine.get(number) != theirs.get(number):
+            return f"entry {number} is {mine.get(number)!r} in the one and {theirs.get(number)!r} in the other"
+    if tokenizer_json(one) != tokenizer_json(other):
+        return "their entries are the same, and their merges or normalisation are not"
+    return None
+
+
 def encode_documents(tokenizer: "Tokenizer", texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Yields for each text the int32 ids of ``<|endoftext|>`` and its tokens. Batches run on all cores."""
     for batch in by_size(texts, _BATCH_CHARS):
