@@ -14,6 +14,8 @@ import pytest
 from flax import nnx
 
 import efftrain
+from efftrain.compress.distill import Distill, distilled
+from efftrain.compress.features import HiddenStates
 from efftrain.compress.importance import importance
 from efftrain.compress.observe import Calibration
 from efftrain.compress.pieces import Pieces
@@ -31,9 +33,11 @@ from efftrain.models.routed_depth import MixtureOfDepths, Recursion
 from efftrain.ops.number_formats import Integer
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training, fit
-from efftrain.train.objective import EarlyExitLoss, next_token_loss
+from efftrain.train.objective import EarlyExitLoss, Objective, next_token_loss
 from efftrain.train.optimizers import Muon
 from efftrain.train.run import Run, read_metrics
+from efftrain.train.schedules import Ramp
+from efftrain.train.teacher import Taught, Teacher, Together
 
 ROWS, LENGTH, VOCAB = 16, 16, 64
 
@@ -45,6 +49,7 @@ class Config:
     exits: EarlyExitLoss | None = None
     sparsity: Sparsity | None = None
     slim: bool = False
+    distill: Distill | None = None
 
 
 BASE = Config(
@@ -101,6 +106,12 @@ def cut_in_width(config: Config) -> Config:
     return dataclasses.replace(config, slim=True)
 
 
+def taught(config: Config) -> Config:
+    """By a wider model in bfloat16, with hidden states through projections, at a temperature that falls."""
+    how = Distill(alpha=Ramp(start=0.7), temperature=Ramp(start=2.0, end=1.0), features=HiddenStates())
+    return dataclasses.replace(config, distill=how)
+
+
 def routed(depth: DepthConfig) -> Callable[[Config], Config]:
     """In the last block of the pattern, or behind it where that one is routed too."""
 
@@ -129,6 +140,7 @@ TECHNIQUES: dict[str, Callable[[Config], Config]] = {
     "quantisation": four_bits,
     "sparsity": half_of_the_weights,
     "structured pruning": cut_in_width,
+    "distillation": taught,
     "muon": change_training(optimizer=Muon(peak_lr=1e-2)),
     "tokens split over devices": tokens_over_devices,
     "averaged, in micro-batches": change_training(ema_decay=0.5, n_microbatches=2),
@@ -146,6 +158,19 @@ def slimmed(config: ModelConfig) -> Decoder:
     shape = dataclasses.replace(Shape.of(config), d_model=8, ffn=0.5 if dense else 1.0)
     found = importance(pieces, Calibration(rows["tokens"], rows["segments"], rows["positions"]))
     return slim(pieces, shape, found)[0]
+
+
+def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective | Taught]:
+    def build(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(config.model, rngs=rngs)
+
+    plain = config.exits or next_token_loss
+    if config.distill is None:
+        return build, plain
+    wide = dataclasses.replace(BASE.model, d_model=32)
+    teacher = Teacher(config=wide, load=lambda: Decoder(wide, rngs=nnx.Rngs(3)), dtype="bfloat16")
+    build, objective = distilled(build, config.model, config.distill, teacher)
+    return build, Together(first=objective, second=plain) if config.exits else objective
 
 
 class Rows:
@@ -185,9 +210,10 @@ def test_two_techniques_work_together(pair: tuple[str, str], tmp_path: Path):
     if config.slim:
         smaller = slimmed(config.model)
         initial, config = lambda: smaller, dataclasses.replace(config, model=smaller.config)
+    build, objective = program(config)
     fitted = fit(
-        lambda rngs: Decoder(config.model, rngs=rngs),
-        config.exits or next_token_loss,
+        build,
+        objective,
         Rows(),
         config.training,
         Run(tmp_path, config),

@@ -35,6 +35,7 @@ class Compression:
     search: shapes that are tried, each with a tenth of ``recover``. None: the first guess is taken.
     recover: tokens of training behind the cut.
     rounds: in which cut and training are done.
+    distill: in that training the model learns from the run as it was, and not from the text.
     """
 
     quantize: str | None = None
@@ -51,6 +52,7 @@ class Compression:
     search: int | None = None
     recover: int = 0
     rounds: int = 1
+    distill: bool = False
 
     def __post_init__(self):
         if self.rows < 1:
@@ -104,6 +106,8 @@ class Compression:
             raise ConfigError(f"--recover is {self.recover} and --rounds {self.rounds}; give no negative number")
         if self.recover and ((self.slim is None and self.sparsity is None) or quantized):
             raise ConfigError("--recover trains what --slim or --sparsity cut; train for quantised matrices by qat.py")
+        if self.distill and not self.recover:
+            raise ConfigError("--distill says how --recover trains; add it with a number of tokens")
         if self.rounds > 1 and not self.recover:
             raise ConfigError("--rounds needs training between them; add --recover with a number of tokens")
 
@@ -128,7 +132,7 @@ class Compression:
         words += [self.way if self.way != "width" else "", self.by if self.by != "parameters" else ""]
         words += [self.method if self.method not in (None, "nearest") else "", self.budget and f"{self.budget}x"]
         words += [f"search{self.search}" if self.search else "", self.recover and f"r{self.recover}"]
-        words += [f"{self.rounds}rounds" if self.rounds > 1 else ""]
+        words += [f"{self.rounds}rounds" if self.rounds > 1 else "", "distilled" if self.distill else ""]
         return "-".join(w for w in words if w).replace(":", "").replace(",", "-") or "stored"
 
 

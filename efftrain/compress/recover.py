@@ -4,7 +4,10 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flax import nnx
+
 import efftrain
+from efftrain.compress.distill import Distill, distilled, teacher_flops, teacher_run
 from efftrain.compress.sparsify import hold_zeros
 from efftrain.config import from_json
 from efftrain.errors import ConfigError
@@ -33,17 +36,26 @@ class Recovery(Experiment):
       source: the run directory of that model.
       sparse: what is zero there stays zero.
       rows: of the validation split, for the figures at the end. None: all.
+      teacher: the run directory of the model that it learns from. None: it learns from the text.
     """
 
     source: Path
     sparse: bool
     rows: int | None = None
+    teacher: Path | None = None
 
 
 def recover(
-    source: Path, training: Training, out: Path, corpus: Path, *, sparse: bool, rows: int | None = None
+    source: Path,
+    training: Training,
+    out: Path,
+    corpus: Path,
+    *,
+    sparse: bool,
+    rows: int | None = None,
+    teacher: Path | None = None,
 ) -> Scorecard:
-    """Trains the model of a run for its next token, or continues.
+    """Trains the model of a run for its next token or by the distributions of a teacher, or continues.
 
     Source: Muralidharan et al. 2024 (Minitron); for masks, Renda et al. 2020 (learning-rate rewinding).
 
@@ -52,7 +64,7 @@ def recover(
       training: see ``recovery_training``.
       out: the run directory.
       corpus: of the text.
-      sparse, rows: see ``Recovery``.
+      sparse, rows, teacher: see ``Recovery``.
     """
     config = Recovery(
         model=load_model_config(source),
@@ -62,13 +74,24 @@ def recover(
         source=source,
         sparse=sparse,
         rows=rows,
+        teacher=teacher,
     )
     wrap = hold_zeros().around(training) if sparse else None
+
+    def build(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(config.model, rngs=rngs)
+
+    objective, extra_flops = next_token_loss, 0.0
+    if teacher is not None:
+        taught = teacher_run(teacher, corpus)
+        build, objective = distilled(build, config.model, Distill(), taught)
+        extra_flops = teacher_flops(taught.config, training.length)
     _, card = train_and_score(
         config,
-        lambda rngs: Decoder(config.model, rngs=rngs),
-        next_token_loss,
+        build,
+        objective,
         wrap,
+        extra_flops=extra_flops,
         initial=lambda: efftrain.load(source),
         evaluated_rows=rows,
         script=source / "recipe.py",

@@ -94,6 +94,7 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
     """Cut and train, as often as there are rounds."""
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
     trained, sparse = run, options.sparsity is not None
+    teacher = run if options.distill else None
     # Too few tokens are refused before anything is done.
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     if out.exists() and not (stages / "1-cut").exists():
@@ -108,14 +109,14 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
         run = out if last else stages / f"{number}-recovered"
         rows = evaluated_rows if last else options.rows
         training = recovery_training(trained, tokens, sparse=sparse, number=number, last=last)
-        card = recover(cut, training, run, text.corpus, sparse=sparse, rows=rows)
+        card = recover(cut, training, run, text.corpus, sparse=sparse, rows=rows, teacher=teacher)
     return card
 
 
 def _round(options: Compression, number: int) -> Compression:
     """What one of several rounds cuts: the same share of what is left in each."""
     way = "width" if options.search is not None else options.way  # the shape says it
-    once = replace(options, recover=0, rounds=1, search=None, way=way)
+    once = replace(options, recover=0, rounds=1, search=None, way=way, distill=False)
     if options.rounds == 1:
         return once
     if options.slim is not None:
@@ -142,7 +143,15 @@ def _best_shape(
         console.print(f"shape {i + 1} of {len(shapes)} that were found: {shape}", markup=False)
         cut = folder / f"{i + 1}-cut"
         _stage(run, once, text, cut, shape)
-        card = recover(cut, training, folder / f"{i + 1}", text.corpus, sparse=False, rows=options.rows)
+        card = recover(
+            cut,
+            training,
+            folder / f"{i + 1}",
+            text.corpus,
+            sparse=False,
+            rows=options.rows,
+            teacher=run if options.distill else None,
+        )
         bpb.append(card.figures["bpb"].value)
     write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes], "bpb": bpb})
     return shapes[int(np.argmin(bpb))]
@@ -266,8 +275,9 @@ def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_
         training = settings.get("training", {}) | {"checkpoints": None}
         write_json(unfinished / "config.json", settings | {"model": to_json(model.config), "training": training})
         write_json(unfinished / "environment.json", environment())
-        if (run / "recipe.py").exists():
-            shutil.copyfile(run / "recipe.py", unfinished / "recipe.py")
+        for name in ("recipe.py", "tokenizer.json"):
+            if (run / name).exists():
+                shutil.copyfile(run / name, unfinished / name)
         _, params, rest = split_model(model)
         with Checkpoints(unfinished / "checkpoints") as checkpoints:
             checkpoints.save(made_from["step"], {"params": params, "model_state": rest}, None, None, squeezed=True)

@@ -1,5 +1,6 @@
 """What recipes share: one run on a corpus from its batches to its scorecard."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
 from efftrain.train.program import Wrap
 from efftrain.train.run import Run
+from efftrain.train.teacher import Taught
+
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +43,10 @@ class Experiment:
 def train_and_score(
     config: Experiment,
     build: Callable[[nnx.Rngs], Decoder],
-    objective: Objective,
+    objective: Objective | Taught,
     wrap: Wrap | None = None,
     *,
+    part: data.Part | None = None,
     initial: Callable[[], Decoder] | None = None,
     extra_flops: float = 0.0,
     evaluated_rows: int | None = None,
@@ -54,6 +59,7 @@ def train_and_score(
     Args:
       config: of the run.
       build, objective, wrap, initial: see ``fit``.
+      part: what is read of the corpus, and what its teacher says of it. None: all of it, and no teacher.
       evaluated_rows: of the validation split. None: all.
       script: see ``Run``.
       extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
@@ -67,16 +73,19 @@ def train_and_score(
         corpus = data.open(config.corpus)
         corpus.check_model(config.model.vocab_size)
     run = Run(config.out, config, script=script)
+    if hosts.process_index() == 0:  # what its tokens mean, for whoever uses the model without the corpus
+        shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
 
     loader = data.LoaderConfig(
-        corpora=(data.Part(path=config.corpus),),
+        corpora=(part or data.Part(path=config.corpus),),
         length=training.length,
         batch_size=training.batch_size,
         seed=training.seed,
     )
     data.show_mixture(loader, training.tokens)
-    held_out = replace(loader, split="validation", shuffle=False, repeat=False)
-    part = batch_part(training)
+    whole = (data.Part(path=config.corpus),)
+    held_out = replace(loader, corpora=whole, split="validation", shuffle=False, repeat=False)
+    mine = batch_part(training)
 
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
@@ -84,13 +93,13 @@ def train_and_score(
     fitted = fit(
         build,
         objective,
-        data.batches(loader, *part, verify=False),
+        data.batches(loader, *mine, verify=False),
         training,
         run,
         wrap=wrap,
         initial=initial,
         evaluate=Evaluator(
-            lambda: data.batches(held_out, *part, verify=False), corpus.token_bytes(), max_batches=max_batches
+            lambda: data.batches(held_out, *mine, verify=False), corpus.token_bytes(), max_batches=max_batches
         ),
         flops_per_token=flops_per_token,
     )

@@ -1,0 +1,336 @@
+"""Distillation: a small model learns what a large one predicts, beside the same model on the text alone.
+
+    python data/python.py --out corpora/python
+    python recipes/distill.py cpu                         # a teacher, and a student of a tenth of its parameters
+    efftrain teacher runs/distill/teacher --samples 50 --rows 9600    # its predictions, kept on disk
+    python recipes/distill.py cpu --cache runs/distill/teacher-sampled50 --out runs/distill/from-cache
+    python recipes/distill.py cpu --compare               # cached, fewer tokens, online, starts; three seeds
+    python recipes/distill.py v5e-64 --corpus corpora/python          # on every worker of a TPU slice
+
+Any run of the same vocabulary teaches: ``--teacher RUN``, also one that ``efftrain compress`` quantised. Which presets
+to begin with, and what to do when it does not help: recipes/README.md.
+
+A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
+
+RESULTS
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flax import nnx
+
+import efftrain
+from efftrain import data
+from efftrain.compress.distill import Distill, FromCache, FromTeacher, distilled, teacher_flops, teacher_run
+from efftrain.compress.pieces import Pieces
+from efftrain.compress.shape import Shape, shaped
+from efftrain.compress.shapes import candidates
+from efftrain.compress.student import cut_from, from_layers, spread_layers
+from efftrain.compress.teacher_cache import CacheOptions, build_cache, model_digest
+from efftrain.compress.text import Text
+from efftrain.errors import ConfigError
+from efftrain.measure.compare import Comparison, compare
+from efftrain.measure.experiment import Experiment, train_and_score
+from efftrain.measure.parameters import abstract_decoder, count_parameters
+from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
+from efftrain.measure.unigram import unigram_bpb
+from efftrain.models.config import ModelConfig, llama
+from efftrain.models.decoder import Decoder
+from efftrain.progress import console
+from efftrain.recipe import run_recipe
+from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.loop import Training
+from efftrain.train.objective import Objective, next_token_loss
+from efftrain.train.optimizers import AdamW
+from efftrain.train.run import load_model_config
+from efftrain.train.teacher import Teacher
+
+CALIBRATION_ROWS, EVALUATED_ROWS = 128, 1024  # of the training and of the validation split, for starts
+FEWER_TOKENS = 0.7  # of the student's, with which a taught one may reach what the text alone brings
+SHORT = 0.25  # of the student's steps, with the teacher beside every batch and with what was kept of it
+START_STEPS = 0.05  # of the student's steps, for each start that is compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Experiment):
+    """A student.
+
+    Attributes:
+      distill: what it learns from its teacher. None: nothing, it has the text alone.
+      teacher: the run directory of a teacher. None: one is trained beside the student.
+      teacher_model, teacher_training: of that one.
+      teacher_dtype: of its matrices while it teaches; it is frozen, so that bfloat16 is enough.
+      cache: what ``efftrain teacher`` kept of the teacher for the rows that the student reads. None: the teacher reads
+        every batch too.
+      rows: only the first so many of the training split are read. None: all, or those of the cache.
+      initial: the student begins at random, with layers of its teacher (of the same width), or with what is most
+        important of it (of the same head size).
+      compare: train in other ways too.
+      seeds: of a comparison.
+    """
+
+    distill: Distill | None = field(default_factory=Distill)
+    teacher: Path | None = None
+    teacher_model: ModelConfig
+    teacher_training: Training
+    teacher_dtype: str | None = None
+    cache: Path | None = None
+    rows: int | None = None
+    initial: Literal["random", "layers", "cut"] = "random"
+    corpus: Path = Path("corpora/python")
+    out: Path = Path("runs/distill/student")
+    compare: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+cpu = Config(
+    model=llama(vocab_size=4096, d_model=64, n_layers=4, n_heads=2, d_ff=256, max_length=512, tied_embedding=True),
+    training=Training(steps=800, batch_size=16, length=256, optimizer=AdamW(peak_lr=3e-3), checkpoint_every=100),
+    teacher_model=llama(
+        vocab_size=4096, d_model=256, n_layers=6, n_heads=4, d_ff=704, max_length=512, tied_embedding=True
+    ),
+    teacher_training=Training(
+        steps=1200, batch_size=16, length=256, optimizer=AdamW(peak_lr=2e-3), checkpoint_every=100
+    ),
+    rows=9600,
+)
+gpu = replace(  # about 30M parameters by 300M
+    cpu,
+    model=llama(
+        vocab_size=4096,
+        d_model=448,
+        n_layers=12,
+        n_heads=7,
+        d_ff=1216,
+        max_length=2048,
+        tied_embedding=True,
+        dtype="bfloat16",
+    ),
+    training=replace(
+        cpu.training,
+        steps=5000,
+        batch_size=64,
+        length=2048,
+        optimizer=AdamW(peak_lr=2e-3),
+        eval_every=500,
+        checkpoint_every=500,
+    ),
+    teacher_model=llama(
+        vocab_size=4096,
+        d_model=1024,
+        n_layers=24,
+        n_heads=16,
+        d_ff=2752,
+        max_length=2048,
+        tied_embedding=True,
+        dtype="bfloat16",
+    ),
+    teacher_training=replace(
+        cpu.teacher_training,
+        steps=10_000,
+        batch_size=64,
+        length=2048,
+        optimizer=AdamW(peak_lr=1e-3),
+        eval_every=1000,
+        checkpoint_every=500,
+    ),
+    teacher_dtype="bfloat16",
+    rows=None,
+)
+v5e_64 = replace(  # about 300M parameters by 3B
+    gpu,
+    model=gpu.teacher_model.replace(scan=True, remat="full"),
+    training=replace(
+        gpu.training, steps=20_000, batch_size=512, optimizer=AdamW(peak_lr=1e-3), mesh=MeshConfig(replica=-1, fsdp=16)
+    ),
+    teacher_model=llama(
+        vocab_size=4096,
+        d_model=2560,
+        n_layers=40,
+        n_heads=20,
+        n_kv_heads=10,
+        d_ff=6912,
+        max_length=2048,
+        dtype="bfloat16",
+        scan=True,
+        remat="full",
+    ),
+    teacher_training=replace(
+        gpu.teacher_training,
+        steps=40_000,
+        batch_size=512,
+        optimizer=AdamW(peak_lr=4e-4),
+        mesh=MeshConfig(replica=-1, fsdp=16),
+    ),
+)
+configs = {"cpu": cpu, "gpu": gpu, "v5e-64": v5e_64}
+
+
+def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective | FromTeacher | FromCache]:
+    """The student and what it minimises: what ``fit`` trains, and what ``efftrain aot`` compiles."""
+
+    def build(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(config.model, rngs=rngs)
+
+    if config.distill is None:
+        return build, next_token_loss
+    if config.cache is not None:
+        kept = data.TeacherCache.open(config.cache, verify=False)
+        if config.teacher is not None:
+            kept.check_teacher(model_digest(efftrain.load(config.teacher)))
+        return build, FromCache(how=config.distill, tail=kept.plan.kind == "top_k")
+    return distilled(build, config.model, config.distill, the_teacher(config))
+
+
+def main(config: Config) -> Scorecard | Comparison:
+    if config.compare:
+        return compare_ways(config)
+    config = replace(config, seeds=())
+    cards = [] if not needs_teacher(config) or config.teacher is not None else [teach(config)]
+    cards.append(train(config))
+    console.print(table(cards))
+    return cards[-1]
+
+
+def train(config: Config) -> Scorecard:
+    """The student; its teacher must be there."""
+    extra = 0.0
+    if config.distill is not None and config.cache is None:
+        extra = teacher_flops(the_teacher(config).config, config.training.length)
+    if config.cache is not None and config.distill is None:
+        raise ConfigError("a cache is for a student that is taught; leave it out, or give it distill")
+    part = data.Part(path=config.corpus, rows=config.rows, teacher=config.cache)
+    initial = None if config.initial == "random" else lambda: begun(config)
+    return train_and_score(config, *program(config), part=part, initial=initial, extra_flops=extra)[1]
+
+
+def needs_teacher(config: Config) -> bool:
+    return (config.distill is not None and config.cache is None) or config.initial != "random"
+
+
+def teacher_path(config: Config) -> Path:
+    return config.teacher or config.out.with_name("teacher")
+
+
+def the_teacher(config: Config) -> Teacher:
+    """Of the run, where it is there; else of the configuration, to be compiled."""
+    path = teacher_path(config)
+    if config.teacher is None and not (path / "config.json").exists():
+        return Teacher(config=config.teacher_model, load=lambda: efftrain.load(path), dtype=config.teacher_dtype)
+    return teacher_run(path, config.corpus, dtype=config.teacher_dtype)
+
+
+def teach(config: Config) -> Scorecard:
+    """Trains the teacher, or reads its card."""
+    alone = replace(
+        config,
+        model=config.teacher_model,
+        training=config.teacher_training,
+        distill=None,
+        cache=None,
+        rows=None,
+        initial="random",
+        out=teacher_path(config),
+        compare=False,
+        seeds=(),
+    )
+    if (alone.out / FILE_NAME).exists():
+        return Scorecard.read(alone.out / FILE_NAME)
+    return train(alone)
+
+
+def begun(config: Config) -> Decoder:
+    """The student before its first step, made of its teacher."""
+    pieces = Pieces.read(teacher_path(config))
+    if config.initial == "layers":
+        model = from_layers(pieces, spread_layers(config.model.n_layers, pieces.config.n_layers))
+        if model.config != config.model:
+            raise ConfigError("a student of its teacher's layers has its widths too; change model, or begin at random")
+        return model
+    return cut_from(pieces, config.model, Text(config.corpus, config.training.length).calibration(CALIBRATION_ROWS))
+
+
+def compare_ways(config: Config) -> Comparison:
+    """The text alone, what is kept of the teacher, fewer tokens, the teacher beside every batch; then starts."""
+    base, out = replace(config, compare=False, seeds=()), config.out.parent
+    if base.distill is None:
+        raise ConfigError("--compare compares a taught student with others; give it distill")
+    base = replace(base, teacher=teacher_path(base)) if base.teacher is None else base
+    taught_by = teach(replace(base, teacher=None, out=base.teacher.with_name("student")))
+    options = CacheOptions(top_k=None, samples=50, rows=base.rows)
+    cache = build_cache(base.teacher, options, corpus=base.corpus, out=out / "teacher-samples")
+
+    def shorter(share: float) -> Training:
+        return replace(base.training, steps=max(round(share * base.training.steps), 1))
+
+    variants = {
+        "text": replace(base, distill=None),
+        "samples": replace(base, cache=cache),
+        "samples-70": replace(base, cache=cache, training=shorter(FEWER_TOKENS)),
+        "samples-short": replace(base, cache=cache, training=shorter(SHORT)),
+        "online-short": replace(base, training=shorter(SHORT)),
+    }
+    found = compare(variants, train, out=out, seeds=config.seeds)
+    console.print(found.table())
+    starts = compare_starts(replace(base, cache=cache), out, config.seeds)
+    plain = unigram_bpb(data.open(base.corpus, verify=False))
+    teacher = taught_by.figures["bpb"].value
+    figures = {
+        "unigram_bpb": plain,
+        "teacher_bpb": teacher,
+        "parameters": {
+            "teacher": taught_by.figures["parameters_total"].value,
+            "student": found.cards["text"][0].figures["parameters_total"].value,
+        },
+        "kept_share_of_gain": {
+            name: [(plain - card.figures["bpb"].value) / (plain - teacher) for card in cards]
+            for name, cards in found.cards.items()
+        },
+        "cache_bytes_per_token": data.TeacherCache.open(cache, verify=False).manifest["bytes_per_token"],
+        "starts_bpb": starts,
+    }
+    found.write(out / "comparison.json", **figures)
+    console.print(json.dumps(figures, indent=1))
+    return found
+
+
+def compare_starts(config: Config, out: Path, seeds: tuple[int, ...]) -> dict[str, list[float]]:
+    """Bits per byte of students of equally many parameters, with half of the teacher's layers or all of them narrower,
+    behind a short training; by how they begin."""
+    whole = load_model_config(teacher_path(config))
+    keep = spread_layers(max(whole.n_layers // 2, 1), whole.n_layers)
+    half = shaped(whole, replace(Shape.of(whole), n_layers=len(keep)), keep)
+    share = count_parameters(abstract_decoder(half)).total / count_parameters(abstract_decoder(whole)).total
+    shape = candidates(whole, share, way="width", by="parameters", length=config.training.length)[0]
+    narrow = shaped(whole, shape, range(whole.n_layers))
+    training = replace(config.training, steps=max(round(START_STEPS * config.training.steps), 1))
+    ways: dict[str, tuple[ModelConfig, Any]] = {
+        "random, half of the layers": (half, "random"),
+        "layers of the teacher": (half, "layers"),
+        "random, narrower": (narrow, "random"),
+        "cut in width": (narrow, "cut"),
+    }
+    found: dict[str, list[float]] = {}
+    for i, (name, (model, initial)) in enumerate(ways.items()):
+        for seed in seeds:
+            student = replace(
+                config,
+                model=model,
+                initial=initial,
+                training=replace(training, seed=seed),
+                out=out / f"start{i}-seed{seed}",
+            )
+            card = student.out / FILE_NAME
+            done = Scorecard.read(card) if card.exists() else train(student)
+            found.setdefault(name, []).append(done.figures["bpb"].value)
+        console.print(f"{name}: {statistics.fmean(found[name]):.4f} bits per byte", markup=False)
+    return found
+
+
+if __name__ == "__main__":
+    run_recipe(main, configs)
