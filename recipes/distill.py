@@ -19,6 +19,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,12 +48,12 @@ from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training
 from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import load_model_config
+from efftrain.train.run import load_model_config, load_variables
 from efftrain.train.teacher import Teacher
 
 CALIBRATION_ROWS, EVALUATED_ROWS = 128, 1024  # of the training and of the validation split, for starts
 FEWER_TOKENS = 0.7  # of the student's, with which a taught one may reach what the text alone brings
-SHORT = 0.25  # of the student's steps, with the teacher beside every batch and with what was kept of it
+SHORT = 0.4  # of the student's steps, with the teacher beside every batch and with what was kept of it
 START_STEPS = 0.05  # of the student's steps, for each start that is compared
 
 
@@ -90,7 +91,7 @@ class Config(Experiment):
 
 cpu = Config(
     model=llama(vocab_size=4096, d_model=64, n_layers=4, n_heads=2, d_ff=256, max_length=512, tied_embedding=True),
-    training=Training(steps=800, batch_size=16, length=256, optimizer=AdamW(peak_lr=3e-3), checkpoint_every=100),
+    training=Training(steps=500, batch_size=16, length=256, optimizer=AdamW(peak_lr=3e-3), checkpoint_every=100),
     teacher_model=llama(
         vocab_size=4096, d_model=256, n_layers=6, n_heads=4, d_ff=704, max_length=512, tied_embedding=True
     ),
@@ -221,7 +222,7 @@ def the_teacher(config: Config) -> Teacher:
     """Of the run, where it is there; else of the configuration, to be compiled."""
     path = teacher_path(config)
     if config.teacher is None and not (path / "config.json").exists():
-        return Teacher(config=config.teacher_model, load=lambda: efftrain.load(path), dtype=config.teacher_dtype)
+        return Teacher(config=config.teacher_model, restore=partial(load_variables, path), dtype=config.teacher_dtype)
     return teacher_run(path, config.corpus, dtype=config.teacher_dtype)
 
 

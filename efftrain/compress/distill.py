@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-import efftrain
 from efftrain.compress.features import Features, feature_loss, with_helpers
 from efftrain.compress.on_policy import OnPolicy
 from efftrain.data.tokenizer import first_difference, load_tokenizer
@@ -22,7 +21,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.ops.divergence import distillation_loss, kept_distillation_loss
 from efftrain.sharding.rules import shard_count
 from efftrain.train.objective import Batch, Metrics, Objective, next_token_loss
-from efftrain.train.run import load_model_config, read_json
+from efftrain.train.run import load_model_config, load_variables, read_json
 from efftrain.train.schedules import Ramp
 from efftrain.train.teacher import Teacher
 
@@ -178,7 +177,7 @@ def teacher_run(run: Path, corpus: Path, *, dtype: str | None = None) -> Teacher
     """
     config = load_model_config(run)
     check_tokenizer(run, corpus)
-    return Teacher(config=config, load=lambda: efftrain.load(run), dtype=dtype)
+    return Teacher(config=config, restore=partial(load_variables, run), dtype=dtype)
 
 
 def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:

@@ -40,7 +40,7 @@ class HiddenStates:
     def pairs(self, student: ModelConfig, teacher: ModelConfig) -> tuple[tuple[int, int], ...]:
         """Raises ConfigError where there are no such layers."""
         n, m = student.n_layers, teacher.n_layers
-        pairs = tuple((i, round((i + 1) * m / n) - 1) for i in range(n)) if self.layers is None else self.layers
+        pairs = tuple((i, -(-(i + 1) * m // n) - 1) for i in range(n)) if self.layers is None else self.layers
         for i, j in pairs:
             if not (0 <= i < n and 0 <= j < m):
                 raise ConfigError(

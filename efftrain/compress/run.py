@@ -1,5 +1,6 @@
 """``efftrain compress``: a run directory in, a run directory of the smaller model out."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -296,6 +297,8 @@ def _check_made_from(out: Path, made_from: dict[str, Any]) -> None:
     if not (out / FILE_NAME).exists():
         raise RunError(f"{out} exists and is not a converted model; choose another --out")
     before = read_json(out / FILE_NAME)
+    with contextlib.suppress(ConfigError):  # options that did not exist then have their defaults
+        before["options"] = to_json(from_json(before.get("options")))
     if any(before.get(name) != value for name, value in json.loads(json.dumps(made_from)).items()):
         raise RunError(f"{out} was made from another run, step or with other options; choose another --out")
 

@@ -19,7 +19,7 @@ def spread_layers(n_student: int, n_teacher: int) -> tuple[int, ...]:
     """Layers of a teacher at equal distances, the last one among them: of 6, 3 are 1, 3, 5."""
     if not 1 <= n_student <= n_teacher:
         raise ConfigError(f"model.n_layers is {n_student} and the teacher has {n_teacher}; give the student no more")
-    return tuple(round((i + 1) * n_teacher / n_student) - 1 for i in range(n_student))
+    return tuple(-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student))
 
 
 def from_layers(teacher: Pieces, layers: Sequence[int]) -> Decoder:

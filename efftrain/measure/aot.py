@@ -55,6 +55,7 @@ class Memory:
     parameters: int
     optimizer: int
     other_state: int
+    teacher: int
     batch: int
     temporaries: int
     """Activations, gradients and what is gathered: all that the step allocates beside its arguments."""
@@ -130,12 +131,14 @@ def compile_target(target: Target, topology: Topology) -> Report:
     program = make_program(target.build, target.objective, training, target.wrap)
     with use(mesh):
         state, batch = program.abstract_state(mesh), abstract_batch(training, mesh)
+        frozen = program.abstract_frozen(mesh)
         began = time.perf_counter()
-        compiled = program.jit(state).lower(state, batch).compile()
+        compiled = program.jit(state).lower(state, batch, frozen).compile()
         compile_s = time.perf_counter() - began
-    memory = _memory(compiled.memory_analysis(), state, batch, topology)
+    memory = _memory(compiled.memory_analysis(), state, batch, frozen, topology)
     model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
-    formulas = estimate(model, training, state, mesh, topology)
+    teacher = program.teacher and program.teacher.abstract_model()
+    formulas = estimate(model, training, state, mesh, topology, teacher=teacher, frozen=frozen)
     text, warnings = _read(compiled)
     if not memory.fits and memory.limit:
         warnings.append(f"does not fit: {memory.total / 1e9:.1f} GB of {memory.limit / 1e9:.0f} GB on each device")
@@ -143,7 +146,7 @@ def compile_target(target: Target, topology: Topology) -> Report:
     flops, hbm_bytes, collectives = formulas.flops, formulas.hbm_bytes, []
     if text is not None:
         collectives = traffic(text, mesh)
-        flops, hbm_bytes = text.flops + _kernel_flops(text, model, training, mesh, warnings), text.memory_bytes
+        flops, hbm_bytes = text.flops + _kernel_flops(text, model, teacher, training, mesh, warnings), text.memory_bytes
         warnings += loop_warnings(text, collectives, state.params)
     times = None
     if topology.chip is not None:
@@ -156,7 +159,7 @@ def compile_target(target: Target, topology: Topology) -> Report:
         mesh=dict(mesh.shape),
         memory=memory,
         flops=flops,
-        model_flops=training_flops(model, training.length) * training.batch_size * training.length / mesh.size,
+        model_flops=_flops(model, teacher, training) * training.batch_size * training.length / mesh.size,
         hbm_bytes=hbm_bytes,
         counted_from="formulas" if text is None else "program",
         times=times,
@@ -175,20 +178,35 @@ def _read(compiled: Any) -> tuple[ProgramText | None, list[str]]:
         return None, [f"the program's text cannot be had ({reason}); FLOPs, bytes and times are by formulas"]
 
 
-def _kernel_flops(text: ProgramText, model: nnx.Module, training: Training, mesh: Mesh, warnings: list[str]) -> float:
+def _flops(model: nnx.Module, teacher: nnx.Module | None, training: Training) -> float:
+    """Of a token, that the mathematics needs."""
+    alone = training_flops(model, training.length)
+    return alone if teacher is None else alone + training_flops(teacher, training.length) / FORWARD_AND_BACKWARD
+
+
+def _kernel_flops(
+    text: ProgramText,
+    model: nnx.Module,
+    teacher: nnx.Module | None,
+    training: Training,
+    mesh: Mesh,
+    warnings: list[str],
+) -> float:
     unknown, flops = text.kernels
     if not unknown:
         return flops
     warnings.append(f"{unknown} runs of kernels state no FLOPs; what attention needs is added by formula")
     passes = FORWARD_AND_BACKWARD + (model.config.remat == "full")
     tokens = training.batch_size * training.length / mesh.size
-    return flops + passes * tokens * sum(
-        attention_flops(layer.attention, mean_visible_keys(training.length, layer.attention.window))
-        for layer in model.config.layers
+    layers = [(layer, passes) for layer in model.config.layers]
+    layers += [(layer, 1) for layer in teacher.config.layers] if teacher is not None else []
+    return flops + tokens * sum(
+        n * attention_flops(layer.attention, mean_visible_keys(training.length, layer.attention.window))
+        for layer, n in layers
     )
 
 
-def _memory(analysis: Any, state: Any, batch: Any, topology: Topology) -> Memory:
+def _memory(analysis: Any, state: Any, batch: Any, frozen: Any, topology: Topology) -> Memory:
     parameters, optimizer = _device_bytes(state.params), _device_bytes(state.opt_state)
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -196,6 +214,7 @@ def _memory(analysis: Any, state: Any, batch: Any, topology: Topology) -> Memory
         parameters=parameters,
         optimizer=optimizer,
         other_state=_device_bytes(state) - parameters - optimizer,
+        teacher=_device_bytes(frozen),
         batch=_device_bytes(batch),
         temporaries=temporaries,
         total=arguments + max(outputs, 0) + temporaries + analysis.generated_code_size_in_bytes,

@@ -16,7 +16,7 @@ def show(report: Report, console: Console) -> None:
     memory = report.memory
     table = Table("memory", "bytes", title_justify="left")
     table.columns[1].justify = "right"
-    rows = ("parameters", "optimizer", "other_state", "batch", "temporaries")
+    rows = ("parameters", "optimizer", "other_state", "teacher", "batch", "temporaries")
     for name in rows:
         table.add_row(name.replace("_", " "), decimal(getattr(memory, name)))
     table.add_section()

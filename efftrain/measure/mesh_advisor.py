@@ -22,6 +22,7 @@ def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[
     training = target.training
     model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
     program = make_program(target.build, target.objective, training, target.wrap)
+    teacher = program.teacher and program.teacher.abstract_model()
     found, refused = [], ""
     for config in mesh_shapes(len(topology.devices), expert=training.mesh.expert):
         try:
@@ -29,7 +30,8 @@ def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[
             with use(mesh):
                 state = program.abstract_state(mesh)
                 abstract_batch(training, mesh)
-            found.append(estimate(model, training, state, mesh, topology))
+                frozen = program.abstract_frozen(mesh)
+            found.append(estimate(model, training, state, mesh, topology, teacher=teacher, frozen=frozen))
         except ConfigError as error:
             refused = refused or str(error)
     if not found:

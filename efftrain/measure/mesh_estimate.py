@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from efftrain.measure.flops import mean_computed_keys, training_hardware_flops
+from efftrain.measure.flops import (
+    FORWARD_AND_BACKWARD,
+    mean_computed_keys,
+    training_flops,
+    training_hardware_flops,
+)
 from efftrain.measure.parameters import count_parameters, parameters
 from efftrain.models.config import MlpConfig, ModelConfig
 from efftrain.models.moe import MoE
@@ -38,7 +43,16 @@ class Estimate:
     times: Roofline
 
 
-def estimate(model: nnx.Module, training: Training, state: Any, mesh: Mesh, topology: Topology) -> Estimate:
+def estimate(
+    model: nnx.Module,
+    training: Training,
+    state: Any,
+    mesh: Mesh,
+    topology: Topology,
+    *,
+    teacher: nnx.Module | None = None,
+    frozen: Any = None,
+) -> Estimate:
     """Memory, work and traffic of a step on one device.
 
     Args:
@@ -47,6 +61,8 @@ def estimate(model: nnx.Module, training: Training, state: Any, mesh: Mesh, topo
       state: abstract, with the shardings on ``mesh``.
       mesh: of the topology's devices.
       topology: whose chip decides the times; all are 0 where it is not known.
+      teacher: abstract; one forward pass of it, whose traffic between devices is left out. None: there is none.
+      frozen: its abstract variables, with their shardings.
     """
     config: ModelConfig = model.config
     sizes = dict(mesh.shape)
@@ -54,7 +70,11 @@ def estimate(model: nnx.Module, training: Training, state: Any, mesh: Mesh, topo
     flops = training_hardware_flops(model, training.length) * tokens / sizes["tensor"]
     width = jnp.dtype(config.dtype).itemsize
     hbm = _hbm_bytes(model, training, state, tokens, sizes["tensor"], width)
-    memory = _device_bytes(state) + _temporaries(config, training, state, tokens, sizes["tensor"], width)
+    if teacher is not None:
+        flops += training_flops(teacher, training.length) / FORWARD_AND_BACKWARD * tokens / sizes["tensor"]
+        hbm += _device_bytes(frozen)
+    memory = _device_bytes(state) + _device_bytes(frozen)
+    memory += _temporaries(config, training, state, tokens, sizes["tensor"], width)
     chip = topology.chip
     if chip is None:
         times = Roofline(compute_s=0.0, hbm_s=0.0, ici_s=0.0)

@@ -197,16 +197,21 @@ def load(directory: Path | str) -> Decoder:
     Raises:
       RunError: the directory holds no run or no complete checkpoint.
     """
-    from efftrain.train.checkpoints import Checkpoints
-
-    directory = Path(directory)
     model_config = load_model_config(directory)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
     here = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    return nnx.merge(graph, load_variables(directory, abstract))
+
+
+def load_variables(directory: Path | str, abstract: nnx.State) -> nnx.State:
+    """As ``load``: a run's variables, in the shardings of ``abstract``; no device ever holds more than its part."""
+    from efftrain.train.checkpoints import Checkpoints
+
+    directory = Path(directory)
     place = checkpoint_directory(directory, read_json(directory / "config.json"))
     with Checkpoints(place, read_only=True) as checkpoints:
-        return nnx.merge(graph, checkpoints.restore_model(abstract))
+        return checkpoints.restore_model(abstract)
 
 
 def load_model_config(directory: Path | str) -> ModelConfig:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +25,38 @@ class Teacher:
 
     Attributes:
       config: of the model; it may be stored quantised.
-      load: gives it; called once, when a run starts.
+      restore: abstract variables with shardings -> the variables; called once, when a run starts.
       dtype: of its float32 matrices while they teach, such as bfloat16, which halves their bytes. None: as they are.
     """
 
     config: ModelConfig
-    load: Callable[[], Decoder]
+    restore: Callable[[nnx.State], nnx.State]
     dtype: str | None = None
+
+    @staticmethod
+    def of(model: Decoder, **options: Any) -> "Teacher":
+        """A model in memory, which stays as it is."""
+        held = nnx.state(model)
+        copies = partial(jax.tree.map, lambda old, new: jax.device_put(old, new.sharding, may_alias=False), held)
+        return Teacher(config=model.config, restore=copies, **options)
+
+    def abstract_model(self) -> Decoder:
+        """With shapes in place of arrays."""
+        return nnx.eval_shape(self._build)
 
     def abstract(self, mesh: Mesh, rules: ShardingRules) -> nnx.State:
         """Its variables as ``jax.ShapeDtypeStruct``s that carry their sharding."""
-        state = nnx.state(nnx.eval_shape(self._build))
-        return with_shardings(state, state_shardings(state, mesh, rules))
+        return _abstract(self.abstract_model(), mesh, rules)
 
     def place(self, mesh: Mesh, rules: ShardingRules) -> nnx.State:
         """Its variables on the mesh."""
-        abstract, state = self.abstract(mesh, rules), nnx.state(self.load())
-        return jax.tree.map(lambda new, old: jax.device_put(old.astype(new.dtype), new.sharding), abstract, state)
+        whole = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        state, wanted = self.restore(_abstract(whole, mesh, rules)), self.abstract(mesh, rules)
+        return jax.tree.map(lambda new, old: old.astype(new.dtype), wanted, state)
 
     def merge(self, state: nnx.State) -> Decoder:
         """The model, traced, whose variables no gradient reaches."""
-        graph = nnx.split(nnx.eval_shape(self._build))[0]
+        graph = nnx.split(self.abstract_model())[0]
         return nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, state))
 
     def _build(self) -> Decoder:
@@ -52,8 +64,13 @@ class Teacher:
         for _, module, attribute in matrices(model) if self.dtype else ():
             variable = getattr(module, attribute)
             if variable.dtype == jnp.float32:
-                variable[...] = variable[...].astype(self.dtype)
+                variable.set_value(variable[...].astype(self.dtype))
         return model
+
+
+def _abstract(model: Decoder, mesh: Mesh, rules: ShardingRules) -> nnx.State:
+    state = nnx.state(model)
+    return with_shardings(state, state_shardings(state, mesh, rules))
 
 
 class Taught(Protocol):

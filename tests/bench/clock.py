@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from flax import nnx
 
 from efftrain.compress.observe import Calibration
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
+from efftrain.sharding.mesh import make_mesh
 from efftrain.train.loop import Training
 from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.program import Wrap, make_program
@@ -31,7 +31,8 @@ class Stepper:
     ):
         """``more``: arrays that the objective finds in a batch beside the text."""
         program = make_program(lambda rngs: Decoder(model, rngs=rngs), objective, training, wrap)
-        self._frozen = program.teacher and nnx.state(program.teacher.load())
+        mesh = make_mesh(training.mesh, jax.devices()[:1])
+        self._frozen = program.frozen(mesh)
         self._state = jax.jit(program.init)()
         tokens = np.random.default_rng(0).integers(0, 4096, (training.batch_size, training.length + 1), np.int32)
         ones = np.ones_like(tokens[:, 1:])

@@ -76,9 +76,7 @@ def kept(training: Training, k: int) -> dict[str, np.ndarray]:
 
 
 def steps(student: ModelConfig, teacher: ModelConfig, training: Training, rounds: int) -> dict[str, float]:
-    taught = FromTeacher(
-        how=Distill(), teacher=Teacher(config=teacher, load=lambda: Decoder(teacher, rngs=nnx.Rngs(0)))
-    )
+    taught = FromTeacher(how=Distill(), teacher=Teacher.of(Decoder(teacher, rngs=nnx.Rngs(0))))
     cached = {
         f"cached, {name}": Stepper(
             student, training, objective=FromCache(how=Distill(), tail=tail), more=kept(training, k)

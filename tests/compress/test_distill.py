@@ -41,7 +41,11 @@ def batch(rows=4, prompt=0):
 
 
 def teacher_of_seed(seed=7, model=STUDENT):
-    return Teacher(config=model, load=lambda: Decoder(model, rngs=nnx.Rngs(seed)))
+    return Teacher.of(build(model, seed))
+
+
+def variables(teacher):
+    return teacher.place(make_mesh(MeshConfig(), jax.devices()[:1]), DEFAULT_RULES)
 
 
 def loss_of(how, student, teacher, progress=0.0, given=None, key=0):
@@ -51,7 +55,7 @@ def loss_of(how, student, teacher, progress=0.0, given=None, key=0):
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_the_objective_is_the_mixture_at_its_place_in_the_schedule(beta):
-    student, teacher = build(STUDENT), Decoder(STUDENT, rngs=nnx.Rngs(7))
+    student, teacher = build(STUDENT), build(STUDENT, 7)
     how = Distill(alpha=Ramp(start=1.0, end=0.2, shape="linear"), temperature=Ramp(start=2.0, end=1.0), beta=beta)
     given = batch()
     total, count, metrics = loss_of(how, student, teacher, progress=0.5)
@@ -77,7 +81,7 @@ def test_steps_bring_the_student_to_its_teacher_which_stays_as_it_is():
     how = Distill()
     make, objective = distilled(lambda rngs: Decoder(NARROW, rngs=rngs), NARROW, how, teacher)
     program = make_program(make, objective, replace(TRAINING, steps=40))
-    state, frozen = jax.jit(program.init)(), nnx.state(teacher.load())
+    state, frozen = jax.jit(program.init)(), variables(teacher)
     before, step, seen = jax.tree.map(np.array, frozen), jax.jit(program.step), []
     given = batch()
     for _ in range(40):
@@ -98,21 +102,20 @@ def test_microbatches_change_nothing():
             FromTeacher(how=Distill(alpha=Ramp(start=0.5)), teacher=teacher),
             replace(TRAINING, n_microbatches=n),
         )
-        state, metrics = jax.jit(program.step)(jax.jit(program.init)(), batch(), nnx.state(teacher.load()))
+        state, metrics = jax.jit(program.step)(jax.jit(program.init)(), batch(), variables(teacher))
         found.append((state.params, metrics["loss/teacher"][0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
 def test_a_teacher_may_be_held_in_fewer_bytes():
     teacher = dataclasses.replace(teacher_of_seed(), dtype="bfloat16")
-    state = teacher.place(make_mesh(MeshConfig(), jax.devices()[:1]), DEFAULT_RULES)
-    whole = nnx.state(teacher.load())
+    state, whole = variables(teacher), variables(teacher_of_seed())
     matrices = [a for a in jax.tree.leaves(state) if a.dtype == jnp.bfloat16]
     n_bytes = [sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(s)) for s in (state, whole)]
     assert len(matrices) > 4
     assert n_bytes[0] < 0.55 * n_bytes[1]
     near = loss_of(Distill(), build(STUDENT), teacher.merge(state))[2]["loss/teacher"][0]
-    exact = loss_of(Distill(), build(STUDENT), teacher.load())[2]["loss/teacher"][0]
+    exact = loss_of(Distill(), build(STUDENT), build(STUDENT, 7))[2]["loss/teacher"][0]
     np.testing.assert_allclose(near, exact, rtol=0.05)
 
 
@@ -121,14 +124,14 @@ def test_hidden_states_of_equal_models_are_near_and_of_others_not(distance):
     features = HiddenStates(distance=distance)
     how, teacher = Distill(features=features), build(STUDENT)
     same = loss_of(how, build(STUDENT), teacher)[2]["loss/features"][0]
-    other = loss_of(how, Decoder(STUDENT, rngs=nnx.Rngs(9)), teacher)[2]["loss/features"][0]
+    other = loss_of(how, build(STUDENT, 9), teacher)[2]["loss/features"][0]
     np.testing.assert_allclose(same, 0, atol=1e-3)
     assert other > 1
 
 
 def test_hidden_states_by_hand():
     """Of layer 0 beside layer 2, by the streams themselves."""
-    student, teacher = build(STUDENT), Decoder(STUDENT, rngs=nnx.Rngs(9))
+    student, teacher = build(STUDENT), build(STUDENT, 9)
     given = batch(prompt=5)
     total, count, metrics = loss_of(Distill(features=HiddenStates(layers=((0, 2),))), student, teacher, given=given)
     streams = []
@@ -150,7 +153,7 @@ def test_projections_are_trained_and_no_part_of_the_student():
     make, objective = distilled(lambda rngs: Decoder(NARROW, rngs=rngs), NARROW, how, teacher)
     program = make_program(make, objective, TRAINING)
     before = jax.jit(program.init)()
-    after, metrics = jax.jit(program.step)(before, batch(), nnx.state(teacher.load()))
+    after, metrics = jax.jit(program.step)(before, batch(), variables(teacher))
     helpers = [jax.tree.leaves(state.params["helpers"]) for state in (before, after)]
     assert [h.shape for h in helpers[0]] == [(8, STUDENT.d_model)] * NARROW.n_layers
     assert all((a != b).any() for a, b in zip(*helpers, strict=True))

@@ -14,7 +14,6 @@ from efftrain.compress.distill import Distill, FromTeacher
 from efftrain.compress.on_policy import OnPolicy
 from efftrain.errors import ConfigError
 from efftrain.models.decode import generate
-from efftrain.models.decoder import Decoder
 from efftrain.models.sampling import Sampling
 
 PROMPT, N_NEW = 6, 7
@@ -64,7 +63,7 @@ def test_an_answer_ends_with_the_end_token_and_counts_it():
 
 
 def test_some_steps_and_not_others_take_answers():
-    student, teacher, given = build(STUDENT), Decoder(STUDENT, rngs=nnx.Rngs(7)), batch(prompt=PROMPT - 1)
+    student, teacher, given = build(STUDENT), build(STUDENT, 7), batch(prompt=PROMPT - 1)
     plain = loss_of(Distill(), student, teacher, given=given)[0]
     how = Distill(on_policy=OnPolicy(share=0.5, n_new=N_NEW))
     compiled = jax.jit(lambda key: loss_of_key(how, student, teacher, given, key))
@@ -78,7 +77,7 @@ def loss_of_key(how, student, teacher, given, key):
 
 def test_no_gradient_goes_through_the_drawing():
     """The loss of answers has the gradient that it has for the same rows given as data."""
-    student, teacher, given = build(STUDENT), Decoder(STUDENT, rngs=nnx.Rngs(7)), batch(prompt=PROMPT - 1)
+    student, teacher, given = build(STUDENT), build(STUDENT, 7), batch(prompt=PROMPT - 1)
     options = OnPolicy(share=1.0, n_new=N_NEW)
     key = jax.random.key(2)
     answered = options(student, given, jax.random.split(key)[0])
