@@ -19,7 +19,6 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +26,19 @@ from flax import nnx
 
 import efftrain
 from efftrain import data
-from efftrain.compress.distill import Distill, FromCache, FromTeacher, distilled, teacher_flops, teacher_run
+from efftrain.compress.distill import (
+    Distill,
+    FromCache,
+    FromTeacher,
+    distilled,
+    extra_flops,
+    forward_flops,
+    teacher_run,
+)
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.shape import Shape, shaped
 from efftrain.compress.shapes import candidates
-from efftrain.compress.student import cut_from, from_layers, spread_layers
+from efftrain.compress.student import cut_from, from_layers, same_parameters, spread_layers
 from efftrain.compress.teacher_cache import CacheOptions, build_cache, model_digest
 from efftrain.compress.text import Text
 from efftrain.errors import ConfigError
@@ -44,14 +51,15 @@ from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
+from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training
 from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import load_model_config, load_variables
+from efftrain.train.run import Run, load_model_config, read_json
 from efftrain.train.teacher import Teacher
 
-CALIBRATION_ROWS, EVALUATED_ROWS = 128, 1024  # of the training and of the validation split, for starts
+CALIBRATION_ROWS = 128  # of the training split, for what is cut out of a teacher
 FEWER_TOKENS = 0.7  # of the student's, with which a taught one may reach what the text alone brings
 SHORT = 0.4  # of the student's steps, with the teacher beside every batch and with what was kept of it
 START_STEPS = 0.05  # of the student's steps, for each start that is compared
@@ -178,21 +186,40 @@ def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective | 
     def build(rngs: nnx.Rngs) -> Decoder:
         return Decoder(config.model, rngs=rngs)
 
-    if config.distill is None:
+    how = config.distill
+    if how is None:
         return build, next_token_loss
     if config.cache is not None:
-        kept = data.TeacherCache.open(config.cache, verify=False)
-        if config.teacher is not None:
-            kept.check_teacher(model_digest(efftrain.load(config.teacher)))
-        return build, FromCache(how=config.distill, tail=kept.plan.kind == "top_k")
-    return distilled(build, config.model, config.distill, the_teacher(config))
+        return build, FromCache(how=how, tail=open_cache(config).plan.kind == "top_k")
+    if config.teacher is None:  # not trained yet: enough to be compiled
+        teacher = Teacher(config=config.teacher_model, restore=not_trained, dtype=config.teacher_dtype)
+    else:
+        teacher = teacher_run(config.teacher, config.corpus, dtype=config.teacher_dtype)
+    return distilled(build, config.model, how, teacher)
+
+
+def not_trained(_: nnx.State) -> nnx.State:
+    raise ConfigError("the student has no teacher yet; train one, or give --teacher RUN")
+
+
+def open_cache(config: Config) -> data.TeacherCache:
+    cache = data.TeacherCache.open(config.cache, verify=False)
+    if config.teacher is not None:
+        cache.check_teacher(model_digest(efftrain.load(config.teacher)))
+    return cache
 
 
 def main(config: Config) -> Scorecard | Comparison:
+    hosts.connect()
     if config.compare:
         return compare_ways(config)
     config = replace(config, seeds=())
-    cards = [] if not needs_teacher(config) or config.teacher is not None else [teach(config)]
+    cards = []
+    if config.teacher is None and needs_teacher(config):
+        cards.append(teach(config))
+        config = replace(config, teacher=beside(config).out)
+    if config.distill is not None:
+        cards.append(found_or_trained(on_text(config)))
     cards.append(train(config))
     console.print(table(cards))
     return cards[-1]
@@ -200,57 +227,61 @@ def main(config: Config) -> Scorecard | Comparison:
 
 def train(config: Config) -> Scorecard:
     """The student; its teacher must be there."""
-    extra = 0.0
-    if config.distill is not None and config.cache is None:
-        extra = teacher_flops(the_teacher(config).config, config.training.length)
     if config.cache is not None and config.distill is None:
         raise ConfigError("a cache is for a student that is taught; leave it out, or give it distill")
+    if config.distill is not None and config.distill.on_policy and config.distill.on_policy.prompt is None:
+        raise ConfigError("text without answers has no prompts of its own; set distill.on-policy.prompt, such as 64")
+    build, objective = program(config)
+    extra = 0.0
+    if isinstance(objective, FromTeacher):
+        extra = extra_flops(objective.how, config.model, objective.teacher.config, config.training.length)
     part = data.Part(path=config.corpus, rows=config.rows, teacher=config.cache)
     initial = None if config.initial == "random" else lambda: begun(config)
-    return train_and_score(config, *program(config), part=part, initial=initial, extra_flops=extra)[1]
+    return train_and_score(config, build, objective, part=part, initial=initial, extra_flops=extra)[1]
+
+
+def found_or_trained(config: Config) -> Scorecard:
+    """The card of a run that is done, where its configuration is this one."""
+    card = config.out / FILE_NAME
+    if hosts.from_first(card.exists):
+        Run(config.out, config)  # refuses another configuration
+        return Scorecard.of(hosts.from_first(lambda: read_json(card)))
+    return train(config)
 
 
 def needs_teacher(config: Config) -> bool:
     return (config.distill is not None and config.cache is None) or config.initial != "random"
 
 
-def teacher_path(config: Config) -> Path:
-    return config.teacher or config.out.with_name("teacher")
+def beside(config: Config) -> Config:
+    """The teacher that is trained beside a student."""
+    return replace(
+        on_text(config),
+        model=config.teacher_model,
+        training=config.teacher_training,
+        rows=None,
+        out=config.out.with_name("teacher"),
+    )
 
 
-def the_teacher(config: Config) -> Teacher:
-    """Of the run, where it is there; else of the configuration, to be compiled."""
-    path = teacher_path(config)
-    if config.teacher is None and not (path / "config.json").exists():
-        return Teacher(config=config.teacher_model, restore=partial(load_variables, path), dtype=config.teacher_dtype)
-    return teacher_run(path, config.corpus, dtype=config.teacher_dtype)
+def on_text(config: Config) -> Config:
+    """The same student on the text alone, beside it."""
+    out = config.out.with_name(f"text-seed{config.training.seed}")
+    alone = {"distill": None, "cache": None, "teacher": None, "teacher_dtype": None, "initial": "random"}
+    return replace(config, **alone, out=out, compare=False, seeds=())
 
 
 def teach(config: Config) -> Scorecard:
     """Trains the teacher, or reads its card."""
-    alone = replace(
-        config,
-        model=config.teacher_model,
-        training=config.teacher_training,
-        distill=None,
-        cache=None,
-        rows=None,
-        initial="random",
-        out=teacher_path(config),
-        compare=False,
-        seeds=(),
-    )
-    if (alone.out / FILE_NAME).exists():
-        return Scorecard.read(alone.out / FILE_NAME)
-    return train(alone)
+    return found_or_trained(beside(config))
 
 
 def begun(config: Config) -> Decoder:
     """The student before its first step, made of its teacher."""
-    pieces = Pieces.read(teacher_path(config))
+    pieces = Pieces.read(config.teacher)
     if config.initial == "layers":
         model = from_layers(pieces, spread_layers(config.model.n_layers, pieces.config.n_layers))
-        if model.config != config.model:
+        if not same_parameters(model.config, config.model):
             raise ConfigError("a student of its teacher's layers has its widths too; change model, or begin at random")
         return model
     return cut_from(pieces, config.model, Text(config.corpus, config.training.length).calibration(CALIBRATION_ROWS))
@@ -259,10 +290,15 @@ def begun(config: Config) -> Decoder:
 def compare_ways(config: Config) -> Comparison:
     """The text alone, what is kept of the teacher, fewer tokens, the teacher beside every batch; then starts."""
     base, out = replace(config, compare=False, seeds=()), config.out.parent
-    if base.distill is None:
-        raise ConfigError("--compare compares a taught student with others; give it distill")
-    base = replace(base, teacher=teacher_path(base)) if base.teacher is None else base
-    taught_by = teach(replace(base, teacher=None, out=base.teacher.with_name("student")))
+    if base.distill is None or base.cache is not None:
+        raise ConfigError("--compare makes its cache and compares a taught student with others; give distill, no cache")
+    if base.teacher is None:
+        taught_by = teach(base)
+        base = replace(base, teacher=beside(base).out)
+    elif (base.teacher / FILE_NAME).exists():
+        taught_by = Scorecard.read(base.teacher / FILE_NAME)
+    else:
+        raise ConfigError(f"{base.teacher} has no {FILE_NAME}; give a run that is finished")
     options = CacheOptions(top_k=None, samples=50, rows=base.rows)
     cache = build_cache(base.teacher, options, corpus=base.corpus, out=out / "teacher-samples")
 
@@ -270,7 +306,7 @@ def compare_ways(config: Config) -> Comparison:
         return replace(base.training, steps=max(round(share * base.training.steps), 1))
 
     variants = {
-        "text": replace(base, distill=None),
+        "text": on_text(base),
         "samples": replace(base, cache=cache),
         "samples-70": replace(base, cache=cache, training=shorter(FEWER_TOKENS)),
         "samples-short": replace(base, cache=cache, training=shorter(SHORT)),
@@ -293,6 +329,7 @@ def compare_ways(config: Config) -> Comparison:
             for name, cards in found.cards.items()
         },
         "cache_bytes_per_token": data.TeacherCache.open(cache, verify=False).manifest["bytes_per_token"],
+        "teacher_flops_per_token": forward_flops(load_model_config(base.teacher), base.training.length),
         "starts_bpb": starts,
     }
     found.write(out / "comparison.json", **figures)
@@ -303,7 +340,7 @@ def compare_ways(config: Config) -> Comparison:
 def compare_starts(config: Config, out: Path, seeds: tuple[int, ...]) -> dict[str, list[float]]:
     """Bits per byte of students of equally many parameters, with half of the teacher's layers or all of them narrower,
     behind a short training; by how they begin."""
-    whole = load_model_config(teacher_path(config))
+    whole = load_model_config(config.teacher)
     keep = spread_layers(max(whole.n_layers // 2, 1), whole.n_layers)
     half = shaped(whole, replace(Shape.of(whole), n_layers=len(keep)), keep)
     share = count_parameters(abstract_decoder(half)).total / count_parameters(abstract_decoder(whole)).total
@@ -319,16 +356,10 @@ def compare_starts(config: Config, out: Path, seeds: tuple[int, ...]) -> dict[st
     found: dict[str, list[float]] = {}
     for i, (name, (model, initial)) in enumerate(ways.items()):
         for seed in seeds:
-            student = replace(
-                config,
-                model=model,
-                initial=initial,
-                training=replace(training, seed=seed),
-                out=out / f"start{i}-seed{seed}",
-            )
-            card = student.out / FILE_NAME
-            done = Scorecard.read(card) if card.exists() else train(student)
-            found.setdefault(name, []).append(done.figures["bpb"].value)
+            start = out / f"start{i}-seed{seed}"
+            seeded = replace(training, seed=seed)
+            student = replace(config, model=model, initial=initial, training=seeded, out=start)
+            found.setdefault(name, []).append(found_or_trained(student).figures["bpb"].value)
         console.print(f"{name}: {statistics.fmean(found[name]):.4f} bits per byte", markup=False)
     return found
 

@@ -18,10 +18,12 @@ from efftrain.measure.flops import FORWARD_AND_BACKWARD, training_flops
 from efftrain.measure.parameters import abstract_decoder
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
+from efftrain.models.routed_depth import routes_causally
 from efftrain.ops.divergence import distillation_loss, kept_distillation_loss
+from efftrain.sharding import hosts
 from efftrain.sharding.rules import shard_count
-from efftrain.train.objective import Batch, Metrics, Objective, next_token_loss
-from efftrain.train.run import load_model_config, load_variables, read_json
+from efftrain.train.objective import Batch, Metrics, Objective, auxiliary_loss, next_token_loss
+from efftrain.train.run import checkpoint_directory, load_model_config, load_variables, model_config, read_json
 from efftrain.train.schedules import Ramp
 from efftrain.train.teacher import Teacher
 
@@ -52,6 +54,10 @@ class Distill:
         for value in (self.temperature.start, self.temperature.end):
             if value is not None and not value > 0:
                 raise ConfigError(f"distill.temperature is {value}; give a positive number")
+        if self.on_policy is not None and self.alpha != Ramp(start=1.0):
+            raise ConfigError(
+                "distill.alpha gives weight to the text, and answers of on_policy are none; leave it at 1"
+            )
         if not 0 <= self.beta <= 1:
             raise ConfigError(f"distill.beta is {self.beta}; give 0 for forward KL, 1 for reverse KL, or between")
 
@@ -78,9 +84,13 @@ class FromTeacher:
         if key is None:
             return next_token_loss(model, batch, key)
         how, configs = self.how, (model.config, teacher.config)
+        if (length := batch["tokens"].shape[1]) > teacher.config.max_length:
+            raise ConfigError(f"rows have {length} tokens and the teacher reads {teacher.config.max_length}; cut them")
+        is_text = True
         if how.on_policy is not None:
             own, key = jax.random.split(key)
-            batch = how.on_policy(model, batch, own)
+            batch, answered = how.on_policy(model, batch, own)
+            is_text = ~answered
         student_e, teacher_e = how.features.layers_read(*configs) if how.features else (None, None)
         inputs = {"segments_bt": batch["segments"], "positions_bt": batch["positions"]}
         t_btd, t_ebtd, _ = teacher.states(batch["tokens"], exits_e=_array(teacher_e), **inputs)
@@ -99,14 +109,15 @@ class FromTeacher:
             shards=shard_count("batch", "length"),
         )
         count = batch["mask"].sum(dtype=jnp.float32)
-        figures = {"loss": (nll, count), "loss/teacher": (divergence, count)}
+        figures = {"loss": (nll * is_text, count * is_text), "loss/teacher": (divergence, count)}
         if how.features is not None:
             far = feature_loss(
                 how.features, model, teacher, _in_order(x_ebtd, student_e), _in_order(t_ebtd, teacher_e), batch
             )
             loss += how.features.weight.at(progress) * far
             figures["loss/features"] = (far, count)
-        return loss + metrics.pop("auxiliary", 0.0) * count, count, figures | metrics
+        extra, metrics = auxiliary_loss(metrics, count)
+        return loss + extra, count, figures | metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +161,8 @@ class FromCache:
             shards=shard_count("batch", "length"),
         )
         count = batch["mask"].sum(dtype=jnp.float32)
-        figures = {"loss": (nll, count), "loss/teacher": (divergence, count)}
-        return loss + metrics.pop("auxiliary", 0.0) * count, count, figures | metrics
+        extra, metrics = auxiliary_loss(metrics, count)
+        return loss + extra, count, {"loss": (nll, count), "loss/teacher": (divergence, count)} | metrics
 
 
 def distilled(
@@ -160,24 +171,33 @@ def distilled(
     """What ``fit`` takes: the student, with what is trained beside it, and the objective.
 
     Raises:
-      ConfigError: the vocabularies differ, or the features do not fit.
+      ConfigError: the vocabularies differ, the features do not fit, or the teacher predicts no next token.
     """
     check_vocabulary(student, teacher.config)
+    if not routes_causally(teacher.abstract_model()):
+        raise ConfigError(
+            "the teacher chooses tokens by looking ahead, so that it predicts no next token; train one with causal "
+            "'predictor' or 'auxiliary'"
+        )
     if how.features is not None:
         how.features.layers_read(student, teacher.config)
     return with_helpers(build, how.features, teacher.config), FromTeacher(how=how, teacher=teacher)
 
 
 def teacher_run(run: Path, corpus: Path, *, dtype: str | None = None) -> Teacher:
-    """The model of a run as a teacher of text of a corpus.
+    """The model of a run as a teacher of text of a corpus; of several processes the first one reads the directory.
 
     Raises:
       ConfigError: the run was trained with another tokenizer.
       RunError: there is no such run.
     """
-    config = load_model_config(run)
-    check_tokenizer(run, corpus)
-    return Teacher(config=config, restore=partial(load_variables, run), dtype=dtype)
+    with hosts.together():
+        if hosts.process_index() == 0:
+            load_model_config(run)
+            check_tokenizer(run, corpus)
+    settings = hosts.from_first(lambda: read_json(run / "config.json"))
+    places = checkpoint_directory(run, settings)
+    return Teacher(config=model_config(run, settings), restore=partial(load_variables, places), dtype=dtype)
 
 
 def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
@@ -203,9 +223,15 @@ def check_tokenizer(run: Path, corpus: Path) -> None:
         )
 
 
-def teacher_flops(teacher: ModelConfig, length: int) -> float:
-    """Of its forward pass, for a token of a row of ``length``."""
-    return training_flops(abstract_decoder(teacher), length) / FORWARD_AND_BACKWARD
+def forward_flops(model: ModelConfig, length: int) -> float:
+    """Of a forward pass, for a token of a row of ``length``."""
+    return training_flops(abstract_decoder(model), length) / FORWARD_AND_BACKWARD
+
+
+def extra_flops(how: Distill, student: ModelConfig, teacher: ModelConfig, length: int) -> float:
+    """For a token of a row, beside the student's pass: the teacher's, and the drawing of answers."""
+    own = how.on_policy.share * forward_flops(student, length) if how.on_policy else 0.0
+    return forward_flops(teacher, length) + own
 
 
 def _array(layers: list[int] | None) -> Array | None:

@@ -5,7 +5,6 @@ Both come beside the teacher's distributions, and help where a model lost many l
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +16,23 @@ from efftrain.models.config import Full, ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Linear
 from efftrain.ops.norm import rms_norm
+from efftrain.sharding.rules import constrain, shard_count
 from efftrain.train.schedules import Ramp
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates:
-    """The residual stream behind layers of the student comes near to that behind layers of the teacher.
+    """The residual stream behind layers of the student points where that behind layers of the teacher does.
 
     Widths that differ are joined by learned projections, which are no part of the student.
 
     Attributes:
       layers: of the student and of the teacher, pairs from 0. None: all of the student's, beside those at the same
         share of the depth.
-      distance: 1 - cosine, or the mean square of the difference of normalised states.
       weight: in the loss.
     """
 
     layers: tuple[tuple[int, int], ...] | None = None
-    distance: Literal["cosine", "square"] = "cosine"
     weight: Ramp = field(default_factory=lambda: Ramp(start=1.0))
 
     def pairs(self, student: ModelConfig, teacher: ModelConfig) -> tuple[tuple[int, int], ...]:
@@ -63,15 +61,13 @@ class HiddenStates:
         return [i for i, _ in pairs], [j for _, j in pairs]
 
     def __call__(self, student: Decoder, teacher: Decoder, student_ebtd, teacher_ebtd, batch) -> Array:
-        """() float32, summed over tokens, a mean over the layers."""
+        """() float32, 1 - cosine summed over tokens, a mean over the layers."""
         total, n = jnp.zeros(()), len(student_ebtd)
         for number, (x_btd, t_btd) in enumerate(zip(student_ebtd, teacher_ebtd, strict=True)):
             if hasattr(student, "helpers"):
                 x_btd = student.helpers[number](x_btd)
             x_btd, t_btd = (rms_norm(a.astype(jnp.float32), jnp.ones(a.shape[-1]), 1e-6) for a in (x_btd, t_btd))
-            cosine_bt = (x_btd * t_btd).mean(-1)
-            far_bt = 1 - cosine_bt if self.distance == "cosine" else jnp.square(x_btd - t_btd).mean(-1)
-            total += (far_bt * batch["mask"]).sum() / n
+            total += ((1 - (x_btd * t_btd).mean(-1)) * batch["mask"]).sum() / n
         return total
 
 
@@ -93,6 +89,10 @@ class Relations:
     teacher_layer: int = -1
     heads: int = 8
     weight: Ramp = field(default_factory=lambda: Ramp(start=1.0))
+
+    def __post_init__(self):
+        if self.heads < 1:
+            raise ConfigError(f"features.heads is {self.heads}; give at least 1")
 
     def helpers(self, student: ModelConfig, teacher: ModelConfig, rngs: nnx.Rngs) -> None:
         return None
@@ -125,11 +125,17 @@ class Relations:
             h_btd = block.attention_norm(x_ebtd[0])
             products = block.attention.query, block.attention.key, block.attention.value
             both.append([product(h_btd) for product in products])
-        rows = (*both[0], *both[1], batch["segments"], batch["mask"])
-        return jax.lax.map(jax.checkpoint(self._row), rows).sum()
+        # One row of each shard at a time: of (heads, length, length) there are many.
+        shards = shard_count("batch")
+
+        def apart(a: Array) -> Array:
+            a = jnp.swapaxes(a.reshape(shards, -1, *a.shape[1:]), 0, 1)
+            return constrain(a, None, "batch", *(None,) * (a.ndim - 2))
+
+        rows = jax.tree.map(apart, (*both[0], *both[1], batch["segments"], batch["mask"]))
+        return jax.lax.map(jax.checkpoint(jax.vmap(self._row)), rows).sum()
 
     def _row(self, row: tuple[Array, ...]) -> Array:
-        """One row at a time: of (heads, length, length) there are many."""
         *vectors, segments_t, mask_t = row
         causal_tt = jnp.tril(jnp.ones((len(segments_t),) * 2, bool)) & (segments_t[:, None] == segments_t[None])
         total = jnp.zeros(())

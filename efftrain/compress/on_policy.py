@@ -14,6 +14,7 @@ from efftrain.models.decode import AllLayers, draw_tokens, read_prompts
 from efftrain.models.decoder import Decoder
 from efftrain.models.sampling import Sampling
 from efftrain.ops.platform import conditional
+from efftrain.sharding.rules import constrain, shard_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,9 @@ class OnPolicy:
     Attributes:
       share: probability that a step does so; the other steps take the batch as it is.
       n_new: tokens of an answer.
-      prompt: tokens of a prompt, the first ones of each row, for text without answers. None: what stands before the
-        first target that counts, as in instruction data.
+      prompt: tokens of a prompt, the first ones of each row, for text without answers; documents in it are read as one.
+        None: what stands before the
+        first target that counts, as in instruction data; rows whose prompt leaves no room for an answer do not count.
       temperature: of the drawing. 1 and all tokens: other choices bias what is learned.
       end_token: ends an answer, and counts. None: nothing does.
 
@@ -48,14 +50,12 @@ class OnPolicy:
         if not self.temperature > 0:
             raise ConfigError(f"on_policy.temperature is {self.temperature}; give a positive number")
 
-    def __call__(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
-        """The batch of this step: as it is, or with answers of the model."""
+    def __call__(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> tuple[dict[str, Array], Array]:
+        """The batch of this step, as it is or with answers of the model; and whether it has these, () bool."""
         choose, draw = jax.random.split(key)
         given = {name: batch[name] for name in ("tokens", "targets", "segments", "positions", "mask")}
-        if self.share == 1:
-            return self.answered(model, given, draw)
         wanted = jax.random.uniform(choose) < self.share
-        return conditional(wanted, lambda b: self.answered(model, b, draw), lambda b: b, given)
+        return conditional(wanted, lambda b: self.answered(model, b, draw), lambda b: b, given), wanted
 
     def answered(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
         """The prompts of a batch with answers of the model, one segment a row.
@@ -63,6 +63,8 @@ class OnPolicy:
         Raises:
           ConfigError: rows are too short for a prompt and an answer.
         """
+        if shard_count("length") > 1:
+            raise ConfigError("on_policy draws answers whole; set training.mesh.context to 1")
         tokens_bt, mask_bt = batch["tokens"], batch["mask"]
         length = tokens_bt.shape[1]
         longest = length - self.n_new if self.prompt is None else self.prompt
@@ -71,10 +73,11 @@ class OnPolicy:
                 f"on_policy needs {longest if self.prompt else 1} + {self.n_new} tokens and rows have {length}; lower "
                 "n_new or lengthen the rows"
             )
-        lengths_b = jnp.full(len(tokens_bt), longest)
+        lengths_b, asked_b = jnp.full(len(tokens_bt), longest), mask_bt.any(1)
         if self.prompt is None:  # the token before the first target that counts ends the prompt
-            lengths_b = jnp.clip(jnp.argmax(mask_bt, axis=1) + 1, 1, longest)
-        asked_b = mask_bt.any(1)
+            lengths_b = jnp.argmax(mask_bt, axis=1) + 1
+            asked_b &= lengths_b <= longest
+            lengths_b = jnp.minimum(lengths_b, longest)
         drawn_bn = jax.lax.stop_gradient(self._draw(model, tokens_bt[:, :longest], lengths_b, key))
 
         place_t, ends_b = jnp.arange(length), lengths_b + self.n_new
@@ -102,6 +105,7 @@ class OnPolicy:
         """(batch, n_new) tokens. All of them, as an early end would make the loop's length depend on the rows."""
         graph, state = nnx.split(model)
         state = jax.tree.map(jax.lax.stop_gradient, state)
+        prompts_bp = constrain(prompts_bp, "batch", None)
         sampling = Sampling(temperature=self.temperature)
         first_b, cache = read_prompts(graph, state, prompts_bp, lengths_b, key, self.n_new, sampling)
         return draw_tokens(

@@ -7,7 +7,7 @@ from pathlib import Path
 from flax import nnx
 
 import efftrain
-from efftrain.compress.distill import Distill, distilled, teacher_flops, teacher_run
+from efftrain.compress.distill import Distill, distilled, forward_flops, teacher_run
 from efftrain.compress.sparsify import hold_zeros
 from efftrain.config import from_json
 from efftrain.errors import ConfigError
@@ -85,7 +85,7 @@ def recover(
     if teacher is not None:
         taught = teacher_run(teacher, corpus)
         build, objective = distilled(build, config.model, Distill(), taught)
-        extra_flops = teacher_flops(taught.config, training.length)
+        extra_flops = forward_flops(taught.config, training.length)
     _, card = train_and_score(
         config,
         build,

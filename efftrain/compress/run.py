@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import efftrain
+from efftrain.compress.distill import check_tokenizer
 from efftrain.compress.importance import importance
 from efftrain.compress.mixed_precision import choose_formats
 from efftrain.compress.one_shot import prune
@@ -96,6 +97,8 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
     trained, sparse = run, options.sparsity is not None
     teacher = run if options.distill else None
+    if teacher is not None:
+        check_tokenizer(teacher, text.corpus)
     # Too few tokens are refused before anything is done.
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     if out.exists() and not (stages / "1-cut").exists():
@@ -104,7 +107,7 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
         cut, once, shape = stages / f"{number}-cut", _round(options, number), None
         if options.search is not None:
             trial = recovery_training(trained, round(TRIAL * tokens), sparse=sparse, number=number)
-            shape = _best_shape(run, options, once, text, stages / f"{number}-search", trial)
+            shape = _best_shape(run, options, once, text, stages / f"{number}-search", trial, teacher)
         _stage(run, once, text, cut, shape)
         last = number == options.rounds
         run = out if last else stages / f"{number}-recovered"
@@ -127,12 +130,19 @@ def _round(options: Compression, number: int) -> Compression:
 
 
 def _best_shape(
-    run: Path, options: Compression, once: Compression, text: Text, folder: Path, training: Training
+    run: Path,
+    options: Compression,
+    once: Compression,
+    text: Text,
+    folder: Path,
+    training: Training,
+    teacher: Path | None,
 ) -> Shape:
     """The shape whose model is best on some rows after a short training."""
     made_from = {"run": str(run), "corpus": str(text.corpus), "options": to_json(options)}
     if (folder / SHAPES).exists():  # by latency they would be others each time
         before = read_json(folder / SHAPES)
+        before |= {"options": _completed(before.get("options"))}
         if {name: before.get(name) for name in made_from} != json.loads(json.dumps(made_from)):
             raise RunError(f"{folder} was made from another run or with other options; choose another --out")
         shapes = [from_json(shape) for shape in before["shapes"]]
@@ -151,7 +161,7 @@ def _best_shape(
             text.corpus,
             sparse=False,
             rows=options.rows,
-            teacher=run if options.distill else None,
+            teacher=teacher,
         )
         bpb.append(card.figures["bpb"].value)
     write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes], "bpb": bpb})
@@ -288,6 +298,13 @@ def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_
         raise RunError(f"cannot write {out} ({error}); free the disk or choose another --out") from error
 
 
+def _completed(options: Any) -> Any:
+    """Options that did not exist when these were written have their defaults."""
+    with contextlib.suppress(ConfigError):
+        return to_json(from_json(options))
+    return options
+
+
 def _is_ours(unfinished: Path) -> bool:
     """Left by a process that was killed: our file is the first that is written."""
     return (unfinished / FILE_NAME).exists() or all(p.name.startswith(FILE_NAME) for p in unfinished.iterdir())
@@ -297,8 +314,7 @@ def _check_made_from(out: Path, made_from: dict[str, Any]) -> None:
     if not (out / FILE_NAME).exists():
         raise RunError(f"{out} exists and is not a converted model; choose another --out")
     before = read_json(out / FILE_NAME)
-    with contextlib.suppress(ConfigError):  # options that did not exist then have their defaults
-        before["options"] = to_json(from_json(before.get("options")))
+    before |= {"options": _completed(before.get("options"))}
     if any(before.get(name) != value for name, value in json.loads(json.dumps(made_from)).items()):
         raise RunError(f"{out} was made from another run, step or with other options; choose another --out")
 

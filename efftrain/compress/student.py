@@ -43,7 +43,7 @@ def cut_from(teacher: Pieces, student: ModelConfig, calibration: Calibration) ->
       ConfigError: the student has what cannot be cut out of this teacher.
     """
     model, _ = slim(teacher, shape_within(student, teacher.config), importance(teacher, calibration))
-    if model.config != student:
+    if not same_parameters(model.config, student):
         raise ConfigError(
             "model is not of a shape that can be cut out of its teacher (the same vocabulary, head size and kinds of "
             "layers, and equal layers); start it at random"
@@ -51,10 +51,18 @@ def cut_from(teacher: Pieces, student: ModelConfig, calibration: Calibration) ->
     return model
 
 
+def same_parameters(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two configurations differ at most in how they are computed."""
+    how = {name: getattr(other, name) for name in ("dtype", "scan", "remat", "max_length")}
+    return one.replace(**how) == other
+
+
 def shape_within(student: ModelConfig, teacher: ModelConfig) -> Shape:
     """The shape that makes the first layer of a teacher that of a student."""
     s, t = student.layers[0], teacher.layers[0]
     both_dense = isinstance(s.mlp, Dense) and isinstance(t.mlp, Dense)
+    if type(s.mlp) is not type(t.mlp):
+        raise ConfigError("model and its teacher have other kinds of feed-forward layers; start it at random")
     return Shape(
         d_model=student.d_model,
         ffn=s.mlp.d_ff / t.mlp.d_ff if both_dense else 1.0,

@@ -79,7 +79,10 @@ class CacheOptions:
     @property
     def name(self) -> str:
         """Of the cache, behind that of the run."""
-        return f"top{self.top_k}" if self.top_k else f"sampled{self.samples}"
+        words = [f"top{self.top_k}" if self.top_k else f"sampled{self.samples}"]
+        words += [f"rows{self.rows}" if self.rows else "", self.split if self.split != "train" else ""]
+        words += [f"length{self.length}" if self.length else "", f"seed{self.seed}" if self.seed else ""]
+        return "-".join(w for w in words if w)
 
 
 def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None, out: Path | None = None) -> Path:

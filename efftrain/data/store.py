@@ -145,7 +145,7 @@ def building(out: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Adds format, versions and the checksum of every file in the folder, and writes ``manifest.json``."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _OWN)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (*_OWN, MANIFEST))
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
         for path in paths

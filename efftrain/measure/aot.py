@@ -147,7 +147,7 @@ def compile_target(target: Target, topology: Topology) -> Report:
     if text is not None:
         collectives = traffic(text, mesh)
         flops, hbm_bytes = text.flops + _kernel_flops(text, model, teacher, training, mesh, warnings), text.memory_bytes
-        warnings += loop_warnings(text, collectives, state.params)
+        warnings += loop_warnings(text, collectives, (state.params, frozen))
     times = None
     if topology.chip is not None:
         ici_s = formulas.times.ici_s if text is None else _ici_seconds(text, mesh, topology)

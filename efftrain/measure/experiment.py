@@ -73,7 +73,8 @@ def train_and_score(
         corpus = data.open(config.corpus)
         corpus.check_model(config.model.vocab_size)
     run = Run(config.out, config, script=script)
-    if hosts.process_index() == 0:  # what its tokens mean, for whoever uses the model without the corpus
+    if hosts.process_index() == 0 and not (run.path / TOKENIZER).exists():
+        # What its tokens mean, for whoever uses the model without the corpus.
         shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
 
     loader = data.LoaderConfig(

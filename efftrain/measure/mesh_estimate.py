@@ -61,7 +61,7 @@ def estimate(
       state: abstract, with the shardings on ``mesh``.
       mesh: of the topology's devices.
       topology: whose chip decides the times; all are 0 where it is not known.
-      teacher: abstract; one forward pass of it, whose traffic between devices is left out. None: there is none.
+      teacher: abstract; one forward pass of it. None: there is none.
       frozen: its abstract variables, with their shardings.
     """
     config: ModelConfig = model.config
@@ -72,7 +72,7 @@ def estimate(
     hbm = _hbm_bytes(model, training, state, tokens, sizes["tensor"], width)
     if teacher is not None:
         flops += training_flops(teacher, training.length) / FORWARD_AND_BACKWARD * tokens / sizes["tensor"]
-        hbm += _device_bytes(frozen)
+        hbm += training.n_microbatches * count_parameters(teacher).total / sizes["tensor"] * width
     memory = _device_bytes(state) + _device_bytes(frozen)
     memory += _temporaries(config, training, state, tokens, sizes["tensor"], width)
     chip = topology.chip
@@ -81,14 +81,16 @@ def estimate(
     else:
         seconds = sum(
             sent / axis_bandwidth(topology, mesh, axes)
-            for axes, sent in axis_traffic(model, training, sizes).items()
+            for axes, sent in axis_traffic(model, training, sizes, teacher).items()
             if sent
         )
         times = Roofline(compute_s=flops / chip.bf16_flops, hbm_s=hbm / chip.hbm_bytes_per_s, ici_s=seconds)
     return Estimate(mesh=sizes, memory_bytes=memory, flops=flops, hbm_bytes=hbm, times=times)
 
 
-def axis_traffic(model: nnx.Module, training: Training, sizes: dict[str, int]) -> dict[tuple[str, ...], float]:
+def axis_traffic(
+    model: nnx.Module, training: Training, sizes: dict[str, int], teacher: nnx.Module | None = None
+) -> dict[tuple[str, ...], float]:
     """Bytes that one device sends in a step along each mesh axis.
 
     fsdp: every micro-batch gathers the parameters for the forward and the backward pass in the compute dtype, and
@@ -103,6 +105,8 @@ def axis_traffic(model: nnx.Module, training: Training, sizes: dict[str, int]) -
     others = (count_parameters(model).total - experts) / tensor
     experts /= tensor * expert
     gathers = 2 * sent_bytes("all-gather", (others + experts) * width, fsdp)
+    if teacher is not None:  # its other traffic is left out
+        gathers += sent_bytes("all-gather", count_parameters(teacher).total / tensor * width, fsdp)
     scatter = sent_bytes("reduce-scatter", (others + experts) * width, fsdp)
     tokens = training.batch_size * training.length / (sizes["replica"] * fsdp * expert)
     stream = tokens / context * config.d_model * width

@@ -77,6 +77,12 @@ class Scorecard:
             raise RunError(f"cannot write {path} ({error.strerror}); free the disk or choose another --out") from error
 
     @staticmethod
+    def of(value: Any) -> "Scorecard":
+        """Of what a card's file holds."""
+        figures = {name: Figure(**figure) for name, figure in value["figures"].items()}
+        return Scorecard(value["name"], figures, value["environment"])
+
+    @staticmethod
     def read(path: Path) -> "Scorecard":
         """Reads what ``write`` wrote.
 
@@ -84,9 +90,7 @@ class Scorecard:
           RunError: there is no such file, or it is not a scorecard.
         """
         try:
-            value = json.loads(path.read_text())
-            figures = {name: Figure(**figure) for name, figure in value["figures"].items()}
-            return Scorecard(value["name"], figures, value["environment"])
+            return Scorecard.of(json.loads(path.read_text()))
         except FileNotFoundError as error:
             raise RunError(f"there is no scorecard {path}; give the directory of a run that has finished") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,7 +13,7 @@ from jax import Array
 from efftrain.ops.cross_entropy import at_targets
 from efftrain.ops.head_loss import choose_chunks, head_loss, logits_of
 
-SMALLEST_TAIL = 1e-6  # of the student's probability outside of what a cache keeps: float32 does not resolve less
+SMALLEST_TAIL = 1e-6  # is added to a student's probability outside of what a cache keeps: float32 resolves no less
 
 
 def generalized_jsd(student_logits: Array, teacher_logits: Array, beta: float) -> Array:
@@ -71,7 +71,7 @@ def kept_divergence(student_logits: Array, ids: Array, probs: Array, *, tail: bo
     rest_t = jnp.clip(1 - probs.sum(-1), 0)
     rest_s = 1 - (jnp.exp(log_k) * (probs > 0)).sum(-1)
     negative_entropy = jax.scipy.special.xlogy(probs, probs).sum(-1) + jax.scipy.special.xlogy(rest_t, rest_t)
-    return negative_entropy + cross - rest_t * jnp.log(jnp.maximum(rest_s, SMALLEST_TAIL))
+    return negative_entropy + cross - rest_t * jnp.log(jnp.maximum(rest_s, 0) + SMALLEST_TAIL)
 
 
 def distillation_loss(

@@ -21,7 +21,8 @@ from efftrain.train.state import TrainState
 WRAPPED, PLAIN = "opt_state/inner/", "opt_state/"  # the state of an optimizer within another's, and of one alone
 # In the names of what a trunk need not have: it starts as built.
 COUNT, FRESH, KEPT = "opt_state/count", "opt_state/fresh", "opt_state/kept/"
-NEW = (RATIO, "opt_state/masks/", KEPT, FRESH, COUNT)
+HELPERS = "/helpers/"  # what an objective trains beside the model
+NEW = (RATIO, "opt_state/masks/", KEPT, FRESH, COUNT, HELPERS)
 
 
 def parse_branch(text: str, steps: int) -> tuple[Path, int]:

@@ -311,7 +311,7 @@ def _restore_or_init(
     found = checkpoints.restore(abstract)
     if found is None and config.branch is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
-        return state if initial is None else _start_from(initial(), state)
+        return state if initial is None else start_from(initial(), state)
     if found is None:
         state, data_state = branch_from(config.branch, config.steps, program, abstract)
     else:
@@ -321,9 +321,11 @@ def _restore_or_init(
     return state
 
 
-def _start_from(model: nnx.Module, state: TrainState) -> TrainState:
+def start_from(model: nnx.Module, state: TrainState) -> TrainState:
     """A new state with the variables of a model."""
     _, params, model_state = split_model(model)
+    if "helpers" in state.params:  # what an objective has trained beside the model starts as built
+        params = nnx.merge_state(params, nnx.State({"helpers": state.params["helpers"]}))
 
     def place(new: nnx.State, old: nnx.State) -> nnx.State:
         shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, old)]

@@ -24,6 +24,7 @@ from efftrain.sharding.rules import shard_count
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count)
+AUXILIARY = "loss/auxiliary"  # the metric
 Weighting = Literal["depth", "equal"]
 Objective = Callable[[nnx.Module, Batch, Array | None], tuple[Array, Array, Metrics]]
 
@@ -46,8 +47,17 @@ def next_token_loss(model: Decoder, batch: Batch, key: Array | None) -> tuple[Ar
     )
     loss = _cross_entropy(model, hidden_btd, batch)
     count = batch["mask"].sum(dtype=jnp.float32)
-    auxiliary = metrics.pop("auxiliary", 0.0)
-    return loss + auxiliary * count, count, {"loss": (loss, count)} | metrics
+    extra, metrics = auxiliary_loss(metrics, count)
+    return loss + extra, count, {"loss": (loss, count)} | metrics
+
+
+def auxiliary_loss(metrics: Metrics, count: Array) -> tuple[Array | float, Metrics]:
+    """What a model adds to the loss of so many targets (of routers, say), and the other metrics, with it by name."""
+    others = dict(metrics)
+    if "auxiliary" not in others:
+        return 0.0, others
+    extra = others.pop("auxiliary") * count
+    return extra, others | {AUXILIARY: (extra, count)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +99,9 @@ class SelfDistillation:
             shards=shard_count("batch", "length"),
         )
         count = batch["mask"].sum(dtype=jnp.float32)
-        total = (1 + self.weight) * mixed + metrics.pop("auxiliary", 0.0) * count
-        return total, count, {"loss": (loss, count), "loss/divergence": (divergence, count)} | metrics
+        extra, metrics = auxiliary_loss(metrics, count)
+        figures = {"loss": (loss, count), "loss/divergence": (divergence, count)}
+        return (1 + self.weight) * mixed + extra, count, figures | metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +195,8 @@ class EarlyExitLoss:
             "loss": (loss, count),
             "loss/exits": ((exit_losses * there_e).sum(), share * count * there_e.sum()),
         }
-        return total + metrics.pop("auxiliary", 0.0) * count, count, figures | metrics
+        extra, metrics = auxiliary_loss(metrics, count)
+        return total + extra, count, figures | metrics
 
     def _exits(self, model: Decoder, key: Array) -> Array:
         """(e,) layers; one behind the last but one does not count."""

@@ -197,21 +197,21 @@ def load(directory: Path | str) -> Decoder:
     Raises:
       RunError: the directory holds no run or no complete checkpoint.
     """
+    directory = Path(directory)
     model_config = load_model_config(directory)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
     here = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-    return nnx.merge(graph, load_variables(directory, abstract))
+    place = checkpoint_directory(directory, read_json(directory / "config.json"))
+    return nnx.merge(graph, load_variables(place, abstract))
 
 
-def load_variables(directory: Path | str, abstract: nnx.State) -> nnx.State:
-    """As ``load``: a run's variables, in the shardings of ``abstract``; no device ever holds more than its part."""
+def load_variables(checkpoints: Any, abstract: nnx.State) -> nnx.State:
+    """As ``load``: the model's variables in the newest of these checkpoints, in the shardings of ``abstract``."""
     from efftrain.train.checkpoints import Checkpoints
 
-    directory = Path(directory)
-    place = checkpoint_directory(directory, read_json(directory / "config.json"))
-    with Checkpoints(place, read_only=True) as checkpoints:
-        return checkpoints.restore_model(abstract)
+    with Checkpoints(checkpoints, read_only=True) as opened:
+        return opened.restore_model(abstract)
 
 
 def load_model_config(directory: Path | str) -> ModelConfig:
@@ -219,7 +219,12 @@ def load_model_config(directory: Path | str) -> ModelConfig:
     directory = Path(directory)
     if not (directory / "config.json").exists():
         raise RunError(f"{directory} holds no config.json, so it is not a run; give the --out of a training run")
-    value = read_json(directory / "config.json").get("model")
+    return model_config(directory, read_json(directory / "config.json"))
+
+
+def model_config(directory: Path, settings: Any) -> ModelConfig:
+    """As ``load_model_config``, of what ``config.json`` holds."""
+    value = settings.get("model")
     script = import_script(directory / "recipe.py") if ".py:" in json.dumps(value) else None
     config = from_json(value, script=script)
     if not isinstance(config, ModelConfig):

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import matrices
+from efftrain.models.routed_depth import causally_routed
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.rules import ShardingRules
-from efftrain.train.objective import Batch, Metrics, Objective
+from efftrain.train.objective import AUXILIARY, Batch, Metrics, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,9 @@ class Teacher:
         return jax.tree.map(lambda new, old: old.astype(new.dtype), wanted, state)
 
     def merge(self, state: nnx.State) -> Decoder:
-        """The model, traced, whose variables no gradient reaches."""
+        """The model, traced, whose variables no gradient reaches; it routes as it decodes, without looking ahead."""
         graph = nnx.split(self.abstract_model())[0]
-        return nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, state))
+        return causally_routed(nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, state)))
 
     def _build(self) -> Decoder:
         model = Decoder(self.config, rngs=nnx.Rngs(0))
@@ -94,9 +95,10 @@ class Taught(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Together:
-    """The sum of two objectives, such as a distillation and early exits. Each makes a pass of its own.
+    """The sum of two objectives, each a mean over its own targets, such as a distillation and early exits.
 
-    Metrics that both have are those of the first; the model's statistics count once.
+    Each makes a pass of its own. Metrics that both have are those of the first; statistics and auxiliary losses of the
+    model count once.
     """
 
     first: Taught
@@ -111,8 +113,9 @@ class Together:
 
         def both(model: nnx.Module, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
             loss, count, metrics = first(model, batch, key)
-            more, _, others = self.second(model, batch, key)
-            return loss + more, count, others | metrics
+            more, n, others = self.second(model, batch, key)
+            more -= others.get(AUXILIARY, (0.0, n))[0]
+            return loss + more * count / jnp.maximum(n, 1.0), count, others | metrics
 
         return both
 

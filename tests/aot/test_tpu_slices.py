@@ -10,13 +10,14 @@ from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.measure.aot import Report, Target, compile_target, read_target
-from efftrain.measure.flops import training_flops
+from efftrain.measure.flops import FORWARD_AND_BACKWARD, training_flops
 from efftrain.measure.mesh_estimate import axis_traffic
 from efftrain.models.config import Dense, ModelConfig
 from efftrain.models.routed_depth import Recursion
 from efftrain.recipe import import_script
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.sharding.topologies import find_topology
+from efftrain.train.teacher import teacher_of
 
 pytestmark = pytest.mark.tpu_aot
 
@@ -56,7 +57,8 @@ def reduced(recipe: Path, name: str | None = None, **mesh) -> Target:
     script = import_script(recipe)
     config = list(script.configs.values())[-1] if name is None else script.configs[name]
     training = replace(config.training, batch_size=8, length=256, n_microbatches=1, mesh=MeshConfig(**mesh))
-    build, objective, *wrap = script.program(replace(config, model=narrow(config.model), training=training))
+    models = {name: narrow(value) for name, value in vars(config).items() if isinstance(value, ModelConfig)}
+    build, objective, *wrap = script.program(replace(config, **models, training=training))
     return Target(recipe.stem, build, objective, training, *wrap)
 
 
@@ -66,7 +68,11 @@ def check(report: Report, target: Target) -> None:
     assert report.memory.fits
     assert report.memory.total >= state + report.memory.temporaries
     tokens = target.training.batch_size * target.training.length / report.devices
-    assert report.model_flops == pytest.approx(training_flops(model, target.training.length) * tokens)
+    flops, teacher = training_flops(model, target.training.length), teacher_of(target.objective)
+    if teacher is not None:
+        flops += training_flops(teacher.abstract_model(), target.training.length) / FORWARD_AND_BACKWARD
+        assert report.memory.teacher > 0
+    assert report.model_flops == pytest.approx(flops * tokens)
     unprintable = (target.name, report.topology) in NO_TEXT
     assert report.counted_from == ("formulas" if unprintable else "program")
     assert unprintable == any("text cannot be had" in warning for warning in report.warnings)

@@ -16,15 +16,16 @@ from efftrain.compress.features import HiddenStates, Relations
 from efftrain.compress.on_policy import OnPolicy
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
+from efftrain.models.routed_depth import MixtureOfDepths
 from efftrain.ops.divergence import generalized_jsd
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import DEFAULT_RULES
-from efftrain.train.loop import Training
+from efftrain.train.loop import Training, start_from
 from efftrain.train.objective import next_token_loss
 from efftrain.train.program import make_program
 from efftrain.train.schedules import Ramp
 from efftrain.train.state import merge_model
-from efftrain.train.teacher import Teacher
+from efftrain.train.teacher import Teacher, Together
 
 LENGTH = 16
 TRAINING = Training(steps=4, batch_size=4, length=LENGTH)
@@ -119,10 +120,8 @@ def test_a_teacher_may_be_held_in_fewer_bytes():
     np.testing.assert_allclose(near, exact, rtol=0.05)
 
 
-@pytest.mark.parametrize("distance", ["cosine", "square"])
-def test_hidden_states_of_equal_models_are_near_and_of_others_not(distance):
-    features = HiddenStates(distance=distance)
-    how, teacher = Distill(features=features), build(STUDENT)
+def test_hidden_states_of_equal_models_are_near_and_of_others_not():
+    how, teacher = Distill(features=HiddenStates()), build(STUDENT)
     same = loss_of(how, build(STUDENT), teacher)[2]["loss/features"][0]
     other = loss_of(how, build(STUDENT, 9), teacher)[2]["loss/features"][0]
     np.testing.assert_allclose(same, 0, atol=1e-3)
@@ -214,6 +213,51 @@ def test_what_does_not_fit_is_refused():
         distilled(build, STUDENT, Distill(features=HiddenStates(layers=((0, 9),))), teacher_of_seed())
     with pytest.raises(ConfigError, match=r"features\.heads is 3"):
         distilled(build, STUDENT, Distill(features=Relations(heads=3)), teacher_of_seed())
+
+
+def test_a_student_with_projections_may_start_from_a_model():
+    """Which has none of them."""
+    narrow, teacher = build(NARROW, 3), teacher_of_seed()
+    make, objective = distilled(
+        lambda rngs: Decoder(NARROW, rngs=rngs), NARROW, Distill(features=HiddenStates()), teacher
+    )
+    program = make_program(make, objective, TRAINING)
+    state = start_from(narrow, jax.jit(program.init)())
+    assert "helpers" in state.params
+    np.testing.assert_array_equal(merge_model(program.graph, state)(tokens()), narrow(tokens()))
+
+
+def test_a_teacher_that_looks_ahead_is_refused():
+    routed = replace(STUDENT.pattern[0], depth=MixtureOfDepths(capacity=0.5, causal="none"))
+    ahead = STUDENT.replace(pattern=(routed,))
+    with pytest.raises(ConfigError, match="looking ahead"):
+        distilled(build, STUDENT, Distill(), Teacher.of(build(ahead)))
+
+
+def test_a_teacher_of_routed_depth_teaches_what_it_would_decode():
+    """A later token must not change what it says of earlier ones."""
+    routed = replace(STUDENT.pattern[0], depth=MixtureOfDepths(capacity=0.5))
+    teacher = Teacher.of(build(STUDENT.replace(pattern=(routed,))))
+    model = teacher.merge(variables(teacher))
+    one, other = tokens(2, LENGTH), tokens(2, LENGTH)
+    other[:, -4:] = (other[:, -4:] + 1) % STUDENT.vocab_size
+    np.testing.assert_allclose(model(one)[:, :-4], model(other)[:, :-4], rtol=1e-4, atol=1e-5)
+
+
+def test_two_objectives_are_two_means():
+    """The second one's sum over fewer targets weighs as its mean does."""
+    student, teacher, given = build(STUDENT), build(STUDENT, 7), batch()
+
+    def half(model, rows, key):
+        few = rows | {"mask": rows["mask"] & (np.arange(LENGTH) % 2 == 0)}
+        return next_token_loss(model, few, key)
+
+    first = FromTeacher(how=Distill(), teacher=teacher_of_seed())
+    together = Together(first=first, second=half).at(teacher, jnp.float32(0))
+    total, count, _ = together(student, given, jax.random.key(0))
+    alone = first.at(teacher, jnp.float32(0))(student, given, jax.random.key(0))
+    other = half(student, given, None)
+    np.testing.assert_allclose(total / count, alone[0] / alone[1] + other[0] / other[1], rtol=1e-5)
 
 
 def test_the_whole_distribution_in_a_cache_teaches_as_the_teacher_does():

@@ -43,6 +43,8 @@ def test_prompts_of_any_length_and_rows_without_one():
     starts = np.asarray([2, 4, 8, LENGTH])  # the last row has no target that counts
     given["mask"] = np.arange(LENGTH) >= starts[:, None]
     found = OnPolicy(share=1.0, n_new=5, end_token=None).answered(student, given, jax.random.key(0))
+    long = OnPolicy(share=1.0, n_new=8, end_token=None).answered(student, given, jax.random.key(0))
+    assert long["mask"].any(1).tolist() == [True, True, False, False]  # no room for 8 behind 9 tokens of 16
     for row, start in enumerate(starts[:3]):
         np.testing.assert_array_equal(found["tokens"][row, : start + 1], given["tokens"][row, : start + 1])
         np.testing.assert_array_equal(np.flatnonzero(found["mask"][row]), np.arange(start, start + 5))
@@ -76,17 +78,17 @@ def loss_of_key(how, student, teacher, given, key):
 
 
 def test_no_gradient_goes_through_the_drawing():
-    """The loss of answers has the gradient that it has for the same rows given as data."""
+    """The loss of answers has the gradient that it has for the same rows given as data, also behind a condition."""
     student, teacher, given = build(STUDENT), build(STUDENT, 7), batch(prompt=PROMPT - 1)
-    options = OnPolicy(share=1.0, n_new=N_NEW)
-    key = jax.random.key(2)
-    answered = options(student, given, jax.random.split(key)[0])
+    options, key = OnPolicy(share=0.999, n_new=N_NEW), jax.random.key(2)
+    answered, drawn = options(student, given, jax.random.split(key)[0])
+    assert drawn
     graph, state = nnx.split(student)
 
     def loss(state, how, rows):
         return loss_of_key(how, nnx.merge(graph, state), teacher, rows, key)
 
-    through = jax.grad(loss)(state, Distill(on_policy=options), given)
+    through = jax.jit(jax.grad(loss), static_argnums=1)(state, Distill(on_policy=options), given)
     fixed = jax.grad(loss)(state, Distill(), answered)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), through, fixed)
     assert max(jnp.abs(a).max() for a in jax.tree.leaves(fixed)) > 0
