@@ -218,6 +218,7 @@ def main(config: Config) -> Scorecard | Comparison:
     if config.teacher is None and needs_teacher(config):
         cards.append(teach(config))
         config = replace(config, teacher=beside(config).out)
+    program(config)  # refuses before anything is trained
     if config.distill is not None:
         cards.append(found_or_trained(on_text(config)))
     cards.append(train(config))
@@ -266,7 +267,7 @@ def beside(config: Config) -> Config:
 
 def on_text(config: Config) -> Config:
     """The same student on the text alone, beside it."""
-    out = config.out.with_name(f"text-seed{config.training.seed}")
+    out = config.out.with_name(f"{config.out.name}-text")
     alone = {"distill": None, "cache": None, "teacher": None, "teacher_dtype": None, "initial": "random"}
     return replace(config, **alone, out=out, compare=False, seeds=())
 

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import efftrain
-from efftrain.compress.distill import Distill, distilled
+from efftrain.compress.distill import Distill, FromCache, distilled
 from efftrain.compress.features import HiddenStates
 from efftrain.compress.importance import importance
 from efftrain.compress.observe import Calibration
@@ -272,3 +272,33 @@ def test_techniques_work_together(names: tuple[str, ...], tmp_path: Path):
             np.testing.assert_array_equal(stored(tokens), trained(tokens))
         else:
             np.testing.assert_allclose(stored(tokens), trained(tokens), atol=0.1)
+
+
+def test_what_a_cache_keeps_is_spread_like_the_tokens(tmp_path: Path):
+    """Rows over devices, tokens of a row over devices, in micro-batches: the losses of one device and one batch."""
+
+    class Kept(Rows):
+        def __init__(self):
+            super().__init__()
+            rng = np.random.default_rng(1)
+            probs = rng.dirichlet(np.ones(5), (ROWS, LENGTH)).astype(np.float32)[..., :4]
+            ids = rng.integers(0, VOCAB, (ROWS, LENGTH, 4), dtype=np.int32)
+            self.batch |= {"teacher_ids": ids, "teacher_probs": probs}
+
+    losses = []
+    for name, changes in {
+        "one": {"mesh": MeshConfig(fsdp=1)},
+        "eight": {"mesh": MeshConfig(fsdp=2, tensor=2, context=2), "n_microbatches": 2},
+    }.items():
+        config = change_training(**changes)(BASE)
+        fit(
+            lambda rngs: Decoder(BASE.model, rngs=rngs),
+            FromCache(how=Distill(alpha=Ramp(start=0.8)), tail=True),
+            Kept(),
+            config.training,
+            Run(tmp_path / name, config),
+            devices=jax.devices()[: 1 if name == "one" else 8],
+        )
+        losses.append([row["loss/teacher"] for row in read_metrics(tmp_path / name)])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert losses[0][-1] < losses[0][0]

@@ -3,11 +3,12 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from running import logits, run
+from running import compress, logits, run, start
 
 import efftrain
 from efftrain import data
@@ -51,7 +52,7 @@ def student(command, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "student"
     code, output = run(command(out))
     assert code == 0, output
-    assert all(name in output for name in ("teacher", "text-seed0", "student"))
+    assert all(name in output for name in ("teacher", "student-text", "student"))
     return out
 
 
@@ -85,6 +86,49 @@ def test_what_is_kept_of_it_teaches_the_same_batches(command, student, cache):
     np.testing.assert_allclose(kept[0]["loss/teacher"], online[0]["loss/teacher"], rtol=0.15)  # from below
     assert kept[0]["loss/teacher"] <= online[0]["loss/teacher"] + 1e-3
     np.testing.assert_allclose(kept[-1]["loss"], online[-1]["loss"], rtol=0.02)
+
+
+def test_a_student_that_was_stopped_goes_on_as_if_it_was_not(command, student):
+    """Same ramps, same batches, same teacher: killed behind a checkpoint, to the bit."""
+    out = student.with_name("stopped")
+    arguments = ["--distill.alpha.end", "0.5", "--distill.temperature.start", "2", "--distill.temperature.end", "1"]
+    teacher = ["--teacher", student.with_name("teacher"), *arguments]
+    process = start(command(out, *teacher, "--training.steps", "150"))
+    while not list(out.glob("checkpoints/[0-9]*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert not (out / "scorecard.json").exists()
+    whole = student.with_name("whole")
+    for where in (out, whole):
+        code, output = run(command(where, *teacher, "--training.steps", "150"))
+        assert code == 0, output
+    stopped, straight = ([r["loss/teacher"] for r in read_metrics(where)] for where in (out, whole))
+    assert stopped == straight
+
+
+def test_what_is_cut_learns_from_what_it_was(student):
+    """The run teaches what is left of it, in every round; the same command again does nothing."""
+    teacher, out = student.with_name("teacher"), student.with_name("cut")
+    arguments = [teacher, "--slim", "0.3", "--recover", "512", "--rounds", "2", "--distill", "--rows", "16"]
+    code, output = compress(*arguments, "--out", out)
+    assert code == 0, output
+    assert read_metrics(out)[-1]["loss/teacher"] > 0
+    for run_ in (out, out.with_name("cut.stages") / "1-recovered"):
+        assert Path(json.loads((run_ / "config.json").read_text())["teacher"]) == teacher
+    stamp = (out / "scorecard.json").stat().st_mtime_ns
+    cut = out.with_name("cut.stages") / "1-cut" / "compression.json"
+    before = json.loads(cut.read_text())
+    del before["options"]["distill"]  # as written before there was such an option
+    cut.write_text(json.dumps(before))
+    code, output = compress(*arguments, "--out", out)
+    assert code == 0, output
+    assert "is converted already" in output
+    assert (out / "scorecard.json").stat().st_mtime_ns >= stamp
+    code, output = compress(teacher, "--sparsity", "0.5", "--distill")
+    assert code == 2
+    assert "--distill says how --recover trains" in output
 
 
 def test_students_begin_with_parts_of_their_teacher(command, student):

@@ -1,0 +1,33 @@
+"""A trained decoder with more entries in its vocabulary, to be trained on."""
+
+from flax import nnx
+
+from efftrain.errors import ConfigError
+from efftrain.models.decoder import Decoder
+
+
+def with_vocabulary(model: Decoder, vocab_size: int, *, max_length: int | None = None, rngs: nnx.Rngs) -> Decoder:
+    """The model with entries behind those that it has; what it says of the old ones is what it said.
+
+    Args:
+      model: trained; not quantised.
+      vocab_size: of the new one.
+      max_length: of the new one. None: as before.
+      rngs: of the new entries' vectors.
+
+    Raises:
+      ConfigError: the new vocabulary is smaller.
+    """
+    before = model.config.vocab_size
+    if vocab_size < before:
+        raise ConfigError(f"the model has {before} entries and is to have {vocab_size}; entries can only be added")
+    config = model.config.replace(vocab_size=vocab_size, max_length=max_length or model.config.max_length)
+    grown = Decoder(config, rngs=rngs)
+    for name in ("blocks", "norm"):
+        nnx.update(getattr(grown, name), nnx.state(getattr(model, name)))
+    table = grown.embedding.table
+    table[...] = table[...].at[:before].set(model.embedding.table[...])
+    if not config.tied_embedding:
+        kernel = grown.head.kernel
+        kernel[...] = kernel[...].at[:, :before].set(model.head.kernel[...])
+    return grown
