@@ -39,7 +39,7 @@ from efftrain.progress import console
 from efftrain.sharding.hosts import Hosts
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Training
-from efftrain.train.run import checkpoint_directory, environment, load_model_config, read_json
+from efftrain.train.run import environment, load_model_config, newest_step, read_json
 from efftrain.train.state import split_model
 
 FILE_NAME = "compression.json"
@@ -177,7 +177,7 @@ def _shapes(config: ModelConfig, options: Compression, way: Way, text: Text) -> 
 def _stage(run: Path, options: Compression, text: Text, out: Path, shape: Shape | None = None) -> Decoder | None:
     """Makes the run directory of a converted model; None where it is there already."""
     settings, config = read_json(run / "config.json"), load_model_config(run)
-    step, shape_json = _newest_step(run, settings), None if shape is None else to_json(shape)
+    step, shape_json = newest_step(run, settings), None if shape is None else to_json(shape)
     corpus = str(text.corpus)
     made_from = {"run": str(run), "step": step, "corpus": corpus, "options": to_json(options), "shape": shape_json}
     kept = Kept(out, made_from)
@@ -317,14 +317,6 @@ def _check_made_from(out: Path, made_from: dict[str, Any]) -> None:
     before |= {"options": _completed(before.get("options"))}
     if any(before.get(name) != value for name, value in json.loads(json.dumps(made_from)).items()):
         raise RunError(f"{out} was made from another run, step or with other options; choose another --out")
-
-
-def _newest_step(run: Path, settings: dict[str, Any]) -> int:
-    with Checkpoints(checkpoint_directory(run, settings), read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-    if not steps:
-        raise RunError(f"{run} holds no checkpoint; train it first")
-    return steps[-1]
 
 
 def _score(out: Path, model: Decoder, text: Text, rows: int | None) -> Scorecard:

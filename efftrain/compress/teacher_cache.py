@@ -30,14 +30,14 @@ from efftrain.data.teacher_cache import (
     read_manifest,
     write_shard,
 )
-from efftrain.errors import ConfigError, CorpusError, RunError
+from efftrain.errors import ConfigError, CorpusError
 from efftrain.models.config import ModelConfig
 from efftrain.models.routed_depth import causally_routed, routes_causally
 from efftrain.ops.head_loss import choose_chunks, over_chunks
 from efftrain.progress import Progress, console
 from efftrain.sharding.hosts import Hosts
-from efftrain.train.checkpoints import Checkpoints, flatten
-from efftrain.train.run import checkpoint_directory, load_model_config, read_json
+from efftrain.train.checkpoints import flatten
+from efftrain.train.run import load_model_config, newest_step, read_json
 
 READ = ("tokens", "segments", "positions")  # of a row, by the model
 
@@ -124,7 +124,7 @@ def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None,
     with store.building(out, {"plan": asdict(plan)}) as folder:
         _write_shards(folder, plan, rows, predict, options.batch_size)
         content = describe(plan, folder, n_tokens=n_tokens)
-        made_by = {"run": run.name, "step": _newest_step(run, settings)}
+        made_by = {"run": run.name, "step": newest_step(run, settings)}
         store.write_manifest(folder, content | {"made_by": made_by})
     console.print(
         f"{out}: {n_tokens:,} tokens, {content['bytes_per_token']} bytes a token, {content['bytes'] / 1e6:,.1f} MB",
@@ -314,11 +314,3 @@ def _is_there(out: Path, plan: CachePlan) -> bool:
         raise CorpusError(f"{out} is a cache of something else ({changed[0]}); choose another --out, or delete it")
     TeacherCache.open(out)
     return True
-
-
-def _newest_step(run: Path, settings: dict[str, Any]) -> int:
-    with Checkpoints(checkpoint_directory(run, settings), read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-    if not steps:
-        raise RunError(f"{run} holds no checkpoint; train it first")
-    return steps[-1]

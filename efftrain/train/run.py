@@ -214,6 +214,21 @@ def load_variables(checkpoints: Any, abstract: nnx.State) -> nnx.State:
         return opened.restore_model(abstract)
 
 
+def newest_step(directory: Path, settings: Any) -> int:
+    """Of a run's checkpoints; ``settings``: what its ``config.json`` holds.
+
+    Raises:
+      RunError: there is none.
+    """
+    from efftrain.train.checkpoints import Checkpoints
+
+    with Checkpoints(checkpoint_directory(directory, settings), read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+    if not steps:
+        raise RunError(f"{directory} holds no checkpoint; train it first")
+    return steps[-1]
+
+
 def load_model_config(directory: Path | str) -> ModelConfig:
     """The ``model`` of a run's configuration; classes that its recipe defined come from the run's own ``recipe.py``."""
     directory = Path(directory)
