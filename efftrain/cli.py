@@ -243,8 +243,8 @@ def teacher(
 ) -> None:
     """Keep what a run's model predicts at every token of a corpus, so that students learn from it without running it.
 
-    Such as: efftrain teacher runs/dense --samples 50. Up to 4 bytes a token for each probability of --top-k, and about
-    1 for each of --samples. When interrupted, the same command continues.
+    Such as: efftrain teacher runs/dense --samples 50. Up to 4 bytes a token for each probability of --top-k (6 where
+    the vocabulary is over 65,536), and about 1 for each of --samples. When interrupted, the same command continues.
 
     Args:
       run: the directory of the teacher's run; a compressed one teaches too.
