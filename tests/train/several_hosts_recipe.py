@@ -1,7 +1,7 @@
 """The tiny run on all devices of all processes, fed by the real loader. Started by test_several_hosts.py:
 CORPUS OUT [FIELD=VALUE ...].
 
-``die_at=STEP:SIGNAL:PROCESS``: that process gets the signal while it makes that batch.
+``die_at=STEP:SIGNAL:PROCESS``: that process gets the signal while it makes that batch. ``teacher=RUN``: it teaches.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import tiny
 from flax import nnx
 
 from efftrain import data
+from efftrain.compress.distill import Distill, FromTeacher, teacher_run
 from efftrain.measure.evaluate import Evaluator
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import exit_cleanly
@@ -68,9 +69,12 @@ def main(corpus: str, out: str, **options: str) -> None:
         at, number, process = map(int, options["die_at"].split(":"))
         if process == hosts.process_index():
             batches = Deadly(batches, at, number)
+    objective = next_token_loss
+    if "teacher" in options:
+        objective = FromTeacher(how=Distill(), teacher=teacher_run(Path(options["teacher"]), Path(corpus)))
     fitted = fit(
         lambda rngs: Decoder(model, rngs=rngs),
-        next_token_loss,
+        objective,
         batches,
         training,
         run,

@@ -147,6 +147,19 @@ def test_a_run_continues_with_another_number_of_processes_and_another_mesh(corpu
     assert_same_run(out, whole, rel=1e-5)
 
 
+def test_two_processes_share_a_teacher(corpus, whole, tmp_path):
+    """Of whose checkpoint each reads its part."""
+    teacher = Path(shutil.copytree(whole, tmp_path / "teacher"))
+    shutil.copyfile(corpus / "tokenizer.json", teacher / "tokenizer.json")
+    succeed(2, corpus, tmp_path / "two", f"teacher={teacher}")
+    succeed(1, corpus, tmp_path / "one", f"teacher={teacher}")
+    assert_same_run(tmp_path / "two", tmp_path / "one", rel=1e-5)
+    learned = [row["loss/teacher"] for row in read_metrics(tmp_path / "two")]
+    assert learned == pytest.approx([row["loss/teacher"] for row in read_metrics(tmp_path / "one")], rel=1e-5)
+    assert learned[-1] < learned[0]
+    assert not list((tmp_path / "two").rglob("*teacher*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp-1+tensor-4+replica-2", "fsdp-1+replica-8", "fsdp-2+context-4"])
 def test_other_meshes_give_the_losses_of_one_process(corpus, whole, tmp_path, mesh):
