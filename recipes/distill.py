@@ -3,7 +3,7 @@
     python data/python.py --out corpora/python
     python recipes/distill.py cpu                         # a teacher, and a student of a tenth of its parameters
     efftrain teacher runs/distill/teacher --samples 50 --rows 9600    # its predictions, kept on disk
-    python recipes/distill.py cpu --cache runs/distill/teacher-sampled50 --out runs/distill/from-cache
+    python recipes/distill.py cpu --cache runs/distill/teacher-sampled50-rows9600 --out runs/distill/from-cache
     python recipes/distill.py cpu --compare               # cached, fewer tokens, online, starts; three seeds
     python recipes/distill.py v5e-64 --corpus corpora/python          # on every worker of a TPU slice
 
@@ -12,7 +12,10 @@ to begin with, and what to do when it does not help: recipes/README.md.
 
 A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
 
-RESULTS
+Measured, cpu, bits per byte of seeds 0, 1, 2 ("-": not yet; 2 cores of an Intel Xeon;
+tests/bench/results/distill_quality.json): the text alone 2.019, 2.041, 2.033; from 50 samples of a teacher of 1.360
+1.903, 1.894, -, on 70 % of the tokens 2.007, 2.093, -; after 200 steps from samples 2.255, 2.316, -, with the
+teacher itself 2.252, 2.305, -. A unigram model has 2.869. gpu, v5e-64: not measured; they compile for v5e, v5p, v6e.
 """
 
 import json

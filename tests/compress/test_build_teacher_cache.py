@@ -133,7 +133,7 @@ def test_batches_have_the_largest_probabilities_of_their_own_tokens(corpus, tmp_
     """After shuffling, on one process and two, against the whole model on the batch as it comes."""
     run = write_run(tmp_path / "run", TEACHERS[name](), corpus)
     cache = build_cache(run, CacheOptions(top_k=K, rows=ROWS, batch_size=4))
-    assert cache == tmp_path / f"run-top{K}"
+    assert cache == tmp_path / f"run-top{K}-rows{ROWS}"
     model = causally_routed(efftrain.load(run))
     tolerance = 0.05 if name.startswith("bfloat16") else 0.01  # that of float16 logarithms, and of another batch
     part = data.Part(path=corpus.path, teacher=cache)
