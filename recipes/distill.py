@@ -12,10 +12,10 @@ to begin with, and what to do when it does not help: recipes/README.md.
 
 A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
 
-Measured, cpu, bits per byte of seeds 0, 1, 2 ("-": not yet; 2 cores of an Intel Xeon;
-tests/bench/results/distill_quality.json): the text alone 2.019, 2.041, 2.033; from 50 samples of a teacher of 1.360
-1.903, 1.894, 1.887, on 70 % of the tokens 2.007, 2.093, 2.027; after 200 steps from samples 2.255, 2.316, 2.286, with the
-teacher itself 2.252, 2.305, 2.284. A unigram model has 2.869. gpu, v5e-64: not measured; they compile for v5e, v5p, v6e.
+Measured, cpu, bits per byte of seeds 0, 1, 2 (2 cores of an Intel Xeon; tests/bench/results/distill_quality.json): the
+text alone 2.019, 2.041, 2.033; from 50 samples of a teacher of 1.360 1.903, 1.894, 1.887, on 70 % of the tokens 2.007,
+2.093, 2.027; after 200 steps from samples 2.255, 2.316, 2.286, with the teacher itself 2.252, 2.305, 2.284. A unigram
+model has 2.869. Starts, gpu, v5e-64: not measured; they compile for v5e, v5p, v6e.
 """
 
 import json
