@@ -45,7 +45,7 @@ from efftrain.compress.task_run import (
     teacher_items,
     train_on_task,
 )
-from efftrain.compress.task_teach import Taught, student_items, teach
+from efftrain.compress.task_teach import Lesson, student_items, teach
 from efftrain.compress.task_texts import Augmentation
 from efftrain.config import digest, to_json
 from efftrain.data.made_up_task import write_amounts, write_questions
@@ -278,7 +278,7 @@ def seeded(learner: Learner, seed: int) -> Learner:
     return replace(learner, training=replace(learner.training, seed=seed))
 
 
-def opinions(taught: Taught) -> str:
+def opinions(taught: Lesson) -> str:
     """A fingerprint of what a student learns from."""
     logits = None if taught.logits is None else np.round(taught.logits, 2).tolist()
     return digest({"texts": taught.texts, "answers": taught.answers, "logits": logits})

@@ -23,7 +23,14 @@ from efftrain.ops.divergence import distillation_loss, kept_distillation_loss
 from efftrain.sharding import hosts
 from efftrain.sharding.rules import shard_count
 from efftrain.train.objective import Batch, Metrics, Objective, auxiliary_loss, next_token_loss
-from efftrain.train.run import checkpoint_directory, load_model_config, load_variables, model_config, read_json
+from efftrain.train.run import (
+    checkpoint_directory,
+    find_tokenizer,
+    load_model_config,
+    load_variables,
+    model_config,
+    read_json,
+)
 from efftrain.train.schedules import Ramp
 from efftrain.train.teacher import Teacher
 
@@ -211,10 +218,8 @@ def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
 
 def check_tokenizer(run: Path, corpus: Path) -> None:
     """Raises ConfigError where a run was trained with another tokenizer than that of a corpus."""
-    theirs = run / "tokenizer.json"
-    if not theirs.exists():  # of a run of an earlier version
-        theirs = Path(read_json(run / "config.json").get("corpus") or run) / "tokenizer.json"
-    if not theirs.exists():
+    theirs = find_tokenizer(run)
+    if theirs is None:
         raise ConfigError(f"{run} has no tokenizer.json, so it may have another one; copy that of its corpus there")
     found = first_difference(load_tokenizer(corpus / "tokenizer.json"), load_tokenizer(theirs))
     if found is not None:

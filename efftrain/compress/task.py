@@ -18,6 +18,7 @@ from efftrain.data.task_rows import examples_per_row, fill, pack
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
 from efftrain.ops.cross_entropy import cross_entropy, token_nll
+from efftrain.ops.divergence import generalized_jsd
 from efftrain.sharding.rules import shard_count
 from efftrain.train.objective import Batch, Metrics, auxiliary_loss
 
@@ -33,9 +34,8 @@ def label_divergence(student: Array, teacher: Array, temperature: float) -> Arra
 
     Source: Hinton et al. 2015; the factor keeps the size of the gradient independent of T.
     """
-    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
-    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
-    return temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    tempered = student.astype(jnp.float32) / temperature, jax.lax.stop_gradient(teacher) / temperature
+    return temperature**2 * generalized_jsd(*tempered, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.vocabulary import with_vocabulary
 from efftrain.train.loop import Training, fit
 from efftrain.train.objective import Objective, next_token_loss
-from efftrain.train.run import Run, load_model_config, read_json
+from efftrain.train.run import Run, find_tokenizer, load_model_config
 
 LONGEST_ANSWER = 1.5  # times the longest of the examples, in tokens
 
@@ -77,10 +77,7 @@ def task_ids(task: Task, learner: Learner) -> TaskIds:
 def general_ids(general: Path, task: Task, tokenizer: Path | None = None) -> TaskIds:
     """With a general model's tokenizer: the given one, or that of its run, or of the corpus that the run names."""
     size = load_model_config(general).vocab_size
-    if tokenizer is None:
-        corpus = read_json(Path(general) / "config.json").get("corpus") or general
-        places = [Path(folder) / "tokenizer.json" for folder in (general, corpus)]
-        tokenizer = next((place for place in places if place.exists()), None)
+    tokenizer = tokenizer or find_tokenizer(Path(general))
     if tokenizer is None:
         raise ConfigError(
             f"neither {general} nor its corpus has a tokenizer.json that is here; give it with --tokenizer"

@@ -22,7 +22,7 @@ LONGEST_TEXT = 0.98
 
 
 @dataclass(frozen=True)
-class Taught:
+class Lesson:
     """What a teacher said.
 
     Attributes:
@@ -42,7 +42,7 @@ class Taught:
 
 def teach(
     folder: Path, teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, *, length: int, seed: int
-) -> Taught:
+) -> Lesson:
     """Asks the teacher for everything that a student learns from, once: ``taught.npz`` in the folder keeps it.
 
     Args:
@@ -58,7 +58,7 @@ def teach(
             said = json.loads(str(file["said"]))
             if said.pop("asked") == asked:
                 arrays = {name: file[name] for name in ("labels", "logits") if name in file}
-                return Taught(**said, **{"labels": None, "logits": None} | arrays)
+                return Lesson(**said, **{"labels": None, "logits": None} | arrays)
     found = (_opinions if task.labels else _answers)(teacher, ids, task, augment, length, seed)
     said = {"asked": asked, "texts": found.texts, "answers": found.answers, "counts": found.counts}
     arrays = {"labels": found.labels, "logits": found.logits}
@@ -68,7 +68,7 @@ def teach(
     return found
 
 
-def student_items(ids: TaskIds, taught: Taught, length: int) -> list[Item]:
+def student_items(ids: TaskIds, taught: Lesson, length: int) -> list[Item]:
     """What a student is trained on, in rows of ``length`` tokens; made-up questions that are longer are left out."""
     if taught.answers is None:
         items = questions(ids, taught.texts, taught.labels, taught.logits)
@@ -82,7 +82,7 @@ def student_items(ids: TaskIds, taught: Taught, length: int) -> list[Item]:
 
 def _opinions(
     teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, length: int, seed: int
-) -> Taught:
+) -> Lesson:
     loss, texts = task_loss(ids), task.texts("train") + task.texts("unlabelled")
     counts: dict[str, Any] = {"labelled": len(task.train), "unlabelled": len(task.unlabelled)}
     labels, logits = np.full(len(texts), -1, np.int32), predict(teacher, loss, questions(ids, texts), length=length)
@@ -94,12 +94,12 @@ def _opinions(
         texts, logits = texts + made.texts, np.concatenate([logits, made.logits])
         labels = np.concatenate([labels, np.full(len(made.texts), -1, np.int32)])
         counts["made up"] = made.counts
-    return Taught(texts, labels, logits, None, counts)
+    return Lesson(texts, labels, logits, None, counts)
 
 
 def _answers(
     teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, length: int, seed: int
-) -> Taught:
+) -> Lesson:
     prompts, longest = task.texts("unlabelled"), longest_answer(ids, task)
     counts: dict[str, Any] = {"labelled": len(task.train), "unlabelled": len(prompts)}
     found: list[str | None] = []
@@ -108,4 +108,4 @@ def _answers(
     elif prompts:
         found, counts["answers"] = agreed_answers(teacher, ids, prompts, augment, longest=longest, seed=seed)
     pairs = [(e.text, e.answer) for e in task.train] + [(t, a) for t, a in zip(prompts, found, strict=True) if a]
-    return Taught([t for t, _ in pairs], None, None, [a for _, a in pairs], counts)
+    return Lesson([t for t, _ in pairs], None, None, [a for _, a in pairs], counts)

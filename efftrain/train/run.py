@@ -214,6 +214,13 @@ def load_variables(checkpoints: Any, abstract: nnx.State) -> nnx.State:
         return opened.restore_model(abstract)
 
 
+def find_tokenizer(directory: Path) -> Path | None:
+    """The tokenizer of a run: its own, or (of a run of an earlier version) that of the corpus that it names."""
+    corpus = read_json(directory / "config.json").get("corpus") or directory
+    places = (Path(folder) / "tokenizer.json" for folder in (directory, corpus))
+    return next((place for place in places if place.exists()), None)
+
+
 def newest_step(directory: Path, settings: Any) -> int:
     """Of a run's checkpoints; ``settings``: what its ``config.json`` holds.
 
