@@ -16,7 +16,7 @@ tests/bench/results/prune_quality.json): on the same 4.1 M tokens half of the we
 1.50, 1.13, 2.06 %. At once, without training: magnitude 2.58, 2.30, 3.05 %, Wanda 2.81, 2.54, 3.26 %, SparseGPT
 1.24, 1.39, 1.55 %. Behind a tenth of the tokens: magnitude 0.30, 0.41, 0.32 %, in three rounds 1.63, 1.81, 1.76 %; a
 third less in width 2.28, 2.61, 2.45 %, that shape from scratch 57.21, 55.04, 62.40 %; four of six layers
-4.30, 4.04, 7.53 %; half in width, in two rounds, 9.11 % (seed 0). gpu: not measured; it compiles for v5e.
+4.30, 4.04, 7.53 %; half in width, in two rounds, 9.11, 9.31, 9.80 %. gpu: not measured; it compiles for v5e.
 """
 
 import json
@@ -185,7 +185,7 @@ def compare_ways(config: Config) -> Comparison:
         kept = Kept(out / f"cuts-seed{seed}.json", {"dense": digest(asdict(found.cards["dense"][i]))})
         at_once = kept.cell("at once", lambda dense=dense: prune_at_once(base, dense))
         measured.append(kept)
-        tuned = cut_and_tune(base, dense, seed, twice=i == 0)
+        tuned = cut_and_tune(base, dense, seed)
         seeds[str(seed)] = {"at_once": at_once, "tuned": tuned}
         if i == 0:
             seeds[str(seed)]["latency"] = kept.cell("latency", lambda dense=dense: side_by_side(dense))
@@ -220,13 +220,11 @@ def cuts(config: Config) -> dict[str, Compression]:
     }
 
 
-def cut_and_tune(config: Config, dense: Path, seed: int, *, twice: bool) -> dict[str, dict[str, float]]:
-    """What each cut came to (that of two rounds where ``twice``), and a model of such a shape trained on those tokens
+def cut_and_tune(config: Config, dense: Path, seed: int) -> dict[str, dict[str, float]]:
+    """What each cut came to, and a model of such a shape trained on those tokens
     alone."""
     found = {}
     for name, options in cuts(config).items():
-        if name == "width50-2rounds" and not twice:
-            continue
         cut = dense.with_name(f"{name}-seed{seed}")
         console.print(f"{name}, seed {seed}", markup=False)
         done = (cut / FILE_NAME).exists()
