@@ -221,8 +221,7 @@ def cuts(config: Config) -> dict[str, Compression]:
 
 
 def cut_and_tune(config: Config, dense: Path, seed: int) -> dict[str, dict[str, float]]:
-    """What each cut came to, and a model of such a shape trained on those tokens
-    alone."""
+    """What each cut came to, and a model of such a shape trained on those tokens alone."""
     found = {}
     for name, options in cuts(config).items():
         cut = dense.with_name(f"{name}-seed{seed}")
