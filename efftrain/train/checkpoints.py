@@ -55,6 +55,7 @@ class Checkpoints:
         if not read_only:
             _check_writable(epath.Path(self.directory))
         several = hosts.process_count() > 1
+        self._shapes: dict[int, dict[str, Any]] = {}
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -226,7 +227,10 @@ class Checkpoints:
         return None
 
     def _saved_shapes(self, step: int) -> dict[str, Any]:
-        return dict(self._manager.item_metadata(step)["state"].tree)
+        """Read once: ``model_arrays`` asks for every array, and a checkpoint that is complete does not change."""
+        if step not in self._shapes:
+            self._shapes[step] = dict(self._manager.item_metadata(step)["state"].tree)
+        return self._shapes[step]
 
     def _read(self, step: int, wanted: dict[str, Any], *, partial: bool = False) -> tuple[dict[str, Any], Any]:
         with _all_or_none():
@@ -260,6 +264,7 @@ class Checkpoints:
                     target.rmtree()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (epath.Path(self.directory) / str(step)).rename(target)
+        self._shapes.pop(step, None)
         self._manager.reload()
 
     @contextlib.contextmanager
