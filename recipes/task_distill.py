@@ -137,7 +137,7 @@ banking77 = replace(
     label="category",
     teacher=Learner(  # the model is the general one's where there is one
         model=llama(vocab_size=4096, d_model=256, n_layers=6, n_heads=4, d_ff=704, max_length=512, tied_embedding=True),
-        training=Training(steps=700, batch_size=16, length=160, optimizer=Muon(peak_lr=3e-3)),
+        training=Training(steps=600, batch_size=16, length=160, optimizer=Muon(peak_lr=3e-3)),
         vocabulary=4096,
         word_dropout=0.3,
     ),
@@ -146,6 +146,7 @@ banking77 = replace(
         training=Training(steps=400, batch_size=16, length=256, optimizer=Muon(peak_lr=3e-3)),
         word_dropout=0.3,
     ),
+    alpha=0.5,
     augment=Augmentation(per_label=200),
     augmented=False,
     out=Path("runs/banking77"),
