@@ -12,10 +12,11 @@ to begin with, and what to do when it does not help: recipes/README.md.
 
 A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
 
-Measured, cpu, bits per byte of seeds 0, 1, 2 (2 cores of an Intel Xeon; tests/bench/results/distill_quality.json): the
-text alone 2.019, 2.041, 2.033; from 50 samples of a teacher of 1.360 1.903, 1.894, 1.887, on 70 % of the tokens 2.007,
-2.093, 2.027; after 200 steps from samples 2.255, 2.316, 2.286, with the teacher itself 2.252, 2.305, 2.284. A unigram
-model has 2.869. Starts, gpu, v5e-64: not measured; they compile for v5e, v5p, v6e.
+Measured, cpu, bits per byte of seeds 0, 1, 2 (2 cores of an Intel Xeon; tests/bench/results/distill_quality.json):
+with ``--training.steps 2000`` the text alone 1.605, 1.560, 1.683, from 50 samples a token of a teacher of 1.360
+1.454, 1.451, 1.450; a unigram model has 2.869. With 500 steps 2.019, 2.041, 2.033 and 1.903, 1.894, 1.887, on 70 % of
+the tokens 2.007, 2.093, 2.027; with 200 from samples 2.255, 2.316, 2.286, with the teacher itself 2.252, 2.305,
+2.284. STARTS gpu, v5e-64: not measured; they compile for v5e, v5p, v6e.
 """
 
 import json
@@ -65,7 +66,7 @@ from efftrain.train.teacher import Teacher
 CALIBRATION_ROWS = 128  # of the training split, for what is cut out of a teacher
 FEWER_TOKENS = 0.7  # of the student's, with which a taught one may reach what the text alone brings
 SHORT = 0.4  # of the student's steps, with the teacher beside every batch and with what was kept of it
-START_STEPS = 0.05  # of the student's steps, for each start that is compared
+START_STEPS, START_ROWS = 0.05, 1024  # of the student's steps and of the validation split, for each start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +230,8 @@ def main(config: Config) -> Scorecard | Comparison:
     return cards[-1]
 
 
-def train(config: Config) -> Scorecard:
-    """The student; its teacher must be there."""
+def train(config: Config, evaluated_rows: int | None = None) -> Scorecard:
+    """The student, evaluated on so many rows (None: all); its teacher must be there."""
     if config.cache is not None and config.distill is None:
         raise ConfigError("a cache is for a student that is taught; leave it out, or give it distill")
     if config.distill is not None and config.distill.on_policy and config.distill.on_policy.prompt is None:
@@ -241,16 +242,18 @@ def train(config: Config) -> Scorecard:
         extra = extra_flops(objective.how, config.model, objective.teacher.config, config.training.length)
     part = data.Part(path=config.corpus, rows=config.rows, teacher=config.cache)
     initial = None if config.initial == "random" else lambda: begun(config)
-    return train_and_score(config, build, objective, part=part, initial=initial, extra_flops=extra)[1]
+    return train_and_score(
+        config, build, objective, part=part, initial=initial, extra_flops=extra, evaluated_rows=evaluated_rows
+    )[1]
 
 
-def found_or_trained(config: Config) -> Scorecard:
+def found_or_trained(config: Config, evaluated_rows: int | None = None) -> Scorecard:
     """The card of a run that is done, where its configuration is this one."""
     card = config.out / FILE_NAME
     if hosts.from_first(card.exists):
         Run(config.out, config)  # refuses another configuration
         return Scorecard.of(hosts.from_first(lambda: read_json(card)))
-    return train(config)
+    return train(config, evaluated_rows)
 
 
 def needs_teacher(config: Config) -> bool:
@@ -363,7 +366,7 @@ def compare_starts(config: Config, out: Path, seeds: tuple[int, ...]) -> dict[st
             start = out / f"start{i}-seed{seed}"
             seeded = replace(training, seed=seed)
             student = replace(config, model=model, initial=initial, training=seeded, out=start)
-            found.setdefault(name, []).append(found_or_trained(student).figures["bpb"].value)
+            found.setdefault(name, []).append(found_or_trained(student, START_ROWS).figures["bpb"].value)
         console.print(f"{name}: {statistics.fmean(found[name]):.4f} bits per byte", markup=False)
     return found
 
