@@ -81,13 +81,15 @@ def saved(out: Path) -> list[int]:
     return sorted(int(p.name) for p in (out / "checkpoints").iterdir())
 
 
-def assert_same_run(out: Path, whole: Path) -> None:
-    """To the last bits of float32, which Adam makes larger from step to step."""
+def assert_same_run(out: Path, whole: Path, rel: float = 1e-6) -> None:
+    """Losses to ``rel``. Norms of gradients to 1e-5: sums in another order differ by bits that Adam makes larger from
+    step to step (1.6e-6 in step 12 of two processes, where losses are 1e-7 apart)."""
     for split in ("train", "validation"):
         got, want = read_metrics(out, split), read_metrics(whole, split)
         assert [row["step"] for row in got] == [row["step"] for row in want]
         for name in ("loss", "grad_norm") if split == "train" else ("loss", "bpb"):
-            assert [row[name] for row in got] == pytest.approx([row[name] for row in want], rel=1e-5), name
+            bound = 1e-5 if name == "grad_norm" else rel
+            assert [row[name] for row in got] == pytest.approx([row[name] for row in want], rel=bound), name
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,7 @@ def test_sigterm_to_one_process_saves_the_same_step_on_all(stopped):
 def test_a_run_continues_with_another_number_of_processes_and_another_mesh(corpus, whole, stopped, tmp_path, n, mesh):
     out = Path(shutil.copytree(stopped, tmp_path / "run"))
     assert "continuing from step 7" in succeed(n, corpus, out, f"mesh={mesh}", "checkpoint_every=50")[0]
-    assert_same_run(out, whole)
+    assert_same_run(out, whole, rel=1e-5)
 
 
 def test_two_processes_share_a_teacher(corpus, whole, tmp_path):
@@ -154,7 +156,7 @@ def test_two_processes_share_a_teacher(corpus, whole, tmp_path):
     shutil.copyfile(corpus / "tokenizer.json", teacher / "tokenizer.json")
     succeed(2, corpus, tmp_path / "two", f"teacher={teacher}")
     succeed(1, corpus, tmp_path / "one", f"teacher={teacher}")
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert_same_run(tmp_path / "two", tmp_path / "one", rel=1e-5)
     learned = [row["loss/teacher"] for row in read_metrics(tmp_path / "two")]
     assert learned == pytest.approx([row["loss/teacher"] for row in read_metrics(tmp_path / "one")], rel=1e-5)
     assert learned[-1] < learned[0]
@@ -165,7 +167,7 @@ def test_two_processes_share_a_teacher(corpus, whole, tmp_path):
 @pytest.mark.parametrize("mesh", ["fsdp-1+tensor-4+replica-2", "fsdp-1+replica-8", "fsdp-2+context-4"])
 def test_other_meshes_give_the_losses_of_one_process(corpus, whole, tmp_path, mesh):
     succeed(2, corpus, tmp_path / "run", f"mesh={mesh}")
-    assert_same_run(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole, rel=1e-5)
 
 
 def test_processes_with_other_configurations_stop_before_the_first_step(corpus, tmp_path):
