@@ -1,4 +1,4 @@
-"""Recipes as processes, as a user starts them."""
+"""Recipes as processes, as a user starts them, but compiled without optimisation: most of their time is compilation."""
 
 import os
 import subprocess
