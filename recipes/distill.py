@@ -16,8 +16,8 @@ Measured, cpu, bits per byte of seeds 0, 1, 2 (2 cores of an Intel Xeon; tests/b
 with ``--training.steps 2000`` the text alone 1.605, 1.560, 1.683, from 50 samples a token of a teacher of 1.360
 1.454, 1.451, 1.450; a unigram model has 2.869. With 500 steps 2.019, 2.041, 2.033 and 1.903, 1.894, 1.887, on 70 % of
 the tokens 2.007, 2.093, 2.027; with 200 from samples 2.255, 2.316, 2.286, with the teacher itself 2.252, 2.305,
-2.284. Starts, behind 25 steps, means: half of the layers 2.535 (at random 2.768), cut in width 1.494 (at random
-2.873). gpu, v5e-64: not measured; they compile for v5e, v5p, v6e.
+2.284. Starts, behind 25 steps, means on 1,024 rows: half of the layers 2.535 (at random 2.768), cut in width 1.494
+(at random 2.873). gpu, v5e-64: not measured; they compile for v5e, v5p, v6e.
 """
 
 import json
