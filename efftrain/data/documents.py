@@ -15,7 +15,8 @@ class Document:
 
     Attributes:
       id: unique in the corpus and stable from run to run; the order of the corpus is a hash of it.
-      text: the text, unchanged.
+      text: the text. Whatever it was read from, its lines end in "\n" (not "\r\n" or "\r") and no byte order mark
+        stands before it, so that no rule, comparison or tokenizer has to know of either.
       source: which source it came from.
       meta: JSON values. ``meta["package"]`` names the group that must not be torn apart between train and test.
     """
@@ -25,10 +26,24 @@ class Document:
     source: str
     meta: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        object.__setattr__(self, "text", clean_lines(self.text))
+
     @property
     def package(self) -> str:
         """The group that goes to one split as a whole; a document without one is its own group."""
         return self.meta.get("package", self.id)
+
+
+UNREADABLE = "unreadable"
+"""The rule of a ``Skipped`` that stands for a file, or for all that follows in one: nobody knows how much is lost."""
+
+
+def clean_lines(text: str) -> str:
+    """The text with "\n" for every "\r\n" and "\r", and without a byte order mark before it."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removeprefix("\ufeff")
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,9 @@ class Skipped:
 
     Attributes:
       id: the file, or the file and line.
+      rule: ``UNREADABLE`` where a file, or the rest of one, is lost; any other is about this one document.
       detail: what the reader said.
-      n_bytes: its size, 0 where that is unknown.
+      n_bytes: its size in bytes, 0 where that is unknown.
     """
 
     id: str

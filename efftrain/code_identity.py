@@ -1,0 +1,140 @@
+"""Which code a result was made by, so that a result of other code is never taken for one of this code.
+
+A commit does not say it: a dirty tree is not one state, and a rule that a script defines stands in no commit of the
+package at all. What is compared are digests of source files.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import site
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import efftrain
+from efftrain.config import SCRIPT_PREFIX
+from efftrain.errors import ConfigError
+
+_PACKAGE = Path(efftrain.__file__).parent
+
+
+def code_identity(*values: Any, rooms: Iterable[str] = ()) -> dict[str, str]:
+    """The code that decides what becomes of a configuration.
+
+    Args:
+      values: dataclasses, functions, classes, and lists, tuples and dictionaries of them, at any depth. The modules
+        that define them count, those of base classes too, and what these import from modules that are neither
+        installed nor of the standard library.
+      rooms: the parts of the package that take part: ``("data",)``; all of it by default.
+
+    Returns:
+      Digests of source: under "efftrain" the package's version and the rooms; under the name of its file or module
+      each module outside of the package.
+
+    Raises:
+      ConfigError: a class was defined where Python keeps no source (at a prompt).
+    """
+    found: dict[str, types.ModuleType] = {}
+    for value in values:
+        for owner in _owners(value):
+            _follow(owner, found)
+    modules = {_name(module): module for module in found.values()}
+    return {"efftrain": package_identity(tuple(rooms))} | {
+        name: _digest([_source(modules[name])]) for name in sorted(modules)
+    }
+
+
+@functools.cache
+def package_identity(rooms: tuple[str, ...] = ()) -> str:
+    """Version and digest of the source files of some rooms, or of the whole package."""
+    if not rooms:
+        paths = sorted(_PACKAGE.rglob("*.py"))
+    else:
+        parts = [path for room in rooms for path in ((_PACKAGE / room).rglob("*.py"), [_PACKAGE / f"{room}.py"])]
+        paths = sorted(path for part in parts for path in part if path.is_file())
+    contents = (f"{path.relative_to(_PACKAGE).as_posix()}\0".encode() + path.read_bytes() for path in paths)
+    return f"{efftrain.__version__} {_digest(contents)}"
+
+
+def _owners(value: Any) -> Iterator[str]:
+    """Names of the modules that define what a value is made of."""
+    if isinstance(value, type):
+        yield from (cls.__module__ for cls in value.__mro__)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _owners(item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _owners(item)
+    elif isinstance(value, functools.partial):
+        yield from _owners((value.func, value.args, value.keywords))
+    elif isinstance(value, types.FunctionType | types.MethodType):
+        yield value.__module__
+    elif dataclasses.is_dataclass(value):
+        yield from _owners(type(value))
+        for field in dataclasses.fields(value):
+            yield from _owners(getattr(value, field.name))
+
+
+def _follow(name: str, found: dict[str, types.ModuleType]) -> None:
+    """Adds a module that defines something, unless it is of this package or of Python, and what it imports."""
+    module = sys.modules.get(name)
+    if module is None or name in found or _is_own(name) or _is_python(module):
+        return
+    found[name] = module
+    for value in list(vars(module).values()):
+        name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+        imported = sys.modules.get(name) if isinstance(name, str) else None
+        if imported is not None and not _is_installed(imported):
+            _follow(name, found)
+
+
+def _is_own(name: str) -> bool:
+    return name == "efftrain" or name.startswith("efftrain.")
+
+
+def _is_python(module: types.ModuleType) -> bool:
+    """Whether a module is of the standard library or built in."""
+    return module.__name__.partition(".")[0] in sys.stdlib_module_names and module.__name__ != "__main__"
+
+
+def _is_installed(module: types.ModuleType) -> bool:
+    path = getattr(module, "__file__", None)
+    return path is None or any(Path(path).is_relative_to(folder) for folder in _installed())
+
+
+@functools.cache
+def _installed() -> tuple[Path, ...]:
+    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return tuple(Path(folder) for folder in {*folders, *site.getsitepackages(), site.getusersitepackages()} if folder)
+
+
+def _name(module: types.ModuleType) -> str:
+    """A script has one name, however it was started or imported: ``config.to_json`` writes the same."""
+    is_script = module.__spec__ is None or module.__name__.startswith((SCRIPT_PREFIX, "__mp_main__"))
+    return Path(module.__file__).name if is_script and getattr(module, "__file__", None) else module.__name__
+
+
+def _source(module: types.ModuleType) -> bytes:
+    path = getattr(module, "__file__", None)
+    if path and Path(path).suffix in (".pyc", ".so", ".pyd"):
+        spec = importlib.util.find_spec(module.__name__)
+        path = spec.origin if spec else path
+    if path is None or not Path(path).is_file():
+        raise ConfigError(
+            f"a class or function of this configuration was defined in {module.__name__}, of which there is no "
+            "source file; write it into a .py file, so that a change of it is noticed"
+        )
+    return Path(path).read_bytes()
+
+
+def _digest(contents: Iterable[bytes]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        state.update(len(content).to_bytes(8, "little") + content)
+    return state.hexdigest()
