@@ -19,8 +19,8 @@ from efftrain.data.decontaminate import (
     ngram_hashes,
     seen_in_training,
 )
-from efftrain.data.reading import Kept
-from efftrain.data.removals import Removal, Survivors, alive_records
+from efftrain.data.kept import Kept
+from efftrain.data.removals import Removal, Survivors
 from efftrain.data.shingles import distinct
 from efftrain.data.splits import SPLITS
 from efftrain.data.spool import unpack_record
@@ -43,7 +43,9 @@ class HashHeldOut:
     n: int
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
-        texts = (unpack_record(record)[3] for _, record in alive_records(self.kept, np.load(self.held_out), number))
+        texts = (
+            unpack_record(record)[3] for _, record in self.kept.records(np.load(self.held_out, mmap_mode="r"), number)
+        )
         found = [distinct(hashes) for hashes, _ in hash_blocks(texts, self.n)]
         np.save(folder / f"{stem(number)}.ngrams.npy", distinct(np.concatenate([np.empty(0, np.uint64), *found])))
         return {}
@@ -69,7 +71,9 @@ class CheckTraining:
         removal, by_set = Removal(folder, number), Counter()
         held_out, sets = NgramIndex.load(self.held_out), [(name, NgramIndex.load(path)) for name, path in self.sets]
         positions, counts = [], []
-        for numbers, records, hashes, offsets in _hashed(self.kept, np.load(self.train), number, self.config.n):
+        for numbers, records, hashes, offsets in _hashed(
+            self.kept, np.load(self.train, mmap_mode="r"), number, self.config.n
+        ):
             stays = np.ones(len(numbers), bool)
             for name, index in sets:
                 shares = contamination(hashes, offsets, index)
@@ -102,7 +106,9 @@ class CheckHeldOut:
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
         removal, by_set = Removal(folder, number), Counter()
         seen, split_of = NgramIndex.load(self.seen), np.load(self.split_of, mmap_mode="r")
-        for numbers, records, hashes, offsets in _hashed(self.kept, np.load(self.held_out), number, self.config.n):
+        for numbers, records, hashes, offsets in _hashed(
+            self.kept, np.load(self.held_out, mmap_mode="r"), number, self.config.n
+        ):
             shares = contamination(hashes, offsets, seen)
             for i in np.flatnonzero(shares > self.config.held_out_limit):
                 split = SPLITS[split_of[numbers[i]]]
@@ -169,7 +175,7 @@ def _hashed(
     records: list[bytes] = []
 
     def texts() -> Iterator[bytes]:
-        for number, record in alive_records(kept, mask, piece):
+        for number, record in kept.records(mask, piece):
             numbers.append(number)
             records.append(record)
             yield unpack_record(record)[3]

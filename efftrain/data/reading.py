@@ -1,44 +1,37 @@
 """The first stage of a build: read the pieces of the sources, edit and judge each document, keep it or say why not.
 
-An item is a piece. It leaves
+An item is a piece. It leaves the files of ``kept.Kept``, and
 
-  NNNNNN.records          the documents that all rules keep, one after the other
-  NNNNNN.index.npy        (kept,) of INDEX
   NNNNNN.scores.parquet   the scores of every document that could be decoded
   NNNNNN.removed.parquet  the evidence of those that were dropped
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from efftrain.data.dedup import text_digest
-from efftrain.data.documents import Document, Skipped, Text
+from efftrain.data.documents import UNREADABLE, Document, Skipped, Text
 from efftrain.data.evidence import Evidence, clean
-from efftrain.data.funnel import Funnel
-from efftrain.data.rules import Edit, Judgement, Rule, RuleSet, flatten, is_edit, judge
+from efftrain.data.funnel import Funnels, example
+from efftrain.data.kept import INDEX
+from efftrain.data.rule_scores import Known, RuleScores, read_scores, score_names
+from efftrain.data.rules import Edit, Judgement, Rule, RuleFailed, RuleSet, flatten, judge
 from efftrain.data.sources import Piece, Source
-from efftrain.data.spool import pack_document, stable_hash, unpack_record
+from efftrain.data.spool import pack_document, stable_hash
 from efftrain.data.stages import stem
-from efftrain.errors import CorpusError
+from efftrain.errors import CorpusError, EfftrainError
 
-EDITED, EMPTY, UNDECODABLE = "edited", "empty", "undecodable"
-INDEX = np.dtype(
-    [
-        ("offset", "<u8"),  # of the record in its file
-        ("size", "<u8"),  # of the record
-        ("n_bytes", "<u8"),  # of the text
-        ("order", "<u8"),  # hash that decides the place in the corpus
-        ("group", "<u8"),  # hash of the package
-        ("source", "<u8"),  # hash of the source
-        ("digest_high", "<u8"),  # of the normalised text
-        ("digest_low", "<u8"),
-        ("quality", "<f4"),
-    ]
-)
+EDITED, EMPTY, UNDECODABLE, FAILED = "edited", "empty", "undecodable", "failed"
+_LISTED = 20  # unreadable files that a piece names
+
+OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,232 +40,187 @@ class Read:
 
     Attributes:
       pieces: (index of the source, piece).
+      labels: for each source the name that its documents get in place of their own; None to keep it.
+      qualify: begin each id with the source, because there are several.
       seed, split_seed: of the order of the documents and of the choice of packages.
-      quality: the rule whose score says which of two duplicates is kept.
+      quality: the rule whose score says which of two duplicates is kept, and the sign that makes more of it better.
+      on_error: what to do where a rule or a source raises: stop, or drop the document (the rest of the piece).
       scores: a table of an earlier build of the same inputs, and how many of its rows come before each piece.
     """
 
     sources: tuple[Source, ...]
     pieces: tuple[tuple[int, Piece], ...]
     rules: tuple[Rule | RuleSet | Edit, ...]
+    labels: tuple[str | None, ...]
+    qualify: bool
     seed: int
     split_seed: int
-    quality: str | None
+    quality: tuple[str, int] | None
+    on_error: OnError
     scores: tuple[Path, tuple[int, ...]] | None = None
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
-        source, piece = self.pieces[number]
         rules = tuple(flatten(self.rules))
-        path, funnels = folder / stem(number), Funnels()
-        evidence = Evidence(Path(f"{path}.removed.parquet"))
-        scores = Scores(Path(f"{path}.scores.parquet"), rules)
         known = self._known_scores(number, rules)
-        index: list[tuple] = []
-        offset = 0
-        with Path(f"{path}.records").open("wb") as records:
-            for item in self.sources[source].documents(piece):
-                kept = item if isinstance(item, Skipped) else _encodable(item)
-                if isinstance(kept, Skipped):
-                    funnels.see(kept.source, kept.n_bytes)
-                    funnels.drop(kept.source, kept.rule, kept.n_bytes)
-                    evidence.add(id=kept.id, source=kept.source, rule=kept.rule, n_bytes=kept.n_bytes, text=kept.detail)
+        with _Output(folder / stem(number), self, rules) as output:
+            for item in self._items(number):
+                text = item if isinstance(item, Skipped) else _encodable(item)
+                if isinstance(text, Skipped):
+                    output.skip(text)
                     continue
-                document, text = item, kept
-                funnels.see(document.source, len(text.utf8))
-                found = judge(rules, text, known and next(known)[clean(document.id)])
-                scores.add(document, len(text.utf8), found)
-                if found.edited:
-                    funnels.cut(document.source, EDITED, len(text.utf8) - len(found.text.utf8))
-                text = found.text
-                rejected = found.verdict
-                if rejected is not None or not text.text or text.text.isspace():
-                    rule = rejected.rule if rejected else EMPTY
-                    funnels.drop(document.source, rule, len(text.utf8))
-                    evidence.add(
-                        id=document.id,
-                        source=document.source,
-                        rule=rule,
-                        score=rejected.score if rejected else 0.0,
-                        n_bytes=len(text.utf8),
-                        text=text.text,
-                    )
-                    continue
-                record = pack_document(document, text.utf8)
-                digest = text_digest(text.text)
-                index.append(
-                    (
-                        offset,
-                        len(record),
-                        len(text.utf8),
-                        stable_hash(document.id, f"order {self.seed}"),
-                        stable_hash(document.package, f"split {self.split_seed}"),
-                        stable_hash(document.source, "source"),
-                        int.from_bytes(digest[:8], "little"),
-                        int.from_bytes(digest[8:], "little"),
-                        found.scores[self.quality] if self.quality else 0.0,
-                    )
-                )
-                records.write(record)
-                offset += len(record)
-        evidence.close()
-        scores.close()
-        np.save(f"{path}.index.npy", np.array(index, INDEX))
-        return {"kept": len(index), "scored": scores.n_rows, "sources": funnels.to_json()}
+                scores = next(known)[clean(item.id)] if known else None
+                try:
+                    found = judge(rules, text, scores)
+                except RuleFailed as error:
+                    if self.on_error == "stop":
+                        raise CorpusError(
+                            f"{error.rule!r} cannot judge the document {item.id} of {item.source}: {error}; mend the "
+                            "rule, or drop such documents with on_error='skip' (--on-error skip)"
+                        ) from error
+                    output.fail(item, text, error)
+                else:
+                    output.judged(item, text, found)
+        return output.summary()
 
-    def _known_scores(self, number: int, rules: tuple[Rule | Edit, ...]) -> Iterator[dict] | None:
+    def _items(self, number: int) -> Iterator[Document | Skipped]:
+        """What the source yields; an error of its own becomes a sentence that says where it happened."""
+        place, piece = self.pieces[number]
+        source, label = self.sources[place], self.labels[place]
+        last = None
+        try:
+            for item in source.documents(piece):
+                if label is not None:
+                    item = dataclasses.replace(item, source=label)
+                if self.qualify:
+                    item = dataclasses.replace(item, id=f"{item.source}:{item.id}")
+                yield item
+                last = item.id
+        except GeneratorExit:
+            raise
+        except EfftrainError:
+            raise
+        except Exception as error:
+            where = f"after {last}" if last else f"at the beginning of {piece.files[0][0] if piece.files else 'it'}"
+            detail = f"{type(source).__name__} raised {describe_error(error)} {where}"
+            if self.on_error == "stop":
+                raise CorpusError(
+                    f"{detail}; mend the source, or go on without the rest of its piece with on_error='skip' "
+                    "(--on-error skip)"
+                ) from error
+            yield Skipped(last or f"piece {number}", label or type(source).__name__, UNREADABLE, detail)
+
+    def _known_scores(self, number: int, rules: tuple[Rule | Edit, ...]) -> Iterator[Known] | None:
         if self.scores is None:
             return None
         path, starts = self.scores
-        return _read_scores(path, starts[number], [rule.name for rule in rules if not is_edit(rule)])
+        return read_scores(path, starts[number], score_names(rules))
 
 
-class Funnels:
-    """One funnel a source."""
+class _Output:
+    """The files of one piece, and the counts of its summary."""
 
-    def __init__(self):
-        self._of: dict[str, Funnel] = {}
+    def __init__(self, path: Path, task: Read, rules: Sequence[Rule | Edit]):
+        self._path, self._task, self._rules = path, task, rules
+        self._funnels = Funnels()
+        self._index: list[tuple] = []
+        self._unreadable: Counter[str] = Counter()
+        self._offset = 0
 
-    def see(self, source: str, n_bytes: int) -> None:
-        self._of.setdefault(clean(source), Funnel()).see(n_bytes)
+    def __enter__(self) -> "_Output":
+        with contextlib.ExitStack() as files:
+            self._records = files.enter_context(Path(f"{self._path}.records").open("wb"))
+            self._evidence = Evidence(Path(f"{self._path}.removed.parquet"))
+            files.callback(self._evidence.close)
+            self._scores = RuleScores(Path(f"{self._path}.scores.parquet"), self._rules)
+            files.callback(self._scores.close)
+            self._files = files.pop_all()
+        return self
 
-    def drop(self, source: str, rule: str, n_bytes: int) -> None:
-        self._of.setdefault(clean(source), Funnel()).drop(rule, n_bytes)
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
 
-    def cut(self, source: str, rule: str, n_bytes: int) -> None:
-        self._of.setdefault(clean(source), Funnel()).cut(rule, n_bytes)
+    def skip(self, item: Skipped) -> None:
+        """Something that could not be read."""
+        self._funnels.see(item.source, item.n_bytes)
+        self._funnels.drop(item.source, item.rule, item.n_bytes, f"{item.id}: {item.detail}")
+        self._evidence.add(id=item.id, source=item.source, rule=item.rule, n_bytes=item.n_bytes, text=item.detail)
+        if item.rule == UNREADABLE:
+            self._unreadable[clean(f"{item.id}: {item.detail}")] += 1
 
-    def add(self, counts: Mapping[str, Any]) -> None:
-        """Adds what ``to_json`` of another gave."""
-        for source, count in counts.items():
-            self._of.setdefault(source, Funnel()).add(count)
+    def fail(self, document: Document, text: Text, error: RuleFailed) -> None:
+        """A document that a rule could not judge."""
+        rule, n_bytes = f"{FAILED}/{error.rule}", len(text.utf8)
+        self._funnels.see(document.source, n_bytes)
+        self._scores.add(document, n_bytes, None, rule)
+        self._funnels.drop(document.source, rule, n_bytes, f"{document.id}: {error}")
+        self._evidence.add(id=document.id, source=document.source, rule=rule, n_bytes=n_bytes, text=str(error))
 
-    def to_json(self) -> dict[str, Any]:
-        return {source: funnel.to_json() for source, funnel in self._of.items()}
+    def judged(self, document: Document, original: Text, found: Judgement) -> None:
+        """A document with the verdict of the rules: it is kept or dropped."""
+        n_bytes, text = len(original.utf8), found.text
+        self._funnels.see(document.source, n_bytes)
+        rejected = found.verdict
+        self._scores.add(document, n_bytes, found.scores, rejected.rule if rejected else None)
+        if found.edited:
+            self._funnels.cut(document.source, EDITED, n_bytes - len(text.utf8))
+        if rejected is not None or not text.text or text.text.isspace():
+            rule = rejected.rule if rejected else EMPTY
+            self._funnels.drop(document.source, rule, len(text.utf8), example(document.id, text.text))
+            self._evidence.add(
+                id=document.id,
+                source=document.source,
+                rule=rule,
+                score=rejected.score if rejected else 0.0,
+                n_bytes=len(text.utf8),
+                text=text.text,
+            )
+        else:
+            self._keep(document, text, found.scores)
 
-    def rows(self, order: Sequence[str]) -> dict[str, list[dict]]:
-        return {source: funnel.rows(order) for source, funnel in self._of.items()}
+    def _keep(self, document: Document, text: Text, scores: dict[str, float]) -> None:
+        task, record = self._task, pack_document(document, text.utf8)
+        name, sign = task.quality or ("", 1)
+        self._index.append(
+            index_entry(
+                document,
+                text,
+                offset=self._offset,
+                size=len(record),
+                seed=task.seed,
+                split_seed=task.split_seed,
+                quality=sign * scores[name] if name else 0.0,
+            )
+        )
+        self._records.write(record)
+        self._offset += len(record)
 
-    def total(self) -> Funnel:
-        total = Funnel()
-        for funnel in self._of.values():
-            total.add(funnel.to_json())
-        return total
-
-
-class Scores:
-    """Rows of ``scores.parquet``: id, source, bytes, rejected_by, and a column for each rule."""
-
-    def __init__(self, path: Path, rules: Sequence[Rule | Edit]):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self._names = [rule.name for rule in rules if not is_edit(rule)]
-        fixed = [("id", pa.string()), ("source", pa.string()), ("bytes", pa.int64()), ("rejected_by", pa.string())]
-        self._schema = pa.schema(fixed + [(name, pa.float64()) for name in self._names])
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
-        self._rows: list[tuple] = []
-        self.n_rows = 0
-
-    def add(self, document: Document, n_bytes: int, found: Judgement) -> None:
-        rule = found.verdict.rule if found.verdict else None
-        values = [found.scores[name] for name in self._names]
-        self._rows.append((clean(document.id), clean(document.source), n_bytes, rule, *values))
-        self.n_rows += 1
-        if len(self._rows) >= 4096:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(self._schema)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
-        self._rows.clear()
-
-
-def _read_scores(path: Path, start: int, names: list[str]) -> Iterator[dict[str, dict[str, float]]]:
-    """Yields {id: scores} from row ``start`` on. The id is checked by the look-up."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            n_rows = file.metadata.row_group(group).num_rows
-            if n_rows <= start:
-                start -= n_rows
-                continue
-            table = file.read_row_group(group, columns=["id", *names]).slice(start)
-            start = 0
-            columns = [table.column(name).to_pylist() for name in names]
-            for id, *values in zip(table.column("id").to_pylist(), *columns, strict=True):
-                yield {id: dict(zip(names, values, strict=True))}
+    def summary(self) -> dict[str, Any]:
+        """Of the piece, once its files are closed; with ``unreadable`` files it is to be read again."""
+        np.save(f"{self._path}.index.npy", np.array(self._index, INDEX))
+        return {
+            "kept": len(self._index),
+            "scored": self._scores.n_rows,
+            "sources": self._funnels.to_json(),
+            "unreadable": {"files": self._unreadable.total(), "first": [*self._unreadable][:_LISTED]},
+        }
 
 
-class Kept:
-    """The documents that the first stage kept, numbered from 0 through all pieces."""
-
-    def __init__(self, folder: Path, counts: Sequence[int]):
-        self.folder = folder
-        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._open: tuple[int, Any] | None = None
-        self._entries: dict[int, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is open, for another process."""
-        return self.__dict__ | {"_open": None, "_entries": {}}
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    @property
-    def n_pieces(self) -> int:
-        return len(self.starts) - 1
-
-    def index(self, piece: int) -> np.ndarray:
-        """(documents of the piece,) of INDEX, mapped from disk."""
-        path = self.folder / f"{stem(piece)}.index.npy"
-        return np.load(path, mmap_mode="r" if self.starts[piece] < self.starts[piece + 1] else None)
-
-    def column(self, name: str) -> np.ndarray:
-        """A field of INDEX for all documents."""
-        return np.concatenate([np.array(self.index(piece)[name]) for piece in range(self.n_pieces)] or [[]])
-
-    def records(self, piece: int) -> Iterator[bytes]:
-        """The records of a piece, in order."""
-        with self._path(piece).open("rb") as stream:
-            for size in self.index(piece)["size"]:
-                yield stream.read(int(size))
-
-    def piece_of(self, number: int) -> int:
-        return int(np.searchsorted(self.starts, number, side="right")) - 1
-
-    def entry(self, number: int) -> np.void:
-        """One row of INDEX."""
-        piece = self.piece_of(number)
-        if piece not in self._entries:
-            self._entries[piece] = self.index(piece)
-        return self._entries[piece][number - self.starts[piece]]
-
-    def record(self, number: int) -> bytes:
-        """One record; neighbours are fastest."""
-        piece = self.piece_of(number)
-        if self._open is None or self._open[0] != piece:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = piece, self._path(piece).open("rb")
-        entry = self.entry(number)
-        self._open[1].seek(int(entry["offset"]))
-        return self._open[1].read(int(entry["size"]))
-
-    def text(self, number: int) -> bytes:
-        """The text of one document in UTF-8."""
-        return unpack_record(self.record(number))[3]
-
-    def _path(self, piece: int) -> Path:
-        return self.folder / f"{stem(piece)}.records"
+def index_entry(
+    document: Document, text: Text, *, offset: int, size: int, seed: int, split_seed: int, quality: float
+) -> tuple:
+    """A row of ``INDEX`` for a document whose record of ``size`` bytes begins at ``offset``."""
+    digest = text_digest(text.text)
+    return (
+        offset,
+        size,
+        len(text.utf8),
+        stable_hash(document.id, f"order {seed}"),
+        stable_hash(document.package, f"split {split_seed}"),
+        stable_hash(document.source, "source"),
+        int.from_bytes(digest[:8], "little"),
+        int.from_bytes(digest[8:], "little"),
+        quality,
+    )
 
 
 def list_pieces(sources: Sequence[Source]) -> tuple[tuple[int, Piece], ...]:
@@ -285,6 +233,31 @@ def list_pieces(sources: Sequence[Source]) -> tuple[tuple[int, Piece], ...]:
     if not pieces:
         raise CorpusError("the sources hold no document; check their paths and patterns")
     return pieces
+
+
+def source_labels(sources: Sequence[Source]) -> tuple[str | None, ...]:
+    """Names for those sources whose documents would have the same: the shortest ends of their paths that differ.
+
+    None for a source that keeps the name which it gives to its documents. Sources without a path keep it too.
+    """
+    paths = [getattr(source, "path", None) for source in sources]
+    parts = [Path(path).absolute().parts if path is not None else None for path in paths]
+    names = Counter(own[-1] for own in parts if own)
+    labels = []
+    for own in parts:
+        if not own or names[own[-1]] == 1:
+            labels.append(None)
+            continue
+        ends = (own[-n:] for n in range(1, len(own) + 1))
+        unique = (end for end in ends if sum(other[-len(end) :] == end for other in parts if other) == 1)
+        labels.append("/".join(next(unique, own)))
+    return tuple(labels)
+
+
+def describe_error(error: BaseException) -> str:
+    """The class and the last line of the message of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def _encodable(document: Document) -> Text | Skipped:

@@ -1,13 +1,14 @@
 """The documents that later stages remove: each leaves the evidence, and the corpus knows who is left."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from efftrain.data.evidence import Evidence
-from efftrain.data.reading import Funnels, Kept
+from efftrain.data.funnel import Funnels, example
+from efftrain.data.kept import Kept
 from efftrain.data.spool import unpack_record
 from efftrain.data.stages import stem
 
@@ -23,9 +24,10 @@ class Removal:
     def add(self, number: int, record: bytes, rule: str, **evidence: Any) -> None:
         """Removes document ``number``, whose record is given; ``evidence`` as for ``Evidence.add``."""
         id, source, _, utf8 = unpack_record(record)
+        text = utf8.decode()
         self._gone.append(number)
-        self._funnels.drop(source, rule, len(utf8))
-        self._evidence.add(id=id, source=source, rule=rule, n_bytes=len(utf8), text=utf8.decode(), **evidence)
+        self._funnels.drop(source, rule, len(utf8), example(id, text))
+        self._evidence.add(id=id, source=source, rule=rule, n_bytes=len(utf8), text=text, **evidence)
 
     def cut(self, record: bytes, rule: str, n_bytes: int) -> None:
         """Counts bytes that the text of a document lost which stays."""
@@ -68,11 +70,3 @@ class Survivors:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, self.alive)
         return path
-
-
-def alive_records(kept: Kept, mask: np.ndarray, piece: int) -> Iterator[tuple[int, bytes]]:
-    """Yields (number, record) of the documents of a piece that ``mask`` (documents,) bool selects."""
-    start = int(kept.starts[piece])
-    for offset, record in enumerate(kept.records(piece)):
-        if mask[start + offset]:
-            yield start + offset, record

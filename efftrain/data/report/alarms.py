@@ -5,18 +5,28 @@ from typing import Any
 
 SOURCE_LOSS = 0.5  # share of a source's documents or bytes
 RULE_LOSS = 0.3  # share of the documents that reach a rule
+FAILED = "failed/"  # beginning of the stages that drop documents for which a rule raised
 RECALL = 0.9  # of the planted duplicates at or above the threshold; bands never promise all of them
 
 
 def alarms(manifest: Mapping[str, Any]) -> list[str]:
     """One sentence for each alarm, from the manifest of a corpus; the worst kinds and the largest sources first."""
     return [
+        *_unreadable(manifest.get("unreadable") or {}),
         *_canary(manifest.get("near_duplicates")),
         *_splits(manifest),
         *_decontamination(manifest.get("decontamination") or {}),
         *_rules(manifest["funnel"]),
         *_sources(manifest.get("sources") or {}),
     ]
+
+
+def _unreadable(found: Mapping[str, Any]) -> Iterator[str]:
+    if n_files := found.get("files"):
+        yield (
+            f"{n_files:,} file{'s' * (n_files > 1)} could not be read to the end, and nobody knows how much is "
+            f"missing; first {found['first'][0]}."
+        )
 
 
 def _canary(found: Mapping[str, Any] | None) -> Iterator[str]:
@@ -37,6 +47,11 @@ def _splits(manifest: Mapping[str, Any]) -> Iterator[str]:
     for split in dict.fromkeys([*wanted, *manifest["splits"]]):
         if not manifest["splits"].get(split, {}).get("documents"):
             yield f"The split {split} has no documents."
+    if manifest.get("split_by") == "document":
+        yield (
+            "There are fewer groups of documents than splits, so single documents were held out: parts of one group "
+            "may stand on both sides."
+        )
 
 
 def _decontamination(sets: Mapping[str, Any]) -> Iterator[str]:
@@ -48,10 +63,11 @@ def _decontamination(sets: Mapping[str, Any]) -> Iterator[str]:
 def _rules(funnel: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     reached = funnel[0]["documents"]
     for row in funnel[1:-1]:
-        if reached and row["documents"] / reached > RULE_LOSS:
+        failed = row["stage"].startswith(FAILED)
+        if reached and (row["documents"] / reached > RULE_LOSS or failed):
             yield (
                 f"{row['stage']} drops {row['documents'] / reached:.0%} of the documents that reach it "
-                f"({row['documents']:,} of {reached:,})."
+                f"({row['documents']:,} of {reached:,}){_example(row)}."
             )
         reached -= row["documents"]
 
@@ -64,8 +80,12 @@ def _sources(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str
             most = max(rules, key=lambda row: row["documents"])
             yield (
                 f"The source {source} loses {lost['documents']:.0%} of its documents and {lost['bytes']:.0%} of its "
-                f"bytes, most documents to {most['stage']} ({most['documents']:,})."
+                f"bytes, most documents to {most['stage']} ({most['documents']:,}){_example(most)}."
             )
+
+
+def _example(row: Mapping[str, Any]) -> str:
+    return f", such as {row['example']}" if row.get("example") else ""
 
 
 def _lost(funnel: Sequence[Mapping[str, Any]], unit: str) -> float:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from efftrain.config import to_json
 from efftrain.data.documents import Text, Verdict
+from efftrain.errors import EfftrainError
 
 
 class Rule(Protocol):
@@ -88,6 +89,19 @@ def is_edit(rule: Rule | Edit) -> bool:
     return hasattr(rule, "edit")
 
 
+class RuleFailed(Exception):
+    """A rule or an edit raised; the message is what it raised.
+
+    Attributes:
+      rule: its name.
+    """
+
+    def __init__(self, rule: str, error: Exception):
+        lines = str(error).strip().splitlines()
+        super().__init__(f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__)
+        self.rule = rule
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What a list of rules made of a text.
@@ -110,16 +124,24 @@ def judge(rules: Iterable[Rule | Edit], text: Text, known: Mapping[str, float] |
 
     Args:
       known: the scores of all rules, where they were computed before; then only the edits are done.
+
+    Raises:
+      RuleFailed: a rule raised something else than an ``EfftrainError``.
     """
     edited, scores = [], dict(known or {})
     for rule in rules:
-        if is_edit(rule):
-            changed = rule.edit(text)
-            if changed is not text:
-                edited.append(rule.name)
-            text = changed
-        elif known is None:
-            scores[rule.name] = rule.score(text)
+        try:
+            if is_edit(rule):
+                changed = rule.edit(text)
+                if changed is not text:
+                    edited.append(rule.name)
+                text = changed
+            elif known is None:
+                scores[rule.name] = rule.score(text)
+        except EfftrainError:
+            raise
+        except Exception as error:  # a rule may be anybody's
+            raise RuleFailed(rule.name, error) from error
     return Judgement(text, tuple(edited), scores, verdict(rules, scores))
 
 
