@@ -35,6 +35,11 @@ class SplitByPackage:
                 "leave something to train on"
             )
 
+    @property
+    def n_splits(self) -> int:
+        """How many splits are wanted, train among them."""
+        return 1 + (self.validation > 0) + (self.test > 0)
+
 
 def bucket(groups: np.ndarray) -> np.ndarray:
     """The bucket of each 64-bit group hash."""
@@ -51,15 +56,16 @@ def assign_buckets(config: SplitByPackage, sizes: np.ndarray) -> np.ndarray:
       (N_BUCKETS,) indices into SPLITS.
 
     Raises:
-      CorpusError: there are fewer groups than splits.
+      CorpusError: there are fewer buckets with a document than splits.
     """
     free = np.flatnonzero(sizes).tolist()
     shares = {"validation": config.validation, "test": config.test}
-    n_wanted = 1 + sum(share > 0 for share in shares.values())
+    n_wanted = config.n_splits
     if len(free) < n_wanted:
+        documents = "document is" if len(free) == 1 else "documents are"
         raise CorpusError(
-            f"only {len(free)} groups of documents are left for {n_wanted} splits; add documents, group them more "
-            "finely (meta['package']), or set split.validation or split.test to 0"
+            f"only {len(free)} {documents} left for {n_wanted} splits; add documents, cut a large text into several "
+            "(split=data.AtBlankLines() of TextFolder), or set split.validation or split.test to 0"
         )
     result = np.zeros(len(sizes), np.int8)
     for split, share in shares.items():

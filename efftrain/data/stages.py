@@ -8,12 +8,17 @@ import functools
 import json
 import os
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from efftrain.config import SCRIPT_PREFIX
+from efftrain.data.shards import file_digest
+from efftrain.errors import ConfigError, CorpusError
 from efftrain.progress import Progress
+from efftrain.recipe import import_script
 
 
 class Task(Protocol):
@@ -44,12 +49,28 @@ class Stage:
     folder: Path
     task: Task
 
+    def save(self) -> None:
+        """Writes the task for workers in other processes, with the scripts that define its rules and sources."""
+        scripts = {
+            module.__file__: file_digest(Path(module.__file__))
+            for name, module in list(sys.modules.items())
+            if name.startswith(SCRIPT_PREFIX) and module is not None
+        }
+        _imported.update(scripts)
+        try:
+            task = pickle.dumps(self.task)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"a rule or source of this corpus cannot be given to a worker ({error}); define its class at the top "
+                "of a module or script, and keep open files and functions out of its fields"
+            ) from error
+        (self.folder / "task.pickle").write_bytes(pickle.dumps((scripts, task)))
+
     @staticmethod
-    @functools.lru_cache(maxsize=1)
     def load(folder: Path) -> "Stage":
-        """The stage as ``run_stage`` saved it, for a worker."""
-        with (folder / "task.pickle").open("rb") as stream:
-            return Stage(folder.name, folder, pickle.load(stream))
+        """The stage as ``save`` left it. A worker outlives a stage, and a folder has the stages of several builds."""
+        status = (folder / "task.pickle").stat()
+        return _load(folder, status.st_mtime_ns, status.st_ino)
 
     def run_item(self, number: int) -> None:
         summary = self.task(number, self.folder)
@@ -70,8 +91,7 @@ def run_stage(engine: Engine, work: Path, name: str, task: Task, n_items: int, t
     stage.folder.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(n_items) if stage.summary(number) is None]
     if missing:
-        (stage.folder / "task.pickle").write_bytes(pickle.dumps(task))
-        Stage.load.cache_clear()
+        stage.save()
         with Progress(title, n_items, unit="parts", initial=n_items - len(missing)) as progress:
             for _ in engine.run(stage, missing):
                 progress.advance(1)
@@ -91,3 +111,24 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(value))
     partial.replace(path)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, modified_ns: int, inode: int) -> Stage:
+    """The two numbers tell the tasks apart that stood in one folder, one after the other."""
+    scripts, task = pickle.loads((folder / "task.pickle").read_bytes())
+    for path, digest in scripts.items():
+        _import(path, digest)
+    return Stage(folder.name, folder, pickle.loads(task))
+
+
+def _import(path: str, digest: str) -> None:
+    """Imports a script, so that what it defines can be unpickled; again where it has changed since."""
+    if file_digest(Path(path)) != digest:
+        raise CorpusError(f"{path} was changed while the corpus was built; run the same command again")
+    if SCRIPT_PREFIX + Path(path).stem not in sys.modules or _imported.get(path, digest) != digest:
+        import_script(path)
+    _imported[path] = digest
+
+
+_imported: dict[str, str] = {}  # path -> digest of the scripts that tasks in this process were made of

@@ -16,20 +16,21 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import efftrain
 from efftrain.config import difference
+from efftrain.data.inputs import without_status
 from efftrain.data.shards import file_digest, sync
 from efftrain.errors import CorpusError
-from efftrain.progress import Progress, console
+from efftrain.progress import console
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_OWN = ("pid", "plan.json")  # in an unfinished folder
+_OWN = ("pid", "plan.json", "inputs.json")  # in an unfinished folder
 _LIBRARIES = ("tensorflow-datasets", "array-record", "tokenizers", "pyarrow", "numpy")
 
 
@@ -94,7 +95,7 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     """True where ``out`` holds what is wanted; False where it is free or may be overwritten.
 
     Args:
-      wanted: the parts of the manifest that decide: ``parameters`` and ``inputs``.
+      wanted: the parts of the manifest that decide: ``parameters``, ``inputs`` and ``code``.
 
     Raises:
       CorpusError: ``out`` holds something else. Nothing is touched.
@@ -106,7 +107,9 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     if overwrite:
         return False
     manifest = read_manifest(out)
-    changed = [line for key in wanted for line in difference(manifest.get(key), wanted[key], key)]
+    found = manifest | {"inputs": without_status(manifest["inputs"])}
+    changed = [line for key in wanted if key != "code" for line in difference(found.get(key), wanted[key], key)]
+    changed += _changed_code(found.get("code"), wanted["code"])
     if changed:
         shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise CorpusError(
@@ -115,11 +118,26 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     return True
 
 
+def _changed_code(old: Any, new: Mapping[str, str]) -> list[str]:
+    old = old if isinstance(old, dict) else {}
+    return [f"the code of {name} has changed" for name in {**new, **old} if old.get(name) != new.get(name)]
+
+
+def known_inputs(out: Path) -> list[dict[str, Any]]:
+    """What ``inputs.fingerprints`` returned for an interrupted build of ``out`` or, else, for the corpus there."""
+    for path in (unfinished_path(out) / "inputs.json", out / MANIFEST):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # then all files are read again
+            content = json.loads(path.read_text())
+            return content["inputs"]
+    return []
+
+
 @contextlib.contextmanager
-def building(out: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
+def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
     """Gives ``out.incomplete`` to build in, and renames it to ``out`` when the block ends without an error.
 
-    The folder is fresh, or that of an interrupted build with the same plan, of the same version of the code.
+    The folder is fresh, or that of an interrupted build with the same plan, of the same versions of Python and
+    libraries. ``inputs`` are kept in it for ``known_inputs``.
 
     Raises:
       CorpusError: another process is building the same corpus, or the disk is full.
@@ -127,6 +145,7 @@ def building(out: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
     folder = unfinished_path(out)
     try:
         _claim(folder, plan)
+        (folder / "inputs.json").write_text(json.dumps({"inputs": inputs}))
         yield folder
         for path in folder.rglob("*"):
             sync(path)
@@ -143,38 +162,16 @@ def building(out: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
         raise
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Adds format, versions and the checksum of every file in the folder, and writes ``manifest.json``."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (*_OWN, MANIFEST))
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
         for path in paths
     }
-    manifest = {"format": FORMAT, **content, "code": _code_version(), "files": files}
+    manifest = {"format": FORMAT, **content, "environment": _environment(), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def fingerprint(name: str, files: Iterator[tuple[str, Path]]) -> dict[str, Any]:
-    """Number, bytes and a digest of the names and contents of a source's files.
-
-    An unreadable file counts by its name; the reader will list it.
-    """
-    import hashlib
-
-    state = hashlib.blake2b(digest_size=16)
-    n_files = n_bytes = 0
-    with Progress(f"Reading inputs of {name}", unit="files") as progress:
-        for label, path in files:
-            try:
-                size, digest = path.stat().st_size, file_digest(path)
-            except OSError:
-                size, digest = 0, "unreadable"
-            state.update(f"{label}\0{digest}\n".encode(errors="surrogateescape"))
-            n_files, n_bytes = n_files + 1, n_bytes + size
-            if n_files % 64 == 0:
-                progress.advance(64)
-        progress.advance(n_files % 64)
-    return {"files": n_files, "bytes": n_bytes, "blake2b": state.hexdigest()}
+    return manifest
 
 
 def unfinished_path(out: Path) -> Path:
@@ -191,7 +188,7 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             if pid != os.getpid() and psutil.Process(pid).create_time() <= owner.stat().st_mtime:
                 raise CorpusError(f"process {pid} is building {folder}; wait for it or choose another --out")
-    content = json.dumps({**plan, "code": _code_version()}, sort_keys=True)
+    content = json.dumps({**plan, "environment": _environment() | {"commit": None}}, sort_keys=True)
     if folder.exists():
         same = (folder / "plan.json").is_file() and (folder / "plan.json").read_text() == content
         what = "going on with it" if same else "of other inputs, parameters or code; starting again"
@@ -222,7 +219,7 @@ def _replace(folder: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _code_version() -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     root = Path(efftrain.__file__).parent.parent
     commit = None
     if (root / ".git").exists():
@@ -235,7 +232,6 @@ def _code_version() -> dict[str, Any]:
                 timeout=20,
             ).stdout.strip()
     return {
-        "efftrain": efftrain.__version__,
         "commit": commit or None,
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},

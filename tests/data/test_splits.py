@@ -56,7 +56,7 @@ def test_a_split_that_is_not_wanted_is_empty():
 
 def test_too_few_groups_are_refused():
     sizes, _ = sizes_of({"a": 5, "b": 5})
-    with pytest.raises(CorpusError, match="only 2 groups"):
+    with pytest.raises(CorpusError, match="only 2 documents are left for 3 splits"):
         assign_buckets(SplitByPackage(), sizes)
 
 

@@ -203,7 +203,8 @@ def test_funnel_and_evidence_account_for_every_document(tmp_path, config_for, wr
     corpus = data.build(config_for(folder, rules=(TooShort(), LongLine(limit=4000))), tmp_path / "out")
     found = {row["stage"]: row["documents"] for row in corpus.funnel}
     assert found == {"seen": 44, "undecodable": 1, "too_short": 1, "long_line": 1, "exact_duplicate": 1, "kept": 40}
-    assert corpus.funnel[0]["bytes"] == sum(p.stat().st_size for p in folder.rglob("*.txt"))
+    in_files = sum(len(p.read_bytes().replace(b"\r\n", b"\n")) for p in folder.rglob("*.txt"))
+    assert corpus.funnel[0]["bytes"] == in_files
     assert corpus.funnel[-1]["bytes"] == sum(figures["bytes"] for figures in corpus.splits.values())
     removed = {row["id"]: row for row in pq.read_table(corpus.path / "removed.parquet").to_pylist()}
     assert {id: row["rule"] for id, row in removed.items()} == {
@@ -222,7 +223,9 @@ def test_half_a_surrogate_pair_is_listed_and_not_fatal(tmp_path, config_for):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = data.JsonLines(path=tmp_path / "a.jsonl", id_field="id")
     corpus = data.build(config_for(tmp_path, sources=(source,)), tmp_path / "out")
-    assert {"stage": "undecodable", "documents": 1, "bytes": 1} in corpus.funnel
+    row = next(row for row in corpus.funnel if row["stage"] == "undecodable")
+    assert (row["documents"], row["bytes"]) == (1, 1)
+    assert "surrogates not allowed" in row["example"]
 
 
 def test_an_empty_result_names_the_rule(documents, tmp_path, config_for):
@@ -232,12 +235,16 @@ def test_an_empty_result_names_the_rule(documents, tmp_path, config_for):
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_packages_say_what_to_do(tmp_path, config_for, write_documents):
-    folder = write_documents(tmp_path / "text", n=10, packages=2)
-    with pytest.raises(CorpusError, match=r"only 2 groups.*split\.validation"):
-        data.build(config_for(folder), tmp_path / "out")
+def test_documents_are_dealt_singly_where_there_are_too_few_groups(tmp_path, config_for, write_documents, capfd):
+    folder = write_documents(tmp_path / "text", n=30, packages=2)
+    corpus = data.build(config_for(folder), tmp_path / "out")
+    assert set(corpus.splits) == set(SPLITS)
+    assert corpus.manifest["split_by"] == "document"
+    assert "single documents were held out" in " ".join(capfd.readouterr().err.split())
     no_test = SplitByPackage(validation=0.2, test=0)
-    assert set(data.build(config_for(folder, split=no_test), tmp_path / "out").splits) == {"train", "validation"}
+    by_group = data.build(config_for(folder, split=no_test), tmp_path / "two")
+    assert set(by_group.splits) == {"train", "validation"}
+    assert by_group.manifest["split_by"] == "group"
 
 
 def test_impossible_configurations_are_named(config_for):
@@ -392,5 +399,5 @@ def test_documents_that_are_all_the_same_say_so(tmp_path, config_for):
         path = tmp_path / "text" / f"p{number}" / "a.txt"
         path.parent.mkdir(parents=True)
         path.write_text("the same text again and again\n" * 3)
-    with pytest.raises(CorpusError, match="only 1 groups of documents are left"):
+    with pytest.raises(CorpusError, match=r"only 1 document is left for 3 splits; .*AtBlankLines"):
         data.build(config_for(tmp_path / "text"), tmp_path / "out")

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,10 +10,8 @@ from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
-from efftrain.config import SCRIPT_PREFIX
 from efftrain.data.stages import Stage
 from efftrain.errors import ConfigError, CorpusError
-from efftrain.recipe import import_script
 
 WORKER_BYTES = 1 << 30  # what one process may need: a document of 64 MB with its words, rules and shingles
 
@@ -49,8 +46,7 @@ class Local:
 
     @functools.cached_property
     def _pool(self) -> ProcessPoolExecutor:
-        scripts = tuple(m.__file__ for n, m in sys.modules.items() if n.startswith(SCRIPT_PREFIX) and m is not None)
-        return ProcessPoolExecutor(self.n_workers, get_context("spawn"), _begin_worker, (scripts,))
+        return ProcessPoolExecutor(self.n_workers, get_context("spawn"), _begin_worker)
 
     def run(self, stage: Stage, numbers: Sequence[int]) -> Iterator[int]:
         """Yields the number of each item when it is done, in any order."""
@@ -83,11 +79,8 @@ def run_item(folder: Path, number: int) -> None:
     Stage.load(folder).run_item(number)
 
 
-def _begin_worker(scripts: Sequence[str]) -> None:
-    """Rules and sources that a script defines can be unpickled when the script is there under its name."""
+def _begin_worker() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    for path in scripts:
-        import_script(path)
 
 
 def _end_with_parent() -> None:
