@@ -1,89 +1,123 @@
 """Planted near duplicates: does this run of the deduplication find what it should?
 
-Copies of documents of the corpus, with a block of words replaced so that their similarity is known, go through signing,
-banding and verification like any other document. They are never part of the corpus and decide nothing in it.
+Pairs of known similarity stand in a piece of their own behind those of the corpus, and go through every stage that
+looks for near duplicates: whichever of them is broken, pairs are missing in the end. Their texts are made of words of
+the corpus in random order, so that they are like nothing in it, and they decide nothing in it: a component is verified
+for the documents of the corpus apart from the planted ones (``near_duplicates.Verify``).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from efftrain.data.lsh import band_edges, components
+from efftrain.data.documents import Document, Text
+from efftrain.data.kept import INDEX, Kept
 from efftrain.data.minhash import MinHash
-from efftrain.data.near_duplicates import Signed, hash_bands, sign
-from efftrain.data.reading import Kept
-from efftrain.data.removals import alive_records
+from efftrain.data.reading import index_entry
 from efftrain.data.shingles import shingle_set, words
-from efftrain.data.spool import unpack_record
-from efftrain.data.verify import jaccard, leaders
+from efftrain.data.spool import pack_document, unpack_record
+from efftrain.data.stages import stem
+from efftrain.data.verify import jaccard
 
-SIMILARITIES = np.arange(0.5, 1.0, 0.025)  # the planted similarities
-_COPIES = 8  # of each
-_WORDS, _BYTES = 100, 40_000  # at least and at most, of a document that is copied
+SIMILARITIES = np.tile(np.arange(0.5, 1.0, 0.025), 8)
+"""(pairs,) about how similar the two texts of each pair are."""
+
+SOURCE = "planted"
+_WORDS = 100, 400  # of a planted text, at least and at most
+_POOL_BYTES, _FEWEST = 1 << 20, 20  # text whose words are used, and different words below which nothing is planted
 
 
-def plant(text: bytes, similarity: float, shingle: int, rng: np.random.Generator) -> bytes:
-    """A copy with a block of its words replaced, whose Jaccard similarity is about what is asked."""
-    found = words(text)
+def edited_copy(found: Sequence[bytes], similarity: float, shingle: int, rng: np.random.Generator) -> list[bytes]:
+    """The words of a text with one block replaced, so that the Jaccard similarity is about what is asked."""
     n_shingles = len(found) - shingle + 1
     # r shingles that differ on both sides of n: (n - r) / (n + r)
     n_replaced = max(round(n_shingles * (1 - similarity) / (1 + similarity)) - shingle + 1, 0)
     start = int(rng.integers(0, len(found) - n_replaced + 1))
     new = [b"canary%d" % number for number in rng.integers(0, 1 << 40, n_replaced)]
-    return b" ".join([*found[:start], *new, *found[start + n_replaced :]])
+    return [*found[:start], *new, *found[start + n_replaced :]]
 
 
-def check_recall(kept: Kept, alive: np.ndarray, signed: Signed, config: MinHash) -> dict[str, Any]:
-    """Plants copies of the first documents that are long enough.
+def plant(kept: Kept, alive: np.ndarray, config: MinHash) -> Kept:
+    """Writes the piece of planted pairs, an original and its copy in turn, beside the others.
 
     Returns:
-      ``canary``: how many copies at or above the threshold were planted, and how many verified duplicates were found;
-      ``recall``: rows of similarity (in steps of 0.05), pairs, and how many became candidates.
+      ``kept`` with one more piece; an empty one where the corpus has too few words to make texts of.
     """
-    originals, copies = _planted(kept, alive, config)
-    if not originals:
-        return {"canary": {"planted": 0, "found": 0}, "recall": []}
-    numbers = np.array(originals, np.int64)
-    places = np.arange(len(copies)) + len(kept)  # numbers that no document has
-    signatures = np.concatenate([signed.rows(kept, numbers, "signatures"), sign(copies, config)])
-    sources = np.array([kept.entry(number)["source"] for number in originals])
-    copied = hash_bands(signatures[len(numbers) :], sources, config)
-    stored = signed.rows(kept, numbers, "bands").T
+    rng = np.random.default_rng(config.seed)
+    pool = _words(kept, alive)
+    index: list[tuple] = []
+    with kept.records_path(kept.n_pieces).open("wb") as records:
+        for number, similarity in enumerate(SIMILARITIES.tolist() if len({*pool}) >= _FEWEST else ()):
+            original = [pool[i] for i in rng.integers(0, len(pool), int(rng.integers(*_WORDS)))]
+            for kind, text in (
+                ("original", original),
+                ("copy", edited_copy(original, similarity, config.shingle, rng)),
+            ):
+                utf8 = b" ".join(text)
+                document = Document(f"{kind} {number}", utf8.decode(), SOURCE)
+                record = pack_document(document, utf8)
+                index.append(
+                    index_entry(
+                        document,
+                        Text(document.text),
+                        offset=records.tell(),
+                        size=len(record),
+                        seed=0,
+                        split_seed=0,
+                        quality=0.0,
+                    )
+                )
+                records.write(record)
+    np.save(kept.folder / f"{stem(kept.n_pieces)}.index.npy", np.array(index, INDEX))
+    return Kept(kept.folder, [*np.diff(kept.starts), len(index)])
+
+
+def check_recall(
+    planted: Kept, found: set[int], members: np.ndarray, labels: np.ndarray, config: MinHash
+) -> dict[str, Any]:
+    """Compares what the stages found with what was planted.
+
+    Args:
+      planted: with the piece of ``plant`` as its last.
+      found: numbers of the planted documents that verification would have removed.
+      members, labels: of ``lsh.components``; two documents are candidates where they have one label.
+
+    Returns:
+      ``canary``: how many pairs at or above the threshold were planted, and how many were found; ``recall``: rows of
+      similarity (in steps of 0.05), pairs, and how many became candidates.
+    """
+    piece = planted.n_pieces - 1
+    first, stop = planted.starts[piece : piece + 2].tolist()
+    label_of = dict(zip(members.tolist(), labels.tolist(), strict=True))
+    everything = np.ones(len(planted), bool)
+    texts = [unpack_record(record)[3] for _, record in planted.records(everything, piece)]
     rows: dict[float, list[int]] = {}
-    planted = found = 0
-    for i, (original, place) in enumerate(zip(originals, places.tolist(), strict=True)):
-        sets = {
-            original: shingle_set(kept.text(original), config.shingle),
-            place: shingle_set(copies[i], config.shingle),
-        }
-        similarity, pair = jaccard(sets[original], sets[place]), np.array([original, place])
-        shared = [
-            band_edges(hashes, pair, config.max_bucket)[0] for hashes in np.stack([stored[:, i], copied[:, i]], 1)
-        ]
-        candidate = len(components(np.concatenate(shared))[0]) == 2
+    n_planted = n_found = 0
+    for original in range(first, stop, 2):
+        sets = [shingle_set(text, config.shingle) for text in texts[original - first : original - first + 2]]
+        similarity = jaccard(*sets)
         row = rows.setdefault(round(np.floor(similarity * 20) / 20, 2), [0, 0])
         row[0] += 1
-        row[1] += candidate
+        row[1] += label_of.get(original, -1) == label_of.get(original + 1, -2)
         if similarity >= config.threshold:
-            planted += 1
-            of_pair = signatures[[i, len(numbers) + i]]
-            found += candidate and bool(leaders(pair, of_pair, sets.__getitem__, config))
+            n_planted += 1
+            n_found += bool(found & {original, original + 1})
     return {
-        "canary": {"planted": planted, "found": found},
+        "canary": {"planted": n_planted, "found": n_found},
         "recall": [{"similarity": s, "pairs": n, "found": k} for s, (n, k) in sorted(rows.items())],
     }
 
 
-def _planted(kept: Kept, alive: np.ndarray, config: MinHash) -> tuple[list[int], list[bytes]]:
-    rng = np.random.default_rng(config.seed)
-    wanted = np.tile(SIMILARITIES, _COPIES)
-    originals, copies = [], []
+def _words(kept: Kept, alive: np.ndarray) -> list[bytes]:
+    """Normalised words of the first documents."""
+    pool: list[bytes] = []
+    left = _POOL_BYTES
     for piece in range(kept.n_pieces):
-        for number, record in alive_records(kept, alive, piece):
-            text = unpack_record(record)[3]
-            if len(text) <= _BYTES and len(words(text)) >= _WORDS:
-                originals.append(number)
-                copies.append(plant(text, float(wanted[len(copies)]), config.shingle, rng))
-                if len(copies) == len(wanted):
-                    return originals, copies
-    return originals, copies
+        for _, record in kept.records(alive, piece):
+            text = unpack_record(record)[3][:left].decode(errors="ignore").encode()
+            pool += words(text)
+            left -= len(text)
+            if left <= 0:
+                return pool
+    return pool

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.table import Table
@@ -34,6 +34,8 @@ class CorpusConfig:
     Attributes:
       sources: read one after the other; of equal documents the first is kept.
       rules: applied in this order; a document is counted under the first that rejects it.
+      within: what a document is compared with where duplicates of any kind are removed: the whole corpus, or only its
+        own source.
       deduplicate: remove exact repeats of normalised text; the first is kept.
       repeated_lines: keep lines that documents share in one of them; None keeps them everywhere.
       near_duplicates: find documents whose shingles are nearly the same, verify and remove them; None keeps them.
@@ -51,6 +53,7 @@ class CorpusConfig:
 
     sources: tuple[Source, ...]
     rules: tuple[Rule | RuleSet | Edit, ...] = (Code(),)
+    within: Literal["corpus", "source"] = "corpus"
     deduplicate: bool = True
     repeated_lines: RepeatedLines | None = None
     near_duplicates: MinHash | None = None
@@ -67,6 +70,8 @@ class CorpusConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("corpus.sources is empty; give at least one source")
+        if self.within not in ("corpus", "source"):
+            raise ConfigError(f"corpus.within is {self.within!r}; choose corpus or source")
         check_vocabulary(self.vocabulary)
         for name in ("tokenizer_sample", "block", "shard_bytes"):
             if getattr(self, name) < 1:

@@ -45,7 +45,6 @@ class MinHash:
         survivor has. Candidates are found by Jaccard similarity in either case, so that a short excerpt of a long
         text is seldom seen.
       hash: ``sha1`` gives signatures equal to datasketch's defaults, at a tenth of the speed.
-      within: ``source`` never removes a document for the sake of another source's.
       max_bytes: of a longer text only the start enters the signature.
       max_bucket: buckets with more documents are reported.
       max_leaders: survivors in a cluster that a document is compared with, by signature.
@@ -59,7 +58,6 @@ class MinHash:
     threshold: float = 0.75
     similarity: Literal["jaccard", "containment"] = "jaccard"
     hash: Literal["fast", "sha1"] = "fast"
-    within: Literal["source", "corpus"] = "corpus"
     max_bytes: int = MAX_BYTES
     max_bucket: int = 10_000
     max_leaders: int = 64

@@ -7,6 +7,7 @@ similarity to a survivor reaches the threshold. Nothing is removed on an estimat
 
 import difflib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from efftrain.data.batching import by_size
+from efftrain.data.canary import check_recall, plant
+from efftrain.data.kept import Kept, Reader
 from efftrain.data.lsh import band_edges, band_hashes, components
 from efftrain.data.minhash import MinHash, document_hashes, signatures
-from efftrain.data.reading import Kept
-from efftrain.data.removals import Removal, Survivors, alive_records
+from efftrain.data.removals import Removal, Survivors
 from efftrain.data.shingles import shingle_set
 from efftrain.data.spool import unpack_record
 from efftrain.data.stages import Engine, run_stage, stem
-from efftrain.data.verify import leaders
+from efftrain.data.verify import Match, leaders
 
 NEAR_DUPLICATE = "near_duplicate"
 _BATCH = 512 << 10  # bytes of text that are signed at once: the arrays stay in the cache
@@ -41,18 +43,19 @@ class Sign:
     kept: Kept
     alive: Path
     config: MinHash
+    within_source: bool
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
         alive = np.load(self.alive, mmap_mode="r")
         start, stop = self.kept.starts[number : number + 2]
         numbers = start + np.flatnonzero(alive[start:stop])
-        texts = (unpack_record(record)[3] for _, record in alive_records(self.kept, alive, number))
+        texts = (unpack_record(record)[3] for _, record in self.kept.records(alive, number))
         found = [sign(batch, self.config) for batch in by_size(texts, _BATCH)]
         signed = np.concatenate(found) if found else np.empty((0, self.config.n_permutations), np.uint32)
-        sources = self.kept.index(number)["source"][numbers - start]
+        sources = self.kept.index(number)["source"][numbers - start] if self.within_source else None
         np.save(folder / f"{stem(number)}.numbers.npy", numbers)
         np.save(folder / f"{stem(number)}.signatures.npy", signed)
-        np.save(folder / f"{stem(number)}.bands.npy", hash_bands(signed, sources, self.config))
+        np.save(folder / f"{stem(number)}.bands.npy", band_hashes(signed, self.config.bands, sources))
         return {"signed": len(numbers)}
 
 
@@ -66,13 +69,13 @@ class Signed:
     def load(self, piece: int, what: str) -> np.ndarray:
         return np.load(self.folder / f"{stem(piece)}.{what}.npy", mmap_mode="r")
 
-    def rows(self, kept: Kept, numbers: np.ndarray, what: str) -> np.ndarray:
-        """The signatures (m, permutations) or, of ``bands``, the hashes (m, bands) of some documents."""
+    def signatures(self, kept: Kept, numbers: np.ndarray) -> np.ndarray:
+        """(m, permutations) uint32 of some documents."""
         rows = []
         for number in numbers:
             piece = kept.piece_of(number)
             row = int(np.searchsorted(self.load(piece, "numbers"), number))
-            rows.append(np.array(self.load(piece, what)[:, row] if what == "bands" else self.load(piece, what)[row]))
+            rows.append(np.array(self.load(piece, "signatures")[row]))
         return np.stack(rows)
 
 
@@ -105,6 +108,7 @@ class Verify:
       members: .npy (documents in components,) int64, component after component.
       bounds: .npy (components + 1,) int64, where each begins.
       groups: the components of item i are groups[i] to groups[i + 1].
+      first_planted: number of the first document that ``canary.plant`` wrote.
     """
 
     kept: Kept
@@ -113,27 +117,36 @@ class Verify:
     members: Path
     bounds: Path
     groups: tuple[int, ...]
+    first_planted: int
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
         members, bounds = np.load(self.members, mmap_mode="r"), np.load(self.bounds, mmap_mode="r")
-        removal, clusters = Removal(folder, number), Counter()
-        for component in range(self.groups[number], self.groups[number + 1]):
-            self._component(np.array(members[bounds[component] : bounds[component + 1]]), removal, clusters)
-        return removal.close() | {"clusters": len(clusters)}
+        removal, clusters, planted = Removal(folder, number), Counter(), []
+        with Reader(self.kept) as reader:
+            for component in range(self.groups[number], self.groups[number + 1]):
+                numbers = np.array(members[bounds[component] : bounds[component + 1]])
+                is_planted = numbers >= self.first_planted
+                self._remove(reader, self._matches(reader, numbers[~is_planted]), removal, clusters)
+                planted += [match.document for match in self._matches(reader, numbers[is_planted])]
+        return removal.close() | {"clusters": len(clusters), "planted": planted}
 
-    def _component(self, numbers: np.ndarray, removal: Removal, clusters: Counter) -> None:
-        ordered = self._best_first(numbers)
-        matches = leaders(
+    def _matches(self, reader: Reader, numbers: np.ndarray) -> list[Match]:
+        if len(numbers) < 2:
+            return []
+        ordered = _best_first(reader, numbers)
+        return leaders(
             ordered,
-            self.signed.rows(self.kept, ordered, "signatures"),
-            lambda document: shingle_set(self.kept.text(document), self.config.shingle),
+            self.signed.signatures(self.kept, ordered),
+            lambda document: shingle_set(reader.text(document), self.config.shingle),
             self.config,
         )
+
+    def _remove(self, reader: Reader, matches: Sequence[Match], removal: Removal, clusters: Counter) -> None:
         sizes = Counter(match.survivor for match in matches)
         for match in matches:
             clusters[match.survivor] += 1
-            record = self.kept.record(match.document)
-            survivor, _, _, text = unpack_record(self.kept.record(match.survivor))
+            record = reader.record(match.document)
+            survivor, _, _, text = unpack_record(reader.record(match.survivor))
             shown = clusters[match.survivor] <= _DIFFS
             removal.add(
                 match.document,
@@ -148,14 +161,15 @@ class Verify:
                 diff=diff(text, unpack_record(record)[3]) if shown else None,
             )
 
-    def _best_first(self, numbers: np.ndarray) -> np.ndarray:
-        """By quality, then length, then id."""
 
-        def key(number: int) -> tuple:
-            record = unpack_record(self.kept.record(number))
-            return -self.kept.entry(number)["quality"], -len(record[3]), record[0]
+def _best_first(reader: Reader, numbers: np.ndarray) -> np.ndarray:
+    """By quality, then length, then id."""
 
-        return np.array(sorted(numbers.tolist(), key=key), np.int64)
+    def key(number: int) -> tuple:
+        record = unpack_record(reader.record(number))
+        return -reader.entry(number)["quality"], -len(record[3]), record[0]
+
+    return np.array(sorted(numbers.tolist(), key=key), np.int64)
 
 
 def sign(texts: list[bytes], config: MinHash) -> np.ndarray:
@@ -163,44 +177,40 @@ def sign(texts: list[bytes], config: MinHash) -> np.ndarray:
     return signatures(*document_hashes(texts, config), config)
 
 
-def hash_bands(signed: np.ndarray, sources: np.ndarray, config: MinHash) -> np.ndarray:
-    """(bands, documents) uint64; with ``within="source"`` documents of different sources never share a bucket."""
-    return band_hashes(signed, config.bands, sources if config.within == "source" else None)
-
-
 def remove_near_duplicates(
-    engine: Engine, work: Path, left: Survivors, config: MinHash
-) -> tuple[Signed, dict[str, Any]]:
-    """Runs the stages.
-
-    Returns:
-      The signatures, for ``canary.check_recall``, and what the manifest says.
-    """
-    kept = left.kept
-    task = Sign(kept, left.save(work / "near.alive.npy"), config)
+    engine: Engine, work: Path, left: Survivors, config: MinHash, *, within_source: bool
+) -> dict[str, Any]:
+    """Runs the stages, with planted pairs among the documents. Returns what the manifest says."""
+    kept = plant(left.kept, left.alive, config)
+    alive = np.ones(len(kept), bool)
+    alive[: len(left.alive)] = left.alive
+    np.save(work / "near.alive.npy", alive)
+    task = Sign(kept, work / "near.alive.npy", config, within_source)
     run_stage(engine, work, "sign", task, kept.n_pieces, "Signing documents")
     signed = Signed(work / "sign", kept.n_pieces)
     n_bytes = len(kept) * _ROW * engine.n_workers
     parts = max(1, -(-n_bytes // engine.budget))
     grouping = GroupByBand(signed, config, parts)
     buckets = run_stage(engine, work, "bands", grouping, config.bands * parts, "Grouping by band")
-    members, bounds = _components(work / "bands", len(buckets))
+    members, labels = _components(work / "bands", len(buckets))
+    bounds = np.append(np.flatnonzero(np.diff(labels, prepend=-1)), len(members))
     np.save(work / "members.npy", members)
     np.save(work / "bounds.npy", bounds)
     groups = _groups(bounds)
-    verify = Verify(kept, signed, config, work / "members.npy", work / "bounds.npy", groups)
+    verify = Verify(kept, signed, config, work / "members.npy", work / "bounds.npy", groups, len(left.kept))
     verified = run_stage(engine, work, "verify", verify, len(groups) - 1, "Verifying near duplicates")
-    return signed, {
+    found = {number for summary in verified for number in summary["planted"]}
+    return {
         "n_permutations": config.n_permutations,
         "bands": config.bands,
         "rows": config.rows,
         "threshold": config.threshold,
-        "candidates": len(members),
+        "candidates": int(np.count_nonzero(members < len(left.kept))),
         "removed": left.apply(work / "verify", verified),
         "clusters": sum(summary["clusters"] for summary in verified),
         "largest_bucket": max(summary["largest"] for summary in buckets),
         "oversized_buckets": sum(summary["oversized"] for summary in buckets),
-    }
+    } | check_recall(kept, found, members, labels, config)
 
 
 def diff(survivor: bytes, removed: bytes) -> str:
@@ -211,7 +221,7 @@ def diff(survivor: bytes, removed: bytes) -> str:
 
 
 def _components(folder: Path, n_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """(members, bounds): the documents component after component, and where each begins."""
+    """(members, labels): the documents component after component, and the label of each one's component."""
     edges = np.empty((0, 2), np.int64)
     members = labels = np.empty(0, np.int64)
     for item in range(n_items):  # one at a time: what is known becomes one edge a document
@@ -219,8 +229,7 @@ def _components(folder: Path, n_items: int) -> tuple[np.ndarray, np.ndarray]:
         members, labels = components(edges)
         edges = np.stack([members, labels], axis=1)[members != labels]
     order = np.lexsort((members, labels))
-    begins = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    return members[order], np.append(begins, len(members))
+    return members[order], labels[order]
 
 
 def _groups(bounds: np.ndarray) -> tuple[int, ...]:

@@ -1,48 +1,60 @@
 """Builds a corpus in stages: read and judge, deduplicate, split, decontaminate, write text, tokenize.
 
 Each stage leaves files in the unfinished folder. Interrupted, the same command goes on where it stopped. What is kept
-depends on the inputs and the configuration alone, not on the engine or the number of its workers.
+depends on the inputs, the configuration and the code alone, not on the engine or the number of its workers.
 """
 
-import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from efftrain.code_identity import code_identity
 from efftrain.config import to_json
 from efftrain.data import corpus as corpora
 from efftrain.data import store
-from efftrain.data.canary import check_recall
 from efftrain.data.contamination import CONTAMINATED, decontaminate
 from efftrain.data.corpus import Corpus, CorpusConfig
 from efftrain.data.engines import Local
 from efftrain.data.evidence import join_tables
 from efftrain.data.exact_duplicates import EXACT_DUPLICATE, remove_exact_duplicates
-from efftrain.data.minhash import MinHash
+from efftrain.data.inputs import fingerprints, without_status
+from efftrain.data.kept import Kept, Reader
 from efftrain.data.near_duplicates import NEAR_DUPLICATE, remove_near_duplicates
 from efftrain.data.packing import write_tokens
-from efftrain.data.reading import EDITED, EMPTY, Kept, Read, list_pieces
-from efftrain.data.removals import Survivors, alive_records
+from efftrain.data.reading import EDITED, EMPTY, FAILED, OnError, Read, list_pieces, source_labels
+from efftrain.data.removals import Survivors
 from efftrain.data.repeated_lines import REPEATED, remove_repeated_lines
-from efftrain.data.rules import flatten, is_edit, scoring
+from efftrain.data.report.alarms import alarms
+from efftrain.data.rule_scores import score_names
+from efftrain.data.rules import flatten, scoring
 from efftrain.data.shards import Serializer, Shard, ShardWriter, text_features, token_features, write_metadata
 from efftrain.data.splits import N_BUCKETS, SPLITS, assign_buckets, bucket
 from efftrain.data.spool import ExternalSort, unpack_record
 from efftrain.data.stages import Engine, read_json, run_stage, stem, write_json
 from efftrain.data.tokenizer import load_tokenizer, token_dtype, tokenizer_json, train_tokenizer
-from efftrain.errors import ConfigError
+from efftrain.errors import ConfigError, CorpusError
 from efftrain.progress import Progress, console, track
 
 SCORES = "scores.parquet"
+ROOMS = ("data", "config")  # of the package, that decide what a corpus holds
+ALARMS = 10  # shown on the terminal
 _DESCRIPTION = "Built by efftrain; see manifest.json beside this folder."
 
 
-def build(config: CorpusConfig, out: Path | str, *, overwrite: bool = False, engine: Engine | None = None) -> Corpus:
+def build(
+    config: CorpusConfig,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    engine: Engine | None = None,
+    max_unreadable: int = 0,
+    on_error: OnError = "stop",
+) -> Corpus:
     """Builds the corpus, or finds that it is there already.
 
     Args:
@@ -50,102 +62,210 @@ def build(config: CorpusConfig, out: Path | str, *, overwrite: bool = False, eng
       out: the folder, which is complete or not there; until then it is called ``out.incomplete``.
       overwrite: build in any case and replace the corpus that is there, once the new one is whole. Where only
         thresholds changed, its scores are used again.
-      engine: where the work is done, by default on the cores of this machine.
+      engine: where the work is done, by default on the cores of this machine. It is not closed, so that it can serve
+        several builds.
+      max_unreadable: how many files may be unreadable, as a whole or from some place on. They are read again whenever
+        the build goes on, and the finished corpus has an alarm.
+      on_error: what happens where a rule or a source raises: "stop" ends the build and names the document, "skip"
+        drops the document, counts it under ``failed/RULE`` and lists it in ``removed.parquet``.
 
     Raises:
-      CorpusError: ``out`` holds something else, a source is missing or empty, nothing is left, the disk is full.
+      CorpusError: ``out`` holds something else, a source is missing, empty or unreadable, a rule raises, nothing is
+        left, the disk is full.
     """
     out, started = Path(out), time.monotonic()
     _check_rules(config)
-    inputs = [store.fingerprint(type(source).__name__, source.files()) for source in config.sources]
+    named = [(type(source).__name__, source.files()) for source in config.sources]
     if config.tokenizer:
         load_tokenizer(config.tokenizer)  # before the work, not after it
-        inputs.append(store.fingerprint("the tokenizer", iter([("tokenizer.json", config.tokenizer)])))
-    wanted = {"parameters": to_json(config), "inputs": inputs}
+        named.append(("the tokenizer", iter([("tokenizer.json", config.tokenizer)])))
+    inputs = fingerprints(named, store.known_inputs(out))
+    wanted = {
+        "parameters": to_json(config),
+        "inputs": without_status(inputs),
+        "code": code_identity(config, rooms=ROOMS),
+    }
     if store.is_built(out, wanted, overwrite=overwrite):
         corpus = corpora.open(out)
-        console.print(f"{out} is up to date: same inputs and parameters; nothing to do", markup=False)
+        _check_readable(corpus.manifest.get("unreadable") or {}, max_unreadable, f"{out} was built without")
+        console.print(f"{out} is up to date: same inputs, parameters and code; nothing to do", markup=False)
         return corpus
-    with store.building(out, wanted) as folder, contextlib.closing(engine or Local()) as engine:
-        content = _build_in(folder, config, engine, _scores_to_reuse(out, config, inputs))
-        content["seconds"] = round(time.monotonic() - started, 1)
-        store.write_manifest(folder, {**wanted, **content})
+    own = engine is None
+    engine = engine or Local()
+    try:
+        with store.building(out, wanted, inputs) as folder:
+            build = _Build(folder, config, engine, max_unreadable, on_error)
+            content = build.run(_scores_to_reuse(out, config, wanted))
+            content["seconds"] = round(time.monotonic() - started, 1)
+            manifest = store.write_manifest(folder, {**wanted, "inputs": inputs, **content})
+    finally:
+        if own:
+            engine.close()
+    found = alarms(manifest)
+    for sentence in found[:ALARMS]:
+        console.print(f"warning: {sentence}", style="yellow", markup=False)
+    if len(found) > ALARMS:
+        more = f"warning: {len(found) - ALARMS} more of them: efftrain corpus report {out}"
+        console.print(more, style="yellow", markup=False)
     return corpora.open(out, verify=False)  # its checksums were computed a moment ago
 
 
-def _build_in(
-    folder: Path, config: CorpusConfig, engine: Engine, scores: tuple[Path, tuple[int, ...]] | None
-) -> dict[str, Any]:
-    """Runs all stages; returns what the manifest says of the corpus."""
-    work = folder / "work"
-    pieces = list_pieces(config.sources)
-    read = Read(
-        sources=config.sources,
-        pieces=pieces,
-        rules=config.rules,
-        seed=config.seed,
-        split_seed=config.split.seed,
-        quality=config.quality,
-        scores=scores,
-    )
-    summaries = run_stage(engine, work, "read", read, len(pieces), "Reading and judging")
-    kept = Kept(work / "read", [summary["kept"] for summary in summaries])
-    left = Survivors(kept, summaries)
-    left.funnels.total().check_something_left(len(kept))
-    if config.deduplicate:
-        remove_exact_duplicates(engine, work, left)
-    lines = remove_repeated_lines(engine, work, left, config.repeated_lines) if config.repeated_lines else None
-    near = _remove_near_duplicates(engine, work, left, config.near_duplicates) if config.near_duplicates else None
-    split_of = _assign_splits(config, left)
-    contaminated = decontaminate(engine, work, left, split_of, config.decontaminate) if config.decontaminate else None
+@dataclasses.dataclass(frozen=True)
+class _Build:
+    """One build: the stages in their order."""
 
-    join_tables(left.evidence, folder / "removed.parquet")
-    join_tables([kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))], folder / SCORES)
-    splits = _once(work / "text.json", lambda: _write_text(folder, config, left, split_of))
-    tokenizer = _tokenizer(folder, config)
-    shards = {}
-    for split, figures in splits.items():
-        written = _once(work / f"tokens-{split}.json", lambda s=split, n=figures: _write_tokens(folder, config, s, n))
-        figures["tokens"], shards[split] = written["tokens"], [Shard(**shard) for shard in written["shards"]]
-    size = tokenizer.get_vocab_size()
-    write_metadata(folder / "tokens", "tokens", token_features(config.block, token_dtype(size)), shards, _DESCRIPTION)
-    shutil.rmtree(work)
-    order = [*_score_names(config), EDITED, EMPTY, EXACT_DUPLICATE, REPEATED, NEAR_DUPLICATE]
-    order += [f"{CONTAMINATED}/{name}" for name in contaminated or ()]
-    return {
-        "funnel": left.funnels.total().rows(order),
-        "sources": left.funnels.rows(order),
-        "repeated_lines": lines,
-        "near_duplicates": near,
-        "decontamination": contaminated,
-        "splits": splits,
-        "scoring": scoring(config.rules),
-        "pieces": [summary["scored"] for summary in summaries],
-        "tokenizer": {"vocabulary": size, "dtype": np.dtype(token_dtype(size)).name},
-        "block": config.block,
-    }
+    folder: Path
+    config: CorpusConfig
+    engine: Engine
+    max_unreadable: int
+    on_error: OnError
 
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
 
-def _remove_near_duplicates(engine: Engine, work: Path, left: Survivors, config: MinHash) -> dict[str, Any]:
-    alive = left.alive.copy()
-    signed, figures = remove_near_duplicates(engine, work, left, config)
-    figures |= check_recall(left.kept, alive, signed, config)
-    canary = figures["canary"]
-    if canary["found"] < 0.9 * canary["planted"]:
-        console.print(
-            f"warning: of {canary['planted']} planted duplicates only {canary['found']} were found; some near "
-            "duplicates are left: use more bands of fewer rows",
-            style="yellow",
-            markup=False,
+    def run(self, scores: tuple[Path, tuple[int, ...]] | None) -> dict[str, Any]:
+        """Runs all stages; returns what the manifest says of the corpus."""
+        config, work, engine = self.config, self.work, self.engine
+        within_source = config.within == "source"
+        pieces = list_pieces(config.sources)
+        summaries = self._read(pieces, scores)
+        kept = Kept(work / "read", [summary["kept"] for summary in summaries])
+        left = Survivors(kept, summaries)
+        left.funnels.total().check_something_left(len(kept), _score_names(config))
+        if config.deduplicate:
+            remove_exact_duplicates(engine, work, left, within_source=within_source)
+        _check_ids(left)
+        near = lines = contaminated = None
+        if config.near_duplicates:
+            near = remove_near_duplicates(engine, work, left, config.near_duplicates, within_source=within_source)
+        if config.repeated_lines:  # after near duplicates, whose shared lines they are known by
+            lines = remove_repeated_lines(engine, work, left, config.repeated_lines, within_source=within_source)
+        split_of, split_by = _assign_splits(config, left)
+        if config.decontaminate:
+            contaminated = decontaminate(engine, work, left, split_of, config.decontaminate)
+        if not (left.alive & (split_of == 0)).any():
+            raise CorpusError(
+                "no document is left to train on after decontamination; raise decontaminate.limit, or check what the "
+                "evaluation sets hold"
+            )
+        join_tables(left.evidence, self.folder / "removed.parquet")
+        parts = [kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))]
+        join_tables(parts, self.folder / SCORES)
+        splits, tokenizer = self._write(left, split_of)
+        order = _stage_names(config, contaminated)
+        return {
+            "funnel": left.funnels.total().rows(order),
+            "sources": left.funnels.rows(order),
+            "unreadable": _unreadable(summaries),
+            "near_duplicates": near,
+            "repeated_lines": lines,
+            "decontamination": contaminated,
+            "split_by": split_by,
+            "splits": splits,
+            "scoring": scoring(config.rules),
+            "pieces": [summary["scored"] for summary in summaries],
+            "tokenizer": tokenizer,
+            "block": config.block,
+        }
+
+    def _read(
+        self, pieces: tuple[tuple[int, Any], ...], scores: tuple[Path, tuple[int, ...]] | None
+    ) -> list[dict[str, Any]]:
+        config = self.config
+        read = Read(
+            sources=config.sources,
+            pieces=pieces,
+            rules=config.rules,
+            labels=source_labels(config.sources),
+            qualify=len(config.sources) > 1,
+            seed=config.seed,
+            split_seed=config.split.seed,
+            quality=config.quality and (config.quality, _better(config)),
+            on_error=self.on_error,
+            scores=scores,
         )
-    return figures
+        self._forget_unreadable(len(pieces))
+        summaries = run_stage(self.engine, self.work, "read", read, len(pieces), "Reading and judging")
+        _check_readable(_unreadable(summaries), self.max_unreadable, "the sources lost")
+        return summaries
+
+    def _forget_unreadable(self, n_pieces: int) -> None:
+        """Has pieces with a file that could not be read read again, and all that was made of them made again."""
+        paths = [self.work / "read" / f"{stem(number)}.json" for number in range(n_pieces)]
+        again = [path for path in paths if path.exists() and read_json(path)["unreadable"]["files"]]
+        if not again:
+            return
+        for later in self.work.iterdir():
+            if later.is_file():
+                later.unlink()
+            elif later.name != "read":
+                shutil.rmtree(later)
+        for path in again:
+            path.unlink()
+
+    def _write(self, left: Survivors, split_of: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Writes text, tokenizer and tokens; returns what the manifest says of splits and tokenizer."""
+        folder, work, config = self.folder, self.work, self.config
+        splits = _once(work / "text.json", lambda: _write_text(folder, config, left, split_of))
+        tokenizer = _tokenizer(folder, config)
+        shards = {}
+        for split, figures in splits.items():
+            path = work / f"tokens-{split}.json"
+            written = _once(path, lambda s=split, n=figures: _write_tokens(folder, config, s, n))
+            figures["tokens"], shards[split] = written["tokens"], [Shard(**shard) for shard in written["shards"]]
+        size = tokenizer.get_vocab_size()
+        write_metadata(
+            folder / "tokens", "tokens", token_features(config.block, token_dtype(size)), shards, _DESCRIPTION
+        )
+        shutil.rmtree(work)
+        return splits, {"vocabulary": size, "dtype": np.dtype(token_dtype(size)).name}
 
 
-def _assign_splits(config: CorpusConfig, left: Survivors) -> np.ndarray:
-    """(documents,) int8, the index in SPLITS of each document, whether it is still there or not."""
-    groups = bucket(left.kept.column("group"))
-    sizes = np.bincount(groups, np.where(left.alive, left.kept.column("n_bytes"), 0), N_BUCKETS)
-    return assign_buckets(config.split, sizes)[groups]
+def _unreadable(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many files could not be read, wholly or in part, and what the readers said of the first."""
+    found = [summary["unreadable"] for summary in summaries]
+    return {"files": sum(f["files"] for f in found), "first": [line for f in found for line in f["first"]][:20]}
+
+
+def _check_readable(unreadable: Mapping[str, Any], most: int, what: str) -> None:
+    n_files = unreadable.get("files", 0)
+    if n_files > most:
+        raise CorpusError(
+            f"{what} {n_files} file{'s' * (n_files > 1)} that could not be read to the end, first "
+            f"{unreadable['first'][0]}; mend or remove {'them' if n_files > 1 else 'it'} and run the same command "
+            f"again (with --overwrite where the corpus is there), or allow the loss with max_unreadable={n_files} "
+            f"(--max-unreadable {n_files})"
+        )
+
+
+def _check_ids(left: Survivors) -> None:
+    """Raises CorpusError where two documents have one id."""
+    hashes = left.kept.column("order")
+    numbers = np.flatnonzero(left.alive)
+    numbers = numbers[np.argsort(hashes[numbers], kind="stable")]
+    same = np.flatnonzero(hashes[numbers][1:] == hashes[numbers][:-1])
+    with Reader(left.kept) as reader:
+        for row in same.tolist():
+            (id, source, *_), (other, other_source, *_) = (
+                unpack_record(reader.record(int(number))) for number in numbers[row : row + 2]
+            )
+            if id == other:  # and not only their hashes
+                raise CorpusError(
+                    f"{len(same)} documents have the id of another one, first {id!r} (of {source} and of "
+                    f"{other_source}); name a field that tells them apart, or none, so that a document is named after "
+                    "its place in its file"
+                )
+
+
+def _assign_splits(config: CorpusConfig, left: Survivors) -> tuple[np.ndarray, str]:
+    """The index in SPLITS of each document, (documents,) int8, whether it is still there or not, and what is kept
+    together: groups, or single documents where there are too few groups to fill all splits."""
+    n_bytes = np.where(left.alive, left.kept.column("n_bytes"), 0)
+    groups, split_by = bucket(left.kept.column("group")), "group"
+    if np.count_nonzero(np.bincount(groups, n_bytes, N_BUCKETS)) < config.split.n_splits:
+        groups, split_by = bucket(left.kept.column("order")), "document"
+    return assign_buckets(config.split, np.bincount(groups, n_bytes, N_BUCKETS))[groups], split_by
 
 
 def _write_text(folder: Path, config: CorpusConfig, left: Survivors, split_of: np.ndarray) -> dict[str, dict[str, int]]:
@@ -157,7 +277,7 @@ def _write_text(folder: Path, config: CorpusConfig, left: Survivors, split_of: n
     order = left.kept.column("order")
     with Progress("Shuffling", float(counts.sum()), unit="documents") as progress:
         for piece in range(left.kept.n_pieces):
-            for number, record in alive_records(left.kept, left.alive, piece):
+            for number, record in left.kept.records(left.alive, piece):
                 sorts[SPLITS[split_of[number]]].add(int(order[number]), record)
                 progress.advance()
     features = text_features()
@@ -228,7 +348,20 @@ def _once(path: Path, step: Callable[[], Any]) -> Any:
 
 
 def _score_names(config: CorpusConfig) -> list[str]:
-    return [rule.name for rule in flatten(config.rules) if not is_edit(rule)]
+    return score_names(list(flatten(config.rules)))
+
+
+def _stage_names(config: CorpusConfig, contaminated: Mapping[str, Any] | None) -> list[str]:
+    """What drops documents, in the order in which it does."""
+    names = _score_names(config)
+    failed = [f"{FAILED}/{rule.name}" for rule in flatten(config.rules)]
+    stages = [*failed, *names, EDITED, EMPTY, EXACT_DUPLICATE, NEAR_DUPLICATE, REPEATED]
+    return stages + [f"{CONTAMINATED}/{name}" for name in contaminated or ()]
+
+
+def _better(config: CorpusConfig) -> int:
+    """1 where more of the quality is better, -1 where less is."""
+    return 1
 
 
 def _check_rules(config: CorpusConfig) -> None:
@@ -239,12 +372,13 @@ def _check_rules(config: CorpusConfig) -> None:
         raise ConfigError(f"corpus.quality is {config.quality!r}, which is not one of the rules: {', '.join(names)}")
 
 
-def _scores_to_reuse(out: Path, config: CorpusConfig, inputs: list) -> tuple[Path, tuple[int, ...]] | None:
+def _scores_to_reuse(out: Path, config: CorpusConfig, wanted: Mapping[str, Any]) -> tuple[Path, tuple[int, ...]] | None:
     """The scores of the corpus that is about to be replaced, where only thresholds differ."""
     if not (out / SCORES).is_file():
         return None
     manifest = store.read_manifest(out)
-    if manifest["inputs"] != inputs or manifest["scoring"] != scoring(config.rules):
+    same = without_status(manifest["inputs"]) == wanted["inputs"] and manifest.get("code") == wanted["code"]
+    if not same or manifest["scoring"] != scoring(config.rules) or (manifest.get("unreadable") or {}).get("files"):
         return None
     store.check_files(out, manifest | {"files": {SCORES: manifest["files"][SCORES]}}, contents=True)
     console.print(f"using the scores in {out / SCORES} again: only thresholds differ", markup=False)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from efftrain.data.reading import Kept
-from efftrain.data.removals import Removal, Survivors, alive_records
+from efftrain.data.kept import Kept
+from efftrain.data.removals import Removal, Survivors
 from efftrain.data.spool import replace_text, unpack_record
 from efftrain.data.stages import Engine, run_stage, stem
 from efftrain.errors import ConfigError
@@ -55,16 +55,24 @@ class RepeatedLines:
 
 @dataclass(frozen=True)
 class HashLines:
-    """The units of piece ``number``: NNNNNN.units.npy."""
+    """The units of piece ``number``: NNNNNN.units.npy.
+
+    Attributes:
+      alive: .npy (documents,) bool.
+      within_source: units of different sources are never the same.
+    """
 
     kept: Kept
     alive: Path
     config: RepeatedLines
+    within_source: bool
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
+        alive = np.load(self.alive, mmap_mode="r")
+        start, sources = int(self.kept.starts[number]), self.kept.index(number)["source"].tolist()
         places = [
-            (hash, document, unit)
-            for document, record in alive_records(self.kept, np.load(self.alive), number)
+            (hash ^ (sources[document - start] if self.within_source else 0), document, unit)
+            for document, record in self.kept.records(alive, number)
             for unit, hash in self.config.hashes(unpack_record(record)[3].decode())
         ]
         np.save(folder / f"{stem(number)}.units.npy", np.array(places, _PLACE))
@@ -109,11 +117,11 @@ class CutLines:
             first, last = np.searchsorted(repeats["document"], [start, stop])
             for _, document, unit in repeats[first:last].tolist():
                 cuts.setdefault(document, set()).add(unit)
-        removal, index = Removal(folder, number), np.array(self.kept.index(number))
+        removal, index = Removal(folder, number), self.kept.index(number)
         index["size"] = 0
         offset = n_bytes = 0
         with (folder / f"{stem(number)}.records").open("wb") as records:
-            for document, record in alive_records(self.kept, np.load(self.alive), number):
+            for document, record in self.kept.records(np.load(self.alive, mmap_mode="r"), number):
                 if cut := cuts.get(document):
                     text = unpack_record(record)[3]
                     units = self.config.split(text.decode())
@@ -132,10 +140,13 @@ class CutLines:
         return removal.close() | {"edited": len(cuts), "cut_bytes": n_bytes}
 
 
-def remove_repeated_lines(engine: Engine, work: Path, left: Survivors, config: RepeatedLines) -> dict[str, int]:
+def remove_repeated_lines(
+    engine: Engine, work: Path, left: Survivors, config: RepeatedLines, *, within_source: bool
+) -> dict[str, int]:
     """Runs the stages; ``left`` then has the shorter documents. Returns what the manifest says."""
     kept, alive = left.kept, left.save(work / "lines.alive.npy")
-    hashed = run_stage(engine, work, "units", HashLines(kept, alive, config), kept.n_pieces, "Hashing lines")
+    task = HashLines(kept, alive, config, within_source)
+    hashed = run_stage(engine, work, "units", task, kept.n_pieces, "Hashing lines")
     n_bytes = 3 * _PLACE.itemsize * sum(summary["units"] for summary in hashed)
     parts = max(1, -(-n_bytes * engine.n_workers // engine.budget))
     find = FindRepeats(work / "units", kept.n_pieces, parts)

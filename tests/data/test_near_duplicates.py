@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from efftrain import data
-from efftrain.data.canary import plant
+from efftrain.data import near_duplicates
+from efftrain.data.canary import edited_copy
 from efftrain.data.engines import Local
+from efftrain.data.lsh import BucketStats
 from efftrain.data.near_duplicates import diff
 from efftrain.data.rules import AtLeast
 from efftrain.data.shingles import shingles
@@ -56,10 +58,34 @@ def kept(corpus) -> set[str]:
 def test_duplicates_in_another_source_stay_where_the_scope_is_the_source(tmp_path, base, within, n_copies):
     here = write(tmp_path / "here.jsonl", base | {"same source": base["01"] + " end"})
     there = write(tmp_path / "there.jsonl", {"other source": base["00"] + " end"})
-    corpus = build(tmp_path, (here, there), near_duplicates=data.MinHash(within=within))
+    corpus = build(tmp_path, (here, there), within=within)
     found = kept(corpus)
-    assert len({"01", "same source"} & found) == 1
-    assert len({"00", "other source"} & found) == 1 + n_copies
+    assert len({"here.jsonl:01", "here.jsonl:same source"} & found) == 1
+    assert len({"here.jsonl:00", "there.jsonl:other source"} & found) == 1 + n_copies
+
+
+@pytest.mark.parametrize(("within", "n_copies"), [("corpus", 0), ("source", 1)])
+def test_the_scope_holds_for_repeats_and_lines_too(tmp_path, base, within, n_copies):
+    line = "a notice that stands below every page of the site"
+    here = write(tmp_path / "here.jsonl", base | {"twice": base["01"], "page": f"{line}\nfirst words of one page"})
+    there = write(tmp_path / "there.jsonl", {"copy": base["00"], "page": f"{line}\nother words of another page"})
+    lines = data.RepeatedLines(min_chars=30)
+    corpus = build(tmp_path, (here, there), within=within, near_duplicates=None, repeated_lines=lines)
+    texts = {d.id: d.text for split in SPLITS for d in corpus.documents(split)}
+    assert len({"here.jsonl:01", "here.jsonl:twice"} & texts.keys()) == 1
+    assert len({"here.jsonl:00", "there.jsonl:copy"} & texts.keys()) == 1 + n_copies
+    assert sum(line in text for text in texts.values()) == 1 + n_copies
+
+
+def test_a_copy_with_one_word_changed_is_found_where_lines_are_removed_too(tmp_path, base):
+    """Taking the shared lines out first would leave of the copy its one changed line, and nothing to know it by."""
+    lines = [" ".join(base["00"].split()[start : start + 12]) for start in range(0, WORDS, 12)]
+    changed = "\n".join([*lines[:4], lines[4].replace(lines[4].split()[6], "other"), *lines[5:]])
+    texts = {k: v for k, v in base.items() if k != "00"} | {"original": "\n".join(lines), "copy": changed}
+    corpus = build(tmp_path, (write(tmp_path / "a.jsonl", texts),), repeated_lines=data.RepeatedLines())
+    found = {d.id: d.text for split in SPLITS for d in corpus.documents(split)}
+    assert len({"original", "copy"} & found.keys()) == 1
+    assert found.get("original", found.get("copy")) in ("\n".join(lines), changed)
 
 
 def test_the_longest_stays_by_default(tmp_path, base):
@@ -102,6 +128,48 @@ def test_datasketchs_own_hash_finds_the_same(tmp_path, base):
     assert kept(corpus) == {id for id in texts if id not in {f"{n:02d}" for n in range(10)}}
 
 
+def random_signatures(texts, config):
+    return np.random.default_rng(len(texts)).integers(0, 1 << 32, (len(texts), config.n_permutations), np.uint32)
+
+
+def bands_of_their_own(signed, bands, salt):
+    return np.arange(bands * len(signed), dtype=np.uint64).reshape(bands, -1)
+
+
+def no_edges(hashes, numbers, max_bucket):
+    return np.empty((0, 2), np.int64), BucketStats(0, 0, 0, 0)
+
+
+BROKEN = {
+    "sign": random_signatures,
+    "band_hashes": bands_of_their_own,
+    "band_edges": no_edges,
+    "components": lambda edges: (np.empty(0, np.int64), np.empty(0, np.int64)),
+    "leaders": lambda *_: [],
+    "shingle_set": lambda text, n: np.empty(0, np.uint64),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_canary_notices_each_broken_stage(tmp_path, base, capfd, monkeypatch, name):
+    monkeypatch.setattr(near_duplicates, name, BROKEN[name])
+    corpus = build(tmp_path, (write(tmp_path / "a.jsonl", base | {"copy": base["00"] + " more"}),))
+    canary = corpus.manifest["near_duplicates"]["canary"]
+    assert canary["planted"] > 50
+    assert canary["found"] == 0
+    assert "planted duplicates only 0 were found" in " ".join(capfd.readouterr().err.split())
+
+
+def test_planted_pairs_are_no_part_of_the_corpus(tmp_path, base):
+    corpus = build(tmp_path, (write(tmp_path / "a.jsonl", base | {"copy": base["00"] + " more"}),))
+    canary = corpus.manifest["near_duplicates"]["canary"]
+    assert canary["found"] >= 0.9 * canary["planted"] > 50
+    assert corpus.manifest["sources"].keys() == {"a.jsonl"}
+    assert corpus.manifest["near_duplicates"]["removed"] == corpus.manifest["near_duplicates"]["clusters"] == 1
+    assert kept(corpus) == {*base, "copy"} - {"00"}
+    assert pq.read_table(corpus.path / "removed.parquet")["id"].to_pylist() == ["00"]
+
+
 def test_the_canary_notices_bands_that_find_nothing(tmp_path, base, capfd):
     """One band of all rows: only equal sets of shingles share it."""
     deaf = data.MinHash(bands=1)
@@ -113,9 +181,9 @@ def test_the_canary_notices_bands_that_find_nothing(tmp_path, base, capfd):
 
 @pytest.mark.parametrize("similarity", [0.5, 0.7, 0.9, 0.975])
 def test_a_planted_copy_has_the_similarity_that_was_asked(base, similarity):
-    text = " ".join(base.values()).encode()
-    copy = plant(text, similarity, 5, np.random.default_rng(0))
-    a, b = ({*shingles(t, 5)} for t in (text, copy))
+    found = " ".join(base.values()).encode().split()
+    copy = edited_copy(found, similarity, 5, np.random.default_rng(0))
+    a, b = ({*shingles(b" ".join(t), 5)} for t in (found, copy))
     assert len(a & b) / len(a | b) == pytest.approx(similarity, abs=0.01)
 
 
