@@ -12,12 +12,14 @@ Measured (two cores of an AMD EPYC, Python 3.11, efftrain's dependencies install
 8,232 files and 116 MB kept, 37 million tokens; 603 exact and 425 near duplicates, such as tyro's copy of argparse.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from efftrain import data
 from efftrain.data.engines import Local
 from efftrain.data.minhash import MinHash
+from efftrain.data.reading import OnError
 from efftrain.data.splits import SplitByPackage
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
@@ -34,6 +36,8 @@ class Config:
       split: the shares of packages that are held out.
       near_duplicates: how vendored and lightly edited copies are found.
       processes: by default one per core, as far as memory allows.
+      max_unreadable: files that may be unreadable, wholly or from some place on, before the build ends.
+      on_error: what happens where a rule raises: end the build, or drop the document and list it.
       overwrite: replace a corpus in ``out`` that was built from other inputs or parameters.
     """
 
@@ -43,6 +47,8 @@ class Config:
     split: SplitByPackage = field(default_factory=SplitByPackage)
     near_duplicates: MinHash | None = field(default_factory=MinHash)
     processes: int | None = None
+    max_unreadable: int = 0
+    on_error: OnError = "stop"
     overwrite: bool = False
 
 
@@ -52,18 +58,22 @@ configs = {
 
 
 def main(config: Config) -> data.Corpus:
-    corpus = data.build(
-        data.CorpusConfig(
-            sources=(data.PythonFiles(standard_library_only=config.standard_library_only),),
-            rules=(data.Code(),),
-            near_duplicates=config.near_duplicates,
-            vocabulary=config.vocabulary,
-            split=config.split,
-        ),
-        config.out,
-        overwrite=config.overwrite,
-        engine=Local(processes=config.processes),
+    wanted = data.CorpusConfig(
+        sources=(data.PythonFiles(standard_library_only=config.standard_library_only),),
+        rules=(data.Code(),),
+        near_duplicates=config.near_duplicates,
+        vocabulary=config.vocabulary,
+        split=config.split,
     )
+    with contextlib.closing(Local(processes=config.processes)) as engine:
+        corpus = data.build(
+            wanted,
+            config.out,
+            overwrite=config.overwrite,
+            engine=engine,
+            max_unreadable=config.max_unreadable,
+            on_error=config.on_error,
+        )
     console.print(corpus.table())
     return corpus
 

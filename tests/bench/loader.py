@@ -27,6 +27,7 @@ from efftrain.data.documents import Document
 
 GOAL_TIMES = 20
 GOAL_PEAK_MB = 2000
+PIECE = 1600  # documents that a worker makes at a time: 16 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthetic:
+class Synthetic(data.FileSource):
     """Documents of about 10 kB: lines of Python that are dealt anew for each, one in ten a repeat of an earlier one."""
 
     megabytes: int
@@ -63,11 +64,16 @@ class Synthetic:
     def files(self):
         yield "argparse.py", Path(os.__file__).with_name("argparse.py")
 
-    def documents(self):
+    def pieces(self):
+        n_documents = self.megabytes * 100
+        for start in range(0, n_documents, PIECE):
+            yield data.Piece(tuple(self.files()), start, min(start + PIECE, n_documents))
+
+    def documents(self, piece):
         import random
 
         lines = Path(os.__file__).with_name("argparse.py").read_text().splitlines()
-        for number in range(self.megabytes * 100):
+        for number in range(piece.start, piece.stop):
             rng = random.Random(number - 5 if number % 10 == 9 else number)
             text = "\n".join(f"{line}  # {rng.randrange(10**6)}" for line in rng.choices(lines, k=215))
             yield Document(f"doc{number}", text, "synthetic", {"package": f"package{number % 500}"})
@@ -118,7 +124,7 @@ def measure_loader(config: Config, corpus: Path) -> list[float]:
 
 
 def measure_build(folder: Path, megabytes: int) -> dict[str, float]:
-    """Builds a synthetic corpus in a process of its own and watches its memory."""
+    """Builds a synthetic corpus in a process of its own and watches the memory of it and of its workers."""
     out = folder / f"{megabytes}"
     started, peak = time.perf_counter(), 0
     command = [sys.executable, __file__, "--build-folder", out, "--sizes-mb", megabytes]
@@ -126,7 +132,8 @@ def measure_build(folder: Path, megabytes: int) -> dict[str, float]:
     watched = psutil.Process(process.pid)
     while process.poll() is None:
         try:
-            peak = max(peak, watched.memory_info().rss)
+            processes = [watched, *watched.children(recursive=True)]
+            peak = max(peak, sum(process.memory_info().rss for process in processes))
         except psutil.NoSuchProcess:
             break
         time.sleep(0.05)
