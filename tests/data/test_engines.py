@@ -1,5 +1,6 @@
 """The same corpus on any engine; what died goes on where it stopped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -165,9 +166,12 @@ class Poison(TooShort):
 
 def test_a_worker_that_dies_is_one_sentence(config, tmp_path):
     poisoned = data.CorpusConfig(sources=config.sources, rules=(Poison(),))
-    with pytest.raises(CorpusError, match=r"stage 'read' died.*fewer processes than 2"):
-        data.build(poisoned, tmp_path / "out", engine=Local(processes=2))
-    assert not (tmp_path / "out").exists()
+    with contextlib.closing(Local(processes=2)) as engine:
+        with pytest.raises(CorpusError, match=r"stage 'read' died.*fewer processes than 2"):
+            data.build(poisoned, tmp_path / "out", engine=engine)
+        assert not (tmp_path / "out").exists()
+        healthy = data.CorpusConfig(sources=config.sources, rules=(), vocabulary=300)
+        assert data.build(healthy, tmp_path / "out", engine=engine).n_tokens("train") > 0
 
 
 @pytest.mark.parametrize("fields", [{"processes": 0}, {"memory": 1000}])

@@ -61,6 +61,7 @@ class Local:
                 future.result()
                 yield futures[future]
         except BrokenProcessPool as error:
+            self.close()  # the next build gets processes of its own
             raise CorpusError(
                 f"a worker of stage {stage.name!r} died, most likely for want of memory; run the same command again "
                 f"with fewer processes than {self.n_workers} to go on from here"
@@ -70,8 +71,8 @@ class Local:
                 future.cancel()
 
     def close(self) -> None:
-        if "_pool" in self.__dict__:
-            self._pool.shutdown(cancel_futures=True)
+        if (pool := self.__dict__.pop("_pool", None)) is not None:
+            pool.shutdown(cancel_futures=True)
 
 
 def run_item(folder: Path, number: int) -> None:
