@@ -32,7 +32,7 @@ class Damage:
 
     Attributes:
       packed: where reading goes on in the packed file: at the next member or, if there is none, at the file's end.
-      n_bytes: packed bytes from the first that could not be unpacked to ``packed``; at least 1.
+      n_bytes: packed bytes from the first that could not be unpacked to ``packed``; at least 1 where reading goes on.
       reason: a sentence without its full stop.
       cut: the file ends inside a member.
     """
@@ -60,7 +60,7 @@ class Gzip:
 
     name = "gzip member"
     magic = b"\x1f\x8b\x08"
-    chunk = 1 << 14  # a byte unpacks to at most 1,032
+    chunk = 1 << 13  # a byte unpacks to at most 1,032
 
     def decoder(self, head: bytes) -> Decoder:
         return zlib.decompressobj(31)
@@ -77,7 +77,7 @@ class Zstd:
 
     name = "Zstandard frame"
     magic = b"\x28\xb5\x2f\xfd"
-    chunk = 1 << 10  # 4 bytes unpack to as much as 128 kB
+    chunk = 1 << 9  # 4 bytes unpack to as much as 128 kB
 
     def __init__(self):
         import zstandard
@@ -168,12 +168,13 @@ def _member(file: BinaryIO, packing: Gzip | Zstd, at: int, packed: bytes) -> Ite
       at: where the member begins in the file.
       packed: its first bytes; the file is read on from there.
     """
-    first, n_fed = len(packed), 0
+    first, n_fed, n_unpacked = len(packed), 0, 0
     try:
         decoder = packing.decoder(packed)
         while True:
             data = decoder.decompress(packed)
             n_fed += len(packed)
+            n_unpacked += len(data)
             if data:
                 yield data
             if decoder.eof:
@@ -187,16 +188,23 @@ def _member(file: BinaryIO, packing: Gzip | Zstd, at: int, packed: bytes) -> Ite
     bad = at + n_fed
     if not cut:
         reason = f"the {packing.name} at byte {at:,} of the file cannot be unpacked: {reason}"
-        bad = yield from _salvaged(file, packing, at, first, n_fed)
+        data, bad = _salvaged(file, packing, at, first, n_fed)
+        n_unpacked += len(data)
+        if data:
+            yield data
+    bad = bad if n_unpacked else at
     following = _next_member(file, packing, at + 1)
     end = file.seek(0, 2) if following is None else following
-    yield Damage(end, max(end - bad, 1), reason, cut and following is None)
+    if cut and following is None:
+        yield Damage(end, end - bad, reason, cut=True)
+    else:
+        yield Damage(end, max(end - bad, 1), reason)
     file.seek(end)
     return b""
 
 
-def _salvaged(file: BinaryIO, packing: Gzip | Zstd, at: int, first: int, n_fed: int) -> Iterator[bytes]:
-    """What a failed call would have unpacked before its error; returns the place of the byte that is in error.
+def _salvaged(file: BinaryIO, packing: Gzip | Zstd, at: int, first: int, n_fed: int) -> tuple[bytes, int]:
+    """What the call that failed unpacked before its error, and the place of the byte that is in error.
 
     The decoders keep nothing of a call that fails, so the member is unpacked again, the last piece byte by byte.
 
@@ -212,14 +220,14 @@ def _salvaged(file: BinaryIO, packing: Gzip | Zstd, at: int, first: int, n_fed: 
     while place < at + n_fed:
         decoder.decompress(file.read(size))
         place, size = place + size, packing.chunk
+    unpacked = bytearray()
     try:
         for byte in file.read(size):
-            if data := decoder.decompress(bytes((byte,))):
-                yield data
+            unpacked += decoder.decompress(bytes((byte,)))
             place += 1
     except packing.errors():
         pass
-    return place
+    return bytes(unpacked), place
 
 
 def _next_member(file: BinaryIO, packing: Gzip | Zstd, start: int) -> int | None:

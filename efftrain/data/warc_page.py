@@ -173,15 +173,15 @@ def _unpacked(body: bytes, encoding: str, most: int, truncated: bool) -> bytes:
 
 def _members(body: bytes, packing: Gzip | Zstd, most: int, truncated: bool) -> bytes:
     unpacked = bytearray()
-    whole = False
+    whole = False  # of gzip; other bytes may follow it, as browsers have it
     for event in unpack(io.BytesIO(body), packing):
         if isinstance(event, Damage) and not whole and not (event.cut and truncated):
             raise UnpackError(event.reason.replace("file", "body"))
-        if isinstance(event, Damage) or len(unpacked) > most:  # after a whole member, bytes that are none
+        if isinstance(event, Damage) or len(unpacked) > most:
             break
         if isinstance(event, bytes):
             unpacked += event
-        whole = isinstance(event, MemberEnd)
+        whole = isinstance(event, MemberEnd) and isinstance(packing, Gzip)
     return bytes(unpacked)
 
 
@@ -208,7 +208,9 @@ def _without_brotli(body: bytes, most: int, truncated: bool) -> bytes:
         decoder = brotli.Decompressor()
         unpacked = decoder.process(body, output_buffer_limit=most + 1)
     except (ImportError, TypeError) as error:  # older ones cannot bound what they unpack
-        raise UnpackError("the content encoding br needs the package brotli >= 1.2; pip install 'brotli>=1.2'") from error
+        raise UnpackError(
+            "the content encoding br needs the package brotli >= 1.2; pip install 'brotli>=1.2'"
+        ) from error
     except brotli.error as error:
         raise UnpackError(f"the body is not in brotli: {error}") from error
     if len(unpacked) <= most and not decoder.is_finished() and not truncated:

@@ -49,7 +49,8 @@ class Lost:
       n_bytes: unpacked bytes that belong to no record, plus packed bytes that could not be unpacked.
       reason: a sentence without its full stop.
       url: of the record that is lost; empty where it is not known.
-      rest: it reaches to the end of the file, and nobody knows how many records are lost.
+      rest: nobody knows how many records are lost, because nothing could be read to the end of the file, or because a
+        member is damaged that holds more than this record.
     """
 
     place: int
@@ -109,15 +110,17 @@ class _Loss:
     n_bytes: int = 0
     damaged: bool = False
     within_record: bool = False  # the damage is no longer than what is missing of the record
+    among_others: bool = False  # whole records were read from the member that is damaged
 
-    def add(self, damage: Damage) -> None:
+    def add(self, damage: Damage, among_others: bool) -> None:
         self.n_bytes += damage.n_bytes
-        self.reason = damage.reason
+        self.reason = damage.reason + (", and records that were read from it may be altered" if among_others else "")
         self.damaged = True
         self.within_record = not damage.cut and damage.n_bytes <= self.missing + _OVERHEAD
+        self.among_others = among_others
 
     def lost(self, rest: bool = False) -> Lost:
-        return Lost(self.place, self.n_bytes, self.reason, self.url, rest)
+        return Lost(self.place, self.n_bytes, self.reason, self.url, rest or self.among_others)
 
 
 class _Stop(Enum):
@@ -142,19 +145,19 @@ class _Reader:
 
     def records(self) -> Iterator[Record | Lost]:
         loss: _Loss | None = None
-        found = False
+        newest = -1  # where the last whole record began
         while True:
             line_ends = self._drop_line_ends()
             if not self._data and self._stop is _Stop.END:
                 break
             if not self._data:
-                between = self._members[-1][0] == self._at
-                if loss and (loss.damaged or between):
+                member = self._members[-1][0]  # where the latest one begins
+                if loss and (loss.damaged or member == self._at):
                     yield loss.lost()
                     loss = None
                 if isinstance(self._stop, Damage):
                     loss = loss or _Loss(self._at, "")
-                    loss.add(self._stop)
+                    loss.add(self._stop, newest >= member)
                     self._at += self._stop.n_bytes  # so that no two things in a file have one place
                     self._members.append((self._at, self._stop.packed))
                 self._stop = None
@@ -169,15 +172,15 @@ class _Reader:
                 loss = None
             item = self._record(header)
             if isinstance(item, Record):
-                found = True
+                newest = item.place
                 yield item
             else:
                 loss = item
                 loss.n_bytes += self._drop_to_header(header.size)
         if loss:
-            known = found and self._packing is not None and (loss.within_record or not loss.damaged)
+            known = newest >= 0 and self._packing is not None and (loss.within_record or not loss.damaged)
             yield loss.lost(rest=not known)
-        elif not found:
+        elif newest < 0:
             yield Lost(0, self._at, "the file holds no record", rest=True)
         elif self._packing is None and line_ends < 2:
             yield Lost(self._at, 0, "the file ends without the two line ends that close a record", rest=True)

@@ -13,6 +13,7 @@ from efftrain.data.warc_records import MAX_HEADER, Lost, Record, records, target
 from efftrain.errors import ConfigError
 
 _SUFFIXES = tuple(f".{kind}{packing}" for kind in ("warc", "wet") for packing in ("", ".gz", ".zst"))
+_NO_DOCUMENTS = ("warcinfo", "resource", "request", "metadata", "revisit", "continuation")
 _HTML = ("text/html", "application/xhtml+xml")
 
 
@@ -61,24 +62,27 @@ class Warc(FileSource):
 
     def _item(self, place: str, record: Record) -> Document | Skipped | None:
         kind, url = record.fields["warc-type"].lower(), target(record.fields)
-        if kind not in ("response", "conversion"):
+        if kind in _NO_DOCUMENTS:
             return None
+        if kind not in ("response", "conversion"):
+            return self._bad(place, f"the WARC-Type {kind!r} is not known: {url}", record)
+        if "warc-segment-number" in record.fields:
+            return self._bad(place, f"the record is one of several segments, which are not joined: {url}", record)
         if record.block is None:
             return self._too_large(place, url)
         if kind == "response":
-            return self._page(place, url, record.fields, record.block)
+            return self._page(place, url, record)
         return self._document(place, url, record.block)
 
-    def _page(self, place: str, url: str, fields: dict[str, str], block: bytes) -> Document | Skipped:
+    def _page(self, place: str, url: str, record: Record) -> Document | Skipped:
         from resiliparse.extract.html2text import extract_plain_text
 
-        protocol = _media_type(fields.get("content-type", "application/http"))
+        protocol = _media_type(record.fields.get("content-type", "application/http"))
         if protocol != "application/http":
-            return Skipped(place, self.path.name, "not_html", f"{protocol} {url}", len(block))
-        response = parse_response(block)
+            return Skipped(place, self.path.name, "not_html", f"{protocol} {url}")
+        response = parse_response(record.block)
         if response is None:
-            detail = f"the response does not begin with an HTTP status line: {url}"
-            return Skipped(place, self.path.name, "bad_record", detail, len(block))
+            return self._bad(place, f"the response does not begin with an HTTP status line: {url}", record)
         content_type = response.fields.get("content-type", "")
         if response.status != "200":
             return Skipped(place, self.path.name, "http_status", f"{response.status} {url}")
@@ -87,7 +91,7 @@ class Warc(FileSource):
         if len(response.body) > sources.MAX_BYTES:
             return self._too_large(place, url)
         try:
-            content = unpacked_body(response, sources.MAX_BYTES, "warc-truncated" in fields)
+            content = unpacked_body(response, sources.MAX_BYTES, "warc-truncated" in record.fields)
             if len(content) > sources.MAX_BYTES:
                 return self._too_large(place, url)
             html = decode_page(content, content_type)
@@ -98,6 +102,9 @@ class Warc(FileSource):
     def _document(self, place: str, url: str, text: str | bytes) -> Document | Skipped:
         meta = ({"url": url} if url else {}) | ({"package": host} if (host := _host(url)) else {})
         return as_document(place, self.path.name, text, meta)
+
+    def _bad(self, place: str, detail: str, record: Record) -> Skipped:
+        return Skipped(place, self.path.name, "bad_record", detail, len(record.block or b""))
 
     def _too_large(self, place: str, url: str) -> Skipped:
         detail = f"more than {sources.MAX_BYTES:,} bytes: {url}"
