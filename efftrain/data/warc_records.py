@@ -19,6 +19,7 @@ MAX_HEADER = 1 << 16
 
 _VERSION = re.compile(rb"WARC/[01]\.\d{1,2}[ \t]*\r?\n")
 _BLANK_LINE = re.compile(rb"\n\r?\n")
+_NEEDED = re.compile(rb"\n(WARC-Type|Content-Length)[ \t]*:", re.IGNORECASE)
 _LINE_ENDS = re.compile(rb"[\r\n]*")
 _FOLD = re.compile(r"\r?\n[ \t]+")
 _OVERHEAD = 64  # bytes that packing adds to what cannot be made smaller
@@ -114,10 +115,12 @@ class _Loss:
 
     def add(self, damage: Damage, among_others: bool) -> None:
         self.n_bytes += damage.n_bytes
-        self.reason = damage.reason + (", and records that were read from it may be altered" if among_others else "")
+        self.reason = damage.reason
         self.damaged = True
         self.within_record = not damage.cut and damage.n_bytes <= self.missing + _OVERHEAD
-        self.among_others = among_others
+        self.among_others = among_others and not damage.cut
+        if self.among_others:
+            self.reason += ", and records that were read from it may be altered"
 
     def lost(self, rest: bool = False) -> Lost:
         return Lost(self.place, self.n_bytes, self.reason, self.url, rest or self.among_others)
@@ -161,22 +164,20 @@ class _Reader:
                     self._at += self._stop.n_bytes  # so that no two things in a file have one place
                     self._members.append((self._at, self._stop.packed))
                 self._stop = None
-                continue
-            header = self._header(0)
-            if isinstance(header, str):
+            elif isinstance(header := self._header(0), str):
                 loss = loss or _Loss(self._at, header)
                 loss.n_bytes += self._drop_to_header(1)
-                continue
-            if loss:
-                yield loss.lost()
-                loss = None
-            item = self._record(header)
-            if isinstance(item, Record):
-                newest = item.place
-                yield item
             else:
-                loss = item
-                loss.n_bytes += self._drop_to_header(header.size)
+                if loss:
+                    yield loss.lost()
+                    loss = None
+                item = self._record(header)
+                if isinstance(item, Record):
+                    newest = item.place
+                    yield item
+                else:
+                    loss = item
+                    loss.n_bytes += self._drop_to_header(header.size)
         if loss:
             known = newest >= 0 and self._packing is not None and (loss.within_record or not loss.damaged)
             yield loss.lost(rest=not known)
@@ -188,8 +189,8 @@ class _Reader:
     def _record(self, header: _Header) -> Record | _Loss:
         """The record at the beginning of the data, which moves on only where the record is whole."""
         place, size = self._at, header.size + header.length
-        loss = _Loss(place, f"no record follows where its Content-Length of {header.length:,} ends")
-        loss.url = target(header.fields)
+        reason = f"no record follows where its Content-Length of {header.length:,} ends"
+        loss = _Loss(place, reason, target(header.fields))
         if self._end is not None and place + size > self._end:
             loss.reason = f"its Content-Length of {header.length:,} reaches past the end of the file"
         elif header.length <= self._most:
@@ -225,9 +226,12 @@ class _Reader:
         last = n + len(tail) - len(rest)
         if any(n <= place - self._at <= last for place, _ in self._members):
             return True
-        if rest:
-            return b"WARC/".startswith(rest[:5]) or tail.startswith(b"\r\n\r\n")
-        return not isinstance(self._stop, Damage)  # or what precedes the damage may be damaged too
+        if rest and b"WARC/".startswith(rest[:5]):
+            return True
+        self._fill(n + MAX_HEADER)
+        if isinstance(self._stop, Damage):  # what comes before it may be damaged too
+            return False
+        return not rest or tail.startswith(b"\r\n\r\n")
 
     def _header(self, start: int) -> _Header | str:
         """The header that begins in the data at ``start``, or what is wrong with it."""
@@ -238,12 +242,15 @@ class _Reader:
         end = _BLANK_LINE.search(self._data, version.end() - 1, start + MAX_HEADER)
         if not end:
             return "the header of this record does not end"
-        fields = header_fields(bytes(self._data[version.end() : end.start()]))
-        length = fields.get("content-length", "")
+        header = bytes(self._data[version.end() - 1 : end.start()])
+        if sorted(map(bytes.lower, _NEEDED.findall(header))) != [b"content-length", b"warc-type"]:
+            return "the header of this record has not one WARC-Type and one Content-Length"
+        if _VERSION.search(header):
+            return "the header of this record runs into the next"
+        fields = header_fields(header)
+        length = fields["content-length"]
         if not (length.isascii() and length.isdigit() and len(length) < 20):
-            return f"the header of this record has no Content-Length but {length!r}"
-        if "warc-type" not in fields:
-            return "the header of this record has no WARC-Type"
+            return f"the Content-Length of this record is {length!r}"
         return _Header(fields, end.end() - start, int(length))
 
     def _drop_to_header(self, start: int) -> int:

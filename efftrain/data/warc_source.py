@@ -27,8 +27,8 @@ class Warc(FileSource):
     ``meta`` has the URL and, as the package, the host, so that a site stays in one split.
 
     A damaged record is skipped as ``bad_record``, with the number of bytes that were passed over to the next place
-    where a record begins. Where none follows and it is not known how many are lost, the rest of the file is
-    ``unreadable``.
+    where a record begins. Where nothing follows, or where a compressed member of several records is damaged, nobody
+    knows how much is lost, and it is ``unreadable``.
 
     Attributes:
       main_content: leave out navigation, footers and the like.
@@ -55,7 +55,7 @@ class Warc(FileSource):
                 yield Skipped(f"{name}@{place}", self.path.name, UNREADABLE, f"after this place: {error}")
 
     def _lost(self, name: str, lost: Lost) -> Skipped:
-        what = "the rest of the file is lost from here on" if lost.rest else f"{lost.n_bytes:,} bytes were passed over"
+        what = f"{lost.n_bytes:,} bytes were passed over" + ", which may be many records" * lost.rest
         detail = f"{lost.reason}; {what}: {lost.url}".removesuffix(": ")
         rule = UNREADABLE if lost.rest else "bad_record"
         return Skipped(f"{name}@{lost.place}", self.path.name, rule, detail, lost.n_bytes)

@@ -6,7 +6,7 @@ import pytest
 import zstandard
 from warc_archives import KINDS, page, places, read, read_parts, record, texts, url
 
-from efftrain.data import sources, warc_members
+from efftrain.data import sources
 from efftrain.data.documents import UNREADABLE, Document, Skipped
 
 TEXTS = texts(9)
@@ -145,10 +145,10 @@ def test_damage_in_a_member_of_many_records_is_a_loss_of_the_file(tmp_path, kind
 
 
 def test_damage_of_one_piece_leaves_what_was_unpacked_before_it(tmp_path):
-    """The decoder keeps nothing of a call that fails, here of 16 kB of packed bytes."""
+    """The decoder keeps nothing of a call that fails, here of 8 kB of packed bytes."""
     parts = [record(url(n), text.encode()) for n, text in enumerate(TEXTS)]
     packed = bytearray(gzip.compress(b"".join(parts)))
-    assert len(packed) < warc_members.Gzip.chunk
+    assert len(packed) < 8000
     packed[-200:] = b"\xff" * 200
     items = read_parts(tmp_path, "warc.gz", [bytes(packed)])
     assert len(found(items)) >= 7
@@ -166,6 +166,17 @@ def test_a_cut_file_keeps_all_records_before_the_cut(tmp_path, kind):
         assert [lost.rule for lost in losses(items)] == ([] if cut in ends else [UNREADABLE]), cut
         if cut not in ends:
             assert int(losses(items)[0].id.partition("@")[2]) <= len(b"".join(map(str.encode, TEXTS))) + 9 * 200
+
+
+def test_headers_that_run_together_put_no_text_under_another_name(tmp_path):
+    """Bytes are missing from the end of one header to the next, so that they look like one."""
+    parts = archive("warc")
+    parts[3] = parts[3][: parts[3].index(b"Content-Length")]
+    parts[6] = parts[6][: parts[6].index(b"\r\n\r\n")] + b"\r\n"
+    parts[7] = parts[7].removeprefix(b"WARC/1.0\r\n")
+    items = read_parts(tmp_path, "warc", parts)
+    assert found(items) == without(3, 6, 7)
+    assert {lost.rule for lost in losses(items)} == {"bad_record"}
 
 
 def test_a_plain_file_without_its_last_line_ends_may_be_cut(tmp_path):
