@@ -7,7 +7,6 @@ never on the number of workers.
 
 import os
 import re
-import stat
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,8 +202,8 @@ def not_empty(files: Iterator[tuple[str, Path]], complaint: str) -> Iterator[tup
         raise CorpusError(f"{complaint}; check the source")
 
 
-def walk(root: Path, skip: Collection[str] = _MARKERS, *, hidden: bool = False) -> Iterator[Path]:
-    """The files below a folder, in sorted order.
+def walk(root: Path | str, skip: Collection[str] = _MARKERS, *, hidden: bool = False) -> Iterator[Path]:
+    """The files below a folder, in sorted order, those of a folder before those of its folders.
 
     Left out are pipes, sockets and devices, which would block the reader, links to folders, which may form a circle,
     the names in ``skip``, and hidden files and folders unless ``hidden`` is set. A link to a file that does not exist
@@ -212,16 +211,21 @@ def walk(root: Path, skip: Collection[str] = _MARKERS, *, hidden: bool = False) 
 
     Raises CorpusError where a folder cannot be listed.
     """
-
-    def stop(error: OSError) -> None:
-        raise CorpusError(f"the folder {error.filename} cannot be listed ({error.strerror}); mend it or move it away")
-
-    def wanted(name: str) -> bool:
-        return name not in skip and (hidden or not name.startswith("."))
-
-    for folder, folders, names in os.walk(root, onerror=stop):
-        folders[:] = sorted(filter(wanted, folders))
-        yield from filter(_is_regular, (Path(folder, name) for name in sorted(filter(wanted, names))))
+    try:
+        with os.scandir(root) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
+    except OSError as error:
+        raise CorpusError(f"the folder {root} cannot be listed ({error.strerror}); mend it or move it away") from error
+    folders = []
+    for entry in entries:
+        if entry.name in skip or (entry.name.startswith(".") and not hidden):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.path)
+        elif _is_data(entry):
+            yield Path(entry.path)
+    for folder in folders:
+        yield from walk(folder, skip, hidden=hidden)
 
 
 def file_size(path: Path) -> int:
@@ -232,8 +236,9 @@ def file_size(path: Path) -> int:
         return 0
 
 
-def _is_regular(path: Path) -> bool:
+def _is_data(entry: os.DirEntry) -> bool:
+    """Whether it is a file, or a link that leads to a file or nowhere."""
     try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # a link to itself, for one
         return True

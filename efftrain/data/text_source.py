@@ -19,6 +19,8 @@ from efftrain.data.documents import UNREADABLE, Document, Skipped
 from efftrain.data.metadata import PACKAGE
 from efftrain.data.sources import FileSource, PathSource, Piece, check_folder, file_size, not_empty, walk
 
+_FIRST = 1 << 18  # bytes that are read of a file before room is made for the largest one
+
 
 @dataclass(frozen=True, kw_only=True)
 class PythonFiles(FileSource):
@@ -150,7 +152,9 @@ def _read_file(
     most = sources.MAX_BYTES
     try:
         with open_file(path) as stream:
-            content = stream.read(most + 1)
+            content = stream.read(min(_FIRST, most + 1))
+            if len(content) == _FIRST:
+                content += stream.read(most + 1 - _FIRST)
     except OSError as error:
         return Skipped(name, source, UNREADABLE, str(error), getattr(error, "n_bytes", file_size(path)))
     if len(content) > most:
