@@ -64,8 +64,8 @@ _PACKINGS = {
     ".xz": _Packing(re.compile(rb"\xfd7zXZ\0"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=b"\0"),
 }
 
-SUFFIXES = ("", *_PACKINGS)
-"""What may follow the suffix of a file that is read with ``open_bytes``."""
+PACKED = tuple(_PACKINGS)
+"""The suffixes of packed files, in lower case."""
 
 _MARKS = {  # a byte order mark -> the encoding; that of UTF-32 begins like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",

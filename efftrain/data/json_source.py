@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from efftrain.data import sources
-from efftrain.data.compressed import SUFFIXES, is_plain_utf8, lines, open_utf8
+from efftrain.data.compressed import PACKED, is_plain_utf8, lines, open_utf8
 from efftrain.data.documents import Document, Skipped
 from efftrain.data.metadata import as_name, metadata
 from efftrain.data.sources import PathSource, Piece, byte_ranges, file_size, named_files
@@ -45,7 +45,7 @@ class JsonLines(PathSource):
 
     def files(self) -> Iterator[tuple[str, Path]]:
         kinds = (".jsonl", ".ndjson", ".json")
-        yield from named_files(self.path, tuple(kind + packed for kind in kinds for packed in SUFFIXES))
+        yield from named_files(self.path, tuple(kind + packed for kind in kinds for packed in ("", *PACKED)))
 
     def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
         """Ranges of bytes. A line belongs to the range in which it begins."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from efftrain.data.compressed import is_compressed
+from efftrain.data.compressed import PACKED, is_compressed
 from efftrain.data.documents import UNREADABLE, Document, Skipped
 from efftrain.errors import ConfigError, CorpusError
 
@@ -45,7 +45,13 @@ class Piece:
 
 
 class Source(Protocol):
-    """A frozen dataclass that says what to read; nothing is opened before an iteration begins."""
+    """A frozen dataclass that says what to read; nothing is opened before an iteration begins.
+
+    Attributes:
+      kind: what its texts are: "text" (prose), "code" or "web". The default rules of a corpus follow it.
+    """
+
+    kind: ClassVar[str]
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """Yields (name, path) of each file that is read, always in the same order.
@@ -61,11 +67,7 @@ class Source(Protocol):
 
 
 class FileSource:
-    """The base of a source of files: ``files`` and ``documents`` are enough, the pieces are made here.
-
-    Attributes:
-      kind: what its texts are: "text" (prose), "code" or "web". The default rules of a corpus follow it.
-    """
+    """The base of a source of files: ``files`` and ``documents`` are enough, the pieces are made here."""
 
     kind: ClassVar[str] = "text"
 
@@ -179,7 +181,8 @@ def named_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Pa
         return
     check_folder(path)
     matching = ((p.relative_to(path).as_posix(), p) for p in walk(path) if p.name.lower().endswith(suffixes))
-    yield from not_empty(matching, f"the folder {path} holds no {' or '.join(suffixes)} file")
+    shown = " or ".join(suffix for suffix in suffixes if not suffix.endswith(PACKED))
+    yield from not_empty(matching, f"the folder {path} holds no {shown} file")
 
 
 def check_folder(path: Path) -> None:

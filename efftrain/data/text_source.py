@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from efftrain.data import sources
-from efftrain.data.compressed import SUFFIXES, is_plain_utf8, open_bytes, open_utf8
+from efftrain.data.compressed import PACKED, is_plain_utf8, open_bytes, open_utf8
 from efftrain.data.cutting import Cut, cut
 from efftrain.data.documents import UNREADABLE, Document, Skipped
 from efftrain.data.metadata import PACKAGE
@@ -131,7 +131,7 @@ class TextFolder(PathSource):
 
     def _matches(self, name: str) -> bool:
         name, pattern = name.lower(), self.pattern.lower()
-        return any(fnmatch.fnmatchcase(name.removesuffix(suffix), pattern) for suffix in SUFFIXES)
+        return any(fnmatch.fnmatchcase(name.removesuffix(suffix), pattern) for suffix in ("", *PACKED))
 
 
 def _read_file(

@@ -17,7 +17,7 @@ import zstandard
 from efftrain import data
 from efftrain.config import to_json
 from efftrain.data import sources
-from efftrain.data.documents import Document, Skipped
+from efftrain.data.documents import UNREADABLE, Document, Skipped
 from efftrain.data.json_source import JsonLines
 from efftrain.data.parquet_source import Parquet
 from efftrain.data.sources import FileSource, Piece
@@ -278,6 +278,19 @@ def test_unreadable_strings_of_arrow_are_listed(tmp_path):
     pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
     assert kept(Parquet(path=tmp_path)) == {"x.parquet:0": "good"}
     assert skipped(Parquet(path=tmp_path)) == {"x.parquet:1": "undecodable"}
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"), [("TextFolder", "txt"), ("JsonLines", "jsonl"), ("Parquet", "parquet"), ("Arrow", "arrow")]
+)
+def test_an_input_error_of_the_system_is_an_unreadable_file(tmp_path, name, ending):
+    """The first page of a process's memory is a file that opens and gives EIO."""
+    (tmp_path / f"a.{ending}").symlink_to("/proc/self/mem")
+    split = {"split": data.AtBlankLines()} if name == "TextFolder" else {}
+    for fields in ({}, split):
+        (lost,) = read(getattr(data, name)(path=tmp_path, **fields))
+        assert lost.rule == UNREADABLE
+        assert lost.id.startswith(f"a.{ending}")
 
 
 NAMES = ("TextFolder", "JsonLines", "Parquet", "Arrow", "HuggingFaceDataset")

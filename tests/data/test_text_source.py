@@ -151,6 +151,20 @@ def test_a_file_that_is_too_large_says_how_to_cut_it(tmp_path, monkeypatch):
     assert len(read(TextFolder(path=tmp_path, split=AtBlankLines(min_bytes=1)))) == 2
 
 
+def test_one_text_file_makes_a_corpus(tmp_path, config_for):
+    """The commonest first try: a str, one file, prose."""
+    rng = np.random.default_rng(0)
+    words = [f"word{n}" for n in range(500)]
+    paragraphs = [" ".join(rng.choice(words, 60)) for _ in range(300)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    source = data.TextFolder(path=str(tmp_path / "book.txt"), split=data.AtBlankLines(min_bytes=1000))
+    corpus = data.build(config_for(tmp_path, sources=(source,)), tmp_path / "out")
+    assert all(corpus.splits[split]["documents"] > 10 for split in ("train", "validation", "test"))
+    found = {document.id: document.text for split in corpus.splits for document in corpus.documents(split)}
+    ordered = [found[id] for id in sorted(found, key=lambda id: int(id.partition("@")[2]))]
+    assert "\n\n".join(ordered) == "\n\n".join(paragraphs)
+
+
 def test_a_split_can_be_written_to_a_manifest():
     for at in (AtBlankLines(min_bytes=3), AtPattern(pattern="^=")):
         source = data.TextFolder(path=Path("x"), split=at)
