@@ -65,13 +65,12 @@ class Columns(PathSource):
         for start in range(0, len(batch), ROWS):
             piece = batch.slice(start, ROWS)
             texts = _column(piece, self.column)
-            n_rows = len(piece)
             ids, packages = (
-                _values(_column(piece, c)) if c and _has(batch.schema, c) else [None] * n_rows
+                _values(_column(piece, c)) if c and _has(batch.schema, c) else None
                 for c in (self.id_column, self.package_column)
             )
             meta = {scalar: _values(piece.column(scalar)) for scalar in scalars}
-            for row in range(n_rows):
+            for row in range(len(piece)):
                 place = f"{name}:{first + start + row}"
                 try:
                     text = texts[row].as_py()
@@ -79,9 +78,10 @@ class Columns(PathSource):
                     yield Skipped(place, source, "undecodable", str(error), len(error.object))
                     continue
                 beside = {}
-                if scalars or self.package_column:
-                    beside = metadata(((key, column[row]) for key, column in meta.items()), (), packages[row])
-                yield as_document(as_name(ids[row]) or place, source, text, beside, place)
+                if meta or packages:
+                    fields = ((key, column[row]) for key, column in meta.items())
+                    beside = metadata(fields, (), packages and packages[row])
+                yield as_document((ids and as_name(ids[row])) or place, source, text, beside, place)
 
     def _asked(self) -> list[str]:
         return list(dict.fromkeys(c for c in (self.column, self.id_column, self.package_column) if c))
