@@ -1,25 +1,20 @@
-"""Where documents come from.
+"""What a source of documents is, and what the sources share.
 
 A source lists its files, for the fingerprint of the inputs, cuts them into pieces, and streams the documents of a
 piece. Pieces are what workers share out and what a resumed build continues at: they depend on the files alone and
 never on the number of workers.
 """
 
-import fnmatch
-import io
-import json
 import os
-import site
-import sysconfig
-import tokenize
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from efftrain.data.compressed import is_compressed, lines, open_bytes, reading_errors
-from efftrain.data.documents import Document, Skipped
-from efftrain.errors import CorpusError
+from efftrain.data.compressed import PACKED, is_compressed
+from efftrain.data.documents import UNREADABLE, Document, Skipped
+from efftrain.errors import ConfigError, CorpusError
 
 # A larger file or line is counted as skipped and never held in memory.
 MAX_BYTES = 64 << 20
@@ -27,6 +22,10 @@ MAX_BYTES = 64 << 20
 PIECE_BYTES = 16 << 20  # small files are read together up to here: about a second of work
 PIECE_FILES = 2000
 RANGE_BYTES = 32 << 20  # a file that is larger is read in ranges of about this size
+
+# What other programs leave beside their data: Spark, Hive, Delta Lake.
+_MARKERS = frozenset({"_SUCCESS", "_metadata", "_common_metadata", "_temporary", "_delta_log"})
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,13 @@ class Piece:
 
 
 class Source(Protocol):
-    """A frozen dataclass that says what to read; nothing is opened before an iteration begins."""
+    """A frozen dataclass that says what to read; nothing is opened before an iteration begins.
+
+    Attributes:
+      kind: what its texts are: "text" (prose), "code" or "web". The default rules of a corpus follow it.
+    """
+
+    kind: ClassVar[str]
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """Yields (name, path) of each file that is read, always in the same order.
@@ -64,6 +69,8 @@ class Source(Protocol):
 class FileSource:
     """The base of a source of files: ``files`` and ``documents`` are enough, the pieces are made here."""
 
+    kind: ClassVar[str] = "text"
+
     def files(self) -> Iterator[tuple[str, Path]]:
         raise NotImplementedError
 
@@ -79,7 +86,7 @@ class FileSource:
         held: list[tuple[str, Path]] = []
         n_bytes = 0
         for name, path in self.files():
-            size = _size(path)
+            size = file_size(path)
             ranges = list(self.ranges(path, size))
             alone = len(ranges) > 1 or is_compressed(path)  # a compressed file holds more than its size says
             if held and (alone or n_bytes + size > PIECE_BYTES or len(held) == PIECE_FILES):
@@ -95,120 +102,42 @@ class FileSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PythonFiles(FileSource):
-    """The ``.py`` files of the running interpreter: its standard library and every installed distribution.
-
-    The id is ``stdlib/json/decoder.py`` or ``site-packages/numpy/linalg/_linalg.py``; the package is ``json`` or
-    ``numpy``. Symbolic links are not followed, so that nothing is read twice and no cycle is entered.
-    """
-
-    standard_library_only: bool = False
-
-    def files(self) -> Iterator[tuple[str, Path]]:
-        for name, root in self._roots():
-            for path in _walk(root, skip=("__pycache__", "site-packages", "dist-packages")):
-                if path.suffix == ".py" and not path.is_symlink():
-                    yield f"{name}/{path.relative_to(root).as_posix()}", path
-
-    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
-        for name, path in piece.files:
-            source, package = name.split("/")[:2]
-            yield _read_file(path, name, source, {"package": package.removesuffix(".py")}, _decode_python)
-
-    def _roots(self) -> list[tuple[str, Path]]:
-        library = Path(os.path.realpath(sysconfig.get_path("stdlib")))
-        places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
-        installed = dict.fromkeys(Path(os.path.realpath(place)) for place in places)
-        roots = [("stdlib", library)]
-        if not self.standard_library_only:
-            # A distribution that keeps pure and compiled packages apart has two folders, never with the same
-            # file.
-            roots += [("site-packages", root) for root in sorted(installed) if root.is_dir() and root != library]
-        return roots
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextFolder(FileSource):
-    """Every file below a folder whose name matches a pattern is one document, in UTF-8.
-
-    The id is the path below the folder; the package is its first folder, if there is one and ``package_by_folder`` is
-    set.
-    """
-
-    path: Path
-    pattern: str = "*.txt"
-    package_by_folder: bool = False
-
-    def files(self) -> Iterator[tuple[str, Path]]:
-        if not self.path.is_dir():
-            raise CorpusError(f"there is no folder {self.path}; give TextFolder the path of a folder")
-        matching = (p for p in _walk(self.path) if fnmatch.fnmatch(p.name, self.pattern))
-        named = ((path.relative_to(self.path).as_posix(), path) for path in matching)
-        yield from _not_empty(named, f"the folder {self.path} holds no file that matches {self.pattern!r}")
-
-    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
-        for name, path in piece.files:
-            folder, _, rest = name.partition("/")
-            meta = {"package": folder} if rest and self.package_by_folder else {}
-            yield _read_file(path, name, self.path.name, meta, bytes.decode)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JsonLines(FileSource):
-    """One JSON object a line, in a file or a folder of files: ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst``.
-
-    A line is named ``file@byte``, by where it begins in the unpacked file: unlike its number, that is known wherever
-    reading starts (``tail -c +$((byte + 1)) file | head -1`` shows it).
+class PathSource(FileSource):
+    """The base of a source that reads a file, or the files below a folder.
 
     Attributes:
-      text_field: the field that holds the text.
-      id_field: the field that holds the id; by default ``file@byte``.
-      package_field: the field that names the group which must stay in one split.
+      path: a ``Path`` or a ``str``, on a file system of this machine.
     """
 
     path: Path
-    text_field: str = "text"
-    id_field: str | None = None
-    package_field: str | None = None
 
-    def files(self) -> Iterator[tuple[str, Path]]:
-        yield from named_files(self.path, (".jsonl", ".jsonl.gz", ".jsonl.zst"))
+    def __post_init__(self):
+        check_local(f"{type(self).__name__}.path", self.path)
+        object.__setattr__(self, "path", Path(self.path))
 
-    def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
-        """Ranges of bytes. A line belongs to the range in which it begins."""
-        if is_compressed(path) or size <= RANGE_BYTES:
-            return [(0, None)]
-        starts = range(0, size, RANGE_BYTES)
-        return zip(starts, [*starts[1:], None], strict=True)
+    @property
+    def source(self) -> str:
+        """The name under which its documents are counted: the last part of the path."""
+        return self.path.name or self.path.resolve().name  # "." has no name
 
-    def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
-        for name, path in piece.files:
-            place = piece.start
-            try:
-                with open_bytes(path) as stream:
-                    for place, line in lines(stream, MAX_BYTES, piece.start, piece.stop):
-                        if line is None or line.strip():
-                            yield self._document(f"{name}@{place}", line)
-            except reading_errors() as error:
-                yield Skipped(f"{name}@{place}", self.path.name, "unreadable", f"behind this place: {error}")
+    def lost(self, place: str, error: Exception | str, n_bytes: int = 0) -> Skipped:
+        """Says that a file, or what follows ``place`` in it, cannot be read."""
+        return Skipped(place, self.source, UNREADABLE, str(error), getattr(error, "n_bytes", n_bytes))
 
-    def _document(self, place: str, line: bytes | None) -> Document | Skipped:
-        source = self.path.name
-        if line is None:
-            return Skipped(place, source, "too_large", f"the line is longer than {MAX_BYTES:,} bytes", MAX_BYTES)
-        try:
-            row = json.loads(line)
-            text = row[self.text_field]
-            if not isinstance(text, str):
-                raise TypeError(f"field {self.text_field!r} is {type(text).__name__}, not a string")
-            package = {"package": str(row[self.package_field])} if self.package_field else {}
-            return Document(str(row[self.id_field]) if self.id_field else place, text, source, package)
-        except UnicodeDecodeError as error:
-            return Skipped(place, source, "undecodable", str(error), len(line))
-        except KeyError as error:
-            return Skipped(place, source, "bad_record", f"there is no field {error}", len(line))
-        except (ValueError, TypeError, RecursionError) as error:
-            return Skipped(place, source, "bad_record", str(error), len(line))
+
+def check_local(field: str, path: object) -> None:
+    """Raises ConfigError where a path is a URL."""
+    if _URL.match(str(path)):
+        raise ConfigError(
+            f"{field} is {str(path)!r}, and only files on a local or mounted file system are read; copy them to a "
+            "folder, or mount the store, and give that path"
+        )
+
+
+def byte_ranges(size: int) -> list[tuple[int, int | None]]:
+    """Ranges (start, stop) of ``RANGE_BYTES`` of a file of ``size`` bytes."""
+    starts = range(0, max(size, 1), RANGE_BYTES)
+    return list(zip(starts, [*starts[1:], None], strict=True))
 
 
 def ranges_of(sizes: Iterable[int]) -> list[tuple[int, int | None]]:
@@ -240,34 +169,34 @@ def as_document(id: str, source: str, text: object, meta: dict, place: str = "")
         return Skipped(place, source, "undecodable", str(error), len(text))
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # the reader will list it
-        return 0
-
-
-def _walk(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in skip)
-        yield from (Path(folder, name) for name in sorted(names))
-
-
 def named_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     """The file ``path``, or the files below the folder ``path`` that end in one of ``suffixes``, in sorted order.
+
+    Suffixes are in lower case and match names in any case. See ``walk`` for what is passed over in a folder.
 
     Raises CorpusError if there is none.
     """
     if path.is_file():
         yield path.name, path
         return
+    check_folder(path)
+    matching = ((p.relative_to(path).as_posix(), p) for p in walk(path) if p.name.lower().endswith(suffixes))
+    shown = " or ".join(suffix for suffix in suffixes if not suffix.endswith(PACKED))
+    yield from not_empty(matching, f"the folder {path} holds no {shown} file")
+
+
+def check_folder(path: Path) -> None:
+    """Raises CorpusError where ``path`` is no folder."""
     if not path.is_dir():
-        raise CorpusError(f"there is no file or folder {path}; check the path of the source")
-    matching = ((p.relative_to(path).as_posix(), p) for p in _walk(path) if p.name.endswith(suffixes))
-    yield from _not_empty(matching, f"the folder {path} holds no {' or '.join(suffixes)} file")
+        found = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise CorpusError(f"{path} {found}; check the path of the source")
 
 
-def _not_empty(files: Iterator[tuple[str, Path]], complaint: str) -> Iterator[tuple[str, Path]]:
+def not_empty(files: Iterator[tuple[str, Path]], complaint: str) -> Iterator[tuple[str, Path]]:
+    """The files.
+
+    Raises CorpusError with ``complaint`` if there is none.
+    """
     empty = True
     for file in files:
         empty = False
@@ -276,25 +205,43 @@ def _not_empty(files: Iterator[tuple[str, Path]], complaint: str) -> Iterator[tu
         raise CorpusError(f"{complaint}; check the source")
 
 
-def _read_file(path: Path, name: str, source: str, meta: dict, decode) -> Document | Skipped:
-    """One file as one document.
+def walk(root: Path | str, skip: Collection[str] = _MARKERS, *, hidden: bool = False) -> Iterator[Path]:
+    """The files below a folder, in sorted order, those of a folder before those of its folders.
 
-    ``decode`` turns its bytes into text or raises a UnicodeError, LookupError or SyntaxError.
+    Left out are pipes, sockets and devices, which would block the reader, links to folders, which may form a circle,
+    the names in ``skip``, and hidden files and folders unless ``hidden`` is set. A link to a file that does not exist
+    is yielded, so that the reader reports it.
+
+    Raises CorpusError where a folder cannot be listed.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            return Skipped(name, source, "too_large", f"the file has more than {MAX_BYTES:,} bytes", size)
-        content = path.read_bytes()
+        with os.scandir(root) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
     except OSError as error:
-        return Skipped(name, source, "unreadable", str(error))
+        raise CorpusError(f"the folder {root} cannot be listed ({error.strerror}); mend it or move it away") from error
+    folders = []
+    for entry in entries:
+        if entry.name in skip or (entry.name.startswith(".") and not hidden):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.path)
+        elif _is_data(entry):
+            yield Path(entry.path)
+    for folder in folders:
+        yield from walk(folder, skip, hidden=hidden)
+
+
+def file_size(path: Path) -> int:
+    """In bytes; 0 where the file cannot be asked."""
     try:
-        return Document(name, decode(content), source, meta)
-    except (UnicodeError, LookupError, SyntaxError) as error:
-        return Skipped(name, source, "undecodable", str(error), len(content))
+        return path.stat().st_size
+    except OSError:  # the reader will list it
+        return 0
 
 
-def _decode_python(content: bytes) -> str:
-    """Honours the coding line of PEP 263 and a byte order mark; newlines stay as they are."""
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-    return content.decode(encoding)
+def _is_data(entry: os.DirEntry) -> bool:
+    """Whether it is a file, or a link that leads to a file or nowhere."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # a link to itself, for one
+        return True

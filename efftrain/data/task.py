@@ -6,6 +6,7 @@ Whatever is wrong with a file is said with its line, and nothing is left out wit
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from efftrain.config import digest
+from efftrain.data.documents import clean_lines
 from efftrain.errors import ConfigError, CorpusError
+
+_END_OF_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)?")
 
 Record = tuple[int, dict[str, Any]]  # the line at which it begins, and its fields
 
@@ -37,7 +41,9 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFiles:
-    """Where a task's examples are: ``.csv`` with a header, or ``.jsonl``.
+    """Where a task's examples are: ``.csv`` with a header, or ``.jsonl``, in UTF-8.
+
+    Blank lines at the end of a file mean nothing. Lines end in "\\n" or "\\r\\n"; in a text they end in "\\n".
 
     Attributes:
       labelled: what is trained on, and validated on.
@@ -147,11 +153,12 @@ def read_examples(path: Path, text: str, label: str, *, label_needed: bool = Tru
       CorpusError: see ``open_task``.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".jsonl"):
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".jsonl"):
         raise CorpusError(f"{path} is neither .csv nor .jsonl; give a file of one of these kinds")
     content = _decoded(path)
     found = []
-    for line, fields in (_csv_records if path.suffix == ".csv" else _json_records)(path, content):
+    for line, fields in (_csv_records if kind == ".csv" else _json_records)(path, content):
         for column in (text, label) if label_needed else (text,):
             if column not in fields:
                 there = ", ".join(map(str, fields)) or "none"
@@ -161,6 +168,7 @@ def read_examples(path: Path, text: str, label: str, *, label_needed: bool = Tru
             if not isinstance(value, str) or (not value.strip() and (label_needed or column == text)):
                 what = "is empty" if isinstance(value, str) else f"is {value!r} and no text"
                 raise CorpusError(f"{path}, line {line}: {column!r} {what}; fill it in or remove the line")
+        given = {column: clean_lines(value) for column, value in given.items()}
         found.append(Example(given[text], given.get(label) or None, line))
     if not found:
         raise CorpusError(f"{path} has no examples; give a file with at least one")
@@ -173,10 +181,12 @@ def _decoded(path: Path) -> str:
     except OSError as error:
         raise CorpusError(f"cannot read {path} ({error.strerror}); give the path of a file") from error
     try:
-        return raw.decode("utf-8-sig")
+        content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise CorpusError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save it as UTF-8") from None
+    whole = content.rstrip()
+    return whole + _END_OF_LINE.match(content, len(whole))[0]  # spaces may belong to the last field
 
 
 def _csv_records(path: Path, content: str) -> Iterator[Record]:

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from efftrain.data.documents import Document, Skipped
-from efftrain.data.sources import Piece, as_document
+import numpy as np
+
+from efftrain.data.documents import UNREADABLE, Document, Skipped
+from efftrain.data.metadata import metadata
+from efftrain.data.sources import Piece, as_document, check_local
 from efftrain.errors import CorpusError
 
 _RECORDS = 4096  # of one piece, where records are read by number
@@ -18,7 +21,8 @@ class Tfds:
     """A split of a prepared TFDS dataset, by name (``lm1b``, ``wiki40b/en``) or by directory.
 
     ArrayRecord and Parquet are read by record number, TFRecord from one end of a shard to the other. A document is
-    named ``dataset/split:number`` in each of them. Nothing is downloaded.
+    named ``dataset/split:number`` in each of them, and the other scalar features of its record become its ``meta``.
+    Nothing is downloaded.
 
     Attributes:
       name_or_directory: a directory with ``dataset_info.json``, or a name that ``tfds.builder`` knows.
@@ -27,10 +31,18 @@ class Tfds:
       data_dir: where named datasets were prepared; by default TFDS's own.
     """
 
+    kind: ClassVar[str] = "text"
+
     name_or_directory: str
     split: str = "train"
     text_feature: str | None = None
     data_dir: str | None = None
+
+    def __post_init__(self):
+        for name in ("name_or_directory", "data_dir"):
+            if (value := getattr(self, name)) is not None:
+                check_local(f"Tfds.{name}", value)
+                object.__setattr__(self, name, str(value))
 
     def files(self) -> Iterator[tuple[str, Path]]:
         folder = Path(str(self._builder().data_path))
@@ -52,24 +64,34 @@ class Tfds:
         read = self._tfrecords if _kind(builder) == "tfrecord" else self._random_access
         name = f"{builder.name}/{self.split}"
         ((shard, _),) = piece.files
+        lost: list[int] = []
+        reason: object = ""
         for number, row in read(builder, piece):
+            place = f"{name}:{number}"
             if isinstance(row, Exception):
-                yield Skipped(f"{name}:{number}", name, "unreadable", f"{shard}, from this record on: {str(row)[:300]}")
-            elif not isinstance(row[feature], bytes):  # ArrayRecord gives empty records where a shard was cut
-                yield Skipped(f"{name}:{number}", name, "unreadable", f"{shard}: the record has no {feature!r}")
-            else:
-                yield as_document(f"{name}:{number}", name, row[feature], {})
+                lost.append(number)
+                reason = reason or row
+                continue
+            meta = metadata(((key, _plain(value)) for key, value in row.items()), (feature,))
+            yield as_document(place, name, row[feature], meta)
+        if lost:
+            detail = f"{len(lost)} records of {shard}, from this one on: {str(reason)[:300]}"
+            yield Skipped(f"{name}:{lost[0]}", name, UNREADABLE, detail)
 
     def _random_access(self, builder: Any, piece: Piece) -> Iterator[tuple[int, Any]]:
+        """Of a block with damage, each record by itself. Where a shard was cut, ArrayRecord gives empty records."""
         rows = builder.as_data_source(self.split)
+        cut = ValueError("the shard is cut or damaged: the record is empty")
+        cut_gives_empty = _kind(builder) == "array_record"
         for start in range(piece.start, piece.stop, _BLOCK):
             numbers = range(start, min(start + _BLOCK, piece.stop))
             try:
                 block = rows.__getitems__(list(numbers))
-            except (OSError, RuntimeError, ValueError, IndexError) as error:
-                yield start, ValueError(f"{len(numbers)} records: {error}")
-            else:
-                yield from zip(numbers, block, strict=True)
+            except Exception:  # protobuf and TFDS raise classes of their own for a damaged record
+                block = [_record_or_error(rows, number) for number in numbers]
+            for number, row in zip(numbers, block, strict=True):
+                empty = cut_gives_empty and isinstance(row, dict) and all(value is None for value in row.values())
+                yield number, cut if empty else row
 
     def _tfrecords(self, builder: Any, piece: Piece) -> Iterator[tuple[int, Any]]:
         """Grain's reader notices a cut inside a record; one between two records shows in their number alone."""
@@ -87,8 +109,8 @@ class Tfds:
                 number += 1
             if number < piece.stop:
                 raise ValueError(f"the shard ends here, and the dataset's metadata count {piece.stop - number} more")
-        except Exception as error:  # protobuf and TFDS raise classes of their own for a damaged record
-            yield max(number, piece.start), error
+        except Exception as error:  # as above
+            yield from ((left, error) for left in range(max(number, piece.start), piece.stop))
 
     def _shards(self, builder: Any) -> Iterator[tuple[Path, int, int, int]]:
         """Yields (path, number of its first record in the split, records to skip in the file, records to read)."""
@@ -157,6 +179,23 @@ class Tfds:
                 f"the feature {self.text_feature!r} of {self.name_or_directory} is no text; use one of {names}"
             )
         return self.text_feature or names[0]
+
+
+def _record_or_error(rows: Any, number: int) -> Any:
+    try:
+        return rows[number]
+    except Exception as error:
+        return error
+
+
+def _plain(value: Any) -> Any:
+    """A scalar feature as Python's own kind; anything else as it is."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _kind(builder: Any) -> str:

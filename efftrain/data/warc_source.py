@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from efftrain.data import sources
 from efftrain.data.documents import UNREADABLE, Document, Skipped
-from efftrain.data.sources import FileSource, Piece, as_document, named_files
+from efftrain.data.sources import PathSource, Piece, as_document, named_files
 from efftrain.data.warc_page import UnpackError, decode_page, parse_response, unpacked_body
 from efftrain.data.warc_records import MAX_HEADER, Lost, Record, records, target
 from efftrain.errors import ConfigError
@@ -18,7 +19,7 @@ _HTML = ("text/html", "application/xhtml+xml")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warc(FileSource):
+class Warc(PathSource):
     """The pages of a file or a folder of ``.warc[.gz|.zst]`` or ``.wet[.gz|.zst]`` files. Needs the extra ``warc``.
 
     A response with status 200 and HTML is a document: Resiliparse extracts the text (Bevendorff et al. 2018), as for
@@ -34,7 +35,8 @@ class Warc(FileSource):
       main_content: leave out navigation, footers and the like.
     """
 
-    path: Path
+    kind: ClassVar[str] = "web"
+
     main_content: bool = True
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -52,13 +54,13 @@ class Warc(FileSource):
                     if found is not None:
                         yield found
             except OSError as error:
-                yield Skipped(f"{name}@{place}", self.path.name, UNREADABLE, f"after this place: {error}")
+                yield Skipped(f"{name}@{place}", self.source, UNREADABLE, f"after this place: {error}")
 
     def _lost(self, name: str, lost: Lost) -> Skipped:
         what = f"{lost.n_bytes:,} bytes were passed over" + ", which may be many records" * lost.rest
         detail = f"{lost.reason}; {what}: {lost.url}".removesuffix(": ")
         rule = UNREADABLE if lost.rest else "bad_record"
-        return Skipped(f"{name}@{lost.place}", self.path.name, rule, detail, lost.n_bytes)
+        return Skipped(f"{name}@{lost.place}", self.source, rule, detail, lost.n_bytes)
 
     def _item(self, place: str, record: Record) -> Document | Skipped | None:
         kind, url = record.fields["warc-type"].lower(), target(record.fields)
@@ -79,15 +81,15 @@ class Warc(FileSource):
 
         protocol = _media_type(record.fields.get("content-type", "application/http"))
         if protocol != "application/http":
-            return Skipped(place, self.path.name, "not_html", f"{protocol} {url}")
+            return Skipped(place, self.source, "not_html", f"{protocol} {url}")
         response = parse_response(record.block)
         if response is None:
             return self._bad(place, f"the response does not begin with an HTTP status line: {url}", record)
         content_type = response.fields.get("content-type", "")
         if response.status != "200":
-            return Skipped(place, self.path.name, "http_status", f"{response.status} {url}")
+            return Skipped(place, self.source, "http_status", f"{response.status} {url}")
         if _media_type(content_type) not in _HTML:
-            return Skipped(place, self.path.name, "not_html", f"{_media_type(content_type)} {url}")
+            return Skipped(place, self.source, "not_html", f"{_media_type(content_type)} {url}")
         if len(response.body) > sources.MAX_BYTES:
             return self._too_large(place, url)
         try:
@@ -96,19 +98,19 @@ class Warc(FileSource):
                 return self._too_large(place, url)
             html = decode_page(content, content_type)
         except (UnpackError, UnicodeError) as error:
-            return Skipped(place, self.path.name, "undecodable", f"{error}: {url}", len(response.body))
+            return Skipped(place, self.source, "undecodable", f"{error}: {url}", len(response.body))
         return self._document(place, url, extract_plain_text(html, main_content=self.main_content, alt_texts=False))
 
     def _document(self, place: str, url: str, text: str | bytes) -> Document | Skipped:
         meta = ({"url": url} if url else {}) | ({"package": host} if (host := _host(url)) else {})
-        return as_document(place, self.path.name, text, meta)
+        return as_document(place, self.source, text, meta)
 
     def _bad(self, place: str, detail: str, record: Record) -> Skipped:
-        return Skipped(place, self.path.name, "bad_record", detail, len(record.block or b""))
+        return Skipped(place, self.source, "bad_record", detail, len(record.block or b""))
 
     def _too_large(self, place: str, url: str) -> Skipped:
         detail = f"more than {sources.MAX_BYTES:,} bytes: {url}"
-        return Skipped(place, self.path.name, "too_large", detail, sources.MAX_BYTES)
+        return Skipped(place, self.source, "too_large", detail, sources.MAX_BYTES)
 
 
 def _media_type(content_type: str) -> str:

@@ -16,8 +16,9 @@ from efftrain.data.decontaminate import (
     ngram_hashes,
     seen_in_training,
 )
+from efftrain.data.json_source import JsonLines
 from efftrain.data.shingles import shingles, wide_hash
-from efftrain.data.sources import JsonLines, TextFolder
+from efftrain.data.text_source import TextFolder
 from efftrain.errors import ConfigError, CorpusError
 
 U64 = np.uint64

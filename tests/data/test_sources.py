@@ -1,6 +1,7 @@
 import gzip
 import json
 import pickle
+import site
 import sys
 import sysconfig
 import tracemalloc
@@ -13,11 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from efftrain.data import parquet_source, sources
-from efftrain.data.documents import Document, Skipped
+from efftrain import data
+from efftrain.config import to_json
+from efftrain.data import sources
+from efftrain.data.documents import UNREADABLE, Document, Skipped
+from efftrain.data.json_source import JsonLines
 from efftrain.data.parquet_source import Parquet
-from efftrain.data.sources import FileSource, JsonLines, Piece, PythonFiles, TextFolder
-from efftrain.errors import CorpusError
+from efftrain.data.sources import FileSource, Piece
+from efftrain.data.text_source import PythonFiles, TextFolder
+from efftrain.errors import ConfigError, CorpusError
 
 
 def read(source) -> list[Document | Skipped]:
@@ -36,7 +41,7 @@ def skipped(source) -> dict[str, str]:
 def python_folders(tmp_path, monkeypatch):
     library, installed = tmp_path / "lib", tmp_path / "lib" / "site-packages"
     files = {
-        library / "json" / "decoder.py": b"x = 1\r\n",
+        library / "json" / "decoder.py": b"x = 1\n",
         library / "argparse.py": b"\xef\xbb\xbfy = 2\n",
         library / "json" / "__pycache__" / "decoder.py": b"no\n",
         installed / "numpy" / "core.py": "# -*- coding: latin-1 -*-\n# \u00e9\n".encode("latin-1"),
@@ -50,14 +55,14 @@ def python_folders(tmp_path, monkeypatch):
     (installed / "again").symlink_to(installed, target_is_directory=True)
     (installed / "numpy" / "link.py").symlink_to(library / "argparse.py")
     monkeypatch.setattr(sysconfig, "get_path", {"stdlib": library, "purelib": installed, "platlib": installed}.get)
-    monkeypatch.setattr(sources.site, "getsitepackages", lambda: [str(installed)])
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(installed)])
 
 
 @pytest.mark.usefixtures("python_folders")
 def test_python_files_are_read_once_with_their_own_encoding():
     assert kept(PythonFiles()) == {
         "stdlib/argparse.py": "y = 2\n",
-        "stdlib/json/decoder.py": "x = 1\r\n",
+        "stdlib/json/decoder.py": "x = 1\n",
         "site-packages/numpy/core.py": "# -*- coding: latin-1 -*-\n# \u00e9\n",
     }
     assert skipped(PythonFiles()) == {
@@ -87,7 +92,7 @@ def test_text_folder_counts_what_it_cannot_decode(tmp_path):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "other.md").write_text("no")
     source = TextFolder(path=tmp_path, package_by_folder=True)
-    assert kept(source) == {"a/one.txt": "naïve\r\n"}
+    assert kept(source) == {"a/one.txt": "naïve\n"}
     assert skipped(source) == {"two.txt": "undecodable", "gone.txt": "unreadable"}
     assert [d.package for d in read(source) if isinstance(d, Document)] == ["a"]
 
@@ -241,7 +246,6 @@ def test_row_groups_share_out_the_rows(tmp_path, monkeypatch):
     source = Parquet(path=tmp_path)
     assert len(list(source.pieces())) == 1
     whole = read(source)
-    monkeypatch.setattr(parquet_source, "RANGE_BYTES", 4000)
     monkeypatch.setattr(sources, "RANGE_BYTES", 4000)
     assert len(list(source.pieces())) > 3
     assert read(source) == whole
@@ -274,3 +278,53 @@ def test_unreadable_strings_of_arrow_are_listed(tmp_path):
     pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
     assert kept(Parquet(path=tmp_path)) == {"x.parquet:0": "good"}
     assert skipped(Parquet(path=tmp_path)) == {"x.parquet:1": "undecodable"}
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"), [("TextFolder", "txt"), ("JsonLines", "jsonl"), ("Parquet", "parquet"), ("Arrow", "arrow")]
+)
+def test_an_input_error_of_the_system_is_an_unreadable_file(tmp_path, name, ending):
+    """The first page of a process's memory is a file that opens and gives EIO."""
+    (tmp_path / f"a.{ending}").symlink_to("/proc/self/mem")
+    split = {"split": data.AtBlankLines()} if name == "TextFolder" else {}
+    for fields in ({}, split):
+        (lost,) = read(getattr(data, name)(path=tmp_path, **fields))
+        assert lost.rule == UNREADABLE
+        assert lost.id.startswith(f"a.{ending}")
+
+
+NAMES = ("TextFolder", "JsonLines", "Parquet", "Arrow", "HuggingFaceDataset")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "url", ["gs://b/x", "s3://b/x", "hf://datasets/a/b", "https://h/x.jsonl", "file:///x", "az://c"]
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_refused_in_one_sentence(name, url, kind):
+    with pytest.raises(ConfigError, match=rf"^{name}\.path is '{url[:2]}.*mounted file system.*give that path$"):
+        getattr(data, name)(path=kind(url))
+
+
+def test_a_url_of_tfds_is_refused_in_one_sentence():
+    with pytest.raises(ConfigError, match=r"^Tfds\.name_or_directory is 'gs:"):
+        data.Tfds(name_or_directory="gs://tfds-data/datasets/c4/en/3.1.0")
+    with pytest.raises(ConfigError, match=r"^Tfds\.data_dir is 'gs:"):
+        data.Tfds(name_or_directory="c4/en", data_dir="gs://tfds-data/datasets")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_may_be_a_str(tmp_path, name):
+    source = getattr(data, name)(path=str(tmp_path))
+    assert source == getattr(data, name)(path=tmp_path)
+    assert to_json(source) == to_json(getattr(data, name)(path=tmp_path))
+    with pytest.raises(CorpusError, match=str(tmp_path)):
+        read(source)
+
+
+def test_suffixes_of_tables_are_found_in_any_case_and_markers_are_not(tmp_path):
+    (tmp_path / "_temporary").mkdir()
+    for name in ("a.PARQUET", "b.parquet", ".c.parquet", "_temporary/d.parquet"):
+        pq.write_table(pa.table({"text": [name]}), tmp_path / name)
+    (tmp_path / "_SUCCESS").write_text("")
+    assert list(kept(Parquet(path=tmp_path)).values()) == ["a.PARQUET", "b.parquet"]

@@ -46,7 +46,7 @@ def test_csv_and_json_lines_say_the_same(tmp_path):
         ("header.csv", "text,label\n", ("no examples",)),
         ("nothing.jsonl", "", ("no examples",)),
         ("json.jsonl", '{"text": "a", "label": "b"}\n{"text": "a", label}\n', ("line 2", "not JSON")),
-        ("blank.jsonl", '{"text": "a", "label": "b"}\n\n', ("line 2", "not JSON")),
+        ("blank.jsonl", '\n{"text": "a", "label": "b"}\n', ("line 1", "not JSON")),
         ("list.jsonl", '["a", "b"]\n', ("line 1", "not a JSON object")),
         ("number.jsonl", '{"text": "a", "label": 3}\n', ("line 1", "'label' is 3")),
         ("lacks.jsonl", '{"text": "a", "label": "b"}\n{"text": "a"}\n', ("line 2", "no column 'label'", "text")),
@@ -61,6 +61,21 @@ def test_errors_are_one_sentence_with_their_line(tmp_path, name, content, words)
     message = str(raised.value)
     assert all(word in message for word in (str(path), *words)), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n\n", "\n  \n\t\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_blank_lines_at_the_end_newlines_and_the_byte_order_mark_mean_nothing(tmp_path, name, end, newline):
+    content = ('\ufefftext,label\n"two\nlines",a\nfour,b c ' + end).replace("\n", newline)
+    found = read_examples(write(tmp_path / name, content), "text", "label")
+    assert [(e.text, e.answer, e.line) for e in found] == [("two\nlines", "a", 2), ("four", "b c ", 4)]
+
+
+def test_blank_lines_at_the_end_of_json_lines_mean_nothing(tmp_path):
+    content = '\ufeff{"text": "a\\r\\nb", "label": "c"}\r\n\r\n \r\n'
+    found = read_examples(write(tmp_path / "a.jsonl", content), "text", "label")
+    assert [(e.text, e.answer, e.line) for e in found] == [("a\nb", "c", 1)]
 
 
 def test_a_file_that_is_not_there(tmp_path):

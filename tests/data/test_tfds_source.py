@@ -131,11 +131,60 @@ def test_a_damaged_shard_of_array_records_is_listed_by_name(array_records):
     pieces = list(source.pieces())
     path = pieces[1].files[0][1]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    damaged = [item for item in read(source) if isinstance(item, Skipped)]
-    assert {item.rule for item in damaged} == {"unreadable"}
-    assert all(path.name in item.detail for item in damaged)
+    (damaged,) = [item for item in read(source) if isinstance(item, Skipped)]
+    assert (damaged.rule, damaged.id) == ("unreadable", f"own/train:{pieces[1].start}")
+    assert damaged.detail.startswith(f"{pieces[1].stop - pieces[1].start} records of {path.name}")
     read_again = [item.id for item in read(source) if isinstance(item, Document)]
     assert {f"own/train:{n}" for n in range(1000) if not pieces[1].start <= n < pieces[1].stop} <= set(read_again)
+
+
+def test_a_damaged_part_of_a_shard_costs_no_other(tmp_path):
+    """Two chunks of a shard are overwritten: what can be read of it is read, and one row says how much is lost."""
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(tmp_path, "own", "train", shard_bytes=1 << 30)
+    for number in range(3000):
+        writer.write(FEATURES.serialize_example({"text": rng.bytes(60).hex(), "n": number}))
+    write_metadata(tmp_path, "own", FEATURES, {"train": writer.finish()}, "")
+    source = Tfds(name_or_directory=str(tmp_path))
+    whole = read(source)
+    ((_, path),) = next(source.pieces()).files
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 16] = bytes(range(16))
+    path.write_bytes(content)
+    *kept, lost = read(source)
+    assert 1000 < len(kept) < 3000
+    assert [item for item in whole if item in kept] == kept
+    assert (lost.rule, lost.detail.split()[0]) == ("unreadable", str(3000 - len(kept)))
+
+
+def test_a_record_without_text_is_a_bad_record(tmp_path):
+    writer = ShardWriter(tmp_path, "own", "train", shard_bytes=1 << 30)
+    writer.write(FEATURES.serialize_example({"text": "one", "n": 1}))
+    writer.write(tfds.features.FeaturesDict({"n": tfds.features.Scalar(np.int64)}).serialize_example({"n": 2}))
+    writer.write(FEATURES.serialize_example({"text": "three", "n": 3}))
+    write_metadata(tmp_path, "own", FEATURES, {"train": writer.finish()}, "")
+    items = read(Tfds(name_or_directory=tmp_path))
+    assert [getattr(item, "text", None) or item.rule for item in items] == ["one", "bad_record", "three"]
+
+
+def test_the_other_scalar_features_become_metadata(tmp_path):
+    features = tfds.features.FeaturesDict(
+        {
+            "text": tfds.features.Text(),
+            "url": tfds.features.Text(),
+            "score": tfds.features.Scalar(np.float32),
+            "label": tfds.features.ClassLabel(names=["a", "b"]),
+            "ok": tfds.features.Scalar(np.bool_),
+            "vector": tfds.features.Tensor(shape=(2,), dtype=np.int64),
+        }
+    )
+    writer = ShardWriter(tmp_path, "own", "train", shard_bytes=1 << 30)
+    row = {"text": "t", "url": "é", "score": 0.5, "label": 1, "ok": True, "vector": [1, 2]}
+    writer.write(features.serialize_example(row))
+    write_metadata(tmp_path, "own", features, {"train": writer.finish()}, "")
+    (item,) = read(Tfds(name_or_directory=tmp_path, text_feature="text"))
+    assert item.meta == {"url": "é", "score": 0.5, "label": 1, "ok": True}
+    assert json.loads(json.dumps(item.meta)) == item.meta
 
 
 NAMED = {

@@ -1,0 +1,107 @@
+"""Cutting a long text into documents while it is read."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from efftrain.errors import ConfigError
+
+_MAX_BYTES = 16 << 20  # about three times as much is held in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtBlankLines:
+    """A document begins after a blank line, once the one before it is long enough.
+
+    Attributes:
+      min_bytes: from this size on a document ends at the next blank line.
+      max_bytes: a document that grows larger is cut before the line that does not fit, and where one line is larger,
+        between two of its characters. Each part is a document.
+    """
+
+    min_bytes: int = 2000
+    max_bytes: int = 1 << 20
+
+    def __post_init__(self):
+        _check_max_bytes("AtBlankLines", self.max_bytes)
+        if not 0 <= self.min_bytes <= self.max_bytes:
+            raise ConfigError(f"AtBlankLines.min_bytes is {self.min_bytes}; give 0 up to max_bytes ({self.max_bytes})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtPattern:
+    r"""A document begins at each line in which a regular expression is found, such as ``^= [^=]`` or ``^Chapter \d+$``.
+
+    What stands before the first such line is a document too.
+
+    Attributes:
+      pattern: is searched in each line, without its newline. The empty pattern makes each line a document.
+      max_bytes: as of ``AtBlankLines``.
+    """
+
+    pattern: str
+    max_bytes: int = 1 << 20
+
+    def __post_init__(self):
+        _check_max_bytes("AtPattern", self.max_bytes)
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"AtPattern.pattern {self.pattern!r} is no regular expression: {error}") from None
+
+
+Cut = AtBlankLines | AtPattern
+
+
+def cut(stream: BinaryIO, at: Cut, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yields (where it begins, its bytes) of the documents of a text in UTF-8 that begin in [start, stop).
+
+    Args:
+      stream: stands at ``start``.
+      start: where a document begins. What was before makes no difference to it and to those that follow.
+    """
+    begins_document = _beginning(at)
+    held: list[bytes] = []
+    begins, size = start, 0
+    rest, at_line_start, after_blank = b"", True, False
+    while chunk := rest + stream.readline(at.max_bytes - len(rest)):
+        n_rest = 0 if chunk.endswith(b"\n") else _unfinished_character(chunk)
+        if n_rest < len(chunk):  # else it is the end of the stream
+            chunk, rest = chunk[: len(chunk) - n_rest], chunk[len(chunk) - n_rest :]
+        else:
+            rest = b""
+        begin = at_line_start and begins_document(chunk, size, after_blank)
+        if size and (begin or size + len(chunk) > at.max_bytes):
+            yield begins, b"".join(held)
+            begins, size, held = begins + size, 0, []
+            if stop is not None and begins >= stop:
+                return
+        held.append(chunk)
+        size += len(chunk)
+        after_blank = chunk.isspace()
+        at_line_start = chunk.endswith(b"\n")
+    if size:
+        yield begins, b"".join(held)
+
+
+def _beginning(at: Cut) -> Callable[[bytes, int, bool], bool]:
+    """Whether a document begins at a line, given the size of the one before it and whether a blank line is between."""
+    if isinstance(at, AtBlankLines):
+        return lambda line, size, after_blank: after_blank and size >= at.min_bytes and not line.isspace()
+    found = re.compile(at.pattern).search
+    return lambda line, size, after_blank: found(line.decode(errors="replace").rstrip("\r\n")) is not None
+
+
+def _unfinished_character(data: bytes) -> int:
+    """Bytes at the end of UTF-8 that begin a character and do not finish it."""
+    for n in range(1, min(3, len(data)) + 1):
+        byte = data[-n]
+        if byte & 0xC0 != 0x80:  # a character begins here
+            return n if n < 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0) else 0
+    return 0
+
+
+def _check_max_bytes(name: str, max_bytes: int) -> None:
+    if not 4 <= max_bytes <= _MAX_BYTES:  # a character has up to 4 bytes
+        raise ConfigError(f"{name}.max_bytes is {max_bytes}; give 4 to {_MAX_BYTES:,}")

@@ -1,0 +1,54 @@
+"""What a reader keeps of a row beside its text."""
+
+import datetime
+import decimal
+import math
+from collections.abc import Collection, Iterable
+from typing import Any
+
+MAX_CHARS = 2000
+"""A longer string is another text and not metadata."""
+
+PACKAGE = "package"
+"""The key of ``Document.meta`` that names the group of a document; a field of this name never gets there by itself."""
+
+
+def metadata(fields: Iterable[tuple[str, Any]], used: Collection[str], package: Any = None) -> dict[str, Any]:
+    """The ``meta`` of a document: the scalar fields of its row as JSON values, and its package.
+
+    Kept are strings of up to 2,000 characters, finite numbers and booleans; dates and times become ISO 8601, decimal
+    numbers strings. Left out are null, lists, objects, bytes, the fields in ``used`` and a field named "package",
+    which would otherwise decide what goes to which split: name it as the package field where it should.
+
+    Args:
+      fields: (name, value) of the row.
+      used: the names of the fields that hold text, id and package.
+      package: the value of the package field; null or empty means that the document has none.
+    """
+    meta = {}
+    for name, value in fields:
+        if name == PACKAGE or name in used or (value := _json_value(value)) is None:
+            continue
+        meta[name] = value
+    if (group := as_name(package)) is not None:
+        meta[PACKAGE] = group
+    return meta
+
+
+def as_name(value: Any) -> str | None:
+    """An id or a package as a string; None where the value is null, empty or not a number."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return value if isinstance(value, str) else str(value)
+
+
+def _json_value(value: Any) -> str | int | float | bool | None:
+    if isinstance(value, str):
+        return value if len(value) <= MAX_CHARS else None
+    if isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    return str(value) if isinstance(value, decimal.Decimal) else None
