@@ -191,20 +191,22 @@ def test_a_changed_particle_costs_a_korean_text_little():
     assert similarity(" ".join(text), " ".join(edited)) > 0.85
 
 
+IGNORABLE = {*"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2065\u3164\uffa0"}
+IGNORABLE |= {*map(chr, [*range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000)])}
+
+
 def normal_words(text: str) -> list[str]:
     """What the docstring of ``normalise_words`` says, by Python's own functions on the whole text."""
     kind = unicodedata.category
-    ignorable = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2065\u3164\uffa0"
-    ignorable += "".join(map(chr, [*range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000)]))
     shown = ""
     for char in text:
         parts = unicodedata.normalize("NFKC", char)
-        if kind(char) == "Cf" or char in ignorable:
+        if kind(char) == "Cf" or char in IGNORABLE:
             continue
         shown += char if kind(char)[0] in "LM" or any(kind(part)[0] in "LNC" for part in parts) else " "
     for _ in range(3):
         shown = unicodedata.normalize("NFKC", shown.casefold())
-    shown = "".join(char for char in shown if char not in ignorable)
+    shown = "".join(char for char in shown if char not in IGNORABLE)
     return "".join(char if kind(char)[0] in "LMN" or kind(char) in ("Co", "Cn") else " " for char in shown).split()
 
 
@@ -221,9 +223,11 @@ def test_normalisation_is_pythons_on_every_character_and_on_random_mixtures():
     codes += [*range(0x16000, 0x17000, 7), *range(0x1B000, 0x20010), *range(0x2F800, 0x2FA20), *range(0xE0000, 0xE0200)]
     common = [*range(0x20, 0x600), *range(0x900, 0x980), *range(0xE00, 0xE60), *range(0x1100, 0x1200)]
     common += [*range(0x2000, 0x2070), *range(0x3040, 0x3100), *range(0xAC00, 0xAC40), *range(0xFF00, 0xFFF0)]
-    texts = [f"a{chr(code)}b" for code in codes if code != 0x345]
+    texts = [f"a{chr(code)}b" for code in codes]
     for pool in (common, codes):
-        texts += ["".join(map(chr, rng.choices(pool, k=rng.randrange(60)))).replace("\u0345", "") for _ in range(600)]
+        # Not the Greek iota subscript: it becomes a letter, which the marks after it then belong to.
+        chars = [char for char in map(chr, pool) if "\u0345" not in unicodedata.normalize("NFKD", char)]
+        texts += ["".join(rng.choices(chars, k=rng.randrange(60))) for _ in range(600)]
     for text, found in zip(texts, normalise([text.encode() for text in texts]), strict=True):
         if not text.isascii():
             assert found.lower().decode().split() == normal_words(text), ascii(text)
