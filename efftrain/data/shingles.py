@@ -60,6 +60,11 @@ def words(text: bytes) -> list[bytes]:
     return _WORD.findall(normalise([text])[0].translate(_NORMAL))
 
 
+def is_character(word: bytes) -> bool:
+    """Whether a word is one character of a script that is not cut at spaces."""
+    return _WORD_CHARACTER.match(word) is not None
+
+
 def shingles(text: bytes, n: int = 5) -> list[bytes]:
     """The n-grams of words of one UTF-8 text, each joined by one space; the whole text where it has fewer words."""
     found = words(text)
@@ -263,4 +268,5 @@ def _combine(
 
 
 _ALONE = b"|".join(b"[\\x%02x-\\x%02x][\\x%02x-\\x%02x]" % bounds + b"." * (bounds[0] == 0xF0) for bounds in _SPACELESS)
+_WORD_CHARACTER = re.compile(_ALONE, re.DOTALL)
 _WORD = re.compile(rb"(?:%s).|(?:(?!%s)[^ ]){1,64}" % (_ALONE, _ALONE), re.DOTALL)
