@@ -80,12 +80,12 @@ def _normalise(joined: str) -> list[str]:
 
 def _replace(codes: np.ndarray) -> tuple[np.ndarray, np.uint32]:
     """The table's entries for the characters, and the flags that occur in them. ASCII may be left to the kernel."""
-    rare = np.flatnonzero(codes >= 0x80)
-    if 8 * len(rare) > len(codes):
+    high = codes >= 0x80
+    if 8 * np.count_nonzero(high) > len(codes):
         mapped = np.take(_table, codes, mode="clip")  # twice as fast as with a check of the bounds
         return mapped, np.bitwise_or.reduce(mapped)
-    mapped, entries = codes.copy(), _table[codes[rare]]
-    mapped[rare] = entries
+    mapped, rare = codes.copy(), np.flatnonzero(high)
+    mapped[rare] = entries = _table[codes[rare]]
     return mapped, np.bitwise_or.reduce(entries)  # 0 where there are none
 
 
