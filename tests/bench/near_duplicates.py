@@ -72,7 +72,13 @@ def main(config: Config) -> None:
         print(f"| {case:44s} | " + " | ".join(f"{rate:{len(name)}d}" for name, rate in row.items()) + " |")
     speeds = {name: answer["mb_per_s"] for name, answer in answers.items() if "mb_per_s" in answer}
     print(f"\nMB/s of hashing: {speeds}")
-    measured = {"bench": "near_duplicates", "machine": machine, "pairs": config.pairs, "rates": rates, "mb_per_s": speeds}
+    measured = {
+        "bench": "near_duplicates",
+        "machine": machine,
+        "pairs": config.pairs,
+        "rates": rates,
+        "mb_per_s": speeds,
+    }
     print(json.dumps(measured | judged(rates)))
 
 
