@@ -42,11 +42,12 @@ def normalise(texts: Sequence[bytes]) -> list[bytes]:
       in capitals and punctuation, as in ASCII texts.
     """
     result = list(texts)
+    if all(map(bytes.isascii, texts)):
+        return result
     others = [number for number, text in enumerate(texts) if not text.isascii()]
-    if others:
-        joined = b"\0".join([texts[number].replace(b"\0", b" ") for number in others])
-        for number, text in zip(others, _normalise(joined.decode(errors="replace")), strict=True):
-            result[number] = text.encode()
+    joined = b"\0".join([texts[number].replace(b"\0", b" ") for number in others])
+    for number, text in zip(others, _normalise(joined.decode(errors="replace")), strict=True):
+        result[number] = text.encode()
     return result
 
 

@@ -13,7 +13,8 @@ _TAG = re.compile(rb"<[a-zA-Z/!][^<>]{0,400}>")
 _ENTITY = re.compile(rb"&#?\w{1,31};")
 _LINE_NUMBER = re.compile(rb"\n[ \t>|#*(\[]*(?:[Ll](?:ine)?[ \t]?)?\d{1,6}[ \t.:;,)\]|>-]+(?=[^\s])")
 # A hyphen of any kind between letters, where a line ends.
-_HYPHEN = re.compile(rb"(?<=[a-zA-Z\x80-\xff])(?:-|\xc2\xad|\xe2\x80[\x90\x91])[ \t]*\n[\s>|]*(?=[a-zA-Z\x80-\xff])")
+_HYPHEN = re.compile(rb"(?<=[a-zA-Z\x80-\xff])(?:-|\xc2\xad|\xe2\x80[\x90\x91])[ \t]?\n[\s>|]*(?=[a-zA-Z\x80-\xff])")
+_HYPHENS = b"-\n", b"- \n", b"-\t\n", b"\xc2\xad", b"\xe2\x80\x90", b"\xe2\x80\x91"  # searched for much faster
 
 
 def readings(text: bytes) -> list[bytes]:
@@ -28,8 +29,9 @@ def readings(text: bytes) -> list[bytes]:
       nothing are left out.
     """
     plain = _LINE_NUMBER.sub(b"\n", b"\n" + _resolved(text))[1:]
-    joined = _HYPHEN.sub(b"", plain)
-    return list(dict.fromkeys([text, plain, joined]))
+    joined = _HYPHEN.sub(b"", plain) if any(hyphen in plain for hyphen in _HYPHENS) else plain
+    found = [text] if plain == text else [text, plain]
+    return found if joined == plain else [*found, joined]
 
 
 def _resolved(text: bytes) -> bytes:

@@ -22,6 +22,7 @@ MAX_BYTES = 500_000
 """Signatures see the start of a longer text only: sets of millions of shingles tie the minima of unrelated texts."""
 
 _WORD_BYTES = 64
+_SEPARATOR = b"   "  # of texts: no character, whole or broken, reaches from one into the next
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the finaliser of splitmix64 (Steele et al. 2014)
 _CHUNK = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -166,23 +167,27 @@ def ngram_hashes(
       lengths: words of an n-gram, each at least 1. They are yielded in rising order, each once.
       max_bytes: as for ``shingle_hashes``.
     """
-    texts = normalise([cut(text, max_bytes) for text in texts])
-    # Three separators: no character, whole or broken, reaches from one text into the next.
-    joined = b"   ".join(texts).translate(_NORMAL) + bytes(8)
-    text_starts = np.cumsum([0, *(len(text) + 3 for text in texts)], dtype=np.int64)
-    starts, ends = _word_bounds(np.frombuffer(joined, np.uint8)[:-8])
+    texts = [cut(text, max_bytes) for text in texts]
+    joined = _SEPARATOR.join(texts)
+    is_ascii = joined.isascii()
+    if not is_ascii:
+        texts = normalise(texts)
+        joined = _SEPARATOR.join(texts)
+    joined = joined.translate(_NORMAL) + bytes(8)
+    text_starts = np.cumsum([0, *(len(text) + len(_SEPARATOR) for text in texts)], dtype=np.int64)
+    starts, ends = _word_bounds(np.frombuffer(joined, np.uint8)[:-8], is_ascii)
     word_hashes = _word_hashes(joined, starts, ends - starts)
     first_words = np.searchsorted(starts, text_starts)
     del starts, ends  # of a text of many megabytes they are the largest arrays
     return _combine(word_hashes, first_words, sorted({*lengths}))
 
 
-def _word_bounds(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _word_bounds(text: np.ndarray, is_ascii: bool) -> tuple[np.ndarray, np.ndarray]:
     """The first byte of each word, and the byte after its last."""
     is_word = np.zeros(len(text) + 2, bool)  # a separator on either side
     np.not_equal(text, 0x20, out=is_word[1:-1])
     before, after = is_word[:-1], is_word[1:]
-    alone = _spaceless(text)
+    alone = np.empty(0, np.int64) if is_ascii else _spaceless(text)
     if len(alone):
         border = np.zeros(len(text) + 4, bool)
         border[alone] = True
@@ -251,15 +256,17 @@ def _combine(
         for j in range(done, n):
             sums[: max(len(sums) - j, 0)] += word_hashes[j:] * factors[j]
             keep[end[n_words >= j] - j] = False
-            ending = n_words == j + 1
-            whole[ending] = sums[begin[ending]]
+            if len(ending := np.flatnonzero(n_words == j + 1)):
+                whole[ending] = sums[begin[ending]]
         done = n
-        short = (n_words > 0) & (n_words < n)
-        keep[begin[short]] = True
-        hashes = sums[keep]
-        keep[begin[short]] = False
         offsets = np.concatenate([[0], np.cumsum(np.where(n_words, np.maximum(n_words - n + 1, 1), 0))])
-        hashes[offsets[:-1][short]] = whole[short]
+        if len(short := np.flatnonzero((n_words > 0) & (n_words < n))):
+            keep[begin[short]] = True
+            hashes = sums[keep]
+            keep[begin[short]] = False
+            hashes[offsets[short]] = whole[short]
+        else:
+            hashes = sums[keep]
         hashes ^= hashes >> np.uint64(32)
         hashes *= np.uint64(_M1)
         hashes ^= hashes >> np.uint64(29)
