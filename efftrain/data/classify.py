@@ -21,9 +21,12 @@ from efftrain.data.shingles import shingle_hashes
 from efftrain.errors import ConfigError, CorpusError
 
 N_BUCKETS = 1 << 18
-FORMAT = 1
+FORMAT = 2  # 2: words are normalised beyond ASCII
 # Its features are kept with the weights: weights that were trained with other features would be silently wrong.
-_PROBE = "def area(width, height):\n    return width * height  # 1st naïve über-version, 数据\n".encode()
+_PROBE = (
+    "def area(width, height):\n    return width * height  # 1st naïve über-version, 数据\n"
+    "ÉCOLE e\u0301cole “don’t”—a\u00a0b so\u00adft ＡＢ１，ｶﾞ Straße ﬁne ½ 한국어 ไทย नमस्ते ΣΊΣΥΦΟΣ ☺\n"
+).encode()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,25 +3,27 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from efftrain.data.batching import by_size
 from efftrain.data.decontaminate import (
+    BLOCK,
     Decontaminate,
-    NgramIndex,
     contamination,
     document_counts,
     hash_blocks,
-    hits,
     index_evaluation_set,
-    ngram_hashes,
     seen_in_training,
 )
 from efftrain.data.kept import Kept
+from efftrain.data.ngram_index import NgramIndex, hits
+from efftrain.data.readings import readings
 from efftrain.data.removals import Removal, Survivors
-from efftrain.data.shingles import distinct
+from efftrain.data.shingles import distinct, ngram_hashes, wide_shingle_hashes
 from efftrain.data.splits import SPLITS
 from efftrain.data.spool import unpack_record
 from efftrain.data.stages import Engine, run_stage, stem
@@ -52,34 +54,41 @@ class HashHeldOut:
 
 
 @dataclass(frozen=True)
+class SavedIndex:
+    """An evaluation set as items of a stage find it: see ``EvaluationIndex``."""
+
+    name: str
+    path: Path
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CheckTraining:
     """Removes training documents that hold an evaluation set, and counts the held-out n-grams in the others.
 
     Attributes:
       train: .npy (documents,) bool.
       held_out: index of the n-grams of validation and test.
-      sets: (name, index) of the evaluation sets.
+      sets: the evaluation sets.
     """
 
     kept: Kept
     train: Path
     config: Decontaminate
     held_out: Path
-    sets: tuple[tuple[str, Path], ...]
+    sets: tuple[SavedIndex, ...]
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
         removal, by_set = Removal(folder, number), Counter()
-        held_out, sets = NgramIndex.load(self.held_out), [(name, NgramIndex.load(path)) for name, path in self.sets]
+        held_out, sets = NgramIndex.load(self.held_out), [NgramIndex.load(item.path) for item in self.sets]
         positions, counts = [], []
-        for numbers, records, hashes, offsets in _hashed(
-            self.kept, np.load(self.train, mmap_mode="r"), number, self.config.n
-        ):
+        for numbers, records in _blocks(self.kept, np.load(self.train, mmap_mode="r"), number):
+            shares, hashes, offsets = self._compare([unpack_record(record)[3] for record in records], sets)
             stays = np.ones(len(numbers), bool)
-            for name, index in sets:
-                shares = contamination(hashes, offsets, index)
-                for i in np.flatnonzero(stays & (shares > self.config.limit)):
-                    removal.add(numbers[i], records[i], f"{CONTAMINATED}/{name}", score=float(shares[i]))
-                    by_set[name] += 1
+            for item, of_set in zip(self.sets, shares, strict=True):
+                for i in np.flatnonzero(stays & (of_set > self.config.limit)):
+                    removal.add(numbers[i], records[i], f"{CONTAMINATED}/{item.name}", score=float(of_set[i]))
+                    by_set[item.name] += 1
                     stays[i] = False
             found = np.where(np.repeat(stays, np.diff(offsets)), hits(held_out, hashes), -1)
             where, n_documents = document_counts(found, offsets)
@@ -91,6 +100,28 @@ class CheckTraining:
             counts=np.concatenate([np.empty(0, np.int64), *counts]),
         )
         return removal.close() | {"by_set": by_set}
+
+    def _compare(self, texts: list[bytes], sets: list[NgramIndex]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(sets, texts) shares, the largest of any reading and length; and the n-grams of the texts as they stand."""
+        shares, n = np.zeros((len(sets), len(texts))), self.config.held_out_n
+        lengths = {length for item in self.sets for length in item.lengths}
+
+        def compare(length: int, hashes: np.ndarray, offsets: np.ndarray, owners: list[int]) -> None:
+            for row, item, index in zip(shares, self.sets, sets, strict=True):
+                if length in item.lengths:
+                    np.maximum.at(row, owners, contamination(hashes, offsets, index))
+
+        for length, hashes, offsets in ngram_hashes(texts, [n, *lengths]):
+            compare(length, hashes, offsets, [*range(len(texts))])
+            if length == n:
+                plain = hashes, offsets
+        others = [readings(text)[1:] if sets else [] for text in texts]
+        owners = [owner for owner, forms in enumerate(others) for _ in forms]
+        for batch in by_size(chain.from_iterable(others), BLOCK):
+            for length, hashes, offsets in ngram_hashes(batch, lengths):
+                compare(length, hashes, offsets, owners[: len(batch)])
+            del owners[: len(batch)]
+        return shares, *plain
 
 
 @dataclass(frozen=True)
@@ -106,10 +137,9 @@ class CheckHeldOut:
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
         removal, by_set = Removal(folder, number), Counter()
         seen, split_of = NgramIndex.load(self.seen), np.load(self.split_of, mmap_mode="r")
-        for numbers, records, hashes, offsets in _hashed(
-            self.kept, np.load(self.held_out, mmap_mode="r"), number, self.config.n
-        ):
-            shares = contamination(hashes, offsets, seen)
+        for numbers, records in _blocks(self.kept, np.load(self.held_out, mmap_mode="r"), number):
+            texts = [unpack_record(record)[3] for record in records]
+            shares = contamination(*wide_shingle_hashes(texts, self.config.held_out_n), seen)
             for i in np.flatnonzero(shares > self.config.held_out_limit):
                 split = SPLITS[split_of[numbers[i]]]
                 removal.add(numbers[i], records[i], f"{CONTAMINATED}/{split}", score=float(shares[i]))
@@ -123,8 +153,9 @@ def decontaminate(
     """Runs the stages.
 
     Returns:
-      For each evaluation set and held-out split: its documents, and how many documents were removed, from training for
-      a set, from the split itself for a split.
+      For each evaluation set and held-out split: ``documents``, how many it has, and ``removed``, how many documents
+      were removed, from training for a set, from the split itself for a split. For a set also ``short``, how many of
+      its documents are too short to be protected, and ``n``, the words of its n-grams.
     """
     folder = work / "contamination"
     folder.mkdir(exist_ok=True)
@@ -139,10 +170,10 @@ def decontaminate(
     }
     sets = []
     for item in track(config.sets, "Reading evaluation sets", len(config.sets)):
-        index = index_evaluation_set(item, config.n)
-        figures[item.name] = {"documents": index.documents, "short": index.short, "removed": 0}
+        index = index_evaluation_set(item, config)
+        figures[item.name] = {"documents": index.documents, "short": index.short, "n": index.n, "removed": 0}
         index.ngrams.save(folder / f"set{len(sets)}.npy")
-        sets.append((item.name, folder / f"set{len(sets)}.npy"))
+        sets.append(SavedIndex(item.name, folder / f"set{len(sets)}.npy", index.lengths))
 
     def run(name: str, task: Any, title: str) -> Sequence[dict[str, Any]]:
         summaries = run_stage(engine, work, name, task, left.kept.n_pieces, title)
@@ -151,7 +182,7 @@ def decontaminate(
                 figures[key]["removed"] += count
         return summaries
 
-    run("held_out", HashHeldOut(left.kept, held_out, config.n), "Hashing held-out documents")
+    run("held_out", HashHeldOut(left.kept, held_out, config.held_out_n), "Hashing held-out documents")
     parts = [work / "held_out" / f"{stem(number)}.ngrams.npy" for number in range(left.kept.n_pieces)]
     index = NgramIndex.build(np.load(path) for path in parts)
     index.save(folder / "held_out_ngrams.npy")
@@ -167,20 +198,10 @@ def decontaminate(
     return figures
 
 
-def _hashed(
-    kept: Kept, mask: np.ndarray, piece: int, n: int
-) -> Iterator[tuple[list[int], list[bytes], np.ndarray, np.ndarray]]:
-    """Yields (numbers, records, hashes, offsets) of blocks of documents."""
-    numbers: list[int] = []
-    records: list[bytes] = []
-
-    def texts() -> Iterator[bytes]:
-        for number, record in kept.records(mask, piece):
-            numbers.append(number)
-            records.append(record)
-            yield unpack_record(record)[3]
-
-    for hashes, offsets in hash_blocks(texts(), n, ngram_hashes):
-        yield numbers, records, hashes, offsets
-        numbers.clear()
-        records.clear()
+def _blocks(kept: Kept, mask: np.ndarray, piece: int) -> Iterator[tuple[list[int], list[bytes]]]:
+    """Yields (numbers, records) of blocks of documents that are small enough to be hashed fast."""
+    start, stop = kept.starts[piece : piece + 2]
+    numbers = (start + np.flatnonzero(mask[start:stop])).tolist()
+    for records in by_size((record for _, record in kept.records(mask, piece)), BLOCK):
+        yield numbers[: len(records)], records
+        del numbers[: len(records)]

@@ -7,29 +7,33 @@ that bits per byte are measured on text the model has not seen.
 In both the index is made of the smaller side (the evaluation sets, or the held-out splits), and the training split
 streams past it: 8 bytes per distinct n-gram of the index, whatever the size of the training split.
 
+A text of an evaluation set that is shorter than an n-gram is looked for as a whole, at its own length; see
+``Decontaminate``. Training documents are compared with evaluation sets in every reading of ``readings``.
+
 N-grams are compared by 64-bit hashes. With 10^9 n-grams against an index of 10^7, 5 * 10^-4 chance hits are expected;
 with 32 bits it would be millions.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from efftrain.data.batching import by_size
 from efftrain.data.documents import Document
-from efftrain.data.shingles import distinct, wide_shingle_hashes, without_repeats
+from efftrain.data.ngram_index import NgramIndex, hits
+from efftrain.data.readings import readings
+from efftrain.data.shingles import distinct, is_character, ngram_hashes, wide_shingle_hashes, words
 from efftrain.data.sources import Source
 from efftrain.data.splits import SPLITS
 from efftrain.errors import ConfigError, CorpusError
 
-# (hashes, offsets) of the n-grams of texts, as of ``shingles.shingle_hashes``.
-Hasher = Callable[[list[bytes], int], tuple[np.ndarray, np.ndarray]]
+BLOCK = 256 << 10  # bytes of text that are hashed together
+_LEAST_N, _MOST_N = 8, 13  # Brown et al. 2020, appendix C
 
-_BLOCK = 256 << 10  # bytes of text that are hashed together
-_TABLE_BITS = 26
-_CHUNK = 1 << 20
+# Characters that say about as much as a word of English: of Thai, Lao, Tibetan, Myanmar and Khmer (which begin with
+# these bytes in UTF-8) four, of Han, kana and Hangul two. Thirteen characters of Thai are the name of its capital.
+_CHARACTERS, _DENSE_CHARACTERS = {0xE0: 4, 0xE1: 4}, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,18 @@ class Decontaminate:
     first hit. Llama 2 (Touvron et al. 2023, A.6) calls an evaluation sample clean below 20 % of its tokens, PaLM
     (Chowdhery et al. 2022) below 70 % of its 8-grams.
 
+    In scripts without spaces, whose shingles are characters, two characters (Han, kana, Hangul) or four (Thai,
+    Lao, Tibetan, Myanmar, Khmer) count as one word wherever words of evaluation sets are counted.
+
     Attributes:
       sets: evaluation sets that training must not see.
-      n: words of an n-gram.
-      limit: a training document goes where a larger share of its n-grams is in an evaluation set; 0 means at the
-        first hit.
+      n: words of an n-gram. None takes for each evaluation set the 5th percentile of its texts' numbers of words, but
+        at least 8 and at most 13 (Brown et al. 2020), and 13 for the held-out splits.
+      shortest: a text of an evaluation set with fewer than n words, but at least as many as this, is looked for as a
+        whole: a training document with all its words in a row holds it. A still shorter one ("What is love") is a
+        phrase that innocent documents share; it counts as ``short`` and only removes a document that consists of it.
+      limit: a training document goes where a larger share of its n-grams is in an evaluation set, by the length of
+        n-gram and the reading with the largest share; 0 means at the first hit.
       held_out_limit: a document of validation or test goes where a larger share of its n-grams is in the training
         split.
       common: an n-gram that more training documents than this hold is a licence or a phrase and does not condemn a
@@ -62,16 +73,16 @@ class Decontaminate:
     """
 
     sets: tuple[EvaluationSet, ...] = ()
-    n: int = 13
+    n: int | None = None
+    shortest: int = 5
     limit: float = 0.0
     held_out_limit: float = 0.2
     common: int = 10
 
     def __post_init__(self):
-        if self.n < 1:
-            raise ConfigError(f"decontaminate.n is {self.n}; it must be at least 1")
-        if self.common < 1:
-            raise ConfigError(f"decontaminate.common is {self.common}; it must be at least 1")
+        for name in ("n", "shortest", "common"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"decontaminate.{name} is {value}; it must be at least 1")
         for name in ("limit", "held_out_limit"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"decontaminate.{name} is {getattr(self, name)}; it is a share, from 0 to below 1")
@@ -81,82 +92,10 @@ class Decontaminate:
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"decontaminate.sets has two sets named {min(twice)!r}; give each a name of its own")
 
-
-class NgramIndex:
-    """A set of n-gram hashes.
-
-    Attributes:
-      hashes: (n-grams,) uint64, sorted, each once.
-    """
-
-    def __init__(self, hashes: np.ndarray):
-        """Takes sorted, distinct uint64 hashes; ``NgramIndex.build`` makes them of any."""
-        self.hashes = hashes
-        # Most n-grams of a stream are not in the index: a table of the upper bits answers for them with one access.
-        bits = min(max(int(16 * len(hashes)).bit_length(), 8), _TABLE_BITS)
-        self._shift = np.uint64(64 - bits)
-        self._occupied = np.zeros(1 << bits, bool)
-        for start in range(0, len(hashes), _CHUNK):  # the hashes may be a file larger than memory
-            self._occupied[hashes[start : start + _CHUNK] >> self._shift] = True
-
-    @classmethod
-    def build(cls, arrays: Iterable[np.ndarray]) -> "NgramIndex":
-        """Merges arrays of uint64 hashes, one in memory at a time; the peak is about three times the result."""
-        runs: list[np.ndarray] = []
-        for array in arrays:
-            runs.append(distinct(array))
-            while len(runs) > 1 and len(runs[-2]) <= 2 * len(runs[-1]):
-                runs.append(_union(runs.pop(), runs.pop()))
-        while len(runs) > 1:
-            runs.append(_union(runs.pop(), runs.pop()))
-        return cls(runs[0] if runs else np.empty(0, np.uint64))
-
-    def __len__(self) -> int:
-        return len(self.hashes)
-
-    def __getstate__(self) -> np.ndarray:
-        return np.asarray(self.hashes)
-
-    def __setstate__(self, hashes: np.ndarray) -> None:
-        self.__init__(hashes)
-
-    def save(self, path: Path) -> None:
-        """Writes the hashes as ``.npy``."""
-        with path.open("wb") as file:
-            np.save(file, self.hashes)
-
-    @classmethod
-    def load(cls, path: Path) -> "NgramIndex":
-        """Maps what ``save`` wrote, so that processes share one copy in memory.
-
-        Raises:
-          CorpusError: the file is damaged or missing.
-        """
-        try:
-            return cls(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError, EOFError) as error:
-            raise CorpusError(f"the n-gram index {path} cannot be read ({error}); build the corpus again") from error
-
-
-def hits(index: NgramIndex, hashes: np.ndarray) -> np.ndarray:
-    """Looks n-grams up.
-
-    Args:
-      hashes: (n-grams,) uint64, in any order, with repeats.
-
-    Returns:
-      (n-grams,) int64: the position of each in ``index.hashes``, -1 where it is not there.
-    """
-    positions = np.full(len(hashes), -1, np.int64)
-    if not len(index):
-        return positions
-    candidates = np.flatnonzero(index._occupied[hashes >> index._shift])
-    candidates = candidates[np.argsort(hashes[candidates])]  # in order, neighbours of an index are still in the cache
-    wanted = hashes[candidates]
-    places = np.minimum(np.searchsorted(index.hashes, wanted), len(index) - 1)
-    found = index.hashes[places] == wanted
-    positions[candidates[found]] = places[found]
-    return positions
+    @property
+    def held_out_n(self) -> int:
+        """Words of an n-gram where held-out splits are compared with training."""
+        return self.n or _MOST_N
 
 
 def contamination(hashes: np.ndarray, offsets: np.ndarray, hit_hashes: NgramIndex) -> np.ndarray:
@@ -211,44 +150,71 @@ class EvaluationIndex:
 
     Attributes:
       documents: how many it has.
-      short: how many of them have one n-gram or none. Where a document has fewer than n words, only a document of just
-        these words has its n-gram: it is hardly protected.
+      short: how many of them are shorter than ``Decontaminate.shortest`` and so hardly protected: only a document that
+        consists of just these words is removed.
+      n: words of an n-gram of this set.
+      lengths: of the n-grams in ``ngrams``, rising: n, and what shorter texts and scripts without spaces need. A
+        training document is looked up at each of them.
     """
 
     name: str
     ngrams: NgramIndex
     documents: int
     short: int
+    n: int
+    lengths: tuple[int, ...]
 
 
-def ngram_hashes(texts: list[bytes], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n-grams,) uint64 and (texts + 1,) int64 offsets. A text of fewer words than n is one n-gram of all of them."""
-    return wide_shingle_hashes(texts, n, None)
+def hash_blocks(texts: Iterable[bytes], n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (hashes, offsets), as of ``wide_shingle_hashes``, of blocks of texts that are small enough to be fast."""
+    return (wide_shingle_hashes(batch, n) for batch in by_size(texts, BLOCK))
 
 
-def hash_blocks(
-    texts: Iterable[bytes], n: int, hasher: Hasher = ngram_hashes
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (hashes, offsets) of blocks of texts that are small enough to be hashed fast."""
-    return (hasher(batch, n) for batch in by_size(texts, _BLOCK))
-
-
-def index_evaluation_set(item: EvaluationSet, n: int, hasher: Hasher = ngram_hashes) -> EvaluationIndex:
-    """Reads an evaluation set.
+def index_evaluation_set(item: EvaluationSet, config: Decontaminate) -> EvaluationIndex:
+    """Reads an evaluation set, twice: its n depends on all of its texts.
 
     Raises:
       CorpusError: something in it cannot be read, or it has no n-gram at all and would silently protect nothing.
     """
-    documents = short = 0
-    arrays = []
-    for hashes, offsets in hash_blocks(_texts(item), n, hasher):
-        arrays.append(distinct(hashes))
-        documents += len(offsets) - 1
-        short += int(np.count_nonzero(np.diff(offsets) <= 1))
-    index = NgramIndex.build(arrays)
-    if not len(index):
+    counts = np.array([length_in_words(words(text)) for text in _texts(item)])
+    if not counts.any():
         raise CorpusError(f"the evaluation set {item.name!r} has no words; check its source and its text field")
-    return EvaluationIndex(item.name, index, documents, short)
+    n = config.n or int(np.clip(np.percentile(counts[counts > 0], 5), _LEAST_N, _MOST_N))
+    shortest = min(config.shortest, n)
+    arrays, lengths = [], set()
+    for batch in by_size(_texts(item), BLOCK):
+        forms = [form for text in batch for form in readings(text)]
+        own = np.array([ngram_length(words(form), n, shortest) for form in forms])
+        lengths.update(own.tolist())
+        for length, hashes, offsets in ngram_hashes(forms, own.tolist()):
+            arrays.append(distinct(hashes[np.repeat(own == length, np.diff(offsets))]))
+    short = int(np.count_nonzero(counts < shortest))
+    return EvaluationIndex(item.name, NgramIndex.build(arrays), len(counts), short, n, tuple(sorted(lengths)))
+
+
+def length_in_words(found: list[bytes]) -> float:
+    """The number of words, of which characters of scripts without spaces are parts; see ``Decontaminate``."""
+    return sum(1 / _CHARACTERS.get(word[0], _DENSE_CHARACTERS) if is_character(word) else 1 for word in found)
+
+
+def ngram_length(found: list[bytes], n: int, shortest: int) -> int:
+    """How many units in a row, as ``shingles.words`` cuts them, stand for a text of an evaluation set.
+
+    Args:
+      found: its units.
+      n: words of an n-gram.
+      shortest: see ``Decontaminate``.
+
+    Returns:
+      Units of n words, or of all words where there are fewer. For a text of fewer words than ``shortest``, more than
+      it has: it is one n-gram, which only a text of just these words shares.
+    """
+    length = length_in_words(found)
+    if length < shortest:
+        return n * (len(found) // n + 1)
+    per_word = round(len(found) / length)
+    # In whole words, so that few lengths occur: each has its price, for every training document.
+    return min(n, len(found) // per_word) * per_word
 
 
 def _texts(item: EvaluationSet) -> Iterator[bytes]:
@@ -260,9 +226,3 @@ def _texts(item: EvaluationSet) -> Iterator[bytes]:
                     "because what is not read cannot be kept out of training"
                 )
             yield document.text.encode(errors="replace")
-
-
-def _union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    merged = np.concatenate([a, b])
-    merged.sort(kind="stable")  # linear for two sorted runs
-    return without_repeats(merged)

@@ -35,6 +35,13 @@ class MinHash:
     on the same 112 permutations finds .77 at 0.75, and nobody gets the rest back; a candidate too many costs one exact
     comparison.
 
+    Numbers are words like any other. Texts that differ in their numbers only (invoices, logs, tables, exercises) are
+    different texts, and stay where the numbers are dense enough to break most shingles; datatrove, which masks
+    numbers, removes them.
+
+    A text of fewer words than ``shingle`` is one shingle and repeats another one only if all its words are the same. In
+    a text a few times as long, one changed word changes ``shingle`` shingles and so most of them: such texts stay.
+
     Attributes:
       n_permutations: length of a signature; ``bands`` must divide it.
       bands: two documents are compared where all rows of one band agree.

@@ -1,37 +1,43 @@
 """Word n-grams of a text as hashes: what two texts are compared by.
 
-A text is normalised byte by byte: ASCII letters become lower-case, all other ASCII except digits separates words, bytes
-from 0x80 belong to words. Scripts that set no spaces (Chinese, Japanese, Thai, Lao, Tibetan, Myanmar, Khmer) have each
-character as a word of its own, so that their shingles are character n-grams. This is decided per character and not by
-the share of the script in the text: near duplicates on both sides of such a limit would not share a shingle. A run of
-more than 64 bytes is cut into words of 64, so that text without separators still has shingles.
+A text is normalised (``normalise_words``): case is folded, compatibility forms become plain, invisible characters
+vanish, and everything but letters, digits and combining marks separates words. Scripts that set no spaces (Chinese,
+Japanese, Thai, Lao, Tibetan, Myanmar, Khmer) have each character as a word of its own, so that their shingles are
+character n-grams; so has Korean, whose words are long and change with every particle. This is decided per character
+and not by the share of the script in the text: near duplicates on both sides of such a limit would not share a shingle.
+A run of more than 64 bytes is cut into words of 64, so that text without separators still has shingles.
 
 ``shingles`` and ``shingle_hash`` say in plain Python what ``shingle_hashes`` computes for many texts at once. The
 array form reads words as 64-bit integers in place; it needs no Python per word.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+from efftrain.data.normalise_words import normalise
 
 MAX_BYTES = 500_000
 """Signatures see the start of a longer text only: sets of millions of shingles tie the minima of unrelated texts."""
 
 _WORD_BYTES = 64
+_SEPARATOR = b"   "  # of texts: no character, whole or broken, reaches from one into the next
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the finaliser of splitmix64 (Steele et al. 2014)
 _CHUNK = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 _NORMAL = bytes(ord(chr(c).lower()) if c < 0x80 and chr(c).isalnum() else c if c >= 0x80 else 0x20 for c in range(256))
 
-# Ranges of (first byte, second byte) in UTF-8 that begin a character of a script without spaces.
+# Ranges of (first byte, second byte) in UTF-8 that begin a character that is a word of its own.
 _SPACELESS = (
     (0xE0, 0xE0, 0xB8, 0xBF),  # Thai, Lao, Tibetan
     (0xE1, 0xE1, 0x80, 0x82),  # Myanmar
     (0xE1, 0xE1, 0x9E, 0x9F),  # Khmer
     (0xE3, 0xE9, 0x80, 0xBF),  # kana, Han
-    (0xEF, 0xEF, 0xA4, 0xBF),  # Han compatibility, full-width and half-width forms
+    (0xEA, 0xEA, 0xB0, 0xBF),  # Hangul syllables, three ranges
+    (0xEB, 0xEC, 0x80, 0xBF),
+    (0xED, 0xED, 0x80, 0x9E),
     (0xF0, 0xF0, 0xA0, 0xBF),  # Han beyond the basic plane
 )
 
@@ -52,7 +58,12 @@ def _mix(x: int) -> int:
 
 def words(text: bytes) -> list[bytes]:
     """The normalised words of one UTF-8 text."""
-    return _WORD.findall(text.translate(_NORMAL))
+    return _WORD.findall(normalise([text])[0].translate(_NORMAL))
+
+
+def is_character(word: bytes) -> bool:
+    """Whether a word is one character of a script that is not cut at spaces."""
+    return _WORD_CHARACTER.match(word) is not None
 
 
 def shingles(text: bytes, n: int = 5) -> list[bytes]:
@@ -140,24 +151,43 @@ def cut(text: bytes, max_bytes: int | None) -> bytes:
     return text[:end]
 
 
-def wide_shingle_hashes(texts: Sequence[bytes], n: int, max_bytes: int | None) -> tuple[np.ndarray, np.ndarray]:
+def wide_shingle_hashes(texts: Sequence[bytes], n: int, max_bytes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """As ``shingle_hashes`` with 64 bits: ``wide_hash`` of each shingle."""
+    ((_, hashes, offsets),) = ngram_hashes(texts, (n,), max_bytes)
+    return hashes, offsets
+
+
+def ngram_hashes(
+    texts: Sequence[bytes], lengths: Sequence[int], max_bytes: int | None = None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields (n, hashes, offsets), as of ``wide_shingle_hashes``, for several n; the words are hashed once for all.
+
+    Args:
+      texts: UTF-8.
+      lengths: words of an n-gram, each at least 1. They are yielded in rising order, each once.
+      max_bytes: as for ``shingle_hashes``.
+    """
     texts = [cut(text, max_bytes) for text in texts]
-    # Three separators: no character, whole or broken, reaches from one text into the next.
-    joined = b"   ".join(texts).translate(_NORMAL) + bytes(8)
-    text_starts = np.cumsum([0, *(len(text) + 3 for text in texts)], dtype=np.int64)
-    starts, ends = _word_bounds(np.frombuffer(joined, np.uint8)[:-8])
+    joined = _SEPARATOR.join(texts)
+    is_ascii = joined.isascii()
+    if not is_ascii:
+        texts = normalise(texts)
+        joined = _SEPARATOR.join(texts)
+    joined = joined.translate(_NORMAL) + bytes(8)
+    text_starts = np.cumsum([0, *(len(text) + len(_SEPARATOR) for text in texts)], dtype=np.int64)
+    starts, ends = _word_bounds(np.frombuffer(joined, np.uint8)[:-8], is_ascii)
     word_hashes = _word_hashes(joined, starts, ends - starts)
     first_words = np.searchsorted(starts, text_starts)
     del starts, ends  # of a text of many megabytes they are the largest arrays
-    return _combine(word_hashes, first_words, n)
+    return _combine(word_hashes, first_words, sorted({*lengths}))
 
 
-def _word_bounds(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _word_bounds(text: np.ndarray, is_ascii: bool) -> tuple[np.ndarray, np.ndarray]:
     """The first byte of each word, and the byte after its last."""
     is_word = np.zeros(len(text) + 2, bool)  # a separator on either side
     np.not_equal(text, 0x20, out=is_word[1:-1])
     before, after = is_word[:-1], is_word[1:]
-    alone = _spaceless(text)
+    alone = np.empty(0, np.int64) if is_ascii else _spaceless(text)
     if len(alone):
         border = np.zeros(len(text) + 4, bool)
         border[alone] = True
@@ -210,33 +240,40 @@ def _add_chunk(result: np.ndarray | np.uint64, chunk: np.ndarray, left: np.ndarr
 _SHIFTS = np.array([8 * (8 - min(left, 8)) for left in range(_WORD_BYTES + 1)], np.uint64)
 
 
-def _combine(word_hashes: np.ndarray, first_words: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shingles at every word, then without those that reach into the next text."""
-    factors = np.array(_position_factors(n), np.uint64)
-    sums = word_hashes * factors[0]
-    for j in range(1, n):
-        sums[: max(len(sums) - j, 0)] += word_hashes[j:] * factors[j]
+def _combine(
+    word_hashes: np.ndarray, first_words: np.ndarray, lengths: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Shingles at every word, then without those that reach into the next text. The sums of n begin those of n + 1."""
     n_words = np.diff(first_words)
     begin, end = first_words[:-1], first_words[1:]
+    factors = np.array(_position_factors(max(lengths)), np.uint64)
+    sums = word_hashes * factors[0]
+    whole = np.zeros(len(n_words), np.uint64)  # of a text with fewer words than n: all of them
+    whole[n_words == 1] = sums[begin[n_words == 1]]
     keep = np.ones(len(sums), bool)
-    for j in range(1, n):
-        keep[end[n_words >= j] - j] = False
-    short = begin[(n_words > 0) & (n_words < n)]
-    if len(short):
-        lengths = n_words[(n_words > 0) & (n_words < n)]
-        sums[short] = 0
-        for j in range(n - 1):
-            rows = lengths > j
-            sums[short[rows]] += word_hashes[short[rows] + j] * factors[j]
-        keep[short] = True
-    counts = np.where(n_words, np.maximum(n_words - n + 1, 1), 0)
-    hashes = sums[keep]
-    hashes ^= hashes >> np.uint64(32)
-    hashes *= np.uint64(_M1)
-    hashes ^= hashes >> np.uint64(29)
-    hashes *= np.uint64(_M2)
-    return hashes, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    done = 1
+    for n in lengths:
+        for j in range(done, n):
+            sums[: max(len(sums) - j, 0)] += word_hashes[j:] * factors[j]
+            keep[end[n_words >= j] - j] = False
+            if len(ending := np.flatnonzero(n_words == j + 1)):
+                whole[ending] = sums[begin[ending]]
+        done = n
+        offsets = np.concatenate([[0], np.cumsum(np.where(n_words, np.maximum(n_words - n + 1, 1), 0))])
+        if len(short := np.flatnonzero((n_words > 0) & (n_words < n))):
+            keep[begin[short]] = True
+            hashes = sums[keep]
+            keep[begin[short]] = False
+            hashes[offsets[short]] = whole[short]
+        else:
+            hashes = sums[keep]
+        hashes ^= hashes >> np.uint64(32)
+        hashes *= np.uint64(_M1)
+        hashes ^= hashes >> np.uint64(29)
+        hashes *= np.uint64(_M2)
+        yield n, hashes, offsets.astype(np.int64)
 
 
-_ALONE = rb"\xe0[\xb8-\xbf]|\xe1[\x80-\x82\x9e\x9f]|[\xe3-\xe9][\x80-\xbf]|\xef[\xa4-\xbf]|\xf0[\xa0-\xbf]."
+_ALONE = b"|".join(b"[\\x%02x-\\x%02x][\\x%02x-\\x%02x]" % bounds + b"." * (bounds[0] == 0xF0) for bounds in _SPACELESS)
+_WORD_CHARACTER = re.compile(_ALONE, re.DOTALL)
 _WORD = re.compile(rb"(?:%s).|(?:(?!%s)[^ ]){1,64}" % (_ALONE, _ALONE), re.DOTALL)

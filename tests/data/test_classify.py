@@ -9,6 +9,7 @@ import pytest
 
 from efftrain.config import from_json, to_json
 from efftrain.data import classify
+from efftrain.data import shingles as shingles_module
 from efftrain.data.classify import LinearWeights, NgramClassifier, ngram_features, read_weights, write_weights
 from efftrain.data.documents import Text
 from efftrain.data.rules.base import scoring
@@ -195,6 +196,14 @@ def test_changed_hash_of_words_is_noticed(path, monkeypatch):
         return hashes ^ np.uint32(0x80000000), offsets
 
     monkeypatch.setattr(classify, "shingle_hashes", other)
+    with pytest.raises(CorpusError, match="hashes words differently"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("step", [lambda texts: list(texts), lambda texts: [text.lower() for text in texts]])
+def test_weights_of_words_that_were_normalised_otherwise_are_refused(path, monkeypatch, step):
+    """ASCII hashes alike in every version: the file must tell how other characters were read."""
+    monkeypatch.setattr(shingles_module, "normalise", step)
     with pytest.raises(CorpusError, match="hashes words differently"):
         read_weights(path)
 

@@ -7,18 +7,17 @@ import pytest
 from efftrain.data.decontaminate import (
     Decontaminate,
     EvaluationSet,
-    NgramIndex,
     contamination,
     document_counts,
     hash_blocks,
-    hits,
     index_evaluation_set,
-    ngram_hashes,
+    ngram_length,
     seen_in_training,
 )
-from efftrain.data.json_source import JsonLines
-from efftrain.data.shingles import shingles, wide_hash
-from efftrain.data.text_source import TextFolder
+from efftrain.data.ngram_index import NgramIndex, hits
+from efftrain.data.readings import readings
+from efftrain.data.shingles import shingles, wide_hash, words
+from efftrain.data.sources import JsonLines, TextFolder
 from efftrain.errors import ConfigError, CorpusError
 
 U64 = np.uint64
@@ -76,6 +75,19 @@ def test_an_index_survives_a_file_and_a_process_border(tmp_path):
         NgramIndex.load(tmp_path / "index.npy")
 
 
+def test_a_process_that_loads_an_index_computes_nothing(tmp_path):
+    """Neither the hashes are read nor the table of their upper bits is built: both are mapped, for every item anew."""
+    NgramIndex.build([random_hashes(np.random.default_rng(0), 100_000)]).save(tmp_path / "index.npy")
+    index = NgramIndex.load(tmp_path / "index.npy")
+    mapped = [array for array in vars(index).values() if isinstance(array, np.ndarray)]
+    assert sorted(array.dtype.name for array in mapped) == ["bool", "uint64"]
+    assert all(isinstance(array, np.memmap) for array in mapped)
+    assert (hits(index, index.hashes[:100]) == np.arange(100)).all()
+    (tmp_path / "index.occupied.npy").unlink()
+    with pytest.raises(CorpusError, match=r"index\.npy cannot be read"):
+        NgramIndex.load(tmp_path / "index.npy")
+
+
 def test_contamination_is_the_share_of_a_documents_ngrams():
     """By hand: of 4 n-grams one is there; none; all; no n-gram at all; a repeated one counts twice."""
     index = NgramIndex.build([np.array([10, 20, 30], U64)])
@@ -114,7 +126,8 @@ def test_the_ngram_that_decides_is_found_and_the_one_word_shorter_is_not(tmp_pat
     question = sentence(rng, 40)
     (tmp_path / "set.jsonl").write_text(f'{{"text": "{question}"}}\n')
     source = JsonLines(path=tmp_path / "set.jsonl")
-    index = index_evaluation_set(EvaluationSet(name="quiz", source=source), 13, hash_slowly)
+    index = index_evaluation_set(EvaluationSet(name="quiz", source=source), Decontaminate())
+    assert (index.n, index.lengths) == (13, (13,))
     quoted = question.split()[5:18]
     training = [
         sentence(rng, 100),
@@ -137,10 +150,10 @@ def test_a_held_out_document_that_was_trained_on_goes_and_one_with_a_licence_sta
     training.append(sentence(rng, 30) + " " + " ".join(held_out[0].split()[:100]))  # half of the first
     training.append(" ".join(held_out[2].split()[:20]))  # a fifth of the third's words, less of its n-grams
     config = Decontaminate()
-    blocks = list(hash_blocks([text.encode() for text in held_out], config.n, hash_slowly))
+    blocks = list(hash_blocks([text.encode() for text in held_out], config.held_out_n))
     index = NgramIndex.build(hashes for hashes, _ in blocks)
     totals = np.zeros(len(index), np.int64)
-    for hashes, offsets in hash_blocks([text.encode() for text in training], config.n, hash_slowly):
+    for hashes, offsets in hash_blocks([text.encode() for text in training], config.held_out_n):
         positions, counts = document_counts(hits(index, hashes), offsets)
         totals[positions] += counts
     seen = seen_in_training(index, totals, config.common)
@@ -154,9 +167,10 @@ def test_a_held_out_document_that_was_trained_on_goes_and_one_with_a_licence_sta
 
 def test_blocks_hold_every_text_once():
     texts = [b"word " * n for n in (1, 40_000, 3, 60_000, 60_000, 2)]
-    blocks = list(hash_blocks(texts, 13, lambda held, n: (np.array([len(text) for text in held]), np.array(n))))
-    assert [hashes.tolist() for hashes, _ in blocks] == [[5, 200_000, 15, 300_000], [300_000], [10]]
-    assert list(hash_blocks([], 13, hash_slowly)) == []
+    blocks = list(hash_blocks(texts, 1))
+    assert [np.diff(offsets).tolist() for _, offsets in blocks] == [[1, 40_000, 3, 60_000], [60_000], [2]]
+    assert [len(hashes) for hashes, _ in blocks] == [100_004, 60_000, 2]
+    assert list(hash_blocks([], 13)) == []
 
 
 def _folder(path: Path, texts: list[bytes]) -> EvaluationSet:
@@ -168,22 +182,110 @@ def _folder(path: Path, texts: list[bytes]) -> EvaluationSet:
 
 def test_an_evaluation_set_that_would_protect_nothing_is_refused(tmp_path):
     with pytest.raises(CorpusError, match="'quiz' has no words"):
-        index_evaluation_set(_folder(tmp_path / "empty", [b"", b" ... "]), 13, hash_slowly)
+        index_evaluation_set(_folder(tmp_path / "empty", [b"", b" ... "]), Decontaminate())
     with pytest.raises(CorpusError, match=r"1\.txt of the evaluation set 'quiz' cannot be read"):
-        index_evaluation_set(_folder(tmp_path / "broken", [b"a b c", b"\xff"]), 13, hash_slowly)
+        index_evaluation_set(_folder(tmp_path / "broken", [b"a b c", b"\xff"]), Decontaminate())
 
 
-def test_short_documents_of_an_evaluation_set_are_counted(tmp_path):
+def shares_of(texts: list[bytes], index) -> list[float]:
+    """The largest share of any length, in plain Python."""
+    hashed = [hash_slowly(texts, n) for n in index.lengths]
+    return np.max([contamination(*of_length, index.ngrams) for of_length in hashed], axis=0).tolist()
+
+
+def test_a_short_question_is_looked_for_as_a_whole(tmp_path):
+    """At 5 to 8 words of its own; what shares all but its first or last word is another text."""
+    question = b"who wrote the first novel about whales and seas"
+    texts = [question, b"name seven rivers in old Europe", b"what is the meaning of love"]
+    found = index_evaluation_set(_folder(tmp_path / "set", texts), Decontaminate(n=13))
+    assert (found.documents, found.short, found.n, found.lengths) == (3, 0, 13, (6, 9))
+    training = [
+        b"tell me, WHO wrote the first Novel about whales and seas? nobody knows",
+        b"who wrote the first novel about whales and ships",
+        b"then he wrote the first novel about whales and seas",
+        b"name seven rivers in old Europe",
+        b"name seven rivers in new Europe",
+    ]
+    assert [share > 0 for share in shares_of(training, found)] == [True, False, False, True, False]
+
+
+def test_too_short_documents_of_an_evaluation_set_are_counted_and_condemn_no_phrase(tmp_path):
     words = b"a b c d e f g h i j k l m n"
-    found = index_evaluation_set(_folder(tmp_path / "set", [words, b"What is it?", b"", b"yes"]), 13, hash_slowly)
-    assert (found.documents, found.short) == (4, 3)
+    config = Decontaminate(n=13)
+    found = index_evaluation_set(_folder(tmp_path / "set", [words, b"What is it?", b"", b"yes"]), config)
+    assert (found.documents, found.short, found.lengths) == (4, 3, (13,))
     assert len(found.ngrams) == 2 + 1 + 1
-    same = hash_slowly([b"what is IT", b"and what is it"], 13)
-    assert contamination(*same, found.ngrams).tolist() == [1.0, 0.0]
+    assert shares_of([b"what is IT", b"and what is it", b"yes or no"], found) == [1.0, 0.0, 0.0]
+    shortest = index_evaluation_set(
+        _folder(tmp_path / "again", [b"What is it?", b"yes"]), Decontaminate(n=13, shortest=3)
+    )
+    assert (shortest.short, shortest.lengths) == (1, (3, 13))
+    assert shares_of([b"and what is it"], shortest) == [0.5]
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("n", 0), ("limit", 1.0), ("limit", -0.1), ("held_out_limit", 2.0), ("common", 0)]
+    ("counts", "n"),
+    [
+        ([40, 50, 60], 13),
+        ([3] * 10 + [40] * 90, 8),
+        ([10] * 10 + [40] * 90, 10),
+        ([10] + [40] * 99, 13),
+        ([0, 11, 0], 11),
+    ],
+)
+def test_n_of_a_set_is_the_fifth_percentile_of_its_lengths_from_8_to_13(tmp_path, counts, n):
+    """Brown et al. 2020, appendix C; empty texts count for nothing."""
+    rng = np.random.default_rng(0)
+    texts = [sentence(rng, size).encode() for size in counts]
+    assert index_evaluation_set(_folder(tmp_path / "set", texts), Decontaminate()).n == n
+    assert index_evaluation_set(_folder(tmp_path / "fixed", texts), Decontaminate(n=12)).n == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two three four", 13),  # too short: no text that goes on has such an n-gram
+        ("one two three four five", 5),
+        (" ".join(map(str, range(12))), 12),
+        (" ".join(map(str, range(30))), 13),
+        ("中国的首都是哪", 13),  # seven characters say as much as three and a half words
+        ("中国的首都是哪个城市", 10),
+        ("中国的首都是哪个城市" * 5, 26),
+        ("กรุงเทพมหานคร", 13 * 2),  # the capital of Thailand
+        ("กรุงเทพมหานครเป็นเมืองหลวง" * 3, 52),
+        ("대한민국의 수도는 어디입니까", 12),
+        ("안녕하세요 여러분", 13),
+        ("The capital of 中国", 13),
+    ],
+)
+def test_characters_of_scripts_without_spaces_are_parts_of_words(text, expected):
+    assert ngram_length(words(text.encode()), 13, 5) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "others"),
+    [
+        ("plain text - with <3 & more, 5 < 6", []),
+        ("an exam-\nple of it", ["an example of it"]),
+        ("an exam\u00ad\n  ple", ["an example"]),
+        ("an exam‐ \n> ple", ["an example"]),
+        ("überмод-\nель", ["überмодель"]),
+        ("1950-\n1960", []),
+        ("  1 | who\n  2 | wrote\n\n13. it", ["who\nwrote\n\nit"]),
+        (r"who\nwrote \"it\"", ["who\nwrote  it "]),
+        (r"who\\nwrote exam-\nple", ["who\nwrote exam-\nple", "who\nwrote example"]),
+        (r"caf\u00e9 \ud83d\ude00 \u2019", ["café 😀 ’"]),
+        (r"broken \ud83d x", ["broken \ufffd x"]),
+        ("who<br/>wrote&nbsp;<b>caf&eacute;</b>", ["who\nwrote\xa0 café "]),
+    ],
+)
+def test_readings_undo_how_a_text_was_set(text, others):
+    assert readings(text.encode()) == [text.encode(), *(other.encode() for other in others)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 0), ("shortest", 0), ("limit", 1.0), ("limit", -0.1), ("held_out_limit", 2.0), ("common", 0)],
 )
 def test_impossible_settings_are_refused_by_name(field, value):
     with pytest.raises(ConfigError, match=rf"decontaminate\.{field} is {value}"):
@@ -194,15 +296,6 @@ def test_two_sets_of_one_name_are_refused():
     item = EvaluationSet(name="quiz", source=TextFolder(path=Path("x")))
     with pytest.raises(ConfigError, match="two sets named 'quiz'"):
         Decontaminate(sets=(item, item))
-
-
-def test_the_hashes_of_the_pipeline_are_those_of_whole_ngrams():
-    texts = ["Eins zwei, drei! vier fünf".encode(), b"", b"one", b"a b c " * 50_000]
-    hashes, offsets = ngram_hashes(texts, 3)
-    slow_hashes, slow_offsets = hash_slowly(texts, 3)
-    assert hashes.dtype == U64
-    np.testing.assert_array_equal(offsets, slow_offsets)
-    np.testing.assert_array_equal(hashes, slow_hashes)
 
 
 def test_no_hit_is_counted_in_no_document():
