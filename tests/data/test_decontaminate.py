@@ -14,10 +14,11 @@ from efftrain.data.decontaminate import (
     ngram_length,
     seen_in_training,
 )
+from efftrain.data.json_source import JsonLines
 from efftrain.data.ngram_index import NgramIndex, hits
 from efftrain.data.readings import readings
 from efftrain.data.shingles import shingles, wide_hash, words
-from efftrain.data.sources import JsonLines, TextFolder
+from efftrain.data.text_source import TextFolder
 from efftrain.errors import ConfigError, CorpusError
 
 U64 = np.uint64
