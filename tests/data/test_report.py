@@ -337,6 +337,17 @@ def stages(*rows):
             ["a drops 50% of the documents that reach it (5 of 10)", "b drops 40% of the documents that reach it"],
         ),
         ({"decontamination": {"mmlu": {"documents": 0, "removed": 0}}}, ["The evaluation set mmlu has no documents"]),
+        (
+            {"decontamination": {"quiz": {"documents": 50, "removed": 0, "short": 7, "n": 8}}},
+            ["7 of 50 documents of the evaluation set quiz are too short"],
+        ),
+        ({"unreadable": {"files": 0, "first": []}}, []),
+        (
+            {"unreadable": {"files": 2, "first": ["a.gz@7: the file ends", "b.gz@9: the file ends"]}},
+            ["2 files could not be read to the end, and nobody knows how much is missing; first a.gz@7"],
+        ),
+        ({"funnel": stages(("seen", 1000, 0), ("failed/mine", 1, 0), ("kept", 999, 0))}, ["failed/mine drops 0%"]),
+        ({"split_by": "document"}, ["There are fewer groups of documents than splits"]),
     ],
 )
 def test_alarms(changes, sentences):

@@ -58,6 +58,11 @@ def _decontamination(sets: Mapping[str, Any]) -> Iterator[str]:
     for name, figures in sets.items():
         if not figures["documents"]:
             yield f"The evaluation set {name} has no documents, so nothing was compared with it."
+        elif short := figures.get("short"):
+            yield (
+                f"{short:,} of {figures['documents']:,} documents of the evaluation set {name} are too short to be "
+                "looked for inside of training documents; give its questions together with their answers or context."
+            )
 
 
 def _rules(funnel: Sequence[Mapping[str, Any]]) -> Iterator[str]:
