@@ -11,6 +11,7 @@ from efftrain.data.rules.base import (
     flatten,
     is_edit,
     judge,
+    prefers_high,
     scoring,
     verdict,
 )
@@ -26,6 +27,7 @@ from efftrain.data.rules.code import (
     TooLong,
     TooShort,
 )
+from efftrain.data.rules.defaults import default_rules
 from efftrain.data.rules.fineweb import EndedLines, FineWeb, NewlinesPerWord, RepeatedLineChars, ShortLines
 from efftrain.data.rules.gopher import (
     AlphabeticWords,
@@ -95,9 +97,11 @@ __all__ = [
     "TooShort",
     "TopNgram",
     "WordCount",
+    "default_rules",
     "flatten",
     "is_edit",
     "judge",
+    "prefers_high",
     "scoring",
     "verdict",
 ]

@@ -1,8 +1,8 @@
 """Gopher's rules for the quality of prose: Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1.
 
 Words are what stands between white space, and for datatrove (``gopher_quality_filter.py``, 0.10) spaCy's tokens, see
-``spacy_words``. The paper leaves open what a word, a bullet and a line are; what is chosen stands at each rule, together
-with what datatrove chose.
+``spacy_words``. The paper leaves open what a word, a bullet and a line are; each rule says what is chosen here, and
+what datatrove chose.
 """
 
 from dataclasses import dataclass
