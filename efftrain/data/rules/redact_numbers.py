@@ -3,7 +3,8 @@
 import re
 from zlib import crc32
 
-CARDS = ("4111111111111111", "5555555555554444")
+# Payment services accept these in tests and nowhere else.
+CARDS = ("4000000000000002", "4000000000000010")
 
 
 def redact_phones(text: str) -> str:
@@ -44,8 +45,12 @@ def _is_international(written: str, digits: str) -> bool:
 
 def _replace_card(match: re.Match) -> str:
     digits = _NOT_DIGITS.sub("", match[0])
-    if not _ISSUER.fullmatch(digits) or not _has_check_digit(digits) or digits in _TEST_CARDS:
+    if digits in CARDS or not _ISSUER.fullmatch(digits) or not _has_check_digit(digits):
         return match[0]
+    if digits == match[0]:  # without groups it may be any number: one in fifty of 16 digits has all of the above
+        around = match.string[max(match.start() - 40, 0) : match.end() + 24].lower()
+        if not any(word in around for word in _CARD_WORDS):
+            return digits
     return CARDS[crc32(digits.encode()) % len(CARDS)]
 
 
@@ -80,35 +85,18 @@ _NORTH_AMERICAN = re.compile(
 )
 _CARD = re.compile(
     r"""
-    [2-6] (?<![\w.,+-][2-6])
+    [2-6] (?<![\w.,+-][2-6]) (?<![0-9]{4}[ ][2-6])
     (?: [0-9]{12,18}
       | [0-9]{3} ([ -]) [0-9]{4} \1 [0-9]{4} \1 [0-9]{4} (?:\1[0-9]{3})?
       | [0-9]{3} ([ -]) [0-9]{6} \2 [0-9]{4,5} )
-    (?! \w | [.,:-][0-9] )
+    (?! \w | [.,:-][0-9] | [ ][0-9]{4}(?![0-9]) )  # in a row of numbers
     """,
     re.VERBOSE,
 )
+_CARD_WORDS = ("card", "visa", "amex", "discover", "diners", "jcb", "unionpay", "credit", "debit", "cvv", "cvc")
 # Visa, Mastercard (two ranges), American Express, Discover, Diners Club, JCB, UnionPay.
 _ISSUER = re.compile(
     r"4[0-9]{12}(?:[0-9]{3}){0,2}|5[1-5][0-9]{14}|2(?:22[1-9]|2[3-9][0-9]|[3-6][0-9]{2}|7[01][0-9]|720)[0-9]{12}"
     r"|3[47][0-9]{13}|6(?:011|5[0-9]{2}|4[4-9][0-9])[0-9]{12}|3(?:0[0-5]|[689][0-9])[0-9]{11}"
     r"|35(?:2[89]|[3-8][0-9])[0-9]{12}|62[0-9]{14,17}"
-)
-_TEST_CARDS = frozenset(
-    (
-        *CARDS,
-        "4012888888881881",
-        "4222222222222",
-        "4242424242424242",
-        "5105105105105100",
-        "378282246310005",
-        "371449635398431",
-        "378734493671000",
-        "6011111111111117",
-        "6011000990139424",
-        "30569309025904",
-        "38520000023237",
-        "3530111333300000",
-        "3566002020360505",
-    )
 )
