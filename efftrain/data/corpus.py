@@ -16,7 +16,7 @@ from efftrain.data.documents import Document
 from efftrain.data.funnel import funnel_table
 from efftrain.data.minhash import MinHash
 from efftrain.data.repeated_lines import RepeatedLines
-from efftrain.data.rules import Code, Edit, Rule, RuleSet
+from efftrain.data.rules import Edit, Rule, RuleSet, default_rules
 from efftrain.data.sources import Source
 from efftrain.data.splits import SplitByPackage
 from efftrain.data.store import check_files, read_manifest
@@ -33,14 +33,16 @@ class CorpusConfig:
 
     Attributes:
       sources: read one after the other; of equal documents the first is kept.
-      rules: applied in this order; a document is counted under the first that rejects it.
+      rules: applied in this order; a document is counted under the first that rejects it. By default those that suit
+        the ``kind`` of the sources, see ``rules.default_rules``.
       within: what a document is compared with where duplicates of any kind are removed: the whole corpus, or only its
         own source.
       deduplicate: remove exact repeats of normalised text; the first is kept.
       repeated_lines: keep lines that documents share in one of them; None keeps them everywhere.
       near_duplicates: find documents whose shingles are nearly the same, verify and remove them; None keeps them.
       decontaminate: keep held-out splits apart from training, and training from evaluation sets; None does neither.
-      quality: name of the rule by whose score the best of near duplicates is kept.
+      quality: name of the rule by whose score the best of near duplicates is kept: the highest of a rule that asks for at
+        least a score, the lowest of one that allows at most one.
       vocabulary: entries of the tokenizer that is trained.
       tokenizer: a ``tokenizer.json`` to use and not train one; corpora are mixed only if they have the same.
       tokenizer_sample: bytes of training text that the tokenizer is trained on. They are held in memory while it
@@ -52,7 +54,7 @@ class CorpusConfig:
     """
 
     sources: tuple[Source, ...]
-    rules: tuple[Rule | RuleSet | Edit, ...] = (Code(),)
+    rules: tuple[Rule | RuleSet | Edit, ...] | None = None
     within: Literal["corpus", "source"] = "corpus"
     deduplicate: bool = True
     repeated_lines: RepeatedLines | None = None
@@ -70,6 +72,9 @@ class CorpusConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("corpus.sources is empty; give at least one source")
+        if self.rules is None:
+            rules = default_rules(getattr(source, "kind", "text") for source in self.sources)
+            object.__setattr__(self, "rules", rules)
         if self.within not in ("corpus", "source"):
             raise ConfigError(f"corpus.within is {self.within!r}; choose corpus or source")
         check_vocabulary(self.vocabulary)

@@ -31,7 +31,7 @@ from efftrain.data.removals import Survivors
 from efftrain.data.repeated_lines import REPEATED, remove_repeated_lines
 from efftrain.data.report.alarms import alarms
 from efftrain.data.rule_scores import score_names
-from efftrain.data.rules import flatten, scoring
+from efftrain.data.rules import flatten, prefers_high, scoring
 from efftrain.data.shards import Serializer, Shard, ShardWriter, text_features, token_features, write_metadata
 from efftrain.data.splits import N_BUCKETS, SPLITS, assign_buckets, bucket
 from efftrain.data.spool import ExternalSort, unpack_record
@@ -181,7 +181,7 @@ class _Build:
             qualify=len(config.sources) > 1,
             seed=config.seed,
             split_seed=config.split.seed,
-            quality=config.quality and (config.quality, _better(config)),
+            quality=_quality(config),
             on_error=self.on_error,
             scores=scores,
         )
@@ -359,9 +359,15 @@ def _stage_names(config: CorpusConfig, contaminated: Mapping[str, Any] | None) -
     return stages + [f"{CONTAMINATED}/{name}" for name in contaminated or ()]
 
 
-def _better(config: CorpusConfig) -> int:
-    """1 where more of the quality is better, -1 where less is."""
-    return 1
+def _quality(config: CorpusConfig) -> tuple[str, int] | None:
+    """The rule that says which of two duplicates is better, and 1 where that is the one with more, -1 with less.
+
+    Raises ConfigError where the rule prefers neither.
+    """
+    for rule in flatten(config.rules):
+        if config.quality is not None and rule.name == config.quality:
+            return rule.name, 1 if prefers_high(rule) else -1
+    return None
 
 
 def _check_rules(config: CorpusConfig) -> None:
@@ -370,6 +376,7 @@ def _check_rules(config: CorpusConfig) -> None:
         raise ConfigError(f"corpus.rules has {repeated[0]!r} twice; keep one, or give the other a name of its own")
     if config.quality is not None and config.quality not in names:
         raise ConfigError(f"corpus.quality is {config.quality!r}, which is not one of the rules: {', '.join(names)}")
+    _quality(config)
 
 
 def _scores_to_reuse(out: Path, config: CorpusConfig, wanted: Mapping[str, Any]) -> tuple[Path, tuple[int, ...]] | None:

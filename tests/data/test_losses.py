@@ -212,6 +212,17 @@ def test_most_of_the_text_going_is_an_alarm_with_rule_and_example(folder, tmp_pa
     assert "(document 101 of these document 101" in err
 
 
+def test_default_rules_keep_prose(tmp_path):
+    """Those of source code would take all of it: lines are too long, letters too many."""
+    rows = ({"text": f"Essay {n}. " + "It was a long day, and nobody had thought of lunch. " * 40} for n in range(100))
+    (tmp_path / "essays.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = data.CorpusConfig(sources=(data.JsonLines(path=tmp_path / "essays.jsonl"),), vocabulary=300)
+    assert build(config, tmp_path / "out").funnel[-1]["documents"] == 100
+    assert data.CorpusConfig(sources=(data.PythonFiles(),)).rules == (data.Code(),)
+    with pytest.raises(ConfigError, match=r"set corpus\.rules"):
+        data.CorpusConfig(sources=(data.PythonFiles(), data.JsonLines(path=tmp_path)))
+
+
 def test_sources_of_one_name_and_their_documents_are_told_apart(tmp_path):
     for site in ("a", "b"):
         path = tmp_path / site / "texts"

@@ -15,9 +15,10 @@ from efftrain.data.canary import edited_copy
 from efftrain.data.engines import Local
 from efftrain.data.lsh import BucketStats
 from efftrain.data.near_duplicates import diff
-from efftrain.data.rules import AtLeast
+from efftrain.data.rules import AtLeast, AtMost, Between
 from efftrain.data.shingles import shingles
 from efftrain.data.splits import SPLITS
+from efftrain.errors import ConfigError
 
 WORDS = 120
 
@@ -99,6 +100,40 @@ def test_the_best_by_quality_stays(tmp_path, base):
     texts |= {"longer": base["00"] + " one two three beauty 0.1", "better": base["00"] + " beauty 0.9"}
     corpus = build(tmp_path, (write(tmp_path / "a.jsonl", texts),), rules=(Beauty(),), quality="beauty")
     assert {"longer", "00", "better"} & kept(corpus) == {"better"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ugliness(AtMost):
+    """The number behind the word ``beauty``, of which less is better."""
+
+    name: ClassVar[str] = "ugliness"
+    limit: float = 1.0
+
+    score = Beauty.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moderation(Between):
+    """Neither much nor little is better."""
+
+    name: ClassVar[str] = "moderation"
+    low: float = 0.0
+    high: float = 1.0
+
+    score = Beauty.score
+
+
+def test_the_best_is_the_least_where_less_is_better(tmp_path, base):
+    texts = {id: f"{text} beauty 0.5" for id, text in base.items()}
+    texts |= {"longer": base["00"] + " one two three beauty 0.1", "worse": base["00"] + " beauty 0.9"}
+    corpus = build(tmp_path, (write(tmp_path / "a.jsonl", texts),), rules=(Ugliness(),), quality="ugliness")
+    assert {"longer", "00", "worse"} & kept(corpus) == {"longer"}
+
+
+def test_a_quality_that_prefers_neither_end_is_refused(tmp_path, base):
+    source = write(tmp_path / "a.jsonl", {id: f"{text} beauty 0.5" for id, text in base.items()})
+    with pytest.raises(ConfigError, match=r"corpus\.quality is 'moderation', which prefers neither"):
+        build(tmp_path, (source,), rules=(Moderation(),), quality="moderation")
 
 
 def test_of_equals_the_smaller_id_stays(tmp_path, base):

@@ -11,6 +11,7 @@ import pytest
 import report_corpus
 
 import efftrain.data.report.tables as tables
+from efftrain.data.documents import Text
 from efftrain.data.report import funnel, size, write_report
 from efftrain.data.report.alarms import alarms
 from efftrain.data.report.figures import (
@@ -20,7 +21,7 @@ from efftrain.data.report.figures import (
     wilson_interval,
 )
 from efftrain.data.report.scores import Histogram, Interval, bin_edges, histograms, intervals, number
-from efftrain.data.rules import AtLeast, AtMost, Between, Code
+from efftrain.data.rules import AtLeast, AtMost, Between, Code, TopNgram
 from efftrain.errors import ConfigError, CorpusError
 
 
@@ -172,6 +173,18 @@ def test_interval_says_what_it_keeps():
 
 def test_score_stored_in_float32_at_the_threshold_is_kept():
     assert Interval(high=0.1).keeps(np.array([0.1, 0.2], np.float32)).tolist() == [True, False]
+
+
+def test_shares_above_one_stand_in_the_histogram(tmp_path):
+    """datatrove's share of the top n-gram exceeds 1 where its occurrences overlap."""
+    texts = ["a b c d", "a a a a", "a a a a a a"]
+    rule = TopNgram(n=2, limit=0.2, as_datatrove=True)
+    columns = {rule.name: np.array([rule.score(Text(text)) for text in texts], np.float32)}
+    corpus = report_corpus.write(tmp_path / "corpus", rows=[], columns=columns)
+    (histogram,) = histograms(corpus, {rule.name: Interval(high=rule.limit)})
+    assert histogram.edges[-1] == columns[rule.name].max() > 1
+    assert histogram.rejected.sum() == histogram.n_rejected == 3
+    assert histogram.rejected[-1] == 1
 
 
 def test_histogram_counts_every_document_on_its_side(tmp_path):

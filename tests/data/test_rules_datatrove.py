@@ -1,12 +1,11 @@
 """The datatrove presets against what datatrove itself decides, kept in golden_datatrove.json.
 
-The file was made with datatrove 0.10.1 and NumPy 2.4.6 on Python 3.11 by
+The file was made with datatrove 0.10.1, spaCy 3.8.18 and NumPy 2.4.6 on Python 3.11 by
 
-    python -m venv /tmp/dt && /tmp/dt/bin/pip install datatrove==0.10.1 pytest
+    python -m venv /tmp/dt && /tmp/dt/bin/pip install datatrove==0.10.1 spacy==3.8.18 regex pytest
     PYTHONPATH=. /tmp/dt/bin/python tests/data/test_rules_datatrove.py
 
-Its splitters of words and sentences need models of spaCy and NLTK. Both sides split at white space instead, and count
-sentences with efftrain's ``count_sentences``; everything else is datatrove's own code.
+from made-up texts and from pages of Python's own documentation. All of it is datatrove's code, words and sentences too.
 """
 
 import json
@@ -83,21 +82,10 @@ def test_golden_file_has_every_reason():
 
 
 def datatrove_decides(text: str) -> dict:
-    """Runs datatrove's filters, with the splitters replaced."""
+    """Runs datatrove's filters."""
     import datatrove.pipeline.filters as filters
     from datatrove.data import Document
-    from datatrove.pipeline.filters import (
-        c4_filters,
-        fineweb_quality_filter,
-        gopher_quality_filter,
-        gopher_repetition_filter,
-    )
 
-    from efftrain.data.rules.c4 import count_sentences
-
-    for module in (gopher_quality_filter, gopher_repetition_filter, fineweb_quality_filter):
-        module.split_into_words = lambda text, language: text.split()
-    c4_filters.split_into_sentences = lambda line, language: [line] * count_sentences(line)
     reasons, edited = {}, None
     for name, filter_class in (
         ("gopher", filters.GopherQualityFilter),
@@ -114,6 +102,8 @@ def datatrove_decides(text: str) -> dict:
 
 
 def _texts() -> dict[str, str]:
+    from pydoc_data.topics import topics
+
     rng = random.Random(3)
     letters = "aaabcdeeefghiiklmnooprstuvwy"
     stems = ["".join(rng.choices(letters, k=rng.randint(3, 9))) for _ in range(400)]
@@ -204,6 +194,18 @@ def _texts() -> dict[str, str]:
         n_words = int(2 * n * 6 / 7 / (limit + 0.007))
         pool = ["".join(rng.choices(letters, k=6)) for _ in range(n_words)]
         cases[f"phrases of {n} again"] = " ".join(pool[: 2 * n] + pool[4 * n :] + pool[n : 2 * n] + ["end"] + pool[:n])
+    phrase = [word + "ton" for word in words(6, stop=False)]
+    moved = "".join(phrase[:2])
+    moved = [moved[:3], moved[3:], *phrase[2:]]  # the same letters, another space
+    cases["same letters in other words"] = planted([*phrase, "so", *moved], 2, 12)
+    cases["emoticons, contractions, addresses"] = "\n".join(
+        f"{line} I don't, cannot :-) e.g. http://a.b/c?d=e!" for line in body
+    )
+    cases["a symbol of spaCy"] = "\n".join([*body, "The flag IS_ALPHA and IS_ALPHA_2 of the token."])
+    cases["rows of signs"] = "\n".join([*body, "=" * 79, "-" * 79, "#" * 40, "|---|:--:|", *body[:2], "*" * 79])
+    for name, text in sorted(topics.items()):
+        if len(text) < 1500:
+            cases[f"documentation of {name}"] = text
     return cases
 
 

@@ -12,6 +12,7 @@ from efftrain.data.rules.base import (
     flatten,
     is_edit,
     judge,
+    prefers_high,
     scoring,
     verdict,
 )
@@ -27,6 +28,7 @@ from efftrain.data.rules.code import (
     TooLong,
     TooShort,
 )
+from efftrain.data.rules.defaults import default_rules
 from efftrain.data.rules.fineweb import EndedLines, FineWeb, NewlinesPerWord, RepeatedLineChars, ShortLines
 from efftrain.data.rules.gopher import (
     AlphabeticWords,
@@ -97,9 +99,11 @@ __all__ = [
     "TooShort",
     "TopNgram",
     "WordCount",
+    "default_rules",
     "flatten",
     "is_edit",
     "judge",
+    "prefers_high",
     "scoring",
     "verdict",
 ]

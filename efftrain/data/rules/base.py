@@ -1,13 +1,14 @@
 """What a rule is: a score of a text, and apart from it the threshold, which can be changed without scoring again."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from efftrain.config import to_json
 from efftrain.data.documents import Text, Verdict
-from efftrain.errors import EfftrainError
+from efftrain.errors import ConfigError, EfftrainError
 
 
 class Rule(Protocol):
@@ -59,6 +60,26 @@ class Between:
 
     def keeps(self, score: float) -> bool:
         return self.low <= score <= self.high
+
+
+def prefers_high(rule: Rule) -> bool:
+    """Whether the larger of two scores is the better one: True for ``AtLeast``, False for ``AtMost``.
+
+    Of any other rule, the end of the scores that it keeps is the better one: a ``ScoreTable`` with ``low`` alone
+    prefers high scores, with ``high`` alone low ones.
+
+    Raises:
+      ConfigError: the rule keeps the middle, or both ends, so no score is better for being larger or smaller.
+    """
+    keeps_high, keeps_low = rule.keeps(math.inf), rule.keeps(-math.inf)
+    if keeps_high != keeps_low:
+        return keeps_high
+    if isinstance(rule, AtMost):  # with a limit that keeps everything
+        return isinstance(rule, AtLeast)
+    raise ConfigError(
+        f"corpus.quality is {rule.name!r}, which prefers neither high nor low scores; name a rule that keeps all above "
+        "or all below a limit (AtLeast, AtMost, or ScoreTable with only low or only high)"
+    )
 
 
 class RuleSet(Protocol):

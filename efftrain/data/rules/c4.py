@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from efftrain.data.documents import Text
 from efftrain.data.rules.base import AtLeast, AtMost, Edit, Rule
+from efftrain.data.rules.spacy_words import check_spacy, spacy_sentences
 
 POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 
@@ -97,14 +98,16 @@ class Sentences(AtLeast):
     """Too little prose is left. Score: sentences, each line counted for itself.
 
     A sentence ends where . ? or ! and closing quotes stand before white space and no lower-case letter follows; what
-    remains of a line is one more. C4 used NLTK's trained splitter, which knows abbreviations, too.
+    remains of a line is one more. C4 used NLTK's trained splitter, which knows abbreviations, too. datatrove: spaCy's
+    sentencizer, see ``spacy_words``.
     """
 
     name: ClassVar[str] = "c4/sentences"
     limit: int = 3
+    as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
-        return float(sum(map(count_sentences, text.lines)))
+        return float(sum(map(spacy_sentences if self.as_datatrove else count_sentences, text.lines)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +122,11 @@ class C4:
 
     @classmethod
     def datatrove(cls) -> "C4":
-        """Edits and decides as datatrove's C4QualityFilter does, given the same sentences.
+        """Edits and decides as datatrove's C4QualityFilter does; needs the extra ``datatrove``.
 
         Of a page that has both, it names the curly bracket where that comes first; here it is always lorem ipsum.
         """
+        check_spacy()
         return cls(min_words=3, min_sentences=5, terminal_punctuation=True, as_datatrove=True)
 
     def rules(self) -> tuple[Edit | Rule, ...]:
@@ -132,7 +136,8 @@ class C4:
             terminal_punctuation=self.terminal_punctuation,
             as_datatrove=self.as_datatrove,
         )
-        return lines, LoremIpsum(), CurlyBrackets(), Sentences(limit=self.min_sentences)
+        sentences = Sentences(limit=self.min_sentences, as_datatrove=self.as_datatrove)
+        return lines, LoremIpsum(), CurlyBrackets(), sentences
 
 
 def count_sentences(line: str) -> int:

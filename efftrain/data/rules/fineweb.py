@@ -10,6 +10,7 @@ from typing import ClassVar
 from efftrain.data.documents import Text
 from efftrain.data.rules.base import AtLeast, AtMost, Rule
 from efftrain.data.rules.repetition import duplicates, n_visible
+from efftrain.data.rules.spacy_words import check_spacy, with_words
 from efftrain.data.rules.words import SENTENCE_ENDS
 
 
@@ -66,13 +67,14 @@ class RepeatedLineChars(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class NewlinesPerWord(AtMost):
-    """Lists. Score: newlines per word. Not in the paper; datatrove's."""
+    """Lists. Score: newlines per word. Not in the paper; datatrove's, where punctuation is a word."""
 
     name: ClassVar[str] = "fineweb/newlines_per_word"
     limit: float = 0.3
+    as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
-        return text.text.count("\n") / max(text.n_words, 1)
+        return text.text.count("\n") / max(with_words(text, self.as_datatrove).n_words, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,8 @@ class FineWeb:
 
     @classmethod
     def datatrove(cls) -> "FineWeb":
-        """Scores and decides as datatrove's FineWebQualityFilter does on the same words."""
+        """Scores and decides as datatrove's FineWebQualityFilter does; needs the extra ``datatrove``."""
+        check_spacy()
         return cls(
             min_ended_lines=0.12,
             max_short_lines=0.67,
@@ -104,7 +107,7 @@ class FineWeb:
         )
         if self.max_newlines_per_word is None:
             return rules
-        return *rules, NewlinesPerWord(limit=self.max_newlines_per_word)
+        return *rules, NewlinesPerWord(limit=self.max_newlines_per_word, as_datatrove=self.as_datatrove)
 
 
 def _lines(text: Text, as_datatrove: bool) -> list[str]:

@@ -1,7 +1,8 @@
 """Gopher's rules for the quality of prose: Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1.
 
-Words are what stands between white space. The paper leaves open what a word, a bullet and a line are; what is chosen
-stands at each rule, together with what datatrove (``gopher_quality_filter.py``, 0.10) chose.
+Words are what stands between white space, and for datatrove (``gopher_quality_filter.py``, 0.10) spaCy's tokens, see
+``spacy_words``. The paper leaves open what a word, a bullet and a line are; each rule says what is chosen here, and
+what datatrove chose.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 
 from efftrain.data.documents import Text
 from efftrain.data.rules.base import AtLeast, AtMost, Between, Rule
+from efftrain.data.rules.spacy_words import check_spacy, with_words
 from efftrain.data.rules.words import BULLETS, DATATROVE_PUNCTUATION, ELLIPSES, stop_words
+from efftrain.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class WordCount(Between):
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
+        text = with_words(text, self.as_datatrove)
         return float(text.word_counts[_proper_words(text, self.as_datatrove)].sum())
 
 
@@ -40,6 +44,7 @@ class MeanWordLength(Between):
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
+        text = with_words(text, self.as_datatrove)
         counts = text.word_counts * _proper_words(text, self.as_datatrove)
         return float(counts @ text.word_lengths) / max(int(counts.sum()), 1)
 
@@ -50,9 +55,10 @@ class HashRatio(AtMost):
 
     name: ClassVar[str] = "gopher/hash_ratio"
     limit: float = 0.1
+    as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
-        return text.text.count("#") / max(text.n_words, 1)
+        return text.text.count("#") / max(with_words(text, self.as_datatrove).n_words, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +67,10 @@ class EllipsisRatio(AtMost):
 
     name: ClassVar[str] = "gopher/ellipsis_ratio"
     limit: float = 0.1
+    as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
-        return sum(map(text.text.count, ELLIPSES)) / max(text.n_words, 1)
+        return sum(map(text.text.count, ELLIPSES)) / max(with_words(text, self.as_datatrove).n_words, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +110,10 @@ class AlphabeticWords(AtLeast):
 
     name: ClassVar[str] = "gopher/alphabetic_words"
     limit: float = 0.8
+    as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
+        text = with_words(text, self.as_datatrove)
         return float(text.word_counts[_has_letter(text)].sum()) / max(text.n_words, 1)
 
 
@@ -112,7 +121,10 @@ class AlphabeticWords(AtLeast):
 class StopWords(AtLeast):
     """Another language, or no sentences. Score: how many different stop words occur, whatever their case.
 
-    datatrove: the case counts, and its tokenizer has to part punctuation from words.
+    datatrove: the case counts; punctuation is a word of its own.
+
+    Raises:
+      ConfigError: no stop words are known of the language, or it is not English and ``as_datatrove`` is set.
     """
 
     name: ClassVar[str] = "gopher/stop_words"
@@ -121,10 +133,10 @@ class StopWords(AtLeast):
     as_datatrove: bool = False
 
     def __post_init__(self):
-        stop_words(self.language)
+        _check_language(self.language, self.as_datatrove)
 
     def score(self, text: Text) -> float:
-        words = text.vocabulary
+        words = with_words(text, self.as_datatrove).vocabulary
         if not self.as_datatrove:
             lowered = " ".join(words).lower().split()
             words = (word if word.isalpha() else word.strip(_AROUND_WORDS) for word in lowered)
@@ -149,24 +161,31 @@ class Gopher:
     as_datatrove: bool = False
 
     def __post_init__(self):
-        stop_words(self.language)
+        _check_language(self.language, self.as_datatrove)
 
     @classmethod
     def datatrove(cls) -> "Gopher":
-        """Scores and decides as datatrove's GopherQualityFilter does on the same words."""
+        """Scores and decides as datatrove's GopherQualityFilter does; needs the extra ``datatrove``."""
+        check_spacy()
         return cls(as_datatrove=True)
 
     def rules(self) -> tuple[Rule, ...]:
         return (
             WordCount(low=self.min_words, high=self.max_words, as_datatrove=self.as_datatrove),
             MeanWordLength(low=self.min_word_length, high=self.max_word_length, as_datatrove=self.as_datatrove),
-            HashRatio(limit=self.max_hash_ratio),
-            EllipsisRatio(limit=self.max_ellipsis_ratio),
+            HashRatio(limit=self.max_hash_ratio, as_datatrove=self.as_datatrove),
+            EllipsisRatio(limit=self.max_ellipsis_ratio, as_datatrove=self.as_datatrove),
             BulletLines(limit=self.max_bullet_lines, as_datatrove=self.as_datatrove),
             EllipsisLines(limit=self.max_ellipsis_lines, as_datatrove=self.as_datatrove),
-            AlphabeticWords(limit=self.min_alphabetic_words),
+            AlphabeticWords(limit=self.min_alphabetic_words, as_datatrove=self.as_datatrove),
             StopWords(limit=self.min_stop_words, language=self.language, as_datatrove=self.as_datatrove),
         )
+
+
+def _check_language(language: str, as_datatrove: bool) -> None:
+    stop_words(language)
+    if as_datatrove and language != "en":
+        raise ConfigError(f"language is {language!r} with as_datatrove, which has English words; use language='en'")
 
 
 def _has_letter(text: Text) -> np.ndarray:

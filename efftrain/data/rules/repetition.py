@@ -15,6 +15,7 @@ import numpy as np
 
 from efftrain.data.documents import Text
 from efftrain.data.rules.base import AtMost, Rule
+from efftrain.data.rules.spacy_words import check_spacy, with_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ class TopNgram(AtMost):
     """Score: share of the characters inside the most frequent n-gram of words; 0 where none occurs twice.
 
     All its occurrences count, the first too; of equally frequent n-grams the longest one. datatrove: the first one
-    of them, also where it occurs once; its length with spaces times its count, over all characters.
+    of them, also where it occurs once; its length with spaces times its count, over all characters. That exceeds 1
+    where its occurrences overlap, and where words that no space parts are counted with one.
     """
 
     n: int
@@ -91,6 +93,7 @@ class TopNgram(AtMost):
         return f"repetition/top_{self.n}_gram"
 
     def score(self, text: Text) -> float:
+        text = with_words(text, self.as_datatrove)
         starts, groups, is_first = repeated_ngrams(text, self.n)
         if len(starts) == 0:
             once = len(" ".join(text.words[: self.n])) if self.as_datatrove and text.n_words >= self.n else 0
@@ -111,8 +114,8 @@ class TopNgram(AtMost):
 class DuplicateNgrams(AtMost):
     """Score: share of the characters inside n-grams of words that occurred before.
 
-    datatrove: goes through the text and after a repeated n-gram goes on behind it, so that n-grams which overlap it
-    are not seen; characters of words over all characters.
+    datatrove: goes through the text and after a repeated n-gram goes on with the word after it, so that n-grams which
+    overlap it are not seen; n-grams are equal where their letters are; characters of words over all characters.
     """
 
     n: int
@@ -124,16 +127,13 @@ class DuplicateNgrams(AtMost):
         return f"repetition/duplicate_{self.n}_grams"
 
     def score(self, text: Text) -> float:
-        starts, groups, is_first = repeated_ngrams(text, self.n)
+        if self.as_datatrove:
+            return _repeated_chars(with_words(text, True).words, self.n) / max(text.n_chars, 1)
+        starts, _, is_first = repeated_ngrams(text, self.n)
         if len(starts) == 0:
             return 0.0
-        until = _chars_until(text)
-        if self.as_datatrove:
-            by_start = starts.argsort()
-            starts = _without_overlap(starts[by_start], groups[by_start], self.n)
-            return float((until[starts + self.n] - until[starts]).sum()) / text.n_chars
         repeats = np.sort(starts if self.count_first else starts[~is_first])
-        return _covered(repeats, self.n, until) / text.n_visible
+        return _covered(repeats, self.n, _chars_until(text)) / text.n_visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +158,11 @@ class GopherRepetition:
 
     @classmethod
     def datatrove(cls) -> "GopherRepetition":
-        """Scores and decides as datatrove's GopherRepetitionFilter does on the same words.
+        """Scores and decides as datatrove's GopherRepetitionFilter does; needs the extra ``datatrove``.
 
-        Two differences: n-grams are equal where their words are, not where their letters without spaces are, and an
-        empty text is left to the rules that count words.
+        One difference: an empty text is left to the rules that count words.
         """
+        check_spacy()
         return cls(as_datatrove=True)
 
     def rules(self) -> tuple[Rule, ...]:
@@ -247,18 +247,18 @@ def _covered(starts: np.ndarray, n: int, until: np.ndarray) -> int:
     return int((until[ends] - until[starts]).sum())
 
 
-def _without_overlap(starts: np.ndarray, groups: np.ndarray, n: int) -> np.ndarray:
-    """datatrove's ``find_all_duplicate``: the repetitions that a reader finds who skips each one he has found."""
-    seen, found, free = set(), [], 0
-    for start, group in zip(starts.tolist(), groups.tolist(), strict=True):
-        if start < free:
-            continue
-        if group in seen:
-            found.append(start)
-            free = start + n
+def _repeated_chars(words: list[str], n: int) -> int:
+    """datatrove's ``find_all_duplicate``: characters of the repetitions that a reader finds who skips what he found."""
+    seen, n_chars, start = set(), 0, 0
+    while start <= len(words) - n:
+        letters = "".join(words[start : start + n])
+        if letters in seen:
+            n_chars += len(letters)
+            start += n
         else:
-            seen.add(group)
-    return np.array(found, np.int64)
+            seen.add(letters)
+            start += 1
+    return n_chars
 
 
 def _lines(text: Text, as_datatrove: bool) -> list[str]:
