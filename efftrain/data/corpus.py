@@ -41,8 +41,8 @@ class CorpusConfig:
       repeated_lines: keep lines that documents share in one of them; None keeps them everywhere.
       near_duplicates: find documents whose shingles are nearly the same, verify and remove them; None keeps them.
       decontaminate: keep held-out splits apart from training, and training from evaluation sets; None does neither.
-      quality: name of the rule by whose score the best of near duplicates is kept: the highest of a rule that asks for at
-        least a score, the lowest of one that allows at most one.
+      quality: name of the rule by whose score the best of near duplicates is kept: the highest of a rule that asks for
+        at least a score, the lowest of one that allows at most one.
       vocabulary: entries of the tokenizer that is trained.
       tokenizer: a ``tokenizer.json`` to use and not train one; corpora are mixed only if they have the same.
       tokenizer_sample: bytes of training text that the tokenizer is trained on. They are held in memory while it
