@@ -34,7 +34,15 @@ from efftrain.data.shards import Serializer, Shard, ShardWriter, text_features, 
 from efftrain.data.splits import N_BUCKETS, SPLITS, assign_buckets, bucket
 from efftrain.data.spool import ExternalSort, unpack_record
 from efftrain.data.stages import Engine, read_json, run_stage, stem, write_json
-from efftrain.data.tokenizer import load_tokenizer, token_dtype, tokenizer_json, train_tokenizer
+from efftrain.data.token_bytes import describe_tokenizer
+from efftrain.data.tokenizer import (
+    load_tokenizer,
+    marked_end_of_text,
+    token_dtype,
+    tokenizer_json,
+    train_tokenizer,
+    vocabulary_size,
+)
 from efftrain.errors import ConfigError
 from efftrain.progress import Progress, console, track
 
@@ -59,7 +67,7 @@ def build(config: CorpusConfig, out: Path | str, *, overwrite: bool = False, eng
     _check_rules(config)
     inputs = [store.fingerprint(type(source).__name__, source.files()) for source in config.sources]
     if config.tokenizer:
-        load_tokenizer(config.tokenizer)  # before the work, not after it
+        load_tokenizer(config.tokenizer, config.end_of_text)  # before the work, not after it
         inputs.append(store.fingerprint("the tokenizer", iter([("tokenizer.json", config.tokenizer)])))
     wanted = {"parameters": to_json(config), "inputs": inputs}
     if store.is_built(out, wanted, overwrite=overwrite):
@@ -103,11 +111,12 @@ def _build_in(
     join_tables([kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))], folder / SCORES)
     splits = _once(work / "text.json", lambda: _write_text(folder, config, left, split_of))
     tokenizer = _tokenizer(folder, config)
-    shards = {}
+    shards, cut = {}, []
     for split, figures in splits.items():
         written = _once(work / f"tokens-{split}.json", lambda s=split, n=figures: _write_tokens(folder, config, s, n))
         figures["tokens"], shards[split] = written["tokens"], [Shard(**shard) for shard in written["shards"]]
-    size = tokenizer.get_vocab_size()
+        cut += written["cut"]
+    size = vocabulary_size(tokenizer)
     write_metadata(folder / "tokens", "tokens", token_features(config.block, token_dtype(size)), shards, _DESCRIPTION)
     shutil.rmtree(work)
     order = [*_score_names(config), EDITED, EMPTY, EXACT_DUPLICATE, REPEATED, NEAR_DUPLICATE]
@@ -121,7 +130,7 @@ def _build_in(
         "splits": splits,
         "scoring": scoring(config.rules),
         "pieces": [summary["scored"] for summary in summaries],
-        "tokenizer": {"vocabulary": size, "dtype": np.dtype(token_dtype(size)).name},
+        "tokenizer": _describe_tokenizer(folder, cut),
         "block": config.block,
     }
 
@@ -181,12 +190,14 @@ def _write_text(folder: Path, config: CorpusConfig, left: Survivors, split_of: n
 def _tokenizer(folder: Path, config: CorpusConfig) -> Any:
     path = folder / "tokenizer.json"
     if not path.exists():
+        end_of_text = config.end_of_text
         if config.tokenizer:
-            tokenizer = load_tokenizer(config.tokenizer)
+            tokenizer = load_tokenizer(config.tokenizer, end_of_text)
+            end_of_text = end_of_text or marked_end_of_text(config.tokenizer)
         else:
             tokenizer = train_tokenizer(_sample(folder / "text", config.tokenizer_sample), config.vocabulary)
         partial = path.with_suffix(".partial")
-        partial.write_text(tokenizer_json(tokenizer), encoding="utf-8")
+        partial.write_text(tokenizer_json(tokenizer, end_of_text), encoding="utf-8")
         partial.rename(path)
     return load_tokenizer(path)
 
@@ -207,17 +218,32 @@ def _sample(folder: Path, n_bytes: int) -> Iterable[str]:
 def _write_tokens(folder: Path, config: CorpusConfig, split: str, figures: dict[str, int]) -> dict[str, Any]:
     for path in (folder / "tokens").glob(f"tokens-{split}.*"):
         path.unlink()
-    texts = (document.text for document in corpora.read_documents(folder / "text", split))
-    progress = track(texts, f"Tokenizing {split}", figures["documents"], unit="documents")
-    n_tokens, shards = write_tokens(
-        folder / "tokens",
+    documents = corpora.read_documents(folder / "text", split)
+    written = write_tokens(
+        folder,
         split,
         _tokenizer(folder, config),
-        progress,
+        track(documents, f"Tokenizing {split}", figures["documents"], unit="documents"),
+        end_of_text=marked_end_of_text(folder / "tokenizer.json"),
         block=config.block,
         shard_bytes=config.shard_bytes,
     )
-    return {"tokens": n_tokens, "shards": [dataclasses.asdict(shard) for shard in shards]}
+    return dataclasses.asdict(written)
+
+
+def _describe_tokenizer(folder: Path, cut: list[str]) -> dict[str, Any]:
+    """What the manifest says of the tokenizer; ``cut``: documents that were encoded in parts, see ``Written``."""
+    path = folder / "tokenizer.json"
+    texts = (document.text for document in corpora.read_documents(folder / "text", "train"))
+    described = describe_tokenizer(load_tokenizer(path), marked_end_of_text(path), texts)
+    if cut:
+        console.print(
+            f"warning: {len(cut)} documents, {cut[0]} first, are long and have no space to cut them at; they were "
+            "tokenized in parts, and have other tokens at the cuts than as a whole",
+            style="yellow",
+            markup=False,
+        )
+    return described | {"cut_documents": len(cut)}
 
 
 def _once(path: Path, step: Callable[[], Any]) -> Any:

@@ -31,14 +31,14 @@ def test_rows_equal_a_reference_written_one_token_at_a_time(seed, length):
     stream = rng.integers(0, 6, size=50).astype(np.int32)  # 0 is the end of text, and often comes twice in a row
     stream[0] = 0
     for start in range(0, 50, length):
-        found = row(stream[start : start + length + 1], length)
+        found = row(stream[start : start + length + 1], length, end_of_text_id=0)
         for name, expected in reference(stream.tolist(), start, length).items():
             assert found[name].tolist() == expected, name
             assert found[name].dtype == (bool if name == "mask" else np.int32)
 
 
 def test_a_row_of_padding_counts_for_nothing():
-    empty = row(np.empty(0, np.int32), 5)
+    empty = row(np.empty(0, np.int32), 5, end_of_text_id=0)
     assert not empty["mask"].any()
     assert not empty["segments"].any()
 
