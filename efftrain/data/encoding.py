@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from efftrain.data.batching import by_size
-from efftrain.data.long_texts import PART_CHARS, cut_text
+from efftrain.data.long_texts import cut_text
 from efftrain.data.tokenizer import find_end_of_text, text_encoder
 
 if TYPE_CHECKING:
@@ -43,10 +43,6 @@ def encode_documents(
 
     def parts() -> Iterator[str]:
         for number, text in enumerate(texts):
-            if len(text) <= PART_CHARS:
-                n_parts.append(1)
-                yield text
-                continue
             cuts, changed = cut_text(encoder, text)
             if changed and on_changed:
                 on_changed(number)

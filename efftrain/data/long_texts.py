@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PART_CHARS = 1 << 18
-_LOOK_BACK = 1 << 14  # characters in which a place to cut is looked for
 _WINDOW = 256  # characters on each side of a cut whose tokens are compared
 _RUN = 1024
 _WORD_OR_SPACE = re.compile(r"[^\W_]|\s")
@@ -26,8 +25,8 @@ _CUTS: tuple[Callable[[str, str], bool], ...] = (
 )
 
 
-def cut_text(tokenizer: "Tokenizer", text: str) -> tuple[list[tuple[int, int]], bool]:
-    """Cuts a text of more than ``PART_CHARS`` characters where the tokenizer itself cuts.
+def cut_text(tokenizer: "Tokenizer", text: str, size: int = PART_CHARS) -> tuple[list[tuple[int, int]], bool]:
+    """Cuts a text into parts of at most ``size`` characters, where the tokenizer itself cuts.
 
     Each cut is before a space, or else at another border of a word. Whether the tokens around it are those of the uncut
     text is tried out; for a tokenizer that puts a space before every text, the space at the cut is left out instead.
@@ -37,8 +36,8 @@ def cut_text(tokenizer: "Tokenizer", text: str) -> tuple[list[tuple[int, int]], 
       place to cut, as in a line without spaces, or because the tokenizer does not work word by word.
     """
     parts, start, changed = [], 0, False
-    while len(text) - start > PART_CHARS:
-        stop, found = _place_to_cut(text, start + PART_CHARS - _LOOK_BACK, start + PART_CHARS)
+    while len(text) - start > size:
+        stop, found = _place_to_cut(text, start + size - size // 16, start + size)
         skipped = next((n for n in range(2) if found and _same_tokens(tokenizer, text, stop, n)), None)
         parts.append((start, stop))
         start, changed = stop + (skipped or 0), changed or skipped is None

@@ -93,15 +93,13 @@ def find_end_of_text(tokenizer: "Tokenizer", name: str | None = None) -> str:
     Raises:
       ConfigError: there is no such token; the message lists the special tokens.
     """
-    special = special_tokens(tokenizer)
-    wanted = [name] if name else [t for t in KNOWN_ENDS_OF_TEXT if t in special] or KNOWN_ENDS_OF_TEXT
-    for token in wanted:
-        if tokenizer.token_to_id(token) is not None:
-            return token
-    problem = f"corpus.end_of_text is {name!r}, which is not a token" if name else "no token is known to end a document"
+    found = _known_end_of_text(tokenizer) if name is None else name
+    if found is not None and tokenizer.token_to_id(found) is not None:
+        return found
+    problem = "no token is known to end a document" if name is None else f"it has no token {name!r}"
     raise ConfigError(
         f"{problem}; set corpus.end_of_text to the token that ends a document, the special tokens are: "
-        f"{', '.join(map(repr, special)) or 'none'}"
+        f"{', '.join(map(repr, special_tokens(tokenizer))) or 'none'}"
     )
 
 
@@ -172,10 +170,15 @@ def tokenizer_json(tokenizer: "Tokenizer", end_of_text: str | None = None) -> st
         the one that is found.
     """
     content: dict[str, Any] = json.loads(tokenizer.to_str())
-    if end_of_text is not None and find_end_of_text(tokenizer) != end_of_text:
+    if end_of_text is not None and _known_end_of_text(tokenizer) != end_of_text:
         (token,) = (token for token in content["added_tokens"] if token["content"] == end_of_text)
         token[_MARK] = True
     return json.dumps(content, ensure_ascii=False, indent=1)
+
+
+def _known_end_of_text(tokenizer: "Tokenizer") -> str | None:
+    special, entries = special_tokens(tokenizer), tokenizer.get_vocab()
+    return next((t for found in (special, entries) for t in KNOWN_ENDS_OF_TEXT if t in found), None)
 
 
 def _prepared(tokenizer: "Tokenizer", end_of_text: str) -> "Tokenizer":

@@ -56,7 +56,7 @@ def t5(texts: Sequence[str] = TEXTS) -> Tokenizer:
     trainer = trainers.UnigramTrainer(
         vocab_size=90, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator([text.replace("数", "") for text in texts], trainer)  # which is unknown then
     return tokenizer
 
 
@@ -67,7 +67,7 @@ def bert(texts: Sequence[str] = TEXTS) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, limit_alphabet=30, show_progress=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, limit_alphabet=60, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.enable_truncation(16)

@@ -56,8 +56,7 @@ def n_bytes(corpus: data.Corpus, split: str) -> int:
 
 def test_the_stream_is_the_library_s_tokens_after_the_end_of_text(built, kind):
     """No template adds a token, nothing is cut or filled up, and the end of text has the id that it has."""
-    make, name = KINDS[kind]
-    tokenizer, expected = make(), []
+    tokenizer, expected, name = Tokenizer.from_file(str(built.path.parent / "own.json")), [], KINDS[kind][1]
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end = tokenizer.token_to_id(name)
@@ -78,10 +77,11 @@ def test_a_uniform_model_pays_for_the_bytes_of_the_text(built):
     model.head.kernel[...] *= 0
     found = Evaluator(lambda: data.batches(held_out(built)), built.token_bytes())(model)
     n_targets = built.n_tokens("validation") - 1
-    assert found["loss"] == pytest.approx(math.log(built.vocab_size), rel=1e-6)
-    assert found["bpb"] == pytest.approx(
-        n_targets * math.log2(built.vocab_size) / n_bytes(built, "validation"), rel=1e-6
-    )
+    expected = n_targets * math.log2(built.vocab_size) / n_bytes(built, "validation")
+    assert found["bpb"] == pytest.approx(expected, rel=1e-5)
+    # The nats of a batch are a sum in float32; the bytes are exact.
+    bytes_per_target = found["loss"] / math.log(2) / found["bpb"]
+    assert bytes_per_target == pytest.approx(n_bytes(built, "validation") / n_targets, rel=1e-9)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -122,9 +122,9 @@ def test_unigram_counts_the_bytes_of_the_text(built):
     assert unigram_bpb(built) == pytest.approx(bits / n_bytes(built, "validation"), rel=1e-9)
 
 
-def test_the_manifest_says_what_a_tokenizer_loses(built, kind, capfd):
+def test_the_manifest_says_what_a_tokenizer_loses(built, kind):
     described = built.manifest["tokenizer"]
-    assert described["lossless"] == (kind == "gpt2")
+    assert described["lossless"] == (kind in ("gpt2", "llama2"))
     assert (described["lost"] > 0.001) == (kind not in ("gpt2", "llama2"))
     assert described["cut_documents"] == 0
 
@@ -137,10 +137,10 @@ def test_a_lossy_tokenizer_is_reported_once(tmp_path, documents, config_for, cap
 
 
 def test_the_share_that_is_lost_is_counted_in_bytes(tmp_path):
-    """Nine bytes of ten: capitals, 数 and the second space; the lower-case letter comes back."""
-    found = round_trip(load_tokenizer(save(bert(), tmp_path)), ["a DEF  数", "the alpha"])
+    """Of capitals, white space that is not one space, and an unknown character."""
+    found = round_trip(load_tokenizer(save(bert(), tmp_path)), ["a DEF  世", "the alpha"])
     assert (found.documents, found.changed) == (2, 1)
-    assert found.lost == pytest.approx((3 + 1 + 3) / (10 + 9))
+    assert found.lost == pytest.approx((3 + 2 + 3) / (10 + 9))
 
 
 @pytest.mark.parametrize("make", [make for make, _ in KINDS.values()])
@@ -168,8 +168,8 @@ def test_dropout_of_merges_is_switched_off(tmp_path):
     content["model"]["dropout"] = 0.5
     (tmp_path / "own.json").write_text(json.dumps(content))
     tokenizer = load_tokenizer(tmp_path / "own.json")
-    text = "alpha beta gamma delta " * 20
-    assert {tuple(ids) for ids in encode_documents(tokenizer, [text] * 5)} == {tuple([320, *gpt2().encode(text).ids])}
+    text, end = "alpha beta gamma delta " * 20, tokenizer.token_to_id("<|endoftext|>")
+    assert {tuple(ids) for ids in encode_documents(tokenizer, [text] * 5)} == {(end, *gpt2().encode(text).ids)}
 
 
 def test_the_end_of_text_is_named_or_found(tmp_path, documents, config_for):
@@ -200,7 +200,7 @@ def test_a_tokenizer_without_an_end_of_text_says_what_to_name(tmp_path, document
     message = r"own\.json.*set corpus\.end_of_text .*special tokens are: '<\|stop\|>'"
     with pytest.raises(ConfigError, match=message):
         data.build(config_for(documents, tokenizer=path), tmp_path / "out")
-    with pytest.raises(ConfigError, match="'<doc>', which is not a token"):
+    with pytest.raises(ConfigError, match="it has no token '<doc>'"):
         data.build(config_for(documents, tokenizer=path, end_of_text="<doc>"), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"corpus\.tokenizer is None"):
         config_for(documents, end_of_text="</s>")
@@ -215,7 +215,7 @@ def test_tasks_begin_and_end_with_the_tokenizer_s_end_of_text(tmp_path, make):
     (question,) = questions(ids, ["alpha </s> <eos> beta"], [1])
     assert question.sequence[0] == end
     assert (question.sequence == end).sum() == 1
-    (completion,) = completions(TaskIds(tokenizer), [Example(text="alpha", answer="beta")])
+    (completion,) = completions(TaskIds(tokenizer), [Example(text="alpha", answer="beta", line=1)])
     assert completion.sequence[[0, -1]].tolist() == [end, end]
 
 
