@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+_READ_ROWS, _READ_BYTES = 256, 8 << 20
+
+
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     """What a corpus is made of. Two equal configurations on equal inputs give byte-identical shards.
@@ -219,9 +222,15 @@ class Tokens:
 def read_documents(folder: Path, split: str) -> Iterator[Document]:
     """Streams the documents of a text dataset that ``shards.text_features`` describes."""
     rows = _data_source(folder, split)
-    for start in range(0, len(rows), 256):
-        for row in rows.__getitems__(list(range(start, min(start + 256, len(rows))))):
+    start, n_rows = 0, 1
+    while start < len(rows):
+        found = rows.__getitems__(list(range(start, min(start + n_rows, len(rows)))))
+        for row in found:
             yield Document(row["id"].decode(), row["text"].decode(), row["source"].decode(), json.loads(row["meta"]))
+        start += len(found)
+        # Many rows at once are faster, and many long documents at once do not fit into memory.
+        n_bytes = sum(len(row["text"]) for row in found) // len(found)
+        n_rows = max(1, min(2 * n_rows, _READ_ROWS, _READ_BYTES // max(n_bytes, 1)))
 
 
 def _data_source(folder: Path, split: str) -> Any:

@@ -129,3 +129,30 @@ def test_a_long_document_takes_little_memory():
     megabytes, n_tokens = map(int, out.split())
     assert n_tokens > 1_000_000
     assert megabytes < 600
+
+
+READING = """
+import resource, sys
+from pathlib import Path
+from efftrain.data.corpus import read_documents
+from efftrain.data.shards import Serializer, ShardWriter, text_features, write_metadata
+folder = Path(sys.argv[1])
+features = text_features()
+serialize = Serializer(features)
+writer = ShardWriter(folder, "text", "train", shard_bytes=1 << 26)
+for number in range(60):
+    row = {"id": str(number).encode(), "source": b"", "meta": b"{}"}
+    writer.write(serialize({"text": b"some words of text " * 200_000, **row}))
+write_metadata(folder, "text", features, {"train": writer.finish()}, "")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ids = [document.id for document in read_documents(folder, "train")]
+assert ids == [str(number) for number in range(60)]
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def test_long_documents_are_read_a_few_at_a_time(tmp_path):
+    """230 MB of text in documents of 4 MB."""
+    command = [sys.executable, "-c", READING, str(tmp_path)]
+    megabytes = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert megabytes < 400  # the pages of the files, which are mapped into memory, among them
