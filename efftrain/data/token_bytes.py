@@ -133,7 +133,7 @@ def round_trip(tokenizer: "Tokenizer", texts: Iterable[str]) -> RoundTrip:
 
 
 def _keeps_bytes(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a pre-tokenizer gives all bytes of a text to the model and adds none: byte-level, behind splits."""
+    """Whether a pre-tokenizer gives all bytes of a text to the model and adds none: byte-level, after splits."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     *splits, last = (step or {"type": None} for step in steps)
     cuts_only = all(

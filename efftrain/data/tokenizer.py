@@ -136,7 +136,7 @@ def text_encoder(tokenizer: "Tokenizer") -> "Tokenizer":
 
     ``encode_special_tokens`` keeps the library from finding special tokens in a text, not a model from having them
     among its own entries: Unigram, WordPiece and WordLevel do find ``</s>`` there. A cut after the first character of
-    each, behind the tokenizer's own pre-tokenization, hides them.
+    each, as the last step of pre-tokenization, hides them.
     """
     import re
 
