@@ -14,7 +14,7 @@ import numpy as np
 from efftrain.config import digest, to_json
 from efftrain.data import corpus as corpora
 from efftrain.data.corpus import Corpus
-from efftrain.data.packing import row
+from efftrain.data.packing import padding, row
 from efftrain.data.teacher_cache import TeacherCache, no_teacher
 from efftrain.errors import ConfigError, RunError
 
@@ -237,9 +237,8 @@ def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]
         repeated = [rows.repeat() for rows in parts]
         return repeated[0] if len(parts) == 1 else grain.MapDataset.mix(repeated, weights)
     rows = parts[0] if len(parts) == 1 else grain.MapDataset.concatenate(parts)
-    padding = row(np.empty(0, np.int32), config.length, end_of_text_id=opened[0].end_of_text_id)
-    padding |= no_teacher(config.length, width) if caches else {}
-    return grain.MapDataset.source(_Filled(rows, config.batch_size, padding))
+    filling = padding(config.length) | (no_teacher(config.length, width) if caches else {})
+    return grain.MapDataset.source(_Filled(rows, config.batch_size, filling))
 
 
 class TaughtRows:

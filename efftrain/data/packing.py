@@ -102,7 +102,7 @@ def row(stream: np.ndarray, length: int, *, end_of_text_id: int) -> dict[str, np
     """One training row from a piece of the token stream.
 
     Args:
-      stream: (up to length + 1,) int32 consecutive tokens; fewer at the end of the stream, none for a row of padding.
+      stream: (up to length + 1,) int32 consecutive tokens; fewer at the end of the stream.
       length: tokens per row.
       end_of_text_id: the token before each document.
 
@@ -129,3 +129,8 @@ def row(stream: np.ndarray, length: int, *, end_of_text_id: int) -> dict[str, np
         "positions": np.where(real, index - starts, 0).astype(np.int32),
         "mask": index < n_targets,
     }
+
+
+def padding(length: int) -> dict[str, np.ndarray]:
+    """A row in which nothing counts: all arrays of ``row`` are 0 and False."""
+    return row(np.empty(0, np.int32), length, end_of_text_id=0)
