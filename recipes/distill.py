@@ -237,6 +237,12 @@ def train(config: Config, evaluated_rows: int | None = None) -> Scorecard:
         raise ConfigError("a cache is for a student that is taught; leave it out, or give it distill")
     if config.distill is not None and config.distill.on_policy and config.distill.on_policy.prompt is None:
         raise ConfigError("text without answers has no prompts of its own; set distill.on-policy.prompt, such as 64")
+    if config.distill is not None and config.distill.on_policy:
+        end = data.open(config.corpus, verify=False).end_of_text_id
+        if config.distill.on_policy.end_token not in (None, end):
+            raise ConfigError(
+                f"distill.on-policy.end-token is not the end of text of {config.corpus}; set it to {end}, or None"
+            )
     build, objective = program(config)
     extra = 0.0
     if isinstance(objective, FromTeacher):

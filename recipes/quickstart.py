@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efftrain.data import Corpus
 from efftrain.measure.experiment import Experiment, train_and_score
 from efftrain.measure.scorecard import Scorecard, table
 from efftrain.models.config import llama
@@ -70,14 +71,15 @@ def main(config: Config) -> Scorecard:
     python = import_script(ROOT / "data" / "python.py")
     corpus = python.main(python.Config(out=config.corpus, standard_library_only=True, processes=1))
     model, card = train_and_score(config, *program(config))
-    console.print(sample(model, corpus.tokenizer()), markup=False)
+    console.print(sample(model, corpus), markup=False)
     console.print(table([card]))
     return card
 
 
-def sample(model: Decoder, tokenizer) -> str:
+def sample(model: Decoder, corpus: Corpus) -> str:
     """A continuation of ``PROMPT``."""
-    prompt = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(PROMPT).ids]
+    tokenizer = corpus.tokenizer()
+    prompt = [corpus.end_of_text_id, *tokenizer.encode(PROMPT, add_special_tokens=False).ids]
     drawn = generate(
         model,
         jnp.array([prompt]),

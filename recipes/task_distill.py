@@ -293,7 +293,8 @@ def by_probe(config: Config, task: Task) -> dict[str, float]:
     model, ids = efftrain.load(config.general), general_ids(config.general, task, config.tokenizer)
 
     def features(examples) -> np.ndarray:
-        return frozen_features(model, [np.append(0, tokens) for tokens, _ in ids.encode([e.text for e in examples])])
+        encoded = ids.encode([e.text for e in examples])
+        return frozen_features(model, [np.append(ids.end_of_text_id, tokens) for tokens, _ in encoded])
 
     held_out = task.numbers(task.validation)
     probe = fit_probe(
@@ -313,7 +314,9 @@ def by_few_shot(config: Config, task: Task, seed: int) -> dict[str, float]:
     tested = [task.test[i] for i in random.permutation(len(task.test))[:FEW_SHOT_TEXTS]]
     shown = [(task.train[i].text, task.train[i].answer) for i in random.permutation(len(task.train))[: 4 * SHOTS]]
     shown = sorted(shown[: 2 * SHOTS], key=lambda pair: len(pair[0]))[:SHOTS]  # the short ones of twice as many
-    found = few_shot(model, ids.tokenizer, shown, task.labels, [e.text for e in tested], shots=SHOTS)
+    found = few_shot(
+        model, ids.tokenizer, shown, task.labels, [e.text for e in tested], shots=SHOTS, end_of_text=ids.end_of_text
+    )
     figures = classification(found.logits_nl, task.numbers(tested))
     return figures | size(model) | {"shots": found.shots, "texts": len(tested), "latency_s": found.latency_s}
 

@@ -12,7 +12,7 @@ from efftrain.compress.task_texts import answer
 from efftrain.data.task import Example, Task
 from efftrain.data.task_items import Item, TaskIds, completions, conditionals, questions
 from efftrain.data.task_rows import TaskBatches
-from efftrain.data.tokenizer import load_tokenizer, train_tokenizer
+from efftrain.data.tokenizer import load_tokenizer, marked_end_of_text, train_tokenizer, vocabulary_size
 from efftrain.errors import ConfigError
 from efftrain.measure.flops import training_flops
 from efftrain.measure.parameters import abstract_decoder
@@ -83,12 +83,12 @@ def general_ids(general: Path, task: Task, tokenizer: Path | None = None) -> Tas
             f"neither {general} nor its corpus has a tokenizer.json that is here; give it with --tokenizer"
         )
     found = load_tokenizer(tokenizer)
-    if found.get_vocab_size() != size:
+    if vocabulary_size(found) != size:
         raise ConfigError(
-            f"{tokenizer} has {found.get_vocab_size()} entries and the model of {general} {size}; give the tokenizer "
+            f"{tokenizer} has {vocabulary_size(found)} entries and the model of {general} {size}; give the tokenizer "
             "that it was trained with"
         )
-    return TaskIds(found, task.labels)
+    return TaskIds(found, task.labels, marked_end_of_text(tokenizer))
 
 
 def task_loss(ids: TaskIds, **options: float) -> TaskLoss | None:

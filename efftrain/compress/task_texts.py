@@ -10,7 +10,6 @@ import numpy as np
 from efftrain.compress.task import TaskLoss, predict
 from efftrain.data.task import same_text
 from efftrain.data.task_items import TaskIds, questions
-from efftrain.data.tokenizer import END_OF_TEXT_ID
 from efftrain.errors import ConfigError
 from efftrain.measure.task_scores import log_softmax
 from efftrain.models.decode import generate
@@ -90,9 +89,9 @@ def make_up(
     """
     known, counts, found = {same_text(text) for text in known}, Counter(), {}
     wanted = np.repeat(np.arange(len(ids.labels)), options.per_label)
-    prompts = np.stack([np.full_like(wanted, END_OF_TEXT_ID), ids.first_label + wanted], axis=1)
+    prompts = np.stack([np.full_like(wanted, ids.end_of_text_id), ids.first_label + wanted], axis=1)
     sampling = Sampling(temperature=options.temperature)
-    for tokens, label in zip(_draw(teacher, prompts, longest, sampling, seed), wanted, strict=True):
+    for tokens, label in zip(_draw(teacher, ids, prompts, longest, sampling, seed), wanted, strict=True):
         counts["drawn"] += 1
         text, problem = _text(ids, tokens), None
         if text is None:
@@ -127,9 +126,9 @@ def answer(
     seed: int = 0,
 ) -> list[str]:
     """The completion of each prompt; one that does not end within ``longest`` tokens is cut there."""
-    encoded = [[END_OF_TEXT_ID, *tokens, ids.answer] for tokens, _ in ids.encode(prompts)]
-    drawn = _draw(model, encoded, longest, sampling, seed)
-    return [ids.decode(_up_to_end(tokens)) for tokens in drawn]
+    encoded = [[ids.end_of_text_id, *tokens, ids.answer] for tokens, _ in ids.encode(prompts)]
+    drawn = _draw(model, ids, encoded, longest, sampling, seed)
+    return [ids.decode(_up_to_end(ids, tokens)) for tokens in drawn]
 
 
 def agreed_answers(
@@ -154,7 +153,12 @@ def majority(answers: Sequence[str], share: float) -> str | None:
 
 
 def _draw(
-    model: Decoder, prompts: Sequence[Sequence[int]] | np.ndarray, longest: int, sampling: Sampling, seed: int
+    model: Decoder,
+    ids: TaskIds,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
+    longest: int,
+    sampling: Sampling,
+    seed: int,
 ) -> list[np.ndarray]:
     """(longest,) tokens behind each prompt; behind the first end of text they repeat it. One shape, compiled once."""
     lengths = np.array([len(p) for p in prompts], np.int32)
@@ -170,7 +174,13 @@ def _draw(
             here = slice(start, start + ROWS)
             key = jax.random.fold_in(jax.random.key(seed), start)
             tokens_bn = generate(
-                model, padded[here], lengths[here], n_new=longest, sampling=sampling, key=key, end_token=END_OF_TEXT_ID
+                model,
+                padded[here],
+                lengths[here],
+                n_new=longest,
+                sampling=sampling,
+                key=key,
+                end_token=ids.end_of_text_id,
             )
             found.extend(np.asarray(tokens_bn))
             progress.advance(min(ROWS, len(prompts) - start))
@@ -179,13 +189,13 @@ def _draw(
 
 def _text(ids: TaskIds, tokens: np.ndarray) -> str | None:
     """None where it has no end, nothing in it, or something that is no text."""
-    before = _up_to_end(tokens)
+    before = _up_to_end(ids, tokens)
     if len(before) == len(tokens) or (before >= ids.answer).any():
         return None
     text = ids.decode(before).strip()
     return None if not text or "\ufffd" in text else text
 
 
-def _up_to_end(tokens: np.ndarray) -> np.ndarray:
-    ends = np.flatnonzero(tokens == END_OF_TEXT_ID)
+def _up_to_end(ids: TaskIds, tokens: np.ndarray) -> np.ndarray:
+    ends = np.flatnonzero(tokens == ids.end_of_text_id)
     return tokens[: ends[0]] if len(ends) else tokens

@@ -20,7 +20,7 @@ import efftrain
 from efftrain import data
 from efftrain.config import difference
 from efftrain.data import store
-from efftrain.data.packing import row as packed_row
+from efftrain.data.packing import padding
 from efftrain.data.teacher_cache import (
     CachePlan,
     TeacherCache,
@@ -244,11 +244,10 @@ def _write_shards(folder: Path, plan: CachePlan, rows: "data.PackedRows", predic
 def _records(
     plan: CachePlan, rows: "data.PackedRows", numbers: range, predict: Predict, batch_size: int, progress: Progress
 ) -> Iterator[bytes]:
-    padding = packed_row(np.empty(0, np.int32), plan.length)
-    pending = None
+    filling, pending = padding(plan.length), None
     for start in range(numbers.start, numbers.stop, batch_size):
         real = [rows[number] for number in range(start, min(start + batch_size, numbers.stop))]
-        filled = real + [padding] * (batch_size - len(real))  # one shape, one compilation
+        filled = real + [filling] * (batch_size - len(real))  # one shape, one compilation
         batch = {name: np.stack([row[name] for row in filled]) for name in READ}
         asked = real, predict(batch, np.arange(start, start + batch_size, dtype=np.uint32))
         if pending is not None:  # one batch late: the device works on this one meanwhile

@@ -15,16 +15,21 @@ from efftrain.data.decontaminate import Decontaminate
 from efftrain.data.documents import Document
 from efftrain.data.funnel import funnel_table
 from efftrain.data.minhash import MinHash
+from efftrain.data.packing import bytes_path
 from efftrain.data.repeated_lines import RepeatedLines
 from efftrain.data.rules import Edit, Rule, RuleSet, default_rules
 from efftrain.data.sources import Source
 from efftrain.data.splits import SplitByPackage
 from efftrain.data.store import check_files, read_manifest
-from efftrain.data.tokenizer import check_vocabulary, load_tokenizer, token_bytes
+from efftrain.data.token_bytes import byte_level_lengths
+from efftrain.data.tokenizer import END_OF_TEXT, check_vocabulary, load_tokenizer
 from efftrain.errors import ConfigError, CorpusError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+_READ_ROWS, _READ_BYTES = 256, 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,10 @@ class CorpusConfig:
       quality: name of the rule by whose score the best of near duplicates is kept: the highest of a rule that asks for
         at least a score, the lowest of one that allows at most one.
       vocabulary: entries of the tokenizer that is trained.
-      tokenizer: a ``tokenizer.json`` to use and not train one; corpora are mixed only if they have the same.
+      tokenizer: a ``tokenizer.json`` of the ``tokenizers`` library to use, of any kind; corpora are mixed only if they
+        have the same. None: a byte-level BPE is trained.
+      end_of_text: the token of ``tokenizer`` that stands before each document. None: the one that its file marks, or
+        the first of ``tokenizer.KNOWN_ENDS_OF_TEXT`` that it has, such as ``<|endoftext|>`` and ``</s>``.
       tokenizer_sample: bytes of training text that the tokenizer is trained on. They are held in memory while it
         trains.
       split: which documents go to train, validation and test.
@@ -63,6 +71,7 @@ class CorpusConfig:
     quality: str | None = None
     vocabulary: int = 4096
     tokenizer: Path | None = None
+    end_of_text: str | None = None
     tokenizer_sample: int = 32 << 20
     split: SplitByPackage = field(default_factory=SplitByPackage)
     seed: int = 0
@@ -78,6 +87,11 @@ class CorpusConfig:
         if self.within not in ("corpus", "source"):
             raise ConfigError(f"corpus.within is {self.within!r}; choose corpus or source")
         check_vocabulary(self.vocabulary)
+        if self.end_of_text is not None and self.tokenizer is None:
+            raise ConfigError(
+                f"corpus.end_of_text is {self.end_of_text!r} and corpus.tokenizer is None; a tokenizer that is trained "
+                f"has {END_OF_TEXT}, so leave it None, or give the tokenizer that has this token"
+            )
         for name in ("tokenizer_sample", "block", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"corpus.{name} is {getattr(self, name)}; it must be at least 1")
@@ -108,14 +122,40 @@ class Corpus:
 
     @cached_property
     def _tokenizer(self) -> "Tokenizer":
-        return load_tokenizer(self.path / "tokenizer.json")
+        return load_tokenizer(self.path / "tokenizer.json", self.end_of_text)
 
     def tokenizer(self) -> "Tokenizer":
         return self._tokenizer
 
-    def token_bytes(self) -> np.ndarray:
-        """(vocabulary,) int32: bytes of text per token, for bits per byte."""
-        return token_bytes(self._tokenizer)
+    @property
+    def end_of_text(self) -> str:
+        """The token before each document."""
+        return self.manifest["tokenizer"].get("end_of_text", END_OF_TEXT)
+
+    @property
+    def end_of_text_id(self) -> int:
+        return self.manifest["tokenizer"].get("end_of_text_id", 0)  # a corpus of an earlier version does not say it
+
+    def token_bytes(self, split: str = "validation") -> np.ndarray:
+        """(vocabulary,): the bytes of text that each token stands for, for bits per byte; 0 for special tokens.
+
+        int32 where the tokenizer is byte-level, the same for all splits. Else float64, the mean over ``split``: its
+        tokens together have exactly the bytes of its documents in UTF-8.
+
+        Raises:
+          CorpusError: the corpus was built by an earlier version, which did not count the bytes of such a tokenizer.
+        """
+        lengths = byte_level_lengths(self._tokenizer)
+        if lengths is not None:
+            return lengths
+        self._split(split)
+        path = bytes_path(self.path, split)
+        if not path.is_file():
+            raise CorpusError(
+                f"{self.path} has a tokenizer that is not byte-level, and no {path.name} with the bytes of its tokens; "
+                "build the corpus again"
+            )
+        return np.load(path)
 
     @property
     def vocab_size(self) -> int:
@@ -140,7 +180,7 @@ class Corpus:
         return self._split(split)["tokens"]
 
     def tokens(self, split: str) -> "Tokens":
-        """The split as one stream of tokens, ``<|endoftext|>`` before every document."""
+        """The split as one stream of tokens, ``end_of_text`` before every document."""
         self._split(split)
         return Tokens(_data_source(self.path / "tokens", split), self.n_tokens(split), self.manifest["block"])
 
@@ -192,9 +232,15 @@ class Tokens:
 def read_documents(folder: Path, split: str) -> Iterator[Document]:
     """Streams the documents of a text dataset that ``shards.text_features`` describes."""
     rows = _data_source(folder, split)
-    for start in range(0, len(rows), 256):
-        for row in rows.__getitems__(list(range(start, min(start + 256, len(rows))))):
+    start, n_rows = 0, 1
+    while start < len(rows):
+        found = rows.__getitems__(list(range(start, min(start + n_rows, len(rows)))))
+        for row in found:
             yield Document(row["id"].decode(), row["text"].decode(), row["source"].decode(), json.loads(row["meta"]))
+        start += len(found)
+        # Many rows at once are faster, and many long documents at once do not fit into memory.
+        n_bytes = sum(len(row["text"]) for row in found) // len(found)
+        n_rows = max(1, min(2 * n_rows, _READ_ROWS, _READ_BYTES // max(n_bytes, 1)))
 
 
 def _data_source(folder: Path, split: str) -> Any:

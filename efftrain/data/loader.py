@@ -14,7 +14,7 @@ import numpy as np
 from efftrain.config import digest, to_json
 from efftrain.data import corpus as corpora
 from efftrain.data.corpus import Corpus
-from efftrain.data.packing import row
+from efftrain.data.packing import padding, row
 from efftrain.data.teacher_cache import TeacherCache, no_teacher
 from efftrain.errors import ConfigError, RunError
 
@@ -113,6 +113,7 @@ class PackedRows:
 
     def __init__(self, corpus: Corpus, split: str, length: int):
         self._tokens, self._length = corpus.tokens(split), length
+        self._end_of_text_id = corpus.end_of_text_id
         if len(self._tokens) <= length:
             raise ConfigError(
                 f"length {length} needs {length + 1} tokens and split {split!r} of {corpus.path} has "
@@ -124,7 +125,8 @@ class PackedRows:
 
     def __getitem__(self, number: int) -> Batch:
         start = number * self._length
-        return row(self._tokens[start : start + self._length + 1], self._length)
+        stream = self._tokens[start : start + self._length + 1]
+        return row(stream, self._length, end_of_text_id=self._end_of_text_id)
 
 
 class Loader:
@@ -235,8 +237,8 @@ def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]
         repeated = [rows.repeat() for rows in parts]
         return repeated[0] if len(parts) == 1 else grain.MapDataset.mix(repeated, weights)
     rows = parts[0] if len(parts) == 1 else grain.MapDataset.concatenate(parts)
-    padding = row(np.empty(0, np.int32), config.length) | (no_teacher(config.length, width) if caches else {})
-    return grain.MapDataset.source(_Filled(rows, config.batch_size, padding))
+    filling = padding(config.length) | (no_teacher(config.length, width) if caches else {})
+    return grain.MapDataset.source(_Filled(rows, config.batch_size, filling))
 
 
 class TaughtRows:

@@ -1,36 +1,84 @@
 """Documents to one stream of tokens in blocks of fixed size, and back to rows of a batch."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from efftrain.data.documents import Document
+from efftrain.data.encoding import encode_documents
 from efftrain.data.shards import Serializer, Shard, ShardWriter, token_features
-from efftrain.data.tokenizer import END_OF_TEXT_ID, encode_documents, token_dtype
+from efftrain.data.token_bytes import ByteCounter, byte_level_lengths
+from efftrain.data.tokenizer import token_dtype, vocabulary_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def write_tokens(
-    folder: Path, split: str, tokenizer: "Tokenizer", texts: Iterable[str], *, block: int, shard_bytes: int
-) -> tuple[int, list[Shard]]:
-    """Writes a split's token stream.
+@dataclass(frozen=True)
+class Written:
+    """The token stream of a split.
 
-    Returns:
-      The number of tokens, without the padding of the last block, and the shards.
+    Attributes:
+      tokens: in the stream, without the padding of the last block.
+      shards: that hold it.
+      cut: ids of the documents that were encoded in parts and may have other tokens than as a whole.
     """
-    dtype = token_dtype(tokenizer.get_vocab_size())
+
+    tokens: int
+    shards: list[Shard]
+    cut: list[str]
+
+
+def bytes_path(corpus: Path, split: str) -> Path:
+    """The bytes per token of a split, where the tokenizer's entries do not tell them: (vocabulary,) float64."""
+    return corpus / f"token_bytes-{split}.npy"
+
+
+def write_tokens(
+    corpus: Path,
+    split: str,
+    tokenizer: "Tokenizer",
+    documents: Iterable[Document],
+    *,
+    end_of_text: str | None,
+    block: int,
+    shard_bytes: int,
+) -> Written:
+    """Writes a split's token stream to ``corpus/tokens``, and ``bytes_path`` where it is needed."""
+    vocabulary = vocabulary_size(tokenizer)
+    dtype = token_dtype(vocabulary)
     serialize = Serializer(token_features(block, dtype))
-    writer = ShardWriter(folder, "tokens", split, shard_bytes=shard_bytes)
-    n_tokens = 0
-    for tokens in blocks(encode_documents(tokenizer, texts), block):
+    writer = ShardWriter(corpus / "tokens", "tokens", split, shard_bytes=shard_bytes)
+    counter = ByteCounter(vocabulary) if byte_level_lengths(tokenizer) is None else None
+    newest, cut = "", []
+    n_tokens = n_bytes = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal newest, n_bytes
+        for document in documents:
+            newest = document.id
+            if counter:
+                n_bytes += len(document.text.encode())
+            yield document.text
+
+    encoded = encode_documents(
+        tokenizer,
+        texts(),
+        end_of_text,
+        observe=counter.observe if counter else None,
+        on_changed=lambda _: cut.append(newest),
+    )
+    for tokens in blocks(encoded, block):
         n_tokens += len(tokens)
         padded = np.zeros(block, dtype)
         padded[: len(tokens)] = tokens
         writer.write(serialize({"tokens": padded}))
-    return n_tokens, writer.finish()
+    if counter:
+        np.save(bytes_path(corpus, split), counter.table(n_bytes))
+    return Written(n_tokens, writer.finish(), cut)
 
 
 def blocks(documents: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -50,17 +98,18 @@ def blocks(documents: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(held)
 
 
-def row(stream: np.ndarray, length: int) -> dict[str, np.ndarray]:
+def row(stream: np.ndarray, length: int, *, end_of_text_id: int) -> dict[str, np.ndarray]:
     """One training row from a piece of the token stream.
 
     Args:
-      stream: (up to length + 1,) int32 consecutive tokens; fewer at the end of the stream, none for a row of padding.
+      stream: (up to length + 1,) int32 consecutive tokens; fewer at the end of the stream.
       length: tokens per row.
+      end_of_text_id: the token before each document.
 
     Returns:
       tokens (length,) int32; targets (length,) int32: the next token; segments (length,) int32: 1, 2, ... a document
-      or the rest of one, 0 for padding; positions (length,) int32 from 0 in each segment; mask (length,) bool: False
-      where there is no next token.
+      or the rest of one, 0 for padding, whose tokens are 0; positions (length,) int32 from 0 in each segment; mask
+      (length,) bool: False where there is no next token.
     """
     n_tokens = min(len(stream), length)
     n_targets = max(len(stream) - 1, 0)
@@ -68,7 +117,7 @@ def row(stream: np.ndarray, length: int) -> dict[str, np.ndarray]:
     tokens[:n_tokens] = stream[:n_tokens]
     targets[:n_targets] = stream[1:]
     index = np.arange(length, dtype=np.int32)
-    begins = tokens == END_OF_TEXT_ID
+    begins = tokens == end_of_text_id
     begins[0] = True  # what goes on from the row before is a segment of its own
     real = index < n_tokens
     segments = np.where(real, np.cumsum(begins, dtype=np.int32), np.int32(0))
@@ -80,3 +129,8 @@ def row(stream: np.ndarray, length: int) -> dict[str, np.ndarray]:
         "positions": np.where(real, index - starts, 0).astype(np.int32),
         "mask": index < n_targets,
     }
+
+
+def padding(length: int) -> dict[str, np.ndarray]:
+    """A row in which nothing counts: all arrays of ``row`` are 0 and False."""
+    return row(np.empty(0, np.int32), length, end_of_text_id=0)

@@ -7,7 +7,7 @@ depends on the inputs, the configuration and the code alone, not on the engine o
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,23 @@ from efftrain.data.exact_duplicates import EXACT_DUPLICATE, remove_exact_duplica
 from efftrain.data.inputs import fingerprints, without_status
 from efftrain.data.kept import Kept, Reader
 from efftrain.data.near_duplicates import NEAR_DUPLICATE, remove_near_duplicates
-from efftrain.data.packing import write_tokens
 from efftrain.data.reading import EDITED, EMPTY, FAILED, OnError, Read, list_pieces, source_labels
 from efftrain.data.removals import Survivors
 from efftrain.data.repeated_lines import REPEATED, remove_repeated_lines
 from efftrain.data.report.alarms import alarms
 from efftrain.data.rule_scores import score_names
 from efftrain.data.rules import flatten, prefers_high, scoring
-from efftrain.data.shards import Serializer, Shard, ShardWriter, text_features, token_features, write_metadata
-from efftrain.data.splits import N_BUCKETS, SPLITS, assign_buckets, bucket
-from efftrain.data.spool import ExternalSort, unpack_record
-from efftrain.data.stages import Engine, read_json, run_stage, stem, write_json
-from efftrain.data.tokenizer import load_tokenizer, token_dtype, tokenizer_json, train_tokenizer
+from efftrain.data.splits import N_BUCKETS, assign_buckets, bucket
+from efftrain.data.spool import unpack_record
+from efftrain.data.stages import Engine, read_json, run_stage, stem
+from efftrain.data.tokenizer import load_tokenizer
+from efftrain.data.writing import write_corpus
 from efftrain.errors import ConfigError, CorpusError
-from efftrain.progress import Progress, console, track
+from efftrain.progress import console
 
 SCORES = "scores.parquet"
 ROOMS = ("data", "config")  # of the package, that decide what a corpus holds
 ALARMS = 10  # shown on the terminal
-_DESCRIPTION = "Built by efftrain; see manifest.json beside this folder."
 
 
 def build(
@@ -77,7 +75,7 @@ def build(
     _check_rules(config)
     named = [(type(source).__name__, source.files()) for source in config.sources]
     if config.tokenizer:
-        load_tokenizer(config.tokenizer)  # before the work, not after it
+        load_tokenizer(config.tokenizer, config.end_of_text)  # before the work, not after it
         named.append(("the tokenizer", iter([("tokenizer.json", config.tokenizer)])))
     inputs = fingerprints(named, store.known_inputs(out))
     wanted = {
@@ -152,7 +150,7 @@ class _Build:
         join_tables(left.evidence, self.folder / "removed.parquet")
         parts = [kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))]
         join_tables(parts, self.folder / SCORES)
-        splits, tokenizer = self._write(left, split_of)
+        splits, tokenizer = write_corpus(self.folder, config, left, split_of)
         order = _stage_names(config, contaminated)
         return {
             "funnel": left.funnels.total().rows(order),
@@ -204,23 +202,6 @@ class _Build:
         for path in again:
             path.unlink()
 
-    def _write(self, left: Survivors, split_of: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Writes text, tokenizer and tokens; returns what the manifest says of splits and tokenizer."""
-        folder, work, config = self.folder, self.work, self.config
-        splits = _once(work / "text.json", lambda: _write_text(folder, config, left, split_of))
-        tokenizer = _tokenizer(folder, config)
-        shards = {}
-        for split, figures in splits.items():
-            path = work / f"tokens-{split}.json"
-            written = _once(path, lambda s=split, n=figures: _write_tokens(folder, config, s, n))
-            figures["tokens"], shards[split] = written["tokens"], [Shard(**shard) for shard in written["shards"]]
-        size = tokenizer.get_vocab_size()
-        write_metadata(
-            folder / "tokens", "tokens", token_features(config.block, token_dtype(size)), shards, _DESCRIPTION
-        )
-        shutil.rmtree(work)
-        return splits, {"vocabulary": size, "dtype": np.dtype(token_dtype(size)).name}
-
 
 def _unreadable(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many files could not be read, wholly or in part, and what the readers said of the first."""
@@ -266,85 +247,6 @@ def _assign_splits(config: CorpusConfig, left: Survivors) -> tuple[np.ndarray, s
     if np.count_nonzero(np.bincount(groups, n_bytes, N_BUCKETS)) < config.split.n_splits:
         groups, split_by = bucket(left.kept.column("order")), "document"
     return assign_buckets(config.split, np.bincount(groups, n_bytes, N_BUCKETS))[groups], split_by
-
-
-def _write_text(folder: Path, config: CorpusConfig, left: Survivors, split_of: np.ndarray) -> dict[str, dict[str, int]]:
-    """Shuffles the survivors of each split and writes the text dataset."""
-    for name in ("work/sort", "text", "tokens"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    counts = np.bincount(split_of[left.alive], minlength=len(SPLITS))
-    sorts = {split: ExternalSort(folder / "work" / "sort" / split) for split in SPLITS}
-    order = left.kept.column("order")
-    with Progress("Shuffling", float(counts.sum()), unit="documents") as progress:
-        for piece in range(left.kept.n_pieces):
-            for number, record in left.kept.records(left.alive, piece):
-                sorts[SPLITS[split_of[number]]].add(int(order[number]), record)
-                progress.advance()
-    features = text_features()
-    serialize = Serializer(features)
-    shards, splits = {}, {}
-    for split, count in zip(SPLITS, counts.tolist(), strict=True):
-        if not count:
-            continue
-        writer = ShardWriter(folder / "text", "text", split, shard_bytes=config.shard_bytes)
-        n_bytes = 0
-        for record in track(sorts[split], f"Writing {split}", count, unit="documents"):
-            id, source, meta, utf8 = unpack_record(record)
-            writer.write(serialize({"text": utf8, "id": id, "source": source, "meta": meta}))
-            n_bytes += len(utf8)
-        shards[split] = writer.finish()
-        splits[split] = {"documents": count, "bytes": n_bytes, "tokens": 0}
-    write_metadata(folder / "text", "text", features, shards, _DESCRIPTION)
-    return splits
-
-
-def _tokenizer(folder: Path, config: CorpusConfig) -> Any:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        if config.tokenizer:
-            tokenizer = load_tokenizer(config.tokenizer)
-        else:
-            tokenizer = train_tokenizer(_sample(folder / "text", config.tokenizer_sample), config.vocabulary)
-        partial = path.with_suffix(".partial")
-        partial.write_text(tokenizer_json(tokenizer), encoding="utf-8")
-        partial.rename(path)
-    return load_tokenizer(path)
-
-
-def _sample(folder: Path, n_bytes: int) -> Iterable[str]:
-    """The first documents of the training split, the last one cut, so that they have about ``n_bytes``."""
-    with Progress("Training the tokenizer: sample", n_bytes / 1e6, unit="MB") as progress:
-        left = n_bytes
-        for document in corpora.read_documents(folder, "train"):
-            size = len(document.text.encode())
-            yield document.text if size <= left else document.text[:left]
-            progress.advance(min(size, left) / 1e6)
-            left -= size
-            if left <= 0:
-                return
-
-
-def _write_tokens(folder: Path, config: CorpusConfig, split: str, figures: dict[str, int]) -> dict[str, Any]:
-    for path in (folder / "tokens").glob(f"tokens-{split}.*"):
-        path.unlink()
-    texts = (document.text for document in corpora.read_documents(folder / "text", split))
-    progress = track(texts, f"Tokenizing {split}", figures["documents"], unit="documents")
-    n_tokens, shards = write_tokens(
-        folder / "tokens",
-        split,
-        _tokenizer(folder, config),
-        progress,
-        block=config.block,
-        shard_bytes=config.shard_bytes,
-    )
-    return {"tokens": n_tokens, "shards": [dataclasses.asdict(shard) for shard in shards]}
-
-
-def _once(path: Path, step: Callable[[], Any]) -> Any:
-    """The result of a step, from the file where an interrupted build has done it already."""
-    if not path.exists():
-        write_json(path, step())
-    return read_json(path)
 
 
 def _score_names(config: CorpusConfig) -> list[str]:

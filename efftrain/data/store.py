@@ -3,7 +3,8 @@
 DIR/manifest.json     inputs, parameters, code and library versions, funnel, size and checksum of every file
 DIR/text/             TFDS dataset of the documents (text, id, source, meta), in shuffled order
 DIR/tokens/           TFDS dataset of fixed-size blocks: the same documents as one stream of tokens
-DIR/tokenizer.json    byte-level BPE
+DIR/tokenizer.json    byte-level BPE, or the one that was given
+DIR/token_bytes-*.npy bytes of text per token in a split, where the tokenizer's entries do not tell them
 DIR/scores.parquet    every document that was read, with the score of each rule
 DIR/removed.parquet   every document that was removed: rule, score, survivor, excerpt
 """

@@ -6,13 +6,21 @@ question is ``<|endoftext|> text <answer>``, and the label's id is what follows.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from efftrain.data.task import Example
-from efftrain.data.tokenizer import END_OF_TEXT_ID, load_tokenizer, tokenizer_json
+from efftrain.data.tokenizer import (
+    find_end_of_text,
+    load_tokenizer,
+    marked_end_of_text,
+    text_encoder,
+    tokenizer_json,
+    vocabulary_size,
+)
 from efftrain.errors import RunError
 
 if TYPE_CHECKING:
@@ -28,15 +36,25 @@ class TaskIds:
     Attributes:
       tokenizer: of the text.
       labels: in the order of their ids; none where answers are texts.
+      end_of_text: the tokenizer's token before and after texts. None: the one that ``find_end_of_text`` finds.
     """
 
     tokenizer: "Tokenizer"
     labels: tuple[str, ...] = ()
+    end_of_text: str | None = None
 
-    @property
+    @cached_property
+    def end_of_text_id(self) -> int:
+        return self.tokenizer.token_to_id(find_end_of_text(self.tokenizer, self.end_of_text))
+
+    @cached_property
+    def _encoder(self) -> "Tokenizer":
+        return text_encoder(self.tokenizer)
+
+    @cached_property
     def answer(self) -> int:
         """What asks for the answer."""
-        return self.tokenizer.get_vocab_size()
+        return vocabulary_size(self.tokenizer)
 
     @property
     def first_label(self) -> int:
@@ -49,7 +67,7 @@ class TaskIds:
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text its tokens, and the number of the word that each belongs to; (n,) int32 both."""
-        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        found = self._encoder.encode_batch(list(texts), add_special_tokens=False)
         return [(np.array(e.ids, np.int32), np.array(e.word_ids, np.int32)) for e in found]
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -57,7 +75,7 @@ class TaskIds:
 
     def write(self, folder: Path) -> None:
         """``tokenizer.json`` and ``labels.txt``."""
-        (folder / "tokenizer.json").write_text(tokenizer_json(self.tokenizer), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer_json(self.tokenizer, self.end_of_text), encoding="utf-8")
         (folder / "labels.txt").write_text("".join(f"{label}\n" for label in self.labels), encoding="utf-8")
 
     @staticmethod
@@ -70,7 +88,8 @@ class TaskIds:
         if not (folder / "labels.txt").exists():
             raise RunError(f"{folder} holds no labels.txt; give the run of a model of a task")
         labels = (folder / "labels.txt").read_text(encoding="utf-8").split("\n")[:-1]
-        return TaskIds(load_tokenizer(folder / "tokenizer.json"), tuple(labels))
+        path = folder / "tokenizer.json"
+        return TaskIds(load_tokenizer(path), tuple(labels), marked_end_of_text(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +131,8 @@ def questions(
     found = []
     for i, (tokens, words) in enumerate(ids.encode(texts)):
         label = -1 if labels is None else int(labels[i])
-        target = ids.first_label + label if label >= 0 else END_OF_TEXT_ID
-        item = _item([END_OF_TEXT_ID], (tokens, words), [ids.answer, target], counted=(False, True, False))
+        target = ids.first_label + label if label >= 0 else ids.end_of_text_id
+        item = _item([ids.end_of_text_id], (tokens, words), [ids.answer, target], counted=(False, True, False))
         found.append(replace(item, label=label, asks=True, teacher=None if teacher is None else teacher[i]))
     return found
 
@@ -126,8 +145,8 @@ def conditionals(ids: TaskIds, texts: Sequence[str], labels: Sequence[int], *, w
     """
     found = []
     for text, label in zip(ids.encode(texts), labels, strict=True):
-        begins = [END_OF_TEXT_ID, ids.first_label + int(label)]
-        found.append(replace(_item(begins, text, [END_OF_TEXT_ID], counted=(False, True, True)), weight=weight))
+        begins = [ids.end_of_text_id, ids.first_label + int(label)]
+        found.append(replace(_item(begins, text, [ids.end_of_text_id], counted=(False, True, True)), weight=weight))
     return found
 
 
@@ -136,7 +155,7 @@ def completions(ids: TaskIds, examples: Sequence[Example]) -> list[Item]:
     prompts = ids.encode([e.text for e in examples])
     answers = ids.encode([e.answer for e in examples])
     return [
-        _item([END_OF_TEXT_ID, *prompt, ids.answer], (tokens, np.full_like(words, ALWAYS)), [END_OF_TEXT_ID],
+        _item([ids.end_of_text_id, *prompt, ids.answer], (tokens, np.full_like(words, ALWAYS)), [ids.end_of_text_id],
               counted=(False, True, True))
         for (prompt, _), (tokens, words) in zip(prompts, answers, strict=True)
     ]  # fmt: skip

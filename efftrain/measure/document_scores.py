@@ -20,7 +20,8 @@ from jax import Array
 
 from efftrain.data.corpus import Corpus
 from efftrain.data.documents import Document, Skipped
-from efftrain.data.tokenizer import encode_documents
+from efftrain.data.encoding import encode_documents
+from efftrain.data.tokenizer import vocabulary_size
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
 from efftrain.ops.cross_entropy import choose_chunks, token_nll
@@ -51,7 +52,14 @@ def score_documents(
     Returns:
       The number of documents.
     """
-    scores = document_scores(model, corpus.documents(split), corpus.tokenizer(), length=length, batch_size=batch_size)
+    scores = document_scores(
+        model,
+        corpus.documents(split),
+        corpus.tokenizer(),
+        length=length,
+        batch_size=batch_size,
+        end_of_text=corpus.end_of_text,
+    )
     total = corpus.splits[split]["documents"]
     return write_scores(track(scores, f"Scoring {split}", total, unit="documents"), out)
 
@@ -63,10 +71,11 @@ def document_scores(
     *,
     length: int | None = None,
     batch_size: int = 16,
+    end_of_text: str | None = None,
 ) -> Iterator[DocumentScore]:
     """Yields the score of each document, in their order.
 
-    A document is read from its beginning, behind ``<|endoftext|>``, in consecutive windows of ``length`` tokens; the
+    A document is read from its beginning, after the end of text, in consecutive windows of ``length`` tokens; the
     first token of a window is predicted from the last one of the window before. The nats of all its tokens are summed;
     the end of the text is not among them. What else stands in a row or a batch has no part in it. What a source skips,
     and text that is not Unicode (half a surrogate pair), has no score: it never becomes part of a corpus.
@@ -77,6 +86,7 @@ def document_scores(
       tokenizer: the one that the model was trained with.
       length: tokens per window and row. None: the model's ``max_length``.
       batch_size: rows per step.
+      end_of_text: the token before each document. None: the one that ``find_end_of_text`` finds.
 
     Raises:
       ConfigError: the tokenizer does not belong to the model, or ``length`` or ``batch_size`` is impossible.
@@ -86,19 +96,19 @@ def document_scores(
         raise ConfigError(f"length is {length}; it must be from 1 to the model's max_length {model.config.max_length}")
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
+    if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} entries and model.vocab_size is "
+            f"the tokenizer has {vocabulary_size(tokenizer)} entries and model.vocab_size is "
             f"{model.config.vocab_size}; use the tokenizer of the corpus that the model was trained on"
         )
-    return _document_scores(model, documents, tokenizer, length, batch_size)
+    return _document_scores(model, _encoded(documents, tokenizer, end_of_text), length, batch_size)
 
 
 def _document_scores(
-    model: Decoder, documents: Iterable[Document | Skipped], tokenizer: "Tokenizer", length: int, batch_size: int
+    model: Decoder, encoded: Iterable["Encoded"], length: int, batch_size: int
 ) -> Iterator[DocumentScore]:
     graph, state = nnx.split(model)
-    for pool in _pools(_encoded(documents, tokenizer), POOL_ROWS * length):
+    for pool in _pools(encoded, POOL_ROWS * length):
         nats = np.zeros(len(pool))
         streams = [tokens for _, _, tokens in pool]
         pending = None
@@ -136,15 +146,17 @@ def write_scores(scores: Iterable[DocumentScore], out: Path | str) -> int:
     return n_rows
 
 
-Encoded = tuple[str, int, np.ndarray]  # id, bytes of text, <|endoftext|> and the tokens
+Encoded = tuple[str, int, np.ndarray]  # id, bytes of text, the end of text and the tokens
 Window = tuple[int, int, int]  # number of the stream, first token, tokens
 
 
-def _encoded(documents: Iterable[Document | Skipped], tokenizer: "Tokenizer") -> Iterator[Encoded]:
+def _encoded(
+    documents: Iterable[Document | Skipped], tokenizer: "Tokenizer", end_of_text: str | None
+) -> Iterator[Encoded]:
     # The tokenizer works on batches of documents: tee holds those that it is ahead.
     sized, texts = itertools.tee(_sized(documents))
     for (document, n_bytes), tokens in zip(
-        sized, encode_documents(tokenizer, (document.text for document, _ in texts)), strict=True
+        sized, encode_documents(tokenizer, (document.text for document, _ in texts), end_of_text), strict=True
     ):
         yield document.id, n_bytes, tokens
 

@@ -23,6 +23,7 @@ from efftrain.sharding.rules import activation_axes
 from efftrain.train.objective import Batch, next_token_loss
 
 SHOW_AFTER_S = 2.0  # a shorter evaluation shows no progress
+_BASE, _FRACTION = 256, 3  # of the digits of bytes per token
 NumpyBatch = Mapping[str, np.ndarray]
 
 
@@ -39,7 +40,8 @@ class Evaluator:
       batches: starts a fresh pass over the rows; a batch has ``tokens``, ``targets``, ``segments``, ``positions``:
         (batch, length) int32, and ``mask``: bool, False where the target does not count. A last batch that is filled up
         with rows of mask False avoids compiling another shape.
-      token_bytes: (tokenizer's vocabulary,) int32, bytes of text of each token, 0 for special tokens.
+      token_bytes: (tokenizer's vocabulary,) bytes of text of each token, 0 for special tokens:
+        ``Corpus.token_bytes`` of the split that the rows are of.
       max_batches: stop after so many. None: all.
     """
 
@@ -48,7 +50,8 @@ class Evaluator:
     ):
         if max_batches is not None and max_batches < 1:
             raise ConfigError(f"evaluation.max_batches is {max_batches}; it must be at least 1, or None for all")
-        self._batches, self._token_bytes, self._max_batches = batches, np.asarray(token_bytes, np.int32), max_batches
+        self._batches, self._max_batches = batches, max_batches
+        self._byte_digits_kv = byte_digits(token_bytes)
 
     def __call__(self, model: Decoder) -> dict[str, float]:
         """``bpb`` in bits per byte, ``loss`` in nats per target.
@@ -67,15 +70,16 @@ class Evaluator:
 
     def _evaluate(self, model: Decoder) -> dict[str, float]:
         graph, state = nnx.split(model)
-        total = np.zeros(5)  # float64: exact for the counts of any split
+        total = np.zeros(4 + len(self._byte_digits_kv))  # float64: exact for the counts of any split
         pending = total
         for batch in _show(itertools.islice(self._batches(), self._max_batches), self._max_batches):
             self._check(batch)
-            dispatched = batch_nats(graph, state, _place(batch), self._token_bytes)
+            dispatched = batch_nats(graph, state, _place(batch), self._byte_digits_kv)
             # One batch late: the device works on this one while the host waits for the one before.
             total += np.asarray(pending, np.float64)
             pending = dispatched
-        nats, n_targets, n_bytes, passes, n_tokens = total + np.asarray(pending, np.float64)
+        nats, n_targets, passes, n_tokens, *digits = total + np.asarray(pending, np.float64)
+        n_bytes = sum(digit / _BASE**place for place, digit in enumerate(digits))
         if not n_bytes:
             raise CorpusError(
                 "the evaluation rows have no target that stands for text; give a validation split that is not empty"
@@ -88,23 +92,36 @@ class Evaluator:
 
     def _check(self, batch: NumpyBatch) -> None:
         largest = np.asarray(batch["targets"])[np.asarray(batch["mask"])].max(initial=0)
-        if largest >= len(self._token_bytes):
+        if largest >= self._byte_digits_kv.shape[1]:
             raise ConfigError(
-                f"an evaluation target is token {largest} and token_bytes has {len(self._token_bytes)} entries; "
+                f"an evaluation target is token {largest} and token_bytes has {self._byte_digits_kv.shape[1]} entries; "
                 "take both from the same tokenizer"
             )
 
 
+def byte_digits(token_bytes: np.ndarray) -> np.ndarray:
+    """(digits, vocabulary) int32: the whole bytes of each token, then the digits of the fraction to base 256.
+
+    Their sums over a batch are exact in int32, where those of float32 are not; whole numbers have no further digits.
+    """
+    if np.issubdtype(np.asarray(token_bytes).dtype, np.integer):
+        return np.asarray(token_bytes, np.int32)[None]
+    parts = np.rint(np.asarray(token_bytes, np.float64) * _BASE**_FRACTION).astype(np.int64)
+    digits = [parts >> 8 * _FRACTION, *(parts >> 8 * place & _BASE - 1 for place in reversed(range(_FRACTION)))]
+    return np.stack(digits).astype(np.int32)
+
+
 @partial(jax.jit, static_argnums=0)
-def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, token_bytes: Array) -> tuple[Array, ...]:
-    """Of a batch's counted targets: the sum of their nats, () float32; their number and their bytes, () int32.
+def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, byte_digits_kv: Array) -> tuple[Array, ...]:
+    """Of a batch's counted targets: the sum of their nats, () float32, and their number, () int32.
 
     Then, of routed depth, the layers that tokens passed in a routed block, and the number of such tokens; else zeros.
+    At the end the sums of each of the targets' ``byte_digits``, () int32.
     """
     metrics = next_token_loss(nnx.merge(graph, state), batch, None)[2]
-    n_bytes = jnp.where(batch["mask"], token_bytes[batch["targets"]], 0).sum()
+    digits_k = jnp.where(batch["mask"], byte_digits_kv[:, batch["targets"]], 0).sum((1, 2))
     passes, n_tokens = metrics.get("depth/passes", (0.0, 0.0))
-    return metrics["loss"][0], batch["mask"].sum(dtype=jnp.int32), n_bytes, passes, n_tokens
+    return metrics["loss"][0], batch["mask"].sum(dtype=jnp.int32), passes, n_tokens, *digits_k
 
 
 def _place(batch: NumpyBatch) -> Batch:

@@ -35,7 +35,7 @@ ROW = ("tokens", "targets", "segments", "positions", "mask")
 
 @dataclass(frozen=True)
 class Text:
-    """What tokens stand for: a class (index into ``token_classes.CLASSES``), and bytes; (vocabulary,) int32 each."""
+    """What tokens stand for: a class (index into ``token_classes.CLASSES``), and bytes; (vocabulary,) each."""
 
     classes: np.ndarray
     token_bytes: np.ndarray
@@ -123,12 +123,13 @@ def measure_exit(
     totals, losses = None, []
     for row, full_bt in zip(rows, full, strict=True):
         differs_b, *sums = _row_with_exits(
-            graph, state, {k: row[k] for k in ROW}, full_bt, exit_, threshold, probe, text.classes, text.token_bytes
+            graph, state, {k: row[k] for k in ROW}, full_bt, exit_, threshold, probe, text.classes
         )
         losses += np.asarray(differs_b).tolist()
         sums = [np.asarray(a, np.float64) for a in sums]
         totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
-    nats, n_bytes, histogram_cl = totals
+    nats, histogram_cl = totals
+    n_bytes = sum(text.token_bytes[np.asarray(row["targets"])[np.asarray(row["mask"])]].sum() for row in rows)
     return {
         "threshold": threshold,
         "bpb": float(nats / math.log(2) / n_bytes),
@@ -138,17 +139,16 @@ def measure_exit(
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _row_with_exits(graph, state, row, full_bt, exit_, threshold, probe, classes_v, token_bytes_v):
-    """Of each row the share of tokens that are not those of all layers; of all, nats, bytes, depths by class."""
+def _row_with_exits(graph, state, row, full_bt, exit_, threshold, probe, classes_v):
+    """Of each row the share of tokens that are not those of all layers; of all, nats and depths by class."""
     model = nnx.merge(graph, state)
     where = {"segments_bt": row["segments"], "positions_bt": row["positions"]}
     found = exit_states(model, row["tokens"], exit_, threshold, probe=probe, **where)
     logits, mask_bt = model.exit_logits(found.x_btd), row["mask"]
     differs_b = ((logits.argmax(-1) != full_bt) & mask_bt).sum(1) / jnp.maximum(mask_bt.sum(1), 1)
     nats = jnp.where(mask_bt, token_nll(logits, row["targets"]), 0).sum()
-    n_bytes = jnp.where(mask_bt, token_bytes_v[row["targets"]], 0).sum()
     histogram = _histogram(found.layers_bt, classes_v[row["targets"]], mask_bt, model.config.n_layers)
-    return differs_b, nats, n_bytes, histogram
+    return differs_b, nats, histogram
 
 
 def _histogram(layers_bt: Array, classes_bt: Array, mask_bt: Array, most: int) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from efftrain.data.tokenizer import END_OF_TEXT_ID
+from efftrain.data.tokenizer import find_end_of_text
 from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache
 from efftrain.models.decode import prefill
@@ -49,6 +49,7 @@ def few_shot(
     texts: Sequence[str],
     *,
     shots: int,
+    end_of_text: str | None = None,
 ) -> FewShot:
     """Scores every label for every text by in-context likelihood, calibrated by the labels' prior.
 
@@ -59,6 +60,7 @@ def few_shot(
       labels: of the task; their names are read as words.
       texts: to be scored.
       shots: examples to show, at most.
+      end_of_text: the token before the prompt. None: the one that ``find_end_of_text`` finds.
 
     Raises:
       ConfigError: a text alone is longer than ``max_length``.
@@ -71,7 +73,7 @@ def few_shot(
     room = most - max(map(len, queries)) - max(map(len, names)) - 1
     if room < 0:
         raise ConfigError(f"a question and a label do not fit into the {most} tokens of the model; leave long ones out")
-    prompt, n_shown = [END_OF_TEXT_ID], 0
+    prompt, n_shown = [tokenizer.token_to_id(find_end_of_text(tokenizer, end_of_text))], 0
     for text, label in shown[:shots]:
         more = [*_asked(tokenizer, text), *tokenizer.encode(f" {words(label)}\n\n", add_special_tokens=False).ids]
         if len(prompt) - 1 + len(more) > room:

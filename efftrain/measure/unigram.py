@@ -3,7 +3,6 @@
 import numpy as np
 
 from efftrain.data.corpus import Corpus, Tokens
-from efftrain.data.tokenizer import END_OF_TEXT_ID
 
 CHUNK = 1 << 20  # tokens read at once
 
@@ -16,9 +15,9 @@ def unigram_bpb(corpus: Corpus, *, split: str = "validation") -> float:
     n_entries = corpus.vocab_size
     counts = _counts(corpus.tokens("train"), n_entries) + 1.0
     seen = _counts(corpus.tokens(split), n_entries)
-    seen[END_OF_TEXT_ID] -= 1  # the first token of the stream is no target
+    seen[corpus.end_of_text_id] -= 1  # the first token of the stream is no target
     nats = -(seen * np.log(counts / counts.sum())).sum()
-    return float(nats / np.log(2) / (seen * corpus.token_bytes()).sum())
+    return float(nats / np.log(2) / (seen * corpus.token_bytes(split)).sum())
 
 
 def _counts(tokens: Tokens, n_entries: int) -> np.ndarray:

@@ -48,7 +48,7 @@ def test_an_epoch_holds_every_row_once_and_the_next_has_another_order(corpus, co
 def test_rows_are_the_pieces_of_the_stream(corpus):
     stream, rows = corpus.tokens("train")[:], data.PackedRows(corpus, "train", LENGTH)
     for r in range(len(rows)):
-        expected = row(stream[r * LENGTH : (r + 1) * LENGTH + 1], LENGTH)
+        expected = row(stream[r * LENGTH : (r + 1) * LENGTH + 1], LENGTH, end_of_text_id=0)
         for name, value in rows[r].items():
             np.testing.assert_array_equal(value, expected[name])
     assert sum(int(rows[r]["mask"].sum()) for r in range(len(rows))) == len(stream) - 1

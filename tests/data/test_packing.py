@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from efftrain.data.packing import blocks, row
+from efftrain.data.packing import blocks, padding, row
 
 
-def reference(stream: list[int], start: int, length: int) -> dict[str, list]:
+def reference(stream: list[int], start: int, length: int, end: int) -> dict[str, list]:
     """The row that begins at ``start``, one token at a time."""
     out = {"tokens": [], "targets": [], "segments": [], "positions": [], "mask": []}
     segment = position = 0
@@ -13,7 +13,7 @@ def reference(stream: list[int], start: int, length: int) -> dict[str, list]:
             token, target, shown, at, known = 0, 0, 0, 0, False
         else:
             token = stream[i]
-            if token == 0 or i == start:
+            if token == end or i == start:
                 segment, position = segment + 1, 0
             else:
                 position += 1
@@ -26,19 +26,20 @@ def reference(stream: list[int], start: int, length: int) -> dict[str, list]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("length", [1, 7, 16, 64])
-def test_rows_equal_a_reference_written_one_token_at_a_time(seed, length):
+@pytest.mark.parametrize("end", [0, 5])
+def test_rows_equal_a_reference_written_one_token_at_a_time(seed, length, end):
     rng = np.random.default_rng(seed)
-    stream = rng.integers(0, 6, size=50).astype(np.int32)  # 0 is the end of text, and often comes twice in a row
-    stream[0] = 0
+    stream = rng.integers(0, 6, size=50).astype(np.int32)  # the end of text often comes twice in a row
+    stream[0] = end
     for start in range(0, 50, length):
-        found = row(stream[start : start + length + 1], length)
-        for name, expected in reference(stream.tolist(), start, length).items():
+        found = row(stream[start : start + length + 1], length, end_of_text_id=end)
+        for name, expected in reference(stream.tolist(), start, length, end).items():
             assert found[name].tolist() == expected, name
             assert found[name].dtype == (bool if name == "mask" else np.int32)
 
 
 def test_a_row_of_padding_counts_for_nothing():
-    empty = row(np.empty(0, np.int32), 5)
+    empty = padding(5)
     assert not empty["mask"].any()
     assert not empty["segments"].any()
 

@@ -102,7 +102,7 @@ def global_batches(config, n, process_count=1) -> list[data.loader.Batch]:
 
 
 def ragged_row(length: int, n_real: int) -> dict[str, np.ndarray]:
-    return row(np.arange(1, n_real + 1, dtype=np.int32), length)
+    return row(np.arange(1, n_real + 1, dtype=np.int32), length, end_of_text_id=0)
 
 
 def test_a_record_of_the_largest_has_the_bytes_of_its_description(corpus):
@@ -191,7 +191,7 @@ def test_the_digest_of_a_row_is_of_what_the_model_reads():
     assert row_digest(text) == row_digest({name: values.astype(np.int64) for name, values in text.items()})
     others = [ragged_row(6, 5), ragged_row(7, 4), text | {"tokens": text["tokens"] + (np.arange(6) == 2)}]
     # <|endoftext|> at the end is not padding, though both are zero.
-    others += [row(np.array([1, 2, 3, 4, 0], np.int32), 6)]
+    others += [row(np.array([1, 2, 3, 4, 0], np.int32), 6, end_of_text_id=0)]
     assert len({row_digest(text), *map(row_digest, others)}) == 5
 
 

@@ -5,15 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from efftrain.data.tokenizer import (
-    END_OF_TEXT,
-    END_OF_TEXT_ID,
-    encode_documents,
-    load_tokenizer,
-    token_bytes,
-    tokenizer_json,
-    train_tokenizer,
-)
+from efftrain.data.encoding import encode_documents
+from efftrain.data.token_bytes import byte_level_lengths
+from efftrain.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_json, train_tokenizer
 from efftrain.errors import ConfigError, CorpusError
 
 STRANGE = [
@@ -44,14 +38,14 @@ def tokenizer():
 def test_encoding_is_lossless_and_its_bytes_add_up(tokenizer, text):
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
+    assert byte_level_lengths(tokenizer)[ids].sum() == len(text.encode())
 
 
 def test_text_that_spells_the_end_of_text_does_not_become_it(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     for one in (tokenizer, load_tokenizer(tmp_path / "tokenizer.json")):
         (ids,) = encode_documents(one, [f"a{END_OF_TEXT}b"])
-        assert (ids == END_OF_TEXT_ID).nonzero()[0].tolist() == [0]
+        assert (ids == 0).nonzero()[0].tolist() == [0]
 
 
 def test_a_saved_tokenizer_encodes_the_same(tokenizer, tmp_path):
@@ -62,16 +56,16 @@ def test_a_saved_tokenizer_encodes_the_same(tokenizer, tmp_path):
 
 
 def test_every_byte_has_a_token_and_only_the_end_of_text_has_no_bytes(tokenizer):
-    lengths = token_bytes(tokenizer)
-    assert lengths[END_OF_TEXT_ID] == 0
+    lengths = byte_level_lengths(tokenizer)
+    assert lengths[0] == 0
     assert (lengths == 1).sum() == 256
-    assert (np.delete(lengths, END_OF_TEXT_ID) > 0).all()
+    assert (np.delete(lengths, 0) > 0).all()
 
 
 def test_batches_give_what_single_texts_give(tokenizer):
     texts = [random_text(i) for i in range(50)]
     for ids, text in zip(encode_documents(tokenizer, texts), texts, strict=True):
-        assert ids.tolist() == [END_OF_TEXT_ID, *tokenizer.encode(text).ids]
+        assert ids.tolist() == [0, *tokenizer.encode(text).ids]
 
 
 def test_training_is_the_same_in_every_process():

@@ -161,6 +161,8 @@ def test_windows_cover_every_target_once_and_fill_their_rows():
 class Folderless:
     """What ``score_documents`` asks of a corpus."""
 
+    end_of_text = "<|endoftext|>"
+
     def __init__(self, documents, tokenizer):
         self._documents, self._tokenizer = documents, tokenizer
         self.splits = {"train": {"documents": len(documents)}}

@@ -10,7 +10,7 @@ from flax import nnx
 
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.measure import evaluate
-from efftrain.measure.evaluate import Evaluator
+from efftrain.measure.evaluate import Evaluator, byte_digits
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.layout import state_shardings
@@ -78,6 +78,27 @@ def test_uniform_model_pays_the_logarithm_of_the_vocabulary(model):
     found = Evaluator(lambda: batches, TOKEN_BYTES)(uniform)
     assert found["loss"] == pytest.approx(math.log(VOCAB), rel=1e-6)
     assert found["bpb"] == pytest.approx(math.log2(VOCAB) * n_targets / n_bytes, rel=1e-6)
+
+
+def test_bytes_that_are_no_whole_numbers_count_as_they_are(model):
+    """Of a tokenizer that is not byte-level an entry has its mean over a split."""
+    batches, token_bytes = make_batches(), np.random.default_rng(1).uniform(0, 9, VOCAB)
+    found = Evaluator(lambda: batches, token_bytes)(model)
+    n_targets = sum(b["mask"].sum() for b in batches)
+    n_bytes = sum(token_bytes[b["targets"]][b["mask"]].sum() for b in batches)
+    assert found["loss"] / math.log(2) / found["bpb"] == pytest.approx(n_bytes / n_targets, rel=1e-7)
+
+
+def test_sums_of_bytes_are_exact_whatever_the_size_of_a_batch():
+    """Five million targets: in float32 one after the other they lose a hundredth and more."""
+    token_bytes = np.array([1 / 3, 4.1, 0, 17.999])
+    targets = np.random.default_rng(0).integers(0, 4, 5_000_000)
+    digits = byte_digits(token_bytes)
+    assert digits.dtype == np.int32
+    sums = digits[:, targets].sum(1, dtype=np.int32)  # wraps around where it does not fit, as on a device
+    found = sum(int(n) / 256**place for place, n in enumerate(sums))
+    assert found == pytest.approx(token_bytes[targets].sum(), rel=1e-7)
+    assert byte_digits(TOKEN_BYTES).tolist() == [TOKEN_BYTES.tolist()]
 
 
 def test_every_call_is_a_fresh_pass_and_compiles_nothing_new(model, monkeypatch):

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from efftrain import data
-from efftrain.data.tokenizer import encode_documents
+from efftrain.data.encoding import encode_documents
 from efftrain.measure.unigram import unigram_bpb
 
 

@@ -15,6 +15,7 @@ def alarms(manifest: Mapping[str, Any]) -> list[str]:
         *_unreadable(manifest.get("unreadable") or {}),
         *_canary(manifest.get("near_duplicates")),
         *_splits(manifest),
+        *_tokenizer(manifest.get("tokenizer") or {}),
         *_decontamination(manifest.get("decontamination") or {}),
         *_rules(manifest["funnel"]),
         *_sources(manifest.get("sources") or {}),
@@ -51,6 +52,19 @@ def _splits(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "There are fewer groups of documents than splits, so single documents were held out: parts of one group "
             "may stand on both sides."
+        )
+
+
+def _tokenizer(found: Mapping[str, Any]) -> Iterator[str]:
+    if found.get("lossless") is False:
+        yield (
+            f"The tokenizer does not give back the text: {found['lost']:.2%} of the bytes of a sample are lost or "
+            "replaced, and a model of its tokens can neither read nor write them."
+        )
+    if n_cut := found.get("cut_documents"):
+        yield (
+            f"{n_cut:,} documents, first {found['first_cut']}, are long and have no space to cut them at, so they were "
+            "tokenized in parts and have other tokens at the cuts than as a whole."
         )
 
 
