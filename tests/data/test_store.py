@@ -269,7 +269,7 @@ data.build(from_json(json.loads(sys.argv[1])), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("stage", ["reading:text_digest", "pipeline:train_tokenizer", "pipeline:write_tokens"])
+@pytest.mark.parametrize("stage", ["reading:text_digest", "writing:train_tokenizer", "writing:write_tokens"])
 def test_a_killed_build_leaves_nothing_that_looks_complete(corpus, documents, tmp_path, stage, capfd, config_for):
     out = tmp_path / "out"
     process = subprocess.Popen(
