@@ -1,6 +1,5 @@
 """A teacher's cache as it is built: what is kept, that it is kept once, and what is refused."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from flax import nnx
 from scipy.special import log_softmax
 from tiny_models import PLAIN, build, config
+from tiny_runs import LENGTH, OWN_BLOCK, VOCABULARY, with_own_block, write_corpus, write_run
 
 import efftrain
 from efftrain import code_identity, data
@@ -22,19 +22,15 @@ from efftrain.compress import teacher_cache
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import convert
 from efftrain.compress.teacher_cache import CacheOptions, build_cache
-from efftrain.config import to_json
-from efftrain.data.splits import SplitByPackage
 from efftrain.data.teacher_cache import TeacherCache
 from efftrain.errors import ConfigError, CorpusError, RunError
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.models.routed_depth import MixtureOfDepths, causally_routed
 from efftrain.ops.number_formats import Integer
-from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.inputs import model_digest
-from efftrain.train.state import split_model
 
-LENGTH, ROWS, K, VOCABULARY = 16, 21, 8, 280
+ROWS, K = 21, 8
 MODEL = config(vocab_size=VOCABULARY + 8, pattern=(PLAIN,), n_repeats=1, max_length=32)
 
 
@@ -45,32 +41,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> data.Corpus:
-    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
-    words = ["alpha", "beta", "gamma", "delta", "naïve", "return", "数据"]
-    for number in range(24):
-        (folder / f"{number}.txt").write_text(f"{number} " + " ".join(rng.choice(words, rng.integers(3, 30))))
-    return data.build(
-        data.CorpusConfig(
-            sources=(data.TextFolder(path=folder),),
-            rules=(),
-            vocabulary=VOCABULARY,
-            block=64,
-            split=SplitByPackage(validation=0.2, test=0),
-        ),
-        folder / "corpus",
-    )
-
-
-def write_run(run: Path, model: Decoder, corpus: data.Corpus) -> Path:
-    """As training leaves it."""
-    run.mkdir(parents=True)
-    settings = {"model": to_json(model.config), "training": {"length": LENGTH}, "corpus": str(corpus.path)}
-    (run / "config.json").write_text(json.dumps(settings))
-    _, params, rest = split_model(model)
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        checkpoints.save(40, {"params": params, "model_state": rest}, None, None, squeezed=True)
-        checkpoints.wait()
-    return run
+    return write_corpus(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -337,25 +308,10 @@ def test_a_cache_that_is_there_is_not_built_again_and_never_replaced(run, corpus
         build_cache(run, options, out=tmp_path / "thesis")
 
 
-BLOCK = """
-from dataclasses import dataclass
-from efftrain.models.config import Dense
-
-@dataclass(frozen=True, kw_only=True)
-class Odd(Dense):
-    SCALE = 1.0
-"""
-
-
 @pytest.fixture
 def fork(corpus, tmp_path) -> Path:
     """A run whose feed-forward part its own recipe defines."""
-    run = write_run(tmp_path / "fork", sharp(MODEL), corpus)
-    settings = json.loads((run / "config.json").read_text())
-    settings["model"]["pattern"][0]["mlp"]["type"] = "recipe.py:Odd"
-    (run / "config.json").write_text(json.dumps(settings))
-    (run / "recipe.py").write_text(BLOCK)
-    return run
+    return with_own_block(write_run(tmp_path / "fork", sharp(MODEL), corpus))
 
 
 def test_a_cache_of_another_block_is_not_taken_for_this_ones(fork, tmp_path):
@@ -363,7 +319,7 @@ def test_a_cache_of_another_block_is_not_taken_for_this_ones(fork, tmp_path):
     build_cache(fork, options, out=out)
     assert build_cache(fork, options, out=out) == out
     before = {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]}
-    (fork / "recipe.py").write_text(BLOCK.replace("1.0", "2.0"))
+    (fork / "recipe.py").write_text(OWN_BLOCK.replace("1.0", "2.0"))
     with pytest.raises(CorpusError, match=r"was made with other .*choose another --out, or delete it"):
         build_cache(fork, options, out=out)
     assert {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]} == before
