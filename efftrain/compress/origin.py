@@ -64,7 +64,9 @@ def rounds_are_done(
     if reason and made_otherwise(before | {"code": made_from["code"]}, made_from) is None:
         if finished:
             raise RunError(f"{out} was made with {reason}; choose another --out, or delete it and {stages}")
-        console.print(f"{stages} is left from a command that was interrupted, with {reason}; starting again")
+        console.print(
+            f"{stages} is left from a command that was interrupted, with {reason}; starting again", markup=False
+        )
         for folder in (out, stages):
             shutil.rmtree(folder, ignore_errors=True)
         write_json(stages / FILE_NAME, made_from)
