@@ -12,7 +12,7 @@ import site
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ def code_identity(*values: Any, rooms: Iterable[str] = ()) -> dict[str, str]:
     """The code that decides what becomes of a configuration.
 
     Args:
-      values: dataclasses, functions, classes, and lists, tuples and dictionaries of them, at any depth. The modules
-        that define them count, those of base classes too, and what these import from modules that are neither
+      values: dataclasses, functions, classes, modules, and lists, tuples and dictionaries of them, at any depth. The
+        modules that define them count, those of base classes too, and what these import from modules that are neither
         installed nor of the standard library.
-      rooms: the parts of the package that take part: ``("data",)``; all of it by default.
+      rooms: the parts of the package that take part, folders or files: ``("data", "compress/text")``. Those that define
+        one of the values are added. All of it by default.
 
     Returns:
       Digests of source: under "efftrain" the package's version and the rooms; under the name of its file or module
@@ -40,30 +41,56 @@ def code_identity(*values: Any, rooms: Iterable[str] = ()) -> dict[str, str]:
       ConfigError: a class was defined where Python keeps no source (at a prompt).
     """
     found: dict[str, types.ModuleType] = {}
-    for value in values:
-        for owner in _owners(value):
-            _follow(owner, found)
-    modules = {_name(module): module for module in found.values()}
-    return {"efftrain": package_identity(tuple(rooms))} | {
-        name: _digest([_source(modules[name])]) for name in sorted(modules)
+    owners = {owner for value in values for owner in _owners(value)}
+    for owner in owners:
+        _follow(owner, found)
+    sources: dict[str, set[bytes]] = {}  # the scripts of two runs may have one name
+    for module in found.values():
+        sources.setdefault(_name(module), set()).add(_source(module))
+    if rooms := set(rooms):
+        rooms |= {owner.split(".")[1] for owner in owners if _is_own(owner) and "." in owner}
+    return {"efftrain": package_identity(tuple(sorted(rooms)))} | {
+        name: _digest(sorted(sources[name])) for name in sorted(sources)
     }
+
+
+def changed_code(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str | None:
+    """The names in which two identities differ, for a message: ``efftrain, essays.py``; None where they are equal.
+
+    Args:
+      before: None where none was written, as by an earlier version.
+      now: of the code that runs.
+    """
+    before = before or {}
+    return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name))) or None
+
+
+def defined_outside(module: types.ModuleType) -> bool:
+    """Whether a module is a user's own file: neither of this package, nor installed, nor a command."""
+    path = Path(getattr(module, "__file__", None) or "")
+    return path.suffix == ".py" and not path.is_relative_to(_PACKAGE) and not _is_installed(module)
 
 
 @functools.cache
 def package_identity(rooms: tuple[str, ...] = ()) -> str:
-    """Version and digest of the source files of some rooms, or of the whole package."""
-    if not rooms:
-        paths = sorted(_PACKAGE.rglob("*.py"))
-    else:
-        parts = [path for room in rooms for path in ((_PACKAGE / room).rglob("*.py"), [_PACKAGE / f"{room}.py"])]
-        paths = sorted(path for part in parts for path in part if path.is_file())
+    """Version and digest of the source files of some rooms, or of the whole package.
+
+    Raises:
+      ValueError: there is no such room.
+    """
+    found = {room: [*(_PACKAGE / room).rglob("*.py"), *_PACKAGE.glob(f"{room}.py")] for room in rooms or (".",)}
+    if empty := [room for room, files in found.items() if not files]:
+        raise ValueError(f"the package has no room {empty[0]!r}")
+    paths = sorted({path for files in found.values() for path in files})
     contents = (f"{path.relative_to(_PACKAGE).as_posix()}\0".encode() + path.read_bytes() for path in paths)
     return f"{efftrain.__version__} {_digest(contents)}"
 
 
 def _owners(value: Any) -> Iterator[str]:
     """Names of the modules that define what a value is made of."""
-    if isinstance(value, type):
+    if isinstance(value, types.ModuleType):
+        yield value.__name__
+    elif isinstance(value, type):
         yield from (cls.__module__ for cls in value.__mro__)
     elif isinstance(value, dict):
         for item in value.values():
@@ -73,12 +100,17 @@ def _owners(value: Any) -> Iterator[str]:
             yield from _owners(item)
     elif isinstance(value, functools.partial):
         yield from _owners((value.func, value.args, value.keywords))
-    elif isinstance(value, types.FunctionType | types.MethodType):
+    elif isinstance(value, types.MethodType):
+        yield from _owners((value.__func__, value.__self__))
+    elif isinstance(value, types.FunctionType) or hasattr(value, "__wrapped__"):  # what jax.jit returns is no function
         yield value.__module__
+        yield from _owners(getattr(value, "__wrapped__", ()))
     elif dataclasses.is_dataclass(value):
         yield from _owners(type(value))
         for field in dataclasses.fields(value):
             yield from _owners(getattr(value, field.name))
+    elif callable(value):
+        yield from _owners(type(value))
 
 
 def _follow(name: str, found: dict[str, types.ModuleType]) -> None:
@@ -117,7 +149,9 @@ def _installed() -> tuple[Path, ...]:
 def _name(module: types.ModuleType) -> str:
     """A script has one name, however it was started or imported: ``config.to_json`` writes the same."""
     is_script = module.__spec__ is None or module.__name__.startswith((SCRIPT_PREFIX, "__mp_main__"))
-    return Path(module.__file__).name if is_script and getattr(module, "__file__", None) else module.__name__
+    if is_script and getattr(module, "__file__", None):
+        return Path(module.__file__).name
+    return module.__spec__.name if module.__spec__ else module.__name__  # of ``python -m``, it is not __main__
 
 
 def _source(module: types.ModuleType) -> bytes:

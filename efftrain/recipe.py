@@ -130,13 +130,19 @@ def restart_with_huge_pages() -> None:
 def import_script(path: Path | str) -> types.ModuleType:
     """Imports a recipe or corpus script by its path, as a module named after the file.
 
+    Scripts of one name in several folders, such as the ``recipe.py`` of runs, are modules of their own: a class names
+    its module, and that leads to its source.
+
     Raises:
       ConfigError: there is no such file.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no script {path}; give the path of a .py file")
-    spec = importlib.util.spec_from_file_location(SCRIPT_PREFIX + path.stem, path)
+    name = SCRIPT_PREFIX + path.stem
+    if (other := sys.modules.get(name)) is not None and Path(other.__file__).resolve() != path.resolve():
+        name += "_" + hashlib.blake2b(bytes(path.resolve()), digest_size=6).hexdigest()
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a run directory stays as it is

@@ -44,11 +44,11 @@ from efftrain.compress.pieces import Pieces
 from efftrain.compress.shape import Shape, shaped
 from efftrain.compress.shapes import candidates
 from efftrain.compress.student import cut_from, from_layers, same_parameters, spread_layers
-from efftrain.compress.teacher_cache import CacheOptions, build_cache, model_digest
+from efftrain.compress.teacher_cache import CacheOptions, build_cache
 from efftrain.compress.text import Text
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, train_and_score
+from efftrain.measure.experiment import Experiment, finished, train_and_score
 from efftrain.measure.parameters import abstract_decoder, count_parameters
 from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
 from efftrain.measure.unigram import unigram_bpb
@@ -58,10 +58,11 @@ from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.inputs import model_digest
 from efftrain.train.loop import Training
 from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import Run, load_model_config, read_json
+from efftrain.train.run import load_model_config
 from efftrain.train.teacher import Teacher
 
 CALIBRATION_ROWS = 128  # of the training split, for what is cut out of a teacher
@@ -255,12 +256,8 @@ def train(config: Config, evaluated_rows: int | None = None) -> Scorecard:
 
 
 def found_or_trained(config: Config, evaluated_rows: int | None = None) -> Scorecard:
-    """The card of a run that is done, where its configuration is this one."""
-    card = config.out / FILE_NAME
-    if hosts.from_first(card.exists):
-        Run(config.out, config)  # refuses another configuration
-        return Scorecard.of(hosts.from_first(lambda: read_json(card)))
-    return train(config, evaluated_rows)
+    """The card of a run that is done, where its configuration and code are these."""
+    return finished(config) or train(config, evaluated_rows)
 
 
 def needs_teacher(config: Config) -> bool:

@@ -29,6 +29,7 @@ from typing import Any
 from flax import nnx
 
 import efftrain
+from efftrain.code_identity import code_identity
 from efftrain.compress.one_shot import prune
 from efftrain.compress.options import Compression
 from efftrain.compress.pieces import Pieces
@@ -39,10 +40,10 @@ from efftrain.compress.text import Text
 from efftrain.config import digest
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, train_and_score
+from efftrain.measure.experiment import Experiment, finished, train_and_score
 from efftrain.measure.kept import Kept
 from efftrain.measure.latency import measure_latency
-from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
+from efftrain.measure.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.ops.masks import NofM, Unstructured
@@ -182,13 +183,15 @@ def compare_ways(config: Config) -> Comparison:
     measured = []
     for i, seed in enumerate(config.seeds):
         dense = out / f"dense-seed{seed}"
-        kept = Kept(out / f"cuts-seed{seed}.json", {"dense": digest(asdict(found.cards["dense"][i]))})
+        made_from = {"dense": digest(asdict(found.cards["dense"][i]))}
+        kept = Kept(out / f"cuts-seed{seed}.json", made_from, code_identity(base, main))
         at_once = kept.cell("at once", lambda dense=dense: prune_at_once(base, dense))
         measured.append(kept)
         tuned = cut_and_tune(base, dense, seed)
         seeds[str(seed)] = {"at_once": at_once, "tuned": tuned}
         if i == 0:
-            seeds[str(seed)]["latency"] = kept.cell("latency", lambda dense=dense: side_by_side(dense))
+            name = f"latency {digest(tuned)}"  # of the models that were cut
+            seeds[str(seed)]["latency"] = kept.cell(name, lambda dense=dense: side_by_side(dense))
     found.write(out / "comparison.json", seeds=seeds)
     for kept in measured:
         kept.remove()
@@ -226,13 +229,7 @@ def cut_and_tune(config: Config, dense: Path, seed: int) -> dict[str, dict[str, 
     for name, options in cuts(config).items():
         cut = dense.with_name(f"{name}-seed{seed}")
         console.print(f"{name}, seed {seed}", markup=False)
-        done = (cut / FILE_NAME).exists()
-        card = (
-            Scorecard.read(cut / FILE_NAME)
-            if done
-            else compress(dense, options, out=cut, evaluated_rows=EVALUATED_ROWS)
-        )
-        found[name] = figures(card)
+        found[name] = figures(compress(dense, options, out=cut, evaluated_rows=EVALUATED_ROWS))
         if name == "width33":
             found["width33-scratch"] = figures(from_scratch(config, cut, seed))
     return found
@@ -243,9 +240,7 @@ def from_scratch(config: Config, cut: Path, seed: int) -> Scorecard:
     training = replace(config.training, seed=seed, steps=round(RECOVERY * config.training.steps), keep_every=None)
     out = cut.with_name(f"{cut.name}-scratch")
     scratch = replace(config, model=load_model_config(cut), training=training, sparsity=None, out=out)
-    if (out / FILE_NAME).exists():
-        return Scorecard.read(out / FILE_NAME)
-    return train_and_score(scratch, *program(scratch), evaluated_rows=EVALUATED_ROWS)[1]
+    return finished(scratch) or train_and_score(scratch, *program(scratch), evaluated_rows=EVALUATED_ROWS)[1]
 
 
 def figures(card: Scorecard) -> dict[str, float]:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 from flax import nnx
 
 import efftrain
+from efftrain.code_identity import code_identity
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import Method, convert
 from efftrain.compress.text import Text
@@ -257,7 +258,8 @@ def compare_formats(config: Config) -> Comparison:
     }
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
-    kept = [Kept(out / f"conversions-seed{seed}.json", scorecards(found, i)) for i, seed in enumerate(config.seeds)]
+    code = code_identity(base, main)
+    kept = [Kept(out / f"conversions-seed{s}.json", scorecards(found, i), code) for i, s in enumerate(config.seeds)]
     conversions = [convert_and_evaluate(base, out, s, k) for s, k in zip(config.seeds, kept, strict=True)]
     result = {"conversions": conversions, "cost_share": costs(conversions)}
     found.write(out / "comparison.json", **result)

@@ -36,6 +36,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import efftrain
+from efftrain.code_identity import code_identity
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import convert
 from efftrain.compress.task_run import (
@@ -67,6 +68,7 @@ from efftrain.ops.number_formats import Integer
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.hosts import Hosts
+from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training
 from efftrain.train.optimizers import AdamW, Muon
 from efftrain.train.run import environment
@@ -183,7 +185,8 @@ def main(config: Config) -> dict[str, Any]:
     parts = {part: len(getattr(task, part)) for part in ("train", "validation", "unlabelled", "test")}
     console.print(f"task: {len(task.labels)} labels; {parts}", markup=False)
     seeds = config.seeds if config.compare else config.seeds[:1]
-    kept = Kept(config.out / "task.json", {"config": digest(replace(config, compare=False)), "task": task.fingerprint})
+    made_from = {"config": digest(replace(config, compare=False)), "task": task.fingerprint}
+    kept = Kept(config.out / "task.json", made_from | {"inputs": input_contents(config)}, code_identity(config, main))
     general: dict[str, list[dict[str, float]]] = {}
     if config.compare and config.general is not None and task.labels:
         probe = kept.cell("general, probe", lambda: by_probe(config, task))

@@ -1,12 +1,13 @@
 """Results of other code have another identity."""
 
+import functools
 import subprocess
 import sys
 
 import pytest
 
 from efftrain import code_identity as identities
-from efftrain.code_identity import code_identity, package_identity
+from efftrain.code_identity import changed_code, code_identity, package_identity
 from efftrain.config import SCRIPT_PREFIX
 from efftrain.data.rules import Code
 from efftrain.recipe import import_script
@@ -91,3 +92,43 @@ def test_an_edit_of_the_package_counts_only_in_its_room(tmp_path, monkeypatch):
 
 def test_rules_of_the_package_are_no_modules_of_their_own():
     assert code_identity(Code(), rooms=("data",)).keys() == {"efftrain"}
+
+
+def test_scripts_of_one_name_are_not_taken_for_each_other(tmp_path):
+    """The recipes of two runs: each of their classes leads to its own source."""
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.py").write_text(f"class Block:\n    NAME = '{name}'\n")
+        found.append(import_script(tmp_path / name / "recipe.py").Block)
+    alone = [code_identity(block)["recipe.py"] for block in found]
+    (tmp_path / "two" / "recipe.py").write_text("class Block:\n    NAME = 'three'\n")
+    assert code_identity(found[0])["recipe.py"] == alone[0]
+    assert code_identity(found[1])["recipe.py"] not in alone
+    assert code_identity(found)["recipe.py"] not in alone
+
+
+def test_the_room_that_defines_a_value_takes_part():
+    from efftrain.data.classify import NgramClassifier
+
+    assert code_identity(NgramClassifier, rooms=("config",)) == code_identity(rooms=("config", "data"))
+    assert code_identity(rooms=("data", "config")) == code_identity(rooms=("config", "data"))
+
+
+def test_a_room_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="no room 'dtaa'"):
+        code_identity(rooms=("dtaa",))
+
+
+def test_functions_in_wrappers_and_objects_that_are_called_count(script):
+    script.write_text("import functools\ndef loss(x): return x\nclass Loss:\n    def __call__(self, x): return x\n")
+    module = import_script(script)
+    wrapped = functools.wraps(module.loss)(functools.lru_cache(module.loss))
+    for value in (module, wrapped, functools.partial(module.loss, 1), module.Loss(), module.Loss().__call__):
+        assert "essays.py" in code_identity(value), value
+
+
+def test_what_changed_is_named():
+    assert changed_code({"efftrain": "1", "a.py": "x"}, {"efftrain": "1", "a.py": "x"}) is None
+    assert changed_code({"efftrain": "1", "a.py": "x"}, {"efftrain": "2", "b.py": "x"}) == "a.py, b.py, efftrain"
+    assert changed_code(None, {"efftrain": "1"}) == "efftrain"

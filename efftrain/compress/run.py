@@ -1,7 +1,5 @@
 """``efftrain compress``: a run directory in, a run directory of the smaller model out."""
 
-import contextlib
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -16,6 +14,7 @@ from efftrain.compress.importance import importance
 from efftrain.compress.mixed_precision import choose_formats
 from efftrain.compress.one_shot import prune
 from efftrain.compress.options import ALL_BLOCKS, Compression, parse
+from efftrain.compress.origin import CUT, FILE_NAME, check_made_from, made_otherwise, origin, rounds_are_done
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import convert
 from efftrain.compress.recover import recover, recovery_training
@@ -42,7 +41,6 @@ from efftrain.train.loop import Training
 from efftrain.train.run import environment, load_model_config, newest_step, read_json
 from efftrain.train.state import split_model
 
-FILE_NAME = "compression.json"
 SHAPES = "shapes.json"
 TRIAL = 0.1  # of the recovery's tokens, for each shape of a search
 
@@ -61,6 +59,7 @@ def compress(
 
     A directory appears when the conversion is whole, or when its training begins; what comes before the last stage is
     in ``OUT.stages``. When interrupted, the same command continues: trials are kept, stages that are done are read.
+    What other code has left unfinished begins again, and what it has finished is refused.
 
     Args:
       run: of a float model.
@@ -84,7 +83,7 @@ def compress(
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
-    model = _stage(run, options, text, out)
+    model = _stage(run, options, text, out, evaluated_rows=evaluated_rows)
     if (out / SCORECARD).exists():
         return Scorecard.read(out / SCORECARD)
     card = _score(out, model or efftrain.load(out), text, evaluated_rows)
@@ -101,8 +100,9 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
         check_tokenizer(teacher, text.corpus)
     # Too few tokens are refused before anything is done.
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
-    if out.exists() and not (stages / "1-cut").exists():
-        raise RunError(f"{out} exists and was not made by this command, or {stages} is gone; choose another --out")
+    if rounds_are_done(run, options, text, out, stages, evaluated_rows):
+        console.print(f"{out} is converted already; nothing to do", markup=False)
+        return Scorecard.read(out / SCORECARD)
     for number in range(1, options.rounds + 1):
         cut, once, shape = stages / f"{number}-cut", _round(options, number), None
         if options.search is not None:
@@ -139,12 +139,11 @@ def _best_shape(
     teacher: Path | None,
 ) -> Shape:
     """The shape whose model is best on some rows after a short training."""
-    made_from = {"run": str(run), "corpus": str(text.corpus), "options": to_json(options)}
+    made_from = origin(run, options, text, rooms=CUT)
     if (folder / SHAPES).exists():  # by latency they would be others each time
         before = read_json(folder / SHAPES)
-        before |= {"options": _completed(before.get("options"))}
-        if {name: before.get(name) for name in made_from} != json.loads(json.dumps(made_from)):
-            raise RunError(f"{folder} was made from another run or with other options; choose another --out")
+        if reason := made_otherwise(before, made_from):
+            raise RunError(f"{folder} was made with {reason}; choose another --out")
         shapes = [from_json(shape) for shape in before["shapes"]]
     else:
         shapes = _shapes(load_model_config(run), once, options.way, text)[: options.search]
@@ -174,15 +173,22 @@ def _shapes(config: ModelConfig, options: Compression, way: Way, text: Text) -> 
     return candidates(config, 1 - options.slim, way=way, by=options.by, length=text.length)
 
 
-def _stage(run: Path, options: Compression, text: Text, out: Path, shape: Shape | None = None) -> Decoder | None:
+def _stage(
+    run: Path,
+    options: Compression,
+    text: Text,
+    out: Path,
+    shape: Shape | None = None,
+    evaluated_rows: int | None = None,
+) -> Decoder | None:
     """Makes the run directory of a converted model; None where it is there already."""
     settings, config = read_json(run / "config.json"), load_model_config(run)
-    step, shape_json = newest_step(run, settings), None if shape is None else to_json(shape)
-    corpus = str(text.corpus)
-    made_from = {"run": str(run), "step": step, "corpus": corpus, "options": to_json(options), "shape": shape_json}
-    kept = Kept(out, made_from)
+    made_from = origin(run, options, text, rooms=CUT)
+    made_from |= {"step": newest_step(run, settings), "shape": None if shape is None else to_json(shape)}
+    made_from |= {"evaluated_rows": evaluated_rows}
+    kept = Kept(out, made_from, made_from["code"])
     if out.exists():
-        _check_made_from(out, made_from)
+        check_made_from(out, made_from)
         kept.remove()
         console.print(f"{out} is converted already", markup=False)
         return None
@@ -298,25 +304,9 @@ def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_
         raise RunError(f"cannot write {out} ({error}); free the disk or choose another --out") from error
 
 
-def _completed(options: Any) -> Any:
-    """Options that did not exist when these were written have their defaults."""
-    with contextlib.suppress(ConfigError):
-        return to_json(from_json(options))
-    return options
-
-
 def _is_ours(unfinished: Path) -> bool:
     """Left by a process that was killed: our file is the first that is written."""
     return (unfinished / FILE_NAME).exists() or all(p.name.startswith(FILE_NAME) for p in unfinished.iterdir())
-
-
-def _check_made_from(out: Path, made_from: dict[str, Any]) -> None:
-    if not (out / FILE_NAME).exists():
-        raise RunError(f"{out} exists and is not a converted model; choose another --out")
-    before = read_json(out / FILE_NAME)
-    before |= {"options": _completed(before.get("options"))}
-    if any(before.get(name) != value for name, value in json.loads(json.dumps(made_from)).items()):
-        raise RunError(f"{out} was made from another run, step or with other options; choose another --out")
 
 
 def _score(out: Path, model: Decoder, text: Text, rows: int | None) -> Scorecard:

@@ -20,6 +20,7 @@ from efftrain.measure.task_scores import classification, exact_match
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.vocabulary import with_vocabulary
+from efftrain.train.inputs import content
 from efftrain.train.loop import Training, fit
 from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.run import Run, find_tokenizer, load_model_config
@@ -55,7 +56,7 @@ class TaskRun:
       model, training: resolved.
       learner: what they were made from.
       loss: None of a task that generates.
-      made_from: fingerprints of the examples and of the teacher's opinions.
+      made_from: fingerprints of the examples, of the vocabulary and of the teacher's opinions.
     """
 
     model: ModelConfig
@@ -127,9 +128,10 @@ def train_on_task(
         training=training,
         learner=learner,
         loss=loss,
-        made_from={"task": task.fingerprint} | (made_from or {}),
+        made_from={"task": task.fingerprint, "ids": ids.fingerprint} | (made_from or {}),
     )
-    run = Run(out, config)
+    found = None if general is None else content(general)
+    run = Run(out, config, inputs={} if found is None else {"general": found})
     ids.write(run.path)
     flops = training_flops(abstract_decoder(model), training.length, steps=training.steps)
     objective: Objective = next_token_loss if loss is None else loss

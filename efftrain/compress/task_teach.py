@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from efftrain.code_identity import code_identity
 from efftrain.compress.task import predict
 from efftrain.compress.task_run import longest_answer, task_loss
 from efftrain.compress.task_texts import Augmentation, agreed_answers, answer, make_up
-from efftrain.config import digest
+from efftrain.config import to_json
 from efftrain.data.task import Example, Task
 from efftrain.data.task_items import Item, TaskIds, completions, questions
+from efftrain.measure.kept import other_origin
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
+from efftrain.train.inputs import model_digest
 
+ROOMS = ("compress", "data", "models", "ops")  # that decide what a teacher says
 # Of the texts, so many are as long as one that is made up may be: those that are drawn together wait for the longest.
 LONGEST_TEXT = 0.98
 
@@ -45,20 +49,27 @@ def teach(
 ) -> Lesson:
     """Asks the teacher for everything that a student learns from, once: ``taught.npz`` in the folder keeps it.
 
+    It is asked again, and a sentence says so, where what is kept comes from another teacher, task or code.
+
     Args:
       folder: the teacher's run.
       augment: None: it makes up nothing, and answers at once.
       length: tokens of the rows that it reads.
       seed: of what it draws.
     """
-    asked = digest({"task": task.fingerprint, "augment": augment, "length": length, "seed": seed})
+    asked: dict[str, Any] = {"teacher": model_digest(teacher), "ids": ids.fingerprint, "task": task.fingerprint}
+    asked |= {"augment": to_json(augment), "length": length, "seed": seed}
+    asked["code"] = code_identity(teacher.config, rooms=ROOMS)
     path = folder / "taught.npz"
     if path.exists():
         with np.load(path) as file:
             said = json.loads(str(file["said"]))
-            if said.pop("asked") == asked:
+            before = said.pop("asked")
+            reason = other_origin(before if isinstance(before, dict) else {}, asked)
+            if reason is None:
                 arrays = {name: file[name] for name in ("labels", "logits") if name in file}
                 return Lesson(**said, **{"labels": None, "logits": None} | arrays)
+            console.print(f"{path} was made with {reason}; asking the teacher again", markup=False)
     found = (_opinions if task.labels else _answers)(teacher, ids, task, augment, length, seed)
     said = {"asked": asked, "texts": found.texts, "answers": found.answers, "counts": found.counts}
     arrays = {"labels": found.labels, "logits": found.logits}

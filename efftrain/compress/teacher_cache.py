@@ -3,7 +3,6 @@
 The format is that of ``data.teacher_cache``; the loader reads it together with the rows.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from jax import Array
 
 import efftrain
 from efftrain import data
-from efftrain.config import difference
+from efftrain.code_identity import code_identity
 from efftrain.data import store
 from efftrain.data.packing import padding
 from efftrain.data.teacher_cache import (
@@ -31,14 +30,16 @@ from efftrain.data.teacher_cache import (
     write_shard,
 )
 from efftrain.errors import ConfigError, CorpusError
+from efftrain.measure.kept import other_origin
 from efftrain.models.config import ModelConfig
 from efftrain.models.routed_depth import causally_routed, routes_causally
 from efftrain.ops.head_loss import choose_chunks, over_chunks
 from efftrain.progress import Progress, console
 from efftrain.sharding.hosts import Hosts
-from efftrain.train.checkpoints import flatten
+from efftrain.train.inputs import model_digest
 from efftrain.train.run import load_model_config, newest_step, read_json
 
+ROOMS = ("compress/teacher_cache", "data", "models", "ops")  # that decide what is kept
 READ = ("tokens", "segments", "positions")  # of a row, by the model
 
 
@@ -89,7 +90,9 @@ def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None,
     """Keeps what a run's model predicts at every position of the first rows of a corpus, and prints what that takes.
 
     The folder appears when it is whole. When interrupted, the same command continues; draws depend on the seed and on
-    the row alone, so that it ends with the same records. Where the cache is there already, nothing is done.
+    the row alone, so that it ends with the same records. Where the cache is there already, made by the same code,
+    nothing is done. An unfinished one of other code is begun again. Whoever reads a cache does not ask for its code:
+    it is what the teacher of its time said.
 
     Args:
       run: the directory of the teacher's run; also of a converted model.
@@ -115,32 +118,22 @@ def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None,
             f"the model of {run} chooses tokens by looking ahead, so that it predicts no next token and cannot teach; "
             "train it with causal 'predictor' or 'auxiliary'"
         )
-    plan = _plan(model, opened, rows, options)
-    if _is_there(out, plan):
+    plan, code = _plan(model, opened, rows, options), code_identity(config, rooms=ROOMS)
+    if _is_there(out, plan, code):
         console.print(f"{out} is there already, of the same teacher, rows and options; nothing to do", markup=False)
         return out
     predict = _predictor(causally_routed(model), plan)
     n_tokens = min(plan.rows * plan.length, opened.n_tokens(plan.split))
-    with store.building(out, {"plan": asdict(plan)}) as folder:
+    with store.building(out, {"plan": asdict(plan), "made_by_code": code}) as folder:
         _write_shards(folder, plan, rows, predict, options.batch_size)
         content = describe(plan, folder, n_tokens=n_tokens)
-        made_by = {"run": run.name, "step": newest_step(run, settings)}
+        made_by = {"run": run.name, "step": newest_step(run, settings), "code": code}
         store.write_manifest(folder, content | {"made_by": made_by})
     console.print(
         f"{out}: {n_tokens:,} tokens, {content['bytes_per_token']} bytes a token, {content['bytes'] / 1e6:,.1f} MB",
         markup=False,
     )
     return out
-
-
-def model_digest(model: nnx.Module) -> str:
-    """Stands for a model's numbers: blake2b over names, types, shapes and bytes of all its variables, 32 hex digits."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, leaf in sorted(flatten(nnx.state(model)).items()):
-        array = np.asarray(leaf)
-        state.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-        state.update(array.tobytes())
-    return state.hexdigest()
 
 
 @partial(jax.jit, static_argnames=("graph", "vocab_size", "k"))
@@ -303,13 +296,14 @@ def _plan(model: nnx.Module, corpus: "data.Corpus", rows: "data.PackedRows", opt
     )
 
 
-def _is_there(out: Path, plan: CachePlan) -> bool:
+def _is_there(out: Path, plan: CachePlan, code: dict[str, str]) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / store.MANIFEST).is_file():
         raise CorpusError(f"{out} exists and is not a teacher cache; choose another --out")
-    changed = difference(read_manifest(out).get("plan"), asdict(plan))
-    if changed:
-        raise CorpusError(f"{out} is a cache of something else ({changed[0]}); choose another --out, or delete it")
+    manifest = read_manifest(out)
+    before = manifest.get("plan", {}) | {"code": manifest.get("made_by", {}).get("code")}
+    if reason := other_origin(before, asdict(plan) | {"code": code}):
+        raise CorpusError(f"{out} was made with {reason}; choose another --out, or delete it")
     TeacherCache.open(out)
     return True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from efftrain.config import digest
 from efftrain.data.task import Example
 from efftrain.data.tokenizer import (
     find_end_of_text,
@@ -72,6 +73,11 @@ class TaskIds:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self.tokenizer.decode([int(t) for t in tokens if t < self.answer])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer and the labels."""
+        return digest({"tokenizer": tokenizer_json(self.tokenizer), "labels": self.labels})
 
     def write(self, folder: Path) -> None:
         """``tokenizer.json`` and ``labels.txt``."""

@@ -51,7 +51,7 @@ class CachePlan:
       n: how many probabilities, or draws with replacement, of each position.
       seed: of the draws.
       vocab_size: entries of the tokenizer; the distributions are over these.
-      teacher: ``compress.teacher_cache.model_digest`` of the model.
+      teacher: ``train.inputs.model_digest`` of the model.
       corpus: ``Corpus.token_fingerprint``.
       tokenizer: checksum of the corpus's ``tokenizer.json``.
       split: of the corpus.
@@ -302,7 +302,7 @@ class TeacherCache:
             )
 
     def check_teacher(self, teacher: str) -> None:
-        """Whether it was made by the model of this ``compress.teacher_cache.model_digest``.
+        """Whether it was made by the model of this ``train.inputs.model_digest``.
 
         Raises:
           ConfigError: by another one.

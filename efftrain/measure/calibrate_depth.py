@@ -3,7 +3,6 @@
 Leaves ``depth.json`` in the run (and ``depth_probe.npz``), bound to the model that was measured.
 """
 
-import hashlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import efftrain
 from efftrain import data
-from efftrain.config import digest, to_json
+from efftrain.code_identity import code_identity
+from efftrain.config import to_json
 from efftrain.errors import ConfigError, CorpusError, RunError
 from efftrain.measure.exit_curves import (
     QUANTILES,
@@ -44,9 +42,11 @@ from efftrain.models.early_exit import ConfidenceExit, Probe
 from efftrain.models.routed_depth import has_routed_depth
 from efftrain.models.self_speculation import SelfSpeculation
 from efftrain.progress import Progress, console
+from efftrain.train.inputs import content, model_digest
 from efftrain.train.run import environment, read_json
 
 FILE_NAME, PROBE_NAME = "depth.json", "depth_probe.npz"
+ROOMS = ("data", "measure", "models", "ops")  # that decide what is measured
 NEVER = 2.0  # a threshold that no confidence reaches
 QUALITY_LOSS = 0.01  # of the bits per byte, that the named point of a curve may cost
 
@@ -147,7 +147,7 @@ class Calibrated:
 
 
 def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
-    """What ``calibrate`` found for this model.
+    """What ``calibrate`` found for this model, with whichever version of this package: its figures stay true of it.
 
     Raises:
       RunError: there is no calibration, or it is of another model.
@@ -156,22 +156,13 @@ def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
     if not path.exists():
         raise RunError(f"there is no {path}; make it with: efftrain calibrate-depth {run}")
     values = read_json(path)
-    if values.get("fingerprint") != fingerprint(model):
+    if values.get("model") != model_digest(model):
         raise RunError(f"{path} was measured on another model; measure this one with: efftrain calibrate-depth {run}")
     probe = path.with_name(PROBE_NAME)
     if not probe.exists():
         return Calibrated(values, None)
     with np.load(probe) as arrays:
         return Calibrated(values, Probe(jnp.asarray(arrays["kernel_ed"]), jnp.asarray(arrays["bias_e"])))
-
-
-def fingerprint(model: Decoder) -> str:
-    """Of configuration and parameters: the first thousand numbers of each."""
-    text = hashlib.blake2b(digest(to_json(model.config)).encode(), digest_size=16)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        flat = np.asarray(jax.device_get(variable[...].reshape(-1)[:1000]))
-        text.update(f"{path}{variable.shape}".encode() + flat.tobytes())
-    return text.hexdigest()
 
 
 def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) -> dict[str, Any]:
@@ -195,9 +186,8 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     opened.check_model(model.config.vocab_size)
     length = settings["training"]["length"]
     rows = _rows(corpus_path, length, options)
-    kept = Kept(
-        run / FILE_NAME, {"fingerprint": fingerprint(model), "options": to_json(options), "corpus": str(corpus_path)}
-    )
+    made_from = {"model": model_digest(model), "options": to_json(options), "corpus": content(corpus_path)}
+    kept = Kept(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS))
     texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
     text = Text(token_classes(texts), opened.token_bytes())
     if model.config.n_layers < 2 and not has_routed_depth(model):

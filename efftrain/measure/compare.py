@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.table import Table
 
-from efftrain.measure.experiment import Experiment
-from efftrain.measure.scorecard import FILE_NAME, Figure, Scorecard, amount
+from efftrain.measure.experiment import Experiment, finished
+from efftrain.measure.scorecard import Figure, Scorecard, amount
 from efftrain.progress import console
-from efftrain.train.run import Run, environment, read_metrics
+from efftrain.train.run import environment, read_metrics
 
 LAST_ROWS = 50  # training rows behind the figures of the last steps
 COLUMNS = ("bpb", "train_flops", "train_tokens_per_s", "parameters_active", "parameters_total", "decode_s_per_token_b1")
@@ -121,7 +121,7 @@ def compare(
       complete: what is known of a configuration only with its directory and seed.
 
     Raises:
-      RunError: a directory holds a run of another configuration.
+      RunError: a directory holds a run of another configuration, of other inputs, or a finished one of other code.
     """
     cards: dict[str, list[Scorecard]] = {name: [] for name in variants}
     last: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
@@ -130,10 +130,7 @@ def compare(
             seeded = replace(variant, out=out / f"{name}-seed{seed}", training=replace(variant.training, seed=seed))
             config = complete(seeded)
             console.print(f"{name}, seed {seed} ({i + 1} of {len(seeds)})", markup=False)
-            done = (config.out / FILE_NAME).exists()
-            if done:
-                Run(config.out, config)  # refuses another configuration
-            cards[name].append(Scorecard.read(config.out / FILE_NAME) if done else train(config))
+            cards[name].append(finished(config) or train(config))
             for figure, value in _last_figures(config.out).items():
                 last[name].setdefault(figure, []).append(value)
     return Comparison(tuple(seeds), cards, last)

@@ -16,10 +16,11 @@ from efftrain.measure.scorecard import FILE_NAME, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.sharding import hosts
+from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
 from efftrain.train.program import Wrap
-from efftrain.train.run import Run
+from efftrain.train.run import Run, read_json
 from efftrain.train.teacher import Taught
 
 TOKENIZER = "tokenizer.json"
@@ -72,7 +73,7 @@ def train_and_score(
     with hosts.together():
         corpus = data.open(config.corpus)
         corpus.check_model(config.model.vocab_size)
-    run = Run(config.out, config, script=script)
+    run = _open(config, script)
     if hosts.process_index() == 0 and not (run.path / TOKENIZER).exists():
         # What its tokens mean, for whoever uses the model without the corpus.
         shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
@@ -119,6 +120,26 @@ def train_and_score(
         card = _with_earlier(card, run.path / FILE_NAME)
         card.write(run.path / FILE_NAME)
     return fitted.model, card
+
+
+def finished(config: Experiment) -> Scorecard | None:
+    """The scorecard of a run that is done; None where ``train_and_score`` has something to do.
+
+    Raises:
+      RunError: the directory holds a run of another configuration, of other inputs or, when finished, of other code.
+    """
+    hosts.connect()
+    path = config.out / FILE_NAME
+    if not hosts.from_first(path.exists):
+        return None
+    _open(config)
+    return Scorecard.of(hosts.from_first(lambda: read_json(path)))
+
+
+def _open(config: Experiment, script: Path | None = None) -> Run:
+    with hosts.together():
+        inputs = input_contents(config) if hosts.process_index() == 0 else {}  # the one that writes compares them
+    return Run(config.out, config, script=script, inputs=inputs)
 
 
 def _with_earlier(card: Scorecard, path: Path) -> Scorecard:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from efftrain.code_identity import changed_code
+from efftrain.config import difference
 from efftrain.errors import RunError
+from efftrain.progress import console
 
 
 class Kept:
@@ -14,13 +17,21 @@ class Kept:
 
     Args:
       path: of the file.
-      values: what the measurements depend on: those of other values are not taken.
+      values: what the measurements depend on, as JSON; those of other values are not taken, and a sentence says so.
+      code: ``code_identity`` of what measures; the same goes for it.
     """
 
-    def __init__(self, path: Path, values: dict[str, Any]):
-        self.values, self._path = values, path.with_name(f".{path.name}.incomplete")
-        before = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._cells = before.get("cells", {}) if {**before, "cells": None} == {**values, "cells": None} else {}
+    def __init__(self, path: Path, values: dict[str, Any], code: Mapping[str, str]):
+        self.values, self._path = values | {"code": dict(code)}, path.with_name(f".{path.name}.incomplete")
+        self._cells: dict[str, Any] = {}
+        if not self._path.exists():
+            return
+        before = json.loads(self._path.read_text())
+        cells = before.pop("cells", {})
+        if (reason := other_origin(before, self.values)) is None:
+            self._cells = cells
+        elif cells:
+            console.print(f"{self._path} was measured with {reason}; measuring again", markup=False)
 
     def cell(self, name: str, measure: Callable[[], Any]) -> Any:
         """What ``measure`` returned, now or before; JSON."""
@@ -31,6 +42,20 @@ class Kept:
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
+
+
+def other_origin(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """In what a result was made otherwise than it is made now: ``other code (efftrain)``; None where in nothing.
+
+    Args:
+      before: what a result was made from, as it was written; under "code" by which code.
+      now: the same of what is asked for.
+    """
+    plain = [{name: value for name, value in origin.items() if name != "code"} for origin in (before, now)]
+    if changed := difference(plain[0], json.loads(json.dumps(plain[1]))):
+        return f"other options or inputs ({changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''})"
+    code = changed_code(before.get("code"), now["code"])
+    return code and f"other code (changed since: {code})"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

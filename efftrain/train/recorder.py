@@ -14,9 +14,9 @@ from efftrain.sharding import hosts
 from efftrain.train.alarms import Alarms
 from efftrain.train.objective import Metrics
 from efftrain.train.run import MetricsLog, Run, read_json
+from efftrain.train.run_identity import FIGURES
 from efftrain.train.timing import Timing
 
-FIGURES = "training.json"
 VOTES = "votes"  # among the metrics of several processes: process * 256 + signal that asks it to stop, or -1
 
 

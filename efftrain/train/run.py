@@ -18,12 +18,13 @@ import jax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from efftrain.config import difference, digest, from_json, to_json
+from efftrain.config import difference, from_json, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.sharding import hosts
+from efftrain.train.run_identity import FILE_NAME, PACKAGES, check_identity, process_code, run_identity, steps_made
 
 # Fields that say how a run is carried out and not what it computes: they may change when it continues.
 OPERATIONAL = (
@@ -35,27 +36,35 @@ OPERATIONAL = (
 class Run:
     """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/``, ...
 
-    Several processes are one run: the first of them writes.
+    ``identity.json`` says which code and inputs the run was made by. An unfinished run continues with other code, as a
+    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. A finished
+    run of other code is refused, as it would be taken for what this code trains. Several processes are one run: the
+    first of them writes.
 
     Args:
       path: of the directory.
       config: a dataclass.
       script: kept as ``recipe.py``: it has the classes that the configuration names and efftrain has not. None: the one
         that is running.
+      inputs: digests of what the run is made from, by name (``inputs.input_contents``). Names that the directory does
+        not know, or that are not given any more, are not compared.
 
     Attributes:
       checkpoints: the folder of the checkpoints: in the directory, or where the configuration says.
 
     Raises:
-      RunError: the directory holds a run of another configuration, or something that is not a run; the processes
-        differ in configuration, code or packages.
+      RunError: the directory holds a run of another configuration or of other inputs, a finished one of other code, or
+        something that is not a run; the processes differ in configuration, code or packages.
     """
 
-    def __init__(self, path: Path | str, config: Any, *, script: Path | None = None):
+    def __init__(
+        self, path: Path | str, config: Any, *, script: Path | None = None, inputs: Mapping[str, str] | None = None
+    ):
         self.path, self.config = Path(path), to_json(config)
         self._script = script or getattr(sys.modules["__main__"], "__file__", None)
+        self._identity = run_identity(config, inputs or {}, alone=script is not None)
         self.checkpoints = checkpoint_directory(self.path, self.config)
-        hosts.agree({"configuration": self.config} | _code())
+        hosts.agree({"configuration": self.config} | process_code())
         with hosts.together():
             if hosts.process_index() == 0:
                 self._make()
@@ -63,6 +72,7 @@ class Run:
     def _make(self) -> None:
         if (self.path / "config.json").exists():
             self._check_same_config()
+            self._check_same_identity()
         elif self.path.is_dir() and any(p.suffix != ".incomplete" for p in self.path.iterdir()):
             raise RunError(
                 f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
@@ -70,8 +80,11 @@ class Run:
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
+            if (self.path / FILE_NAME).exists() and steps_made(self.path, self.checkpoints, self.config) == "all":
+                return  # what it was trained by stays written there
             self.write_json("environment.json", environment())
             self._copy_recipe()
+            self.write_json(FILE_NAME, self._identity)
 
     def _check_same_config(self) -> None:
         before = read_json(self.path / "config.json")
@@ -84,6 +97,12 @@ class Run:
                 f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, or give "
                 "the same configuration to continue it"
             )
+
+    def _check_same_identity(self) -> None:
+        path = self.path / FILE_NAME
+        before = read_json(path) if path.exists() else None
+        check_identity(self.path, before, self._identity, steps=steps_made(self.path, self.checkpoints, self.config))
+        self._identity["inputs"] = (before["inputs"] if before else {}) | self._identity["inputs"]
 
     def _copy_recipe(self) -> None:
         script, copy = self._script and Path(self._script), self.path / "recipe.py"
@@ -254,23 +273,6 @@ def model_config(directory: Path, settings: Any) -> ModelConfig:
             f"{directory / 'config.json'} has no field 'model' that is a ModelConfig; was it a training run?"
         )
     return config
-
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "efftrain")
-
-
-def _code() -> dict[str, Any]:
-    """What must be the same on all processes beside the configuration. Files, as a commit does not know of edits."""
-    import efftrain
-
-    root, script = Path(efftrain.__file__).parent, getattr(sys.modules["__main__"], "__file__", None)
-    files = {str(path.relative_to(root)): path.read_bytes().hex() for path in sorted(root.rglob("*.py"))}
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "code": digest(files),
-        "recipe": digest(Path(script).read_bytes().hex()) if script and Path(script).is_file() else None,
-    }
 
 
 def environment() -> dict[str, Any]:

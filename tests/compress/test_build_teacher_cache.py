@@ -1,7 +1,5 @@
 """A teacher's cache as it is built: what is kept, that it is kept once, and what is refused."""
 
-import hashlib
-import json
 import signal
 import subprocess
 import sys
@@ -10,32 +8,29 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from flax import nnx
 from scipy.special import log_softmax
 from tiny_models import PLAIN, build, config
+from tiny_runs import LENGTH, OWN_BLOCK, VOCABULARY, with_own_block, write_corpus, write_run
 
 import efftrain
-from efftrain import data
+from efftrain import code_identity, data
 from efftrain.compress import teacher_cache
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import convert
-from efftrain.compress.teacher_cache import CacheOptions, build_cache, model_digest
-from efftrain.config import to_json
-from efftrain.data.splits import SplitByPackage
+from efftrain.compress.teacher_cache import CacheOptions, build_cache
 from efftrain.data.teacher_cache import TeacherCache
 from efftrain.errors import ConfigError, CorpusError, RunError
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.models.routed_depth import MixtureOfDepths, causally_routed
 from efftrain.ops.number_formats import Integer
-from efftrain.train.checkpoints import Checkpoints, flatten
-from efftrain.train.state import split_model
+from efftrain.train.inputs import model_digest
 
-LENGTH, ROWS, K, VOCABULARY = 16, 21, 8, 280
+ROWS, K = 21, 8
 MODEL = config(vocab_size=VOCABULARY + 8, pattern=(PLAIN,), n_repeats=1, max_length=32)
 
 
@@ -46,32 +41,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> data.Corpus:
-    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
-    words = ["alpha", "beta", "gamma", "delta", "naïve", "return", "数据"]
-    for number in range(24):
-        (folder / f"{number}.txt").write_text(f"{number} " + " ".join(rng.choice(words, rng.integers(3, 30))))
-    return data.build(
-        data.CorpusConfig(
-            sources=(data.TextFolder(path=folder),),
-            rules=(),
-            vocabulary=VOCABULARY,
-            block=64,
-            split=SplitByPackage(validation=0.2, test=0),
-        ),
-        folder / "corpus",
-    )
-
-
-def write_run(run: Path, model: Decoder, corpus: data.Corpus) -> Path:
-    """As training leaves it."""
-    run.mkdir(parents=True)
-    settings = {"model": to_json(model.config), "training": {"length": LENGTH}, "corpus": str(corpus.path)}
-    (run / "config.json").write_text(json.dumps(settings))
-    _, params, rest = split_model(model)
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        checkpoints.save(40, {"params": params, "model_state": rest}, None, None, squeezed=True)
-        checkpoints.wait()
-    return run
+    return write_corpus(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +299,7 @@ def test_a_cache_that_is_there_is_not_built_again_and_never_replaced(run, corpus
         (run, replace(options, rows=ROWS - 1), "rows: 21 -> 20"),
         (other, options, "teacher: "),
     ):
-        with pytest.raises(CorpusError, match=f"is a cache of something else \\({field}.*choose another --out"):
+        with pytest.raises(CorpusError, match=f"made with other options or inputs \\({field}.*choose another --out"):
             build_cache(teacher, wanted, out=out)
     assert {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]} == before
     (tmp_path / "thesis").mkdir()
@@ -338,17 +308,50 @@ def test_a_cache_that_is_there_is_not_built_again_and_never_replaced(run, corpus
         build_cache(run, options, out=tmp_path / "thesis")
 
 
-def test_a_digest_is_of_all_numbers_of_a_model(run):
-    model = efftrain.load(run)
-    state = hashlib.blake2b(digest_size=16)
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten(nnx.state(model)).items()}
-    for name in sorted(arrays):
-        state.update(f"{name}\0{arrays[name].dtype}\0{arrays[name].shape}\0".encode() + arrays[name].tobytes())
-    assert model_digest(model) == state.hexdigest() == model_digest(sharp(MODEL))
-    scale = np.array(model.norm.scale[...])
-    scale[3] = np.nextafter(scale[3], np.float32(9))
-    model.norm.scale[...] = jnp.asarray(scale)
-    assert model_digest(model) != state.hexdigest()
+@pytest.fixture
+def fork(corpus, tmp_path) -> Path:
+    """A run whose feed-forward part its own recipe defines."""
+    return with_own_block(write_run(tmp_path / "fork", sharp(MODEL), corpus))
+
+
+def test_a_cache_of_another_block_is_not_taken_for_this_ones(fork, tmp_path):
+    options, out = CacheOptions(top_k=K, rows=ROWS), tmp_path / "cache"
+    build_cache(fork, options, out=out)
+    assert build_cache(fork, options, out=out) == out
+    before = {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]}
+    (fork / "recipe.py").write_text(OWN_BLOCK.replace("1.0", "2.0"))
+    with pytest.raises(CorpusError, match=r"was made with other .*choose another --out, or delete it"):
+        build_cache(fork, options, out=out)
+    assert {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]} == before
+
+
+def test_a_cache_of_other_code_is_refused_and_still_read(fork, tmp_path, monkeypatch):
+    """The package itself was edited: what is there is not what it would make, and as good to learn from as it was."""
+    options, out = CacheOptions(top_k=K, rows=ROWS), tmp_path / "cache"
+    build_cache(fork, options, out=out)
+    monkeypatch.setattr(code_identity, "package_identity", lambda rooms: "another version")
+    with pytest.raises(CorpusError, match=r"made with other code \(changed since: efftrain\); choose another --out"):
+        build_cache(fork, options, out=out)
+    TeacherCache.open(out).check_teacher(model_digest(efftrain.load(fork)))
+
+
+def test_an_unfinished_cache_of_other_code_starts_again(fork, tmp_path, monkeypatch, capfd):
+    options, out = CacheOptions(top_k=K, rows=ROWS, batch_size=4), tmp_path / "cache"
+    encode, calls = teacher_cache.encode_top_k, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 13:  # within the second shard
+            raise OSError("gone")
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache, "encode_top_k", fail)
+        with pytest.raises(OSError, match="gone"):
+            build_cache(fork, options, out=out)
+    monkeypatch.setattr(code_identity, "package_identity", lambda rooms: "another version")
+    build_cache(fork, options, out=out)
+    assert "starting again" in capfd.readouterr().err
 
 
 def test_another_teacher_than_that_of_the_cache_is_refused(run, tmp_path):

@@ -205,14 +205,14 @@ def test_a_budget_is_tried_on_float_matrices(tmp_path):
         seen.append(logits(candidate, tokens()))
         return 0.0
 
-    choose_formats(model, (Integer(bits=4, group=8), INT8), 0.2, bpb, Kept(tmp_path / "choice.json", {}))
+    choose_formats(model, (Integer(bits=4, group=8), INT8), 0.2, bpb, Kept(tmp_path / "choice.json", {}, {}))
     plain = build(config(pattern=(PLAIN,), n_repeats=1))
     np.testing.assert_array_equal(seen[0], logits(trained_for(plain, weights(INT8)), tokens()))
     np.testing.assert_array_equal(logits(model, tokens()), before)
     with pytest.raises(ConfigError, match="int8 and fp8 take as many bytes; leave one of them out"):
-        choose_formats(model, (INT8, Float8()), 0.2, bpb, Kept(tmp_path / "choice.json", {}))
+        choose_formats(model, (INT8, Float8()), 0.2, bpb, Kept(tmp_path / "choice.json", {}, {}))
     n = len(seen)
-    choose_formats(model, (INT8, INT4), 0.9, bpb, Kept(tmp_path / "choice.json", {}))  # all fit in int8: no trials
+    choose_formats(model, (INT8, INT4), 0.9, bpb, Kept(tmp_path / "choice.json", {}, {}))  # all fit in int8: no trials
     assert len(seen) == n
 
 
@@ -255,7 +255,7 @@ def test_a_budget_goes_to_the_layers_that_need_it(tmp_path):
         return total
 
     formats = (INT8, Integer(bits=4, group=8))
-    choice = choose_formats(model, formats, 0.22, bpb, Kept(tmp_path / "choice.json", {}))
+    choice = choose_formats(model, formats, 0.22, bpb, Kept(tmp_path / "choice.json", {}, {}))
     assert choice.share <= 0.22
     rules = {rule.weights.bits: rule for rule in choice.rules}
     converted, report = convert(Pieces.of(model), Quantization(rules=choice.rules), unrolled=True)
@@ -268,10 +268,10 @@ def test_a_budget_goes_to_the_layers_that_need_it(tmp_path):
     # What was measured is not measured again.
     n = len(calls)
     assert n == 1 + 4 * 2
-    assert choose_formats(model, formats, 0.22, bpb, Kept(tmp_path / "choice.json", {})) == choice
+    assert choose_formats(model, formats, 0.22, bpb, Kept(tmp_path / "choice.json", {}, {})) == choice
     assert len(calls) == n
     with pytest.raises(ConfigError, match=r"--budget 0\.1 is below 0\.1875, the share of int4:g8 everywhere"):
-        choose_formats(model, formats, 0.1, bpb, Kept(tmp_path / "choice.json", {}))
+        choose_formats(model, formats, 0.1, bpb, Kept(tmp_path / "choice.json", {}, {}))
 
 
 def test_local_layers_are_plain_blocks():

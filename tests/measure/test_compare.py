@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from efftrain import code_identity
 from efftrain.errors import RunError
 from efftrain.measure.compare import compare, equal_quality_flops
 from efftrain.measure.experiment import Experiment
 from efftrain.measure.scorecard import FILE_NAME, Figure, Scorecard, not_measured
 from efftrain.models.config import llama
+from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training
 from efftrain.train.run import Run
 
@@ -36,7 +38,7 @@ class Trainer:
     def __call__(self, config: Experiment) -> Scorecard:
         if len(self.trained) == self.fail_at:
             raise KeyboardInterrupt
-        run = Run(config.out, config)
+        run = Run(config.out, config, inputs=input_contents(config))
         self.trained.append(run.path.name)
         variant, seed = run.path.name.split("-seed")
         assert config.training.seed == int(seed)
@@ -52,6 +54,7 @@ class Trainer:
         blank = {"train_tokens_per_s", "parameters_active", "parameters_total", "decode_s_per_token_b1"}
         card = Scorecard(run.path.name, figures | {name: not_measured("s", "") for name in blank}, {"cpu": "fake"})
         card.write(run.path / FILE_NAME)
+        (run.path / "training.json").write_text("{}")
         return card
 
 
@@ -86,6 +89,32 @@ def test_finished_runs_of_another_configuration_are_refused(tmp_path):
     changed = {"narrow": replace(BASE, model=MODEL.replace(n_repeats=2))}
     with pytest.raises(RunError, match="narrow-seed0 holds a run with another configuration"):
         compare(changed, Trainer(tmp_path), out=tmp_path, seeds=(0,))
+
+
+def test_finished_runs_of_other_code_are_refused(tmp_path, monkeypatch):
+    """Their figures would stand beside those of this code as if only the variants differed."""
+    compare(VARIANTS, Trainer(tmp_path), out=tmp_path, seeds=(0,))
+    before = (tmp_path / "narrow-seed0" / "environment.json").read_bytes()
+    compare(VARIANTS, Trainer(tmp_path), out=tmp_path, seeds=(0,))
+    assert (tmp_path / "narrow-seed0" / "environment.json").read_bytes() == before
+    monkeypatch.setattr(code_identity, "package_identity", lambda rooms: "another version")
+    with pytest.raises(RunError, match=r"narrow-seed0 was trained by other code \(changed since: efftrain\)"):
+        compare(VARIANTS, Trainer(tmp_path), out=tmp_path, seeds=(0,))
+
+
+def test_finished_runs_of_a_corpus_that_was_built_anew_are_refused(tmp_path):
+    def corpus(tokens: str) -> Path:
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": {"tokens/0": {"blake2b": tokens}}}))
+        return tmp_path
+
+    def variants() -> dict[str, Experiment]:
+        return {"narrow": replace(BASE, corpus=corpus(tokens))}
+
+    tokens = "a"
+    compare(variants(), Trainer(tmp_path), out=tmp_path / "runs", seeds=(0,))
+    tokens = "b"
+    with pytest.raises(RunError, match=r"narrow-seed0 holds a run .* what corpus names has changed"):
+        compare(variants(), Trainer(tmp_path), out=tmp_path / "runs", seeds=(0,))
 
 
 def test_flops_at_equal_quality_lie_between_the_members_of_a_family():

@@ -1,0 +1,80 @@
+"""What a compressed model is made from, and what becomes of one that is there and was made otherwise."""
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from efftrain.code_identity import code_identity
+from efftrain.compress.options import Compression
+from efftrain.compress.text import Text
+from efftrain.config import from_json, to_json
+from efftrain.errors import ConfigError, RunError
+from efftrain.measure.kept import other_origin, write_json
+from efftrain.measure.scorecard import FILE_NAME as SCORECARD
+from efftrain.progress import console
+from efftrain.train.inputs import content
+from efftrain.train.run import load_model_config, read_json
+
+FILE_NAME = "compression.json"
+CUT = ("compress", "data", "measure", "models", "ops")  # the rooms that decide what a conversion gives
+CUT_AND_TRAINED = (*CUT, "sharding", "train")
+
+
+def origin(run: Path, options: Compression, text: Text, *, rooms: tuple[str, ...]) -> dict[str, Any]:
+    """What a result is made from, as JSON: places, what lies there, options and code."""
+    return {
+        "run": str(run),
+        "model": content(run),
+        "corpus": str(text.corpus),
+        "text": content(text.corpus),
+        "options": to_json(options),
+        "code": code_identity(load_model_config(run), rooms=rooms),
+    }
+
+
+def made_otherwise(before: dict[str, Any], made_from: dict[str, Any]) -> str | None:
+    """See ``other_origin``; of a file that may hold more than that."""
+    before = before | {"options": _completed(before.get("options"))}
+    return other_origin({name: before.get(name) for name in made_from}, made_from)
+
+
+def check_made_from(out: Path, made_from: dict[str, Any]) -> None:
+    """Raises RunError where a directory holds something else than what is asked for."""
+    if not (out / FILE_NAME).exists():
+        raise RunError(f"{out} exists and is not a converted model; choose another --out")
+    if reason := made_otherwise(read_json(out / FILE_NAME), made_from):
+        raise RunError(f"{out} was made with {reason}; choose another --out, or delete it")
+
+
+def rounds_are_done(
+    run: Path, options: Compression, text: Text, out: Path, stages: Path, evaluated_rows: int | None
+) -> bool:
+    """Whether all rounds are; leaves in their folder what they are made from, and none of other code that is not."""
+    made_from = origin(run, options, text, rooms=CUT_AND_TRAINED) | {"evaluated_rows": evaluated_rows}
+    if out.exists() and not (stages / "1-cut").exists():
+        raise RunError(f"{out} exists and was not made by this command, or {stages} is gone; choose another --out")
+    if not any((stages / name).exists() for name in ("1-cut", "1-search")):
+        write_json(stages / FILE_NAME, made_from)
+        return False
+    if not (stages / FILE_NAME).exists():
+        raise RunError(f"{stages} was made by an earlier version or is not of this command; choose another --out")
+    before, finished = read_json(stages / FILE_NAME), (out / SCORECARD).exists()
+    reason = made_otherwise(before, made_from)
+    if reason and made_otherwise(before | {"code": made_from["code"]}, made_from) is None:
+        if finished:
+            raise RunError(f"{out} was made with {reason}; choose another --out, or delete it and {stages}")
+        console.print(
+            f"{stages} is left from a command that was interrupted, with {reason}; starting again", markup=False
+        )
+        for folder in (out, stages):
+            shutil.rmtree(folder, ignore_errors=True)
+        write_json(stages / FILE_NAME, made_from)
+    return finished and reason is None  # what else differs, the stage that it concerns will say
+
+
+def _completed(options: Any) -> Any:
+    """Options that did not exist when these were written have their defaults."""
+    with contextlib.suppress(ConfigError):
+        return to_json(from_json(options))
+    return options

@@ -1,0 +1,89 @@
+"""What a result is made from, by content: a run or a corpus that is made anew at its old place is another one."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+
+from efftrain.code_identity import code_identity
+from efftrain.config import digest, to_json
+from efftrain.data.shards import file_digest
+from efftrain.data.store import MANIFEST
+from efftrain.models.decoder import Decoder
+from efftrain.train.branch import parse_branch
+from efftrain.train.checkpoints import flatten
+from efftrain.train.run import checkpoint_directory, read_json
+
+MODEL = ("params/", "ema/", "model_state/")  # of a checkpoint, beside what only a run that continues needs
+
+
+def input_contents(config: Any) -> dict[str, str]:
+    """Digests of everything that a configuration names by its path: runs, corpora, teacher caches, files.
+
+    Args:
+      config: a dataclass; its fields that are paths count, but ``out``, and ``training.branch``.
+
+    Returns:
+      Field -> digest, without what is not there (any more): a run goes on without the one that it was begun from.
+    """
+    paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "out"}
+    found = {name: content(path) for name, path in paths.items() if isinstance(path, Path)}
+    if branch := getattr(getattr(config, "training", None), "branch", None):
+        found["training.branch"] = content(*parse_branch(branch, config.training.steps))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def content(path: Path, step: int | None = None) -> str | None:
+    """The digest of a run's model, of a corpus, of a teacher cache, or of a file; None where there is none.
+
+    Args:
+      path: a folder or a file.
+      step: of a run's checkpoint. None: the newest one.
+    """
+    if (path / MANIFEST).is_file():
+        files = read_json(path / MANIFEST).get("files", {})
+        # Of a corpus what is trained on: the documents as text, and what was removed, may be written in another way.
+        read = {n: f for n, f in files.items() if not n.startswith("text/") and not n.endswith(".parquet")}
+        return digest({name: file["blake2b"] for name, file in read.items()})
+    if (path / "config.json").is_file():
+        return _model_of(path, step)
+    return file_digest(path) if path.is_file() else None
+
+
+def model_digest(model: Decoder) -> str:
+    """Stands for what a model computes, wherever it lies; 32 hex digits.
+
+    In it are its configuration, the sources of the script that defines parts of it, and names, types, shapes and bytes
+    of all its variables. The package's own code is not: a model of an earlier version is still the same model.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    state.update(digest({"config": to_json(model.config), "code": _own_code(model.config)}).encode())
+    for name, leaf in sorted(flatten(nnx.state(model)).items()):
+        array = np.asarray(leaf)
+        state.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+        state.update(array.tobytes())
+    return state.hexdigest()
+
+
+def _own_code(config: Any) -> dict[str, str]:
+    return {name: source for name, source in code_identity(config, rooms=("models",)).items() if name != "efftrain"}
+
+
+def _model_of(run: Path, step: int | None) -> str | None:
+    """As ``model_digest``, by what the checkpoint says of its arrays: nothing large is read."""
+    settings = read_json(run / "config.json")
+    places = epath.Path(checkpoint_directory(run, settings))
+    steps = [int(p.name) for p in places.iterdir() if p.name.isdigit()] if places.exists() else []
+    if not steps or (step is not None and step not in steps):
+        return None
+    data = ocp.JsonCheckpointHandler().restore(places / str(max(steps) if step is None else step) / "data")
+    arrays = {name: value for name, value in data["fingerprints"].items() if name.startswith(MODEL)}
+    model, script = settings.get("model"), run / "recipe.py"
+    own = file_digest(script) if ".py:" in json.dumps(model) and script.is_file() else None
+    return digest({"model": model, "arrays": arrays, "recipe": own})

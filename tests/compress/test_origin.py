@@ -1,0 +1,108 @@
+"""What was compressed of another model, of other text, with other options or by other code is not taken as done."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from tiny_models import PLAIN, build, config
+from tiny_runs import LENGTH, OWN_BLOCK, VOCABULARY, with_own_block, write_corpus, write_run
+
+from efftrain import code_identity
+from efftrain.compress.options import Compression
+from efftrain.compress.origin import rounds_are_done
+from efftrain.compress.run import compress
+from efftrain.compress.text import Text
+from efftrain.errors import RunError
+from efftrain.train.loop import Training
+
+MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=1, max_length=32)
+TRAINING = Training(steps=40, batch_size=8, length=LENGTH)
+INT8 = Compression(quantize="int8")
+PRUNED = Compression(sparsity="0.5", method="magnitude", rows=2, recover=2 * 8 * LENGTH)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def run(corpus, tmp_path):
+    return with_own_block(write_run(tmp_path / "run", build(MODEL), corpus, TRAINING))
+
+
+@pytest.fixture
+def edited(monkeypatch):
+    """The package, from here on."""
+    return lambda: monkeypatch.setattr(code_identity, "package_identity", lambda rooms: "another version")
+
+
+def test_a_conversion_is_of_one_model_and_one_code(run, corpus, tmp_path, edited):
+    out = tmp_path / "out"
+
+    def convert(evaluated_rows: int = 2):
+        return compress(run, INT8, out=out, evaluated_rows=evaluated_rows)
+
+    card = convert()
+    assert convert() == card
+    with pytest.raises(RunError, match=r"was made with other options or inputs \(evaluated_rows: 2 -> 4\)"):
+        convert(4)
+    (run / "recipe.py").write_text(OWN_BLOCK.replace("1.0", "2.0"))
+    with pytest.raises(RunError, match=r"\(model: .* choose another --out, or delete it"):
+        convert()
+    (run / "recipe.py").write_text(OWN_BLOCK)
+    assert convert() == card
+    shutil.rmtree(run)  # trained anew, to the same step
+    with_own_block(write_run(run, build(MODEL, seed=1), corpus, TRAINING))
+    with pytest.raises(RunError, match=r"\(model: .* choose another --out, or delete it"):
+        convert()
+    shutil.rmtree(run)
+    with_own_block(write_run(run, build(MODEL), corpus, TRAINING))
+    assert convert() == card
+    edited()
+    with pytest.raises(RunError, match=r"was made with other code \(changed since: efftrain\); choose another --out"):
+        convert()
+
+
+def test_rounds_of_other_code_begin_again_until_they_are_done(run, corpus, tmp_path, edited, capfd):
+    out, stages = tmp_path / "out", tmp_path / "out.stages"
+
+    def done(options: Compression = PRUNED) -> bool:
+        return rounds_are_done(run, options, Text(corpus.path, LENGTH), out, stages, None)
+
+    def stopped_in_the_last_round() -> None:
+        for folder in (stages / "1-cut", out):
+            folder.mkdir()
+
+    assert not done()
+    stopped_in_the_last_round()
+    assert not done()
+    assert (stages / "1-cut").exists()
+    edited()
+    assert not done()
+    assert "other code (changed since: efftrain); starting again" in " ".join(capfd.readouterr().err.split())
+    assert not out.exists()
+    assert [path.name for path in stages.iterdir()] == ["compression.json"]
+    stopped_in_the_last_round()
+    assert not done(replace(PRUNED, recover=10_000))  # its stages are compared one by one, and nothing is deleted
+    assert out.exists()
+    (out / "scorecard.json").write_text("{}")
+    assert done()
+    (run / "recipe.py").write_text(OWN_BLOCK.replace("1.0", "2.0"))
+    assert not done()
+    (run / "recipe.py").write_text(OWN_BLOCK)
+
+
+def test_finished_rounds_of_other_code_are_refused_and_kept(run, corpus, tmp_path, edited):
+    out, stages = tmp_path / "out", tmp_path / "out.stages"
+    arguments = run, PRUNED, Text(corpus.path, LENGTH), out, stages, None
+    assert not rounds_are_done(*arguments)
+    (stages / "1-cut").mkdir()
+    out.mkdir()
+    (out / "scorecard.json").write_text("{}")
+    assert rounds_are_done(*arguments)
+    edited()
+    with pytest.raises(RunError, match=r"was made with other code \(changed since: efftrain\); choose another --out"):
+        rounds_are_done(*arguments)
+    assert (out / "scorecard.json").exists()
+    assert (stages / "1-cut").exists()
