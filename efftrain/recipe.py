@@ -127,11 +127,15 @@ def restart_with_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def import_script(path: Path | str) -> types.ModuleType:
+def import_script(path: Path | str, name: str | None = None) -> types.ModuleType:
     """Imports a recipe or corpus script by its path, as a module named after the file.
 
     Scripts of one name in several folders, such as the ``recipe.py`` of runs, are modules of their own: a class names
     its module, and that leads to its source.
+
+    Args:
+      path: of the script.
+      name: of the module, where another process has given it one.
 
     Raises:
       ConfigError: there is no such file.
@@ -139,9 +143,7 @@ def import_script(path: Path | str) -> types.ModuleType:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no script {path}; give the path of a .py file")
-    name = SCRIPT_PREFIX + path.stem
-    if (other := sys.modules.get(name)) is not None and Path(other.__file__).resolve() != path.resolve():
-        name += "_" + hashlib.blake2b(bytes(path.resolve()), digest_size=6).hexdigest()
+    name = name or _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -151,3 +153,10 @@ def import_script(path: Path | str) -> types.ModuleType:
     finally:
         sys.dont_write_bytecode = before
     return module
+
+
+def _module_name(path: Path) -> str:
+    name = SCRIPT_PREFIX + path.stem
+    if (other := sys.modules.get(name)) is not None and Path(other.__file__).resolve() != path.resolve():
+        name += "_" + hashlib.blake2b(bytes(path.resolve()), digest_size=6).hexdigest()
+    return name

@@ -52,11 +52,11 @@ class Stage:
     def save(self) -> None:
         """Writes the task for workers in other processes, with the scripts that define its rules and sources."""
         scripts = {
-            module.__file__: file_digest(Path(module.__file__))
+            name: (module.__file__, file_digest(Path(module.__file__)))
             for name, module in list(sys.modules.items())
             if name.startswith(SCRIPT_PREFIX) and module is not None
         }
-        _imported.update(scripts)
+        _imported.update({name: digest for name, (_, digest) in scripts.items()})
         try:
             task = pickle.dumps(self.task)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -117,18 +117,18 @@ def write_json(path: Path, value: Any) -> None:
 def _load(folder: Path, modified_ns: int, inode: int) -> Stage:
     """The two numbers tell the tasks apart that stood in one folder, one after the other."""
     scripts, task = pickle.loads((folder / "task.pickle").read_bytes())
-    for path, digest in scripts.items():
-        _import(path, digest)
+    for name, (path, digest) in scripts.items():
+        _import(name, Path(path), digest)
     return Stage(folder.name, folder, pickle.loads(task))
 
 
-def _import(path: str, digest: str) -> None:
+def _import(name: str, path: Path, digest: str) -> None:
     """Imports a script, so that what it defines can be unpickled; again where it has changed since."""
-    if file_digest(Path(path)) != digest:
+    if file_digest(path) != digest:
         raise CorpusError(f"{path} was changed while the corpus was built; run the same command again")
-    if SCRIPT_PREFIX + Path(path).stem not in sys.modules or _imported.get(path, digest) != digest:
-        import_script(path)
-    _imported[path] = digest
+    if name not in sys.modules or _imported.get(name, digest) != digest:
+        import_script(path, name)
+    _imported[name] = digest
 
 
-_imported: dict[str, str] = {}  # path -> digest of the scripts that tasks in this process were made of
+_imported: dict[str, str] = {}  # module -> digest of the scripts that tasks in this process were made of

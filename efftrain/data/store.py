@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import efftrain
+from efftrain.code_identity import changed_code
 from efftrain.config import difference
 from efftrain.data.inputs import without_status
 from efftrain.data.shards import file_digest, sync
@@ -110,18 +111,14 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     manifest = read_manifest(out)
     found = manifest | {"inputs": without_status(manifest["inputs"])}
     changed = [line for key in wanted if key != "code" for line in difference(found.get(key), wanted[key], key)]
-    changed += _changed_code(found.get("code"), wanted["code"])
+    if names := changed_code(found.get("code"), wanted["code"]):
+        changed.append(f"the code of {names} has changed")
     if changed:
         shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise CorpusError(
             f"{out} was built from something else ({shown}); choose another --out, or replace it with --overwrite"
         )
     return True
-
-
-def _changed_code(old: Any, new: Mapping[str, str]) -> list[str]:
-    old = old if isinstance(old, dict) else {}
-    return [f"the code of {name} has changed" for name in {**new, **old} if old.get(name) != new.get(name)]
 
 
 def known_inputs(out: Path) -> list[dict[str, Any]]:
@@ -134,7 +131,7 @@ def known_inputs(out: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
+def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]] = ()) -> Iterator[Path]:
     """Gives ``out.incomplete`` to build in, and renames it to ``out`` when the block ends without an error.
 
     The folder is fresh, or that of an interrupted build with the same plan, of the same versions of Python and
@@ -146,12 +143,13 @@ def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, A
     folder = unfinished_path(out)
     try:
         _claim(folder, plan)
-        (folder / "inputs.json").write_text(json.dumps({"inputs": inputs}))
+        if inputs:
+            (folder / "inputs.json").write_text(json.dumps({"inputs": inputs}))
         yield folder
         for path in folder.rglob("*"):
             sync(path)
         for name in _OWN:
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
         _replace(folder, out)
     except Exception as error:
         # The writers in C++ and Rust raise errors of their own that carry only the message.
