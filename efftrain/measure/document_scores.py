@@ -19,10 +19,10 @@ from flax import nnx
 from jax import Array
 
 from efftrain.data.corpus import Corpus
-from efftrain.data.documents import Document, Skipped
+from efftrain.data.documents import UNREADABLE, Document, Skipped
 from efftrain.data.encoding import encode_documents
 from efftrain.data.tokenizer import vocabulary_size
-from efftrain.errors import ConfigError
+from efftrain.errors import ConfigError, CorpusError
 from efftrain.models.decoder import Decoder
 from efftrain.ops.cross_entropy import choose_chunks, token_nll
 from efftrain.progress import track
@@ -78,7 +78,8 @@ def document_scores(
     A document is read from its beginning, after the end of text, in consecutive windows of ``length`` tokens; the
     first token of a window is predicted from the last one of the window before. The nats of all its tokens are summed;
     the end of the text is not among them. What else stands in a row or a batch has no part in it. What a source skips,
-    and text that is not Unicode (half a surrogate pair), has no score: it never becomes part of a corpus.
+    and text that is not Unicode (half a surrogate pair), has no score: it never becomes part of a corpus. A file that
+    cannot be read to its end is an error.
 
     Args:
       model: for example of ``efftrain.load``. One process.
@@ -90,6 +91,7 @@ def document_scores(
 
     Raises:
       ConfigError: the tokenizer does not belong to the model, or ``length`` or ``batch_size`` is impossible.
+      CorpusError: the source lost a file.
     """
     length = model.config.max_length if length is None else length
     if not 1 <= length <= model.config.max_length:
@@ -169,6 +171,11 @@ def _sized(documents: Iterable[Document | Skipped]) -> Iterator[tuple[Document, 
             except UnicodeEncodeError:
                 continue
             yield document, n_bytes
+        elif document.rule == UNREADABLE:
+            raise CorpusError(
+                f"{document.id} of {document.source} cannot be read ({document.detail}), and nobody knows how many "
+                "documents would be without a score; mend the file, or take it out of the source"
+            )
 
 
 def _pools(encoded: Iterable[Encoded], n_tokens: int) -> Iterator[list[Encoded]]:

@@ -123,11 +123,17 @@ def test_logits_in_chunks_are_the_same(model, tokenizer, documents, monkeypatch)
 
 def test_what_is_no_text_has_no_score(model, tokenizer, documents):
     broken = Document("broken", "half a pair \ud800", "made")
-    items = [broken, documents[3], Skipped("gone", "made", "unreadable", "why"), documents[5], broken]
+    items = [broken, documents[3], Skipped("gone", "made", "bad_record", "why"), documents[5], broken]
     check_equal(
         document_scores(model, items, tokenizer), [by_hand(model, tokenizer, documents[number]) for number in (3, 5)]
     )
     assert list(document_scores(model, [], tokenizer)) == []
+
+
+def test_a_file_that_is_lost_ends_the_scoring(model, tokenizer, documents):
+    lost = Skipped("crawl.gz@9", "made", "unreadable", "the file ends")
+    with pytest.raises(CorpusError, match=r"crawl\.gz@9 of made cannot be read \(the file ends\)"):
+        list(document_scores(model, [documents[3], lost], tokenizer))
 
 
 def test_impossible_arguments_are_refused_before_anything_is_read(model, tokenizer):
