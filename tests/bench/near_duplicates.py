@@ -111,8 +111,9 @@ def _answer(python: str, mode: str, tree: Path | None, pairs: Path) -> dict:
 
 def own(given: dict) -> dict:
     """Signing, banding and verification of the efftrain that this process imports."""
+    from efftrain.data.lsh import band_hashes
     from efftrain.data.minhash import MinHash
-    from efftrain.data.near_duplicates import hash_bands, sign
+    from efftrain.data.near_duplicates import sign
     from efftrain.data.shingles import shingle_hashes, shingle_set
     from efftrain.data.verify import leaders
 
@@ -121,7 +122,7 @@ def own(given: dict) -> dict:
     def is_found(pair: tuple[str, str]) -> bool:
         texts = [text.encode() for text in pair]
         signed = sign(texts, config)
-        bands = hash_bands(signed, np.zeros(2, np.int64), config)
+        bands = band_hashes(signed, config.bands)
         if not (bands[:, 0] == bands[:, 1]).any():
             return False
         return bool(leaders(np.arange(2), signed, lambda i: shingle_set(texts[i], config.shingle), config))
