@@ -81,7 +81,8 @@ class Synthetic(data.FileSource):
 
 def main(config: Config) -> None:
     if config.build_folder:
-        data.build(data.CorpusConfig(sources=(Synthetic(megabytes=config.sizes_mb[0]),)), config.build_folder)
+        source = Synthetic(megabytes=config.sizes_mb[0])
+        data.build(data.CorpusConfig(sources=(source,), rules=(data.Code(),)), config.build_folder)
         return
     machine = f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{machine}, Python {platform.python_version()}")
