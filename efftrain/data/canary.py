@@ -1,6 +1,6 @@
 """Planted near duplicates: does this run of the deduplication find what it should?
 
-Pairs of known similarity stand in a piece of their own behind those of the corpus, and go through every stage that
+Pairs of known similarity stand in a piece of their own after those of the corpus, and go through every stage that
 looks for near duplicates: whichever of them is broken, pairs are missing in the end. Their texts are made of words of
 the corpus in random order, so that they are like nothing in it, and they decide nothing in it: a component is verified
 for the documents of the corpus apart from the planted ones (``near_duplicates.Verify``).

@@ -25,7 +25,7 @@ WORDS = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Beauty(AtLeast):
-    """The number behind the word ``beauty``."""
+    """The number after the word ``beauty``."""
 
     name: ClassVar[str] = "beauty"
     limit: float = 0.0
@@ -104,7 +104,7 @@ def test_the_best_by_quality_stays(tmp_path, base):
 
 @dataclass(frozen=True, kw_only=True)
 class Ugliness(AtMost):
-    """The number behind the word ``beauty``, of which less is better."""
+    """The number after the word ``beauty``; less is better."""
 
     name: ClassVar[str] = "ugliness"
     limit: float = 1.0

@@ -147,7 +147,7 @@ def test_a_file_that_is_too_large_says_how_to_cut_it(tmp_path, monkeypatch):
     (skipped,) = read(TextFolder(path=tmp_path))
     assert (skipped.rule, skipped.n_bytes) == ("too_large", 122)
     assert "split=AtBlankLines()" in skipped.detail
-    assert len(skipped.detail) < 200  # of which the table of what was removed shows so many characters
+    assert len(skipped.detail) < 200  # the evidence of removals keeps 200 characters
     assert len(read(TextFolder(path=tmp_path, split=AtBlankLines(min_bytes=1)))) == 2
 
 

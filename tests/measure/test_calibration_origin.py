@@ -49,7 +49,7 @@ def test_a_calibration_is_read_for_its_model_alone(run, monkeypatch):
 
 
 def test_what_other_code_measured_is_measured_again(run, monkeypatch, capfd):
-    """Stopped behind its first measurement, then the package was edited."""
+    """Stopped after its first measurement, then the package was edited."""
 
     def stopped(*_):
         raise KeyboardInterrupt

@@ -64,7 +64,7 @@ def _tokenizer(found: Mapping[str, Any]) -> Iterator[str]:
     if n_cut := found.get("cut_documents"):
         yield (
             f"{n_cut:,} documents, first {found['first_cut']}, are long and have no space to cut them at, so they were "
-            "tokenized in parts and have other tokens at the cuts than as a whole."
+            "tokenized in parts: their tokens at the cuts may differ from those of the whole text."
         )
 
 
