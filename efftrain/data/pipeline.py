@@ -72,6 +72,8 @@ def build(
         left, the disk is full.
     """
     out, started = Path(out), time.monotonic()
+    if on_error not in ("stop", "skip"):
+        raise ConfigError(f"on_error is {on_error!r}; choose stop or skip")
     _check_rules(config)
     named = [(type(source).__name__, source.files()) for source in config.sources]
     if config.tokenizer:

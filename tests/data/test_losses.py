@@ -160,6 +160,11 @@ def test_documents_that_a_rule_cannot_judge_are_counted_and_listed(folder, tmp_p
     assert f"failed/{rule.name} drops" in said(capfd)
 
 
+def test_an_unknown_way_to_treat_errors_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="on_error is 'ignore'; choose stop or skip"):
+        build(config_for(folder), tmp_path / "out", on_error="ignore")
+
+
 def test_scores_with_a_gap_are_used_again(folder, tmp_path):
     (folder / "c.jsonl.gz").unlink()
     build(config_for(folder, rules=(Fragile(),)), tmp_path / "out", on_error="skip")
