@@ -40,12 +40,9 @@ def code_identity(*values: Any, rooms: Iterable[str] = ()) -> dict[str, str]:
     Raises:
       ConfigError: a class was defined where Python keeps no source (at a prompt).
     """
-    found: dict[str, types.ModuleType] = {}
     owners = {owner for value in values for owner in _owners(value)}
-    for owner in owners:
-        _follow(owner, found)
     sources: dict[str, set[bytes]] = {}  # the scripts of two runs may have one name
-    for module in found.values():
+    for module in modules_outside(owners):
         sources.setdefault(_name(module), set()).add(_source(module))
     if rooms := set(rooms):
         rooms |= {owner.split(".")[1] for owner in owners if _is_own(owner) and "." in owner}
@@ -63,6 +60,15 @@ def changed_code(before: Mapping[str, str] | None, now: Mapping[str, str]) -> st
     """
     before = before or {}
     return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name))) or None
+
+
+def modules_outside(names: Iterable[str]) -> list[types.ModuleType]:
+    """The modules of these names that are neither of this package nor of Python, and those that they import from files
+    that are not installed; a module comes after what it imports."""
+    found: dict[str, types.ModuleType] = {}
+    for name in names:
+        _follow(name, found)
+    return list(found.values())
 
 
 def defined_outside(module: types.ModuleType) -> bool:
@@ -118,12 +124,13 @@ def _follow(name: str, found: dict[str, types.ModuleType]) -> None:
     module = sys.modules.get(name)
     if module is None or name in found or _is_own(name) or _is_python(module):
         return
-    found[name] = module
+    found[name] = module  # at once, for modules that import each other
     for value in list(vars(module).values()):
-        name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-        imported = sys.modules.get(name) if isinstance(name, str) else None
+        owner = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+        imported = sys.modules.get(owner) if isinstance(owner, str) else None
         if imported is not None and not _is_installed(imported):
-            _follow(name, found)
+            _follow(owner, found)
+    found[name] = found.pop(name)  # last: after what it imports
 
 
 def _is_own(name: str) -> bool:

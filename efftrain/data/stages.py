@@ -8,12 +8,14 @@ import functools
 import json
 import os
 import pickle
+import pickletools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from efftrain.code_identity import modules_outside
 from efftrain.config import SCRIPT_PREFIX
 from efftrain.data.shards import file_digest
 from efftrain.errors import ConfigError, CorpusError
@@ -51,12 +53,6 @@ class Stage:
 
     def save(self) -> None:
         """Writes the task for workers in other processes, with the scripts that define its rules and sources."""
-        scripts = {
-            name: (module.__file__, file_digest(Path(module.__file__)))
-            for name, module in list(sys.modules.items())
-            if name.startswith(SCRIPT_PREFIX) and module is not None
-        }
-        _imported.update({name: digest for name, (_, digest) in scripts.items()})
         try:
             task = pickle.dumps(self.task)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -64,6 +60,13 @@ class Stage:
                 f"a rule or source of this corpus cannot be given to a worker ({error}); define its class at the top "
                 "of a module or script, and keep open files and functions out of its fields"
             ) from error
+        strings = {value for _, value, _ in pickletools.genops(task) if isinstance(value, str)}
+        scripts = {
+            module.__name__: (module.__file__, file_digest(Path(module.__file__)))
+            for module in modules_outside(sorted(name for name in strings if name.startswith(SCRIPT_PREFIX)))
+            if module.__name__.startswith(SCRIPT_PREFIX)
+        }
+        _imported.update({name: digest for name, (_, digest) in scripts.items()})
         (self.folder / "task.pickle").write_bytes(pickle.dumps((scripts, task)))
 
     @staticmethod

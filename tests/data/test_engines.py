@@ -21,6 +21,7 @@ from efftrain.data.rules import TooShort
 from efftrain.data.splits import SPLITS
 from efftrain.data.store import unfinished_path
 from efftrain.errors import ConfigError, CorpusError
+from efftrain.recipe import import_script
 
 N_DOCUMENTS, N_EXACT, N_NEAR, N_SHORT = 4000, 300, 600, 100
 
@@ -172,6 +173,29 @@ def test_a_worker_that_dies_is_one_sentence(config, tmp_path):
         assert not (tmp_path / "out").exists()
         healthy = data.CorpusConfig(sources=config.sources, rules=(), vocabulary=300)
         assert data.build(healthy, tmp_path / "out", engine=engine).n_tokens("train") > 0
+
+
+BASE = """
+from efftrain.data.rules import TooShort
+
+class Short(TooShort):
+    name = "short"
+"""
+DERIVED = "from efftrain_script_base_rules import Short\nclass Shorter(Short):\n    name = 'shorter'\n"
+
+
+def test_workers_import_the_scripts_of_the_task_and_what_these_import(config, tmp_path, monkeypatch):
+    """Not every script that this process imported: another one may need what is not there any more."""
+    for name, text in {"base_rules": BASE, "derived_rules": DERIVED, "unrelated": "import gone_by_now"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, f"efftrain_script_{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "gone_by_now", sys)
+    for name in ("unrelated", "base_rules", "derived_rules"):
+        module = import_script(tmp_path / f"{name}.py")
+        monkeypatch.setitem(sys.modules, module.__name__, sys.modules.pop(module.__name__))  # so that it goes again
+    corpus = data.CorpusConfig(sources=config.sources, rules=(module.Shorter(limit=10),), vocabulary=300)
+    built = data.build(corpus, tmp_path / "out", engine=Local(processes=2))
+    assert {row["stage"]: row["documents"] for row in built.funnel}["shorter"] == N_SHORT
 
 
 @pytest.mark.parametrize("fields", [{"processes": 0}, {"memory": 1000}])
