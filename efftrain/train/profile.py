@@ -1,4 +1,8 @@
-"""A trace of chosen steps: what the host and the devices did, and when."""
+"""A trace of chosen steps: what the host and the devices did, and when.
+
+Calls of Python functions are not in it. Their tracer hooks into every thread of the process, slows each call down, and
+has ended a long-lived process with a segmentation fault; the phases of a step are annotated instead.
+"""
 
 from pathlib import Path
 
@@ -45,7 +49,7 @@ class Profiler:
         self._chosen = chosen if hosts.process_index() == 0 else None
         self._directory, self._recorder, self._running = directory, recorder, False
         if self._chosen and start >= self._chosen[1]:
-            console.print(f"no profile: this run continues behind step {self._chosen[1]}", markup=False)
+            console.print(f"no profile: this run continues after step {self._chosen[1]}", markup=False)
 
     def __enter__(self) -> "Profiler":
         return self
@@ -59,7 +63,9 @@ class Profiler:
         if self._chosen and not self._running and self._chosen[0] <= number <= self._chosen[1]:
             self._recorder.flush()
             with self._recorder.phase("profile"):
-                jax.profiler.start_trace(self._directory)
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0
+                jax.profiler.start_trace(self._directory, profiler_options=options)
             self._running = True
 
     def after(self, number: int) -> None:

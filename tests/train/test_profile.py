@@ -2,7 +2,9 @@
 
 import gzip
 import json
-import signal
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import tiny
 from efftrain.errors import ConfigError
 from efftrain.train.loop import Training
 from efftrain.train.profile import parse_steps
-from efftrain.train.run import Run, read_metrics
+from efftrain.train.run import load, read_metrics
+from efftrain.train.run_identity import FIGURES
 
 
 def events(run: Path) -> list[dict]:
@@ -25,41 +28,55 @@ def steps_in(trace: list[dict]) -> list[int]:
     return sorted(int(e["args"]["step_num"]) for e in trace if e.get("name") == "train" and "step_num" in e["args"])
 
 
-def test_a_trace_holds_the_chosen_steps_and_no_others(tmp_path, capsys, ends_like):
-    out = tmp_path / "run"
-    fitted = tiny.train(out, profile="4:6")
+@pytest.fixture(scope="module")
+def traced(crashed_run, tmp_path_factory) -> Path:
+    """Runs that were traced, in a process of their own: a profiler that fails must not take other tests with it."""
+    folder = tmp_path_factory.mktemp("traced")
+    shutil.copytree(crashed_run, folder / "continued")
+    script = Path(__file__).with_name("traced_runs.py")
+    subprocess.run([sys.executable, script, folder], check=True, env=tiny.environment())
+    return folder
+
+
+def said(folder: Path, name: str) -> str:
+    return " ".join((folder / f"{name}.txt").read_text().split())
+
+
+def test_a_trace_holds_the_chosen_steps_and_no_others(traced, unbroken):
+    out = traced / "whole"
     trace = events(out)
     assert steps_in(trace) == [4, 5, 6]
     assert sum(e.get("name") == "input_wait" for e in trace) == 3
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"profile of steps 4 to 6: {out / 'profile'}; look at it with: pip install xprof" in said
-    ends_like(out, fitted)  # tracing changes nothing that is computed
+    assert f"profile of steps 4 to 6: {out / 'profile'}; look at it with: pip install xprof" in said(traced, "whole")
+    assert tiny.numbers(out) == tiny.numbers(unbroken[0])  # tracing changes nothing that is computed
+    tiny.assert_same_parameters(load(out), unbroken[1].model)
 
 
-def test_starting_and_writing_a_trace_is_in_no_step_time(tmp_path):
-    fitted = tiny.train(tmp_path / "run", profile="4:5", checkpoint_every=100)
-    rows = {row["step"]: row for row in read_metrics(tmp_path / "run")}
-    assert fitted.figures["profile_s"] == pytest.approx(rows[4]["profile_s"] + rows[6]["profile_s"])
-    # Steps 3 and 5 are waited for, so that nothing was dispatched behind them; with 1, 4, 6 and 8 they have no time.
+def test_calls_of_python_functions_are_not_traced(traced):
+    """Their tracer is what has crashed; it names events ``$file.py:line function``."""
+    assert not [e["name"] for e in events(traced / "whole") if e.get("name", "").startswith("$")]
+
+
+def test_starting_and_writing_a_trace_is_in_no_step_time(traced):
+    rows = {row["step"]: row for row in read_metrics(traced / "times")}
+    figures = json.loads((traced / "times" / FIGURES).read_text())
+    assert figures["profile_s"] == pytest.approx(rows[4]["profile_s"] + rows[6]["profile_s"])
+    # Steps 3 and 5 are waited for, so that nothing was dispatched after them; with 1, 4, 6 and 8 they have no time.
     assert [step for step, row in rows.items() if "step_s" in row] == [2, 7]
 
 
-def test_a_run_that_is_interrupted_within_the_trace_leaves_one(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        tiny.train(tmp_path / "run", tiny.Walks(kill_self=(5, signal.SIGTERM)), profile="4:8")
-    assert steps_in(events(tmp_path / "run")) == [4, 5]
-    assert "profile of the steps until it ended" in " ".join(capsys.readouterr().err.split())
+def test_a_run_that_is_interrupted_within_the_trace_leaves_one(traced):
+    assert steps_in(events(traced / "interrupted")) == [4, 5]
+    assert "profile of the steps until it ended" in said(traced, "interrupted")
 
 
-def test_a_continued_run_traces_what_is_left_of_the_steps(crashed, capsys):
-    tiny.train(crashed, profile="5:7")  # continues behind step 6; and the field makes no other run
-    assert steps_in(events(crashed)) == [7]
-    Run(crashed, tiny.Config())
+def test_a_continued_run_traces_what_is_left_of_the_steps(traced):
+    assert steps_in(events(traced / "continued")) == [7]
 
 
 def test_steps_that_are_over_are_not_traced(crashed, capsys):
     tiny.train(crashed, profile="2:6")
-    assert "no profile: this run continues behind step 6" in capsys.readouterr().err
+    assert "no profile: this run continues after step 6" in capsys.readouterr().err
     assert not (crashed / "profile").exists()
 
 
