@@ -1,5 +1,6 @@
 """Documents as records between two stages, and a sort that needs no more memory for a larger corpus."""
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -50,7 +51,7 @@ class ExternalSort:
     """Payloads in the order of 64-bit keys, equal keys in the order of arrival.
 
     They are dealt to files by the top bits of their key; a file that fits into memory is sorted there, a larger one
-    is dealt again by the next bits.
+    is dealt again by the next bits. A context manager: files that were not read to their end are closed.
     """
 
     def __init__(self, folder: Path, *, memory: int = 32 << 20, depth: int = 0):
@@ -58,6 +59,14 @@ class ExternalSort:
         self._folder, self._memory, self._depth = folder, memory, depth
         self._paths = [folder / f"{number:02d}" for number in range(1 << _BITS)]
         self._files = [path.open("wb") for path in self._paths]
+
+    def __enter__(self) -> "ExternalSort":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._files:
+            with contextlib.suppress(OSError):  # what is left in a buffer has no room on a full disk
+                file.close()
 
     def add(self, key: int, payload: bytes) -> None:
         place = (key >> (64 - _BITS * (self._depth + 1))) & ((1 << _BITS) - 1)
@@ -72,10 +81,10 @@ class ExternalSort:
             if path.stat().st_size <= self._memory or deepest:
                 yield from (payload for _, payload in sorted(_keyed(path), key=lambda pair: pair[0]))
             else:
-                finer = ExternalSort(path.with_suffix(".d"), memory=self._memory, depth=self._depth + 1)
-                for key, payload in _keyed(path):
-                    finer.add(key, payload)
-                yield from finer
+                with ExternalSort(path.with_suffix(".d"), memory=self._memory, depth=self._depth + 1) as finer:
+                    for key, payload in _keyed(path):
+                        finer.add(key, payload)
+                    yield from finer
             path.unlink()
         self._folder.rmdir()
 

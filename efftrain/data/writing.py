@@ -3,6 +3,7 @@
 Each part is written once: an interrupted build goes on with those that are missing.
 """
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterable
@@ -66,27 +67,31 @@ def _write_text(folder: Path, config: CorpusConfig, left: Survivors, split_of: n
     for name in ("work/sort", "text", "tokens"):
         shutil.rmtree(folder / name, ignore_errors=True)
     counts = np.bincount(split_of[left.alive], minlength=len(SPLITS))
-    sorts = {split: ExternalSort(folder / "work" / "sort" / split) for split in SPLITS}
-    order = left.kept.column("order")
-    with Progress("Shuffling", float(counts.sum()), unit="documents") as progress:
-        for piece in range(left.kept.n_pieces):
-            for number, record in left.kept.records(left.alive, piece):
-                sorts[SPLITS[split_of[number]]].add(int(order[number]), record)
-                progress.advance()
     features = text_features()
     serialize = Serializer(features)
     shards, splits = {}, {}
-    for split, count in zip(SPLITS, counts.tolist(), strict=True):
-        if not count:
-            continue
-        writer = ShardWriter(folder / "text", "text", split, shard_bytes=config.shard_bytes)
-        n_bytes = 0
-        for record in track(sorts[split], f"Writing {split}", count, unit="documents"):
-            id, source, meta, utf8 = unpack_record(record)
-            writer.write(serialize({"text": utf8, "id": id, "source": source, "meta": meta}))
-            n_bytes += len(utf8)
-        shards[split] = writer.finish()
-        splits[split] = {"documents": count, "bytes": n_bytes, "tokens": 0}
+    with contextlib.ExitStack() as stack:
+        place = folder / "work" / "sort"
+        sorts = {
+            split: stack.enter_context(ExternalSort(place / split))
+            for split, count in zip(SPLITS, counts, strict=True)
+            if count
+        }
+        order = left.kept.column("order")
+        with Progress("Shuffling", float(counts.sum()), unit="documents") as progress:
+            for piece in range(left.kept.n_pieces):
+                for number, record in left.kept.records(left.alive, piece):
+                    sorts[SPLITS[split_of[number]]].add(int(order[number]), record)
+                    progress.advance()
+        for split, in_order in sorts.items():
+            writer = ShardWriter(folder / "text", "text", split, shard_bytes=config.shard_bytes)
+            count, n_bytes = int(counts[SPLITS.index(split)]), 0
+            for record in track(in_order, f"Writing {split}", count, unit="documents"):
+                id, source, meta, utf8 = unpack_record(record)
+                writer.write(serialize({"text": utf8, "id": id, "source": source, "meta": meta}))
+                n_bytes += len(utf8)
+            shards[split] = writer.finish()
+            splits[split] = {"documents": count, "bytes": n_bytes, "tokens": 0}
     write_metadata(folder / "text", "text", features, shards, _DESCRIPTION)
     return splits
 

@@ -19,7 +19,8 @@ from efftrain.train.supervise import supervise
 RECIPE = Path(__file__).with_name("supervised_recipe.py")
 STEPS = tiny.TRAINING.steps
 CALL = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it, and passes that on
 from efftrain.train.supervise import supervise
 raise SystemExit(supervise(sys.argv[2:], max_restarts=int(sys.argv[1]), first_pause_s=0.01))
 """
@@ -36,8 +37,6 @@ class Supervised:
             env=tiny.environment(),
             stderr=subprocess.PIPE,
             text=True,
-            # A background job of a shell ignores SIGINT, and what it starts inherits that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     @property
