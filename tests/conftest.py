@@ -18,4 +18,4 @@ if "--xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
 
 cache = Path(tempfile.gettempdir()) / f"efftrain-test-cache-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # operations outside of jit are many and small
