@@ -141,7 +141,7 @@ def read_weights(path: Path) -> LinearWeights:
       CorpusError: the file is missing, damaged, of another format, or of a version that hashes words differently.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:  # NumPy leaves a damaged one open
             found = {name: file[name] for name in ("format", "n_buckets", "weights", "bias", "digest", "probe")}
     except FileNotFoundError as error:
         raise CorpusError(f"there is no classifier {path}; train one with efftrain.train.classifier") from error

@@ -16,6 +16,8 @@ from efftrain.data.documents import Document, Skipped
 from efftrain.data.warc_source import Warc
 from efftrain.errors import ConfigError
 
+# warcio, which writes the archives here, does not close its own temporary files.
+pytestmark = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.SpooledTemporaryFile:ResourceWarning")
 PROSE = "Ein Absatz über Fische, der lang genug ist, um als Inhalt der Seite zu gelten, und nicht als Menü."
 
 

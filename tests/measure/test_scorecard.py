@@ -1,5 +1,6 @@
 """A figure cannot claim what it is not, and a scorecard survives the disk and reads on a terminal."""
 
+import io
 import json
 import os
 
@@ -105,7 +106,7 @@ def test_figures_read_well(value, unit, shown):
 
 
 def printed(renderable) -> str:
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 
