@@ -80,6 +80,7 @@ def compress(
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
+    text.check_validation()
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
