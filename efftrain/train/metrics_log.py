@@ -109,13 +109,14 @@ def _mend(path: Path, after_step: int) -> None:
     rows = sorted(newest.values(), key=lambda row: row["step"])
     n_older = len(past) - len(rows)
     losses = [f"{_lines(n_lost)} cannot be read"] if n_lost else []
-    losses += [f"{_lines(n_older)} had a newer one of the same step"] if n_older else []
+    losses += [f"{_lines(n_older)} gave way to a newer row of the same step"] if n_older else []
     copied = ""
     if losses:
         shutil.copyfile(path, copy := _free_name(path))
         copied = f"; all other rows stay, and the file as it was is {copy}"
     if missing := _missing(rows, after_step):
-        losses.append(f"{len(missing)} steps from {missing[0]} to {missing[-1]} have no row")
+        several = f"{len(missing)} steps from {missing[0]} to {missing[-1]}"
+        losses.append(f"no row is left of {several if len(missing) > 1 else f'step {missing[0]}'}")
     if losses:
         console.print(f"warning: {path} is damaged: {', '.join(losses)}{copied}", style="yellow", markup=False)
     temporary = path.with_suffix(".incomplete")
