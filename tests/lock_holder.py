@@ -1,0 +1,35 @@
+"""Holds a lock until it is killed. Started by test_lock.py: FILE PATH [fork|spawn|subprocess].
+
+With a third word it starts a child that outlives it, whose number it prints too.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from efftrain.lock import Lock
+
+
+def wait(ready=None) -> None:
+    if ready is not None:
+        ready.set()
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    lock = Lock(Path(sys.argv[1]), Path(sys.argv[2]))
+    child = ""
+    if sys.argv[3:] == ["subprocess"]:
+        child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, close_fds=False).pid
+    elif sys.argv[3:]:
+        context = multiprocessing.get_context(sys.argv[3])
+        ready = context.Event()
+        process = context.Process(target=wait, args=(ready,))
+        process.start()
+        ready.wait()
+        child = process.pid
+    print(os.getpid(), child, flush=True)
+    wait()
