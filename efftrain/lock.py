@@ -1,8 +1,8 @@
 """One process at a time: a lock on a file that goes with the process that holds it, however that process ends.
 
 The lock is the kernel's (``flock``): SIGKILL or a crash releases it, and a file that is left over locks nothing. What
-stands in the file, process and host, is for the message. On NFS, Linux takes the lock on the server, for all hosts. File
-systems that grant it to each host alone (Lustre with ``localflock``, mounted buckets) do not keep two hosts apart.
+stands in the file, process and host, is for the message. On NFS, Linux takes the lock on the server, for all hosts.
+File systems that grant it to each host alone (Lustre with ``localflock``, mounted buckets) do not keep two hosts apart.
 
 Where the file system has no such locks, the file itself is the lock: it counts as long as its process is alive. Of a
 process on another host nobody can tell, so that the user is asked to delete the file when it has ended.
@@ -33,16 +33,17 @@ class Lock:
     Args:
       file: the file that is locked; its folder is made, and it is removed at the release.
       path: what it stands for, for the message.
+      option: which names another path, for the message.
 
     Raises:
       InUseError: another process holds it.
       OSError: the file cannot be written.
     """
 
-    def __init__(self, file: Path, path: Path):
+    def __init__(self, file: Path, path: Path, *, option: str = "--out"):
         key = file.absolute()
         with _guard:
-            descriptor, count = _held.get(key) or (_acquire(key, path), 0)
+            descriptor, count = _held.get(key) or (_acquire(key, path, option), 0)
             _held[key] = descriptor, count + 1
         self._finalizer = weakref.finalize(self, _release, key, descriptor)
 
@@ -61,12 +62,12 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}{FILE_NAME}")
 
 
-def _acquire(file: Path, path: Path) -> int:
+def _acquire(file: Path, path: Path, option: str) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            _take(descriptor, file, path)
+            _take(descriptor, file, path, option)
             if _is_at(file, descriptor):  # and was not removed by its last holder between the two calls
                 os.truncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} {os.uname().nodename}\n".encode(), 0)
@@ -77,7 +78,7 @@ def _acquire(file: Path, path: Path) -> int:
         os.close(descriptor)
 
 
-def _take(descriptor: int, file: Path, path: Path) -> None:
+def _take(descriptor: int, file: Path, path: Path, option: str) -> None:
     process, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
     holder = f"process {process} on {host}" if host else "another process"
     then = ""
@@ -90,10 +91,10 @@ def _take(descriptor: int, file: Path, path: Path) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         here = host == os.uname().nodename
-        if not host or (here and not _is_alive(int(process), since=os.fstat(descriptor).st_mtime)):
+        if not process.isdecimal() or (here and not _is_alive(int(process), since=os.fstat(descriptor).st_mtime)):
             return
         then = "" if here else f", or delete {file} if that process has ended,"
-    raise InUseError(f"{path} is in use by {holder}; wait for it{then} or choose another --out")
+    raise InUseError(f"{path} is in use by {holder}; wait for it{then} or choose another {option}")
 
 
 def _is_alive(process: int, *, since: float) -> bool:

@@ -1,6 +1,6 @@
-"""Holds a lock until it is killed. Started by test_lock.py: FILE PATH [fork|spawn|subprocess].
+"""Another process that holds a lock until it is killed: ``Holder``, which starts this file: FILE PATH [CHILD].
 
-With a third word it starts a child that outlives it, whose number it prints too.
+With CHILD (fork, spawn or subprocess) it starts a child that outlives it, whose number it prints too.
 """
 
 import multiprocessing
@@ -11,6 +11,20 @@ import time
 from pathlib import Path
 
 from efftrain.lock import Lock
+
+
+class Holder:
+    """The process; ``kill`` ends it with SIGKILL."""
+
+    def __init__(self, file: Path, path: Path, *child: str):
+        command = [sys.executable, __file__, str(file), str(path), *child]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.pid, *self.children = map(int, self._process.stdout.readline().split())
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
 
 
 def wait(ready=None) -> None:

@@ -10,27 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from lock_holder import Holder
 
 from efftrain import lock as lock_module
 from efftrain.errors import InUseError
 from efftrain.lock import Lock, beside
 
-HOLDER = Path(__file__).with_name("lock_holder.py")
 HOST = os.uname().nodename
-
-
-class Holder:
-    """Another process that holds the lock."""
-
-    def __init__(self, file: Path, path: Path, *child: str):
-        command = [sys.executable, str(HOLDER), str(file), str(path), *child]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.pid, *self.children = map(int, self._process.stdout.readline().split())
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._process.stdout.close()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from efftrain.train.branch import branch_from, parse_branch
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.evaluations import Evaluate, Evaluations
 from efftrain.train.interruption import Interruption, with_votes
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.metrics_log import keep_lost_rows, read_metrics
 from efftrain.train.objective import Objective
 from efftrain.train.optimizers import AdamW, Muon
 from efftrain.train.profile import Profiler, parse_steps
@@ -198,6 +198,8 @@ def fit(
         if start == config.steps and not owed:
             console.print(f"{run.path} is trained already ({start} steps); nothing to do", markup=False)
             return _fitted(program.graph, state, run)
+        if hosts.process_index() == 0:
+            keep_lost_rows(run.path, after_step=start, expected=2 * config.checkpoint_every)
         frozen = program.frozen(mesh, rules)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None

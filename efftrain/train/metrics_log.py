@@ -101,6 +101,30 @@ def read_metrics(directory: Path | str, split: str = "train") -> list[Row]:
     return [row for row in rows if row["split"] == split]
 
 
+def keep_lost_rows(directory: Path, *, after_step: int, expected: int) -> None:
+    """Keeps a copy of rows that are about to be taken back, and says so, where they are of too many steps.
+
+    Their checkpoints were moved, deleted or damaged, and training does not bring back what was measured then.
+
+    Args:
+      directory: of the run.
+      after_step: the step that was restored.
+      expected: steps that a process which is killed may lose.
+    """
+    path = directory / FILE_NAME
+    newest = max((row["step"] for row in _parse(path.read_bytes())[0]), default=0) if path.exists() else 0
+    if newest - after_step <= expected:
+        return
+    with writing(directory):
+        shutil.copyfile(path, copy := _free_name(path, "before"))
+    console.print(
+        f"warning: {directory} has rows up to step {newest} and goes on from step {after_step}, as there is no newer "
+        f"checkpoint; if they were moved, end this process and put them back; the rows are kept in {copy}",
+        style="yellow",
+        markup=False,
+    )
+
+
 def _mend(path: Path, after_step: int) -> None:
     """Leaves the rows up to this step, each once and in their order."""
     found, n_lost = _parse(path.read_bytes())
@@ -112,7 +136,7 @@ def _mend(path: Path, after_step: int) -> None:
     losses += [f"{_lines(n_older)} gave way to a newer row of the same step"] if n_older else []
     copied = ""
     if losses:
-        shutil.copyfile(path, copy := _free_name(path))
+        shutil.copyfile(path, copy := _free_name(path, "damaged"))
         copied = f"; all other rows stay, and the file as it was is {copy}"
     if missing := _missing(rows, after_step):
         several = f"{len(missing)} steps from {missing[0]} to {missing[-1]}"
@@ -159,8 +183,8 @@ def _lines(count: int) -> str:
     return f"{count} line{'s' if count > 1 else ''}"
 
 
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
+def _free_name(path: Path, word: str) -> Path:
+    names = (path.with_name(f"{path.name}.{word}-{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
