@@ -120,6 +120,7 @@ def train_and_score(
     if hosts.process_index() == 0:
         card = _with_earlier(card, run.path / FILE_NAME)
         card.write(run.path / FILE_NAME)
+    run.close()
     return fitted.model, card
 
 

@@ -19,6 +19,8 @@ from jax.sharding import SingleDeviceSharding
 
 from efftrain.config import difference, from_json, to_json
 from efftrain.errors import ConfigError, RunError
+from efftrain.lock import FILE_NAME as LOCK
+from efftrain.lock import Lock
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
@@ -40,7 +42,8 @@ class Run:
     ``identity.json`` says which code and inputs the run was made by. An unfinished run continues with other code, as a
     mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. A finished
     run of other code is refused, as it would be taken for what this code trains. Several processes are one run: the
-    first of them writes.
+    first of them writes, and keeps every other command from the directory until ``close``, the end of this object or of
+    the process. Whoever only reads (``load``) needs no lock.
 
     Args:
       path: of the directory.
@@ -54,6 +57,7 @@ class Run:
       checkpoints: the folder of the checkpoints: in the directory, or where the configuration says.
 
     Raises:
+      InUseError: another command is training the run.
       RunError: the directory holds a run of another configuration or of other inputs, a finished one of other code, or
         something that is not a run; the processes differ in configuration, code or packages.
     """
@@ -66,20 +70,38 @@ class Run:
         self._identity = run_identity(config, inputs or {}, alone=script is not None)
         self.checkpoints = checkpoint_directory(self.path, self.config)
         hosts.agree({"configuration": self.config} | process_code())
+        self._lock: Lock | None = None
         with hosts.together():
             if hosts.process_index() == 0:
-                self._make()
+                try:
+                    self._make()
+                except BaseException:
+                    self.close()
+                    raise
+
+    def close(self) -> None:
+        """Lets other processes continue the run; so does the end of this object."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _make(self) -> None:
-        if (self.path / "config.json").exists():
-            self._check_same_config()
-            self._check_same_identity()
-        elif self.path.is_dir() and any(p.suffix != ".incomplete" for p in self.path.iterdir()):
+        begun = (self.path / "config.json").exists()
+        if not begun and self.path.is_dir() and not all(map(_is_ours, self.path.iterdir())):
             raise RunError(
                 f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
             )
         with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path / LOCK, self.path)
+        if begun:
+            self._check_same_config()
+            self._check_same_identity()
+        with writing(self.path):
             self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
             if (self.path / FILE_NAME).exists() and steps_made(self.path, self.checkpoints, self.config) == "all":
                 return  # what it was trained by stays written there
@@ -239,6 +261,11 @@ def cpu_name() -> str:
         else []
     )
     return names[0] if names else platform.processor()
+
+
+def _is_ours(path: Path) -> bool:
+    """Left by a process that was killed before the directory was a run."""
+    return path.suffix == ".incomplete" or path.name == LOCK
 
 
 def read_json(path: Path) -> Any:

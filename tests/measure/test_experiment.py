@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from flax import nnx
+from lock_holder import Holder
 
 import efftrain
 from efftrain import data
@@ -13,7 +14,8 @@ from efftrain.compress.options import Compression
 from efftrain.compress.run import compress
 from efftrain.config import to_json
 from efftrain.data.splits import SplitByPackage
-from efftrain.errors import ConfigError
+from efftrain.errors import ConfigError, InUseError, RunError
+from efftrain.lock import beside
 from efftrain.measure import experiment as experiment_module
 from efftrain.measure.compare import compare
 from efftrain.measure.experiment import Experiment, train_and_score
@@ -53,6 +55,13 @@ def experiment(corpus: Path, out: Path) -> Experiment:
     return Experiment(model=MODEL, training=training, corpus=corpus, out=out)
 
 
+def leave_run(config: Experiment) -> None:
+    """What a compression reads first of a run."""
+    config.out.mkdir()
+    settings = {"model": to_json(config.model), "training": to_json(config.training), "corpus": str(config.corpus)}
+    (config.out / "config.json").write_text(json.dumps(settings))
+
+
 def train(config: Experiment):
     return train_and_score(config, lambda rngs: Decoder(config.model, rngs=rngs), next_token_loss)[1]
 
@@ -90,8 +99,19 @@ def test_what_needs_the_validation_split_says_so_before_the_work(only_train, tmp
     config = experiment(only_train, tmp_path / "run")
     with pytest.raises(ConfigError, match="has no split 'validation', on which models are compared"):
         compare({"only": config}, lambda config: pytest.fail("trained"), out=tmp_path, seeds=(0,))
-    (tmp_path / "run").mkdir()
-    settings = {"model": to_json(MODEL), "training": to_json(config.training), "corpus": str(only_train)}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    leave_run(config)
     with pytest.raises(ConfigError, match="has no split 'validation'"):
         compress(tmp_path / "run", Compression(sparsity="0.5", method="magnitude"))
+
+
+def test_two_processes_do_not_make_one_compressed_run(build_corpus, tmp_path):
+    leave_run(experiment(build_corpus(validation=0.3, test=0), tmp_path / "run"))
+    out, options = tmp_path / "small", Compression(sparsity="0.5", method="magnitude")
+    holder = Holder(beside(out), out)
+    with pytest.raises(InUseError, match=rf"small is in use by process {holder.pid} on \S+; wait for it or choose"):
+        compress(tmp_path / "run", options, out=out)
+    assert not out.with_name("small.stages").exists()
+    holder.kill()
+    with pytest.raises(RunError, match="holds no checkpoint"):  # further than before
+        compress(tmp_path / "run", options, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
