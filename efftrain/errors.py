@@ -19,3 +19,7 @@ class CorpusError(EfftrainError):
 
 class RunError(EfftrainError):
     """A run directory or a checkpoint cannot be used for what was asked."""
+
+
+class InUseError(EfftrainError):
+    """Another process is changing what this one would change: a run, a corpus, a cache, a file of measurements."""

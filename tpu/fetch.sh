@@ -4,7 +4,7 @@
 #   fetch.sh NAME RUN FOLDER [--project PROJECT] [--zone ZONE] [--dry-run]
 #
 #   fetch.sh my-tpu gs://my-bucket/dense runs/dense     all of it; what is here already is not copied again
-#   fetch.sh my-tpu runs/dense runs/dense-tpu           from ~/efftrain/src/runs/dense on worker 0 of slice 0; FOLDER
+#   fetch.sh my-tpu runs/dense runs/dense-tpu           from ~/efftrain/work/runs/dense on worker 0 of slice 0; FOLDER
 #                                                       must not exist. Checkpoints that several workers wrote to their
 #                                                       own disks are not whole there: give the run a bucket.
 #
@@ -30,11 +30,11 @@ if [[ $source == gs://* ]]; then
     run mkdir -p "$folder"
     run gcloud storage rsync "$source" "$folder" "--project=$project" --recursive || fail 1 "$incomplete"
 else
-    [[ $source != /* && $source != *..* ]] || fail 2 "$source is no path in the checkout on the worker; give the --out of the run"
+    [[ $source != /* && $source != *..* ]] || fail 2 "$source is no path in ~/efftrain/work on the worker; give the --out of the run"
     [[ ! -e $folder ]] || fail 3 "$folder exists; choose another folder, so that two runs are not mixed"
     ((dry_run)) || require_active
     run mkdir -p "$(dirname "$folder")"
-    run gcloud compute tpus queued-resources scp "$name:efftrain/src/$source" "$folder" "${place[@]}" \
+    run gcloud compute tpus queued-resources scp "$name:efftrain/work/$source" "$folder" "${place[@]}" \
         --node=0 --worker=0 --recurse </dev/null || fail 1 "$incomplete after removing that folder"
 fi
 ((dry_run)) || echo "fetched $source into $folder"

@@ -4,7 +4,8 @@
 #   install.sh NAME [--project PROJECT] [--zone ZONE] [--dry-run]
 #
 # What goes: the newest commit and every change that git does not ignore, so that a run names its commit in
-# environment.json. It needs no job running on the workers. Exit codes: 3 TPU not ACTIVE, 6 a worker failed.
+# environment.json. It needs no job running on the workers. It replaces ~/efftrain/src, and leaves ~/efftrain/work as it
+# is, in which jobs start and runs lie. Exit codes: 3 TPU not ACTIVE, 6 a worker failed.
 
 set -euo pipefail
 # shellcheck source=common.sh

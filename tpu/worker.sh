@@ -3,7 +3,7 @@
 # "efftrain-worker: HOST WORD", and nothing else on the machine is touched than ~/efftrain.
 #
 #   worker.sh install            put the new checkout in place and its packages into ~/efftrain/venv
-#   worker.sh start COMMAND...   run a command in the checkout; it outlives the ssh session
+#   worker.sh start COMMAND...   run a command in ~/efftrain/work, which no install touches; it outlives the ssh session
 #   worker.sh status             none | running | finished CODE | stopped CODE | lost (the machine restarted)
 #   worker.sh stop SECONDS       SIGTERM: the job saves, then ends; waits so long for that
 #   worker.sh log LINES          the end of ~/efftrain/train.log
@@ -46,6 +46,9 @@ status() {
 
 install() {
     ! running || fail "a job is running; stop it first with stop.sh"
+    # Earlier versions started jobs in the checkout: what they left there becomes the folder where jobs start.
+    [[ -e $home/work || ! -e $home/src ]] || mv "$home/src" "$home/work"
+    mkdir -p "$home/work"
     rm -rf "$home/src" "$job"
     mv "$home/src.new" "$home/src"
     export PATH=$home/bin:$PATH
@@ -65,7 +68,8 @@ start() {
     rm -rf "$job"
     mkdir -p "$job"
     boot >"$job/boot"
-    cd "$home/src"
+    mkdir -p "$home/work"
+    cd "$home/work"
     PATH=$home/venv/bin:$PATH nohup setsid bash "$home/src/tpu/worker.sh" supervise "$@" \
         >>"$home/train.log" 2>&1 </dev/null &
     for _ in {1..100}; do

@@ -25,6 +25,7 @@ from efftrain.compress.slim import slim
 from efftrain.compress.text import Text
 from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
+from efftrain.lock import Lock, beside
 from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.parameters import zeros_share
 from efftrain.measure.score import score
@@ -38,6 +39,7 @@ from efftrain.progress import console
 from efftrain.sharding.hosts import Hosts
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Training
+from efftrain.train.metrics_log import writing
 from efftrain.train.run import environment, load_model_config, newest_step, read_json
 from efftrain.train.state import split_model
 
@@ -69,6 +71,7 @@ def compress(
       evaluated_rows: of the validation split, for the score. None: all.
 
     Raises:
+      InUseError: another process makes ``out``.
       EfftrainError: the run, the corpus and the options do not fit, or ``out`` holds something else.
     """
     if (Hosts.from_environment().processes or 1) > 1:
@@ -80,7 +83,15 @@ def compress(
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
+    text.check_validation()
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
+    with writing(out):
+        lock = Lock(beside(out), out)
+    with lock:
+        return _compress(run, options, text, out, evaluated_rows)
+
+
+def _compress(run: Path, options: Compression, text: Text, out: Path, evaluated_rows: int | None) -> Scorecard:
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
     model = _stage(run, options, text, out, evaluated_rows=evaluated_rows)

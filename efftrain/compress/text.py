@@ -19,6 +19,14 @@ class Text:
     corpus: Path
     length: int
 
+    def check_validation(self) -> None:
+        """Refuses a corpus without validation rows before the work, and not after it.
+
+        Raises:
+          ConfigError: the corpus has no validation split, or none of one row.
+        """
+        data.PackedRows(data.open(self.corpus, verify=False), "validation", self.length)
+
     def evaluator(self, max_rows: int | None = None) -> Evaluator:
         opened = data.open(self.corpus)
         max_batches = None if max_rows is None else -(-max_rows // 8)

@@ -33,7 +33,7 @@ from efftrain.data.rule_scores import score_names
 from efftrain.data.rules import flatten, prefers_high, scoring
 from efftrain.data.splits import N_BUCKETS, assign_buckets, bucket
 from efftrain.data.spool import unpack_record
-from efftrain.data.stages import Engine, read_json, run_stage, stem
+from efftrain.data.stages import Engine, read_summary, run_stage, stem
 from efftrain.data.tokenizer import load_tokenizer
 from efftrain.data.writing import write_corpus
 from efftrain.errors import ConfigError, CorpusError
@@ -193,7 +193,8 @@ class _Build:
     def _forget_unreadable(self, n_pieces: int) -> None:
         """Has pieces with a file that could not be read read again, and all that was made of them made again."""
         paths = [self.work / "read" / f"{stem(number)}.json" for number in range(n_pieces)]
-        again = [path for path in paths if path.exists() and read_json(path)["unreadable"]["files"]]
+        summaries = {path: read_summary(path) for path in paths}
+        again = [path for path, summary in summaries.items() if summary and summary["unreadable"]["files"]]
         if not again:
             return
         for later in self.work.iterdir():

@@ -80,8 +80,7 @@ class Stage:
         write_json(self.folder / f"{stem(number)}.json", summary)
 
     def summary(self, number: int) -> dict[str, Any] | None:
-        path = self.folder / f"{stem(number)}.json"
-        return read_json(path) if path.exists() else None
+        return read_summary(self.folder / f"{stem(number)}.json")
 
 
 def run_stage(engine: Engine, work: Path, name: str, task: Task, n_items: int, title: str) -> list[dict[str, Any]]:
@@ -105,8 +104,12 @@ def stem(number: int) -> str:
     return f"{number:06d}"
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What an item left; None where it is not done, or its summary is damaged: it is then done again."""
+    try:
+        return json.loads(path.read_bytes().decode())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,11 +28,12 @@ from efftrain.config import difference
 from efftrain.data.inputs import without_status
 from efftrain.data.shards import file_digest, sync
 from efftrain.errors import CorpusError
+from efftrain.lock import Lock, beside
 from efftrain.progress import console
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_OWN = ("pid", "plan.json", "inputs.json")  # in an unfinished folder
+_OWN = ("pid", "plan.json", "inputs.json")  # in an unfinished folder; earlier versions left their process there
 _LIBRARIES = ("tensorflow-datasets", "array-record", "tokenizers", "pyarrow", "numpy")
 
 
@@ -138,19 +139,21 @@ def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, A
     libraries. ``inputs`` are kept in it for ``known_inputs``.
 
     Raises:
-      CorpusError: another process is building the same corpus, or the disk is full.
+      InUseError: another process is building it.
+      CorpusError: the disk is full, or the folder cannot be written.
     """
     folder = unfinished_path(out)
     try:
-        _claim(folder, plan)
-        if inputs:
-            (folder / "inputs.json").write_text(json.dumps({"inputs": inputs}))
-        yield folder
-        for path in folder.rglob("*"):
-            sync(path)
-        for name in _OWN:
-            (folder / name).unlink(missing_ok=True)
-        _replace(folder, out)
+        with _lock(out):
+            _begin(folder, plan)
+            if inputs:
+                (folder / "inputs.json").write_text(json.dumps({"inputs": inputs}))
+            yield folder
+            for path in folder.rglob("*"):
+                sync(path)
+            for name in _OWN:
+                (folder / name).unlink(missing_ok=True)
+            _replace(folder, out)
     except Exception as error:
         # The writers in C++ and Rust raise errors of their own that carry only the message.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
@@ -177,23 +180,23 @@ def unfinished_path(out: Path) -> Path:
     return out.with_name(out.name + ".incomplete")
 
 
-def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
-    import psutil
+def _lock(out: Path) -> Lock:
+    try:
+        return Lock(beside(out), out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise CorpusError(f"cannot write {out} ({error.strerror}); choose another --out") from error
 
-    owner = folder / "pid"
-    if owner.is_file() and (text := owner.read_text().strip()).isdigit():
-        pid = int(text)
-        # A process that started after the file was written only inherited the number.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if pid != os.getpid() and psutil.Process(pid).create_time() <= owner.stat().st_mtime:
-                raise CorpusError(f"process {pid} is building {folder}; wait for it or choose another --out")
+
+def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Makes the folder; keeps one that is left from a build with the same plan."""
     content = json.dumps({**plan, "environment": _environment() | {"commit": None}}, sort_keys=True)
     if folder.exists():
         same = (folder / "plan.json").is_file() and (folder / "plan.json").read_text() == content
         what = "going on with it" if same else "of other inputs, parameters or code; starting again"
         console.print(f"{folder} is left from a build that was interrupted; {what}", markup=False)
         if same:
-            owner.write_text(str(os.getpid()))
             return
         shutil.rmtree(folder)
     try:
@@ -202,7 +205,6 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
         if error.errno == errno.ENOSPC:
             raise
         raise CorpusError(f"cannot write {folder} ({error.strerror}); choose another --out") from error
-    owner.write_text(str(os.getpid()))
     (folder / "plan.json").write_text(content)
 
 

@@ -19,7 +19,7 @@ from efftrain.data.removals import Survivors
 from efftrain.data.shards import Serializer, Shard, ShardWriter, text_features, token_features, write_metadata
 from efftrain.data.splits import SPLITS
 from efftrain.data.spool import ExternalSort, unpack_record
-from efftrain.data.stages import read_json, write_json
+from efftrain.data.stages import read_summary, write_json
 from efftrain.data.token_bytes import describe_tokenizer
 from efftrain.data.tokenizer import (
     load_tokenizer,
@@ -142,6 +142,7 @@ def _write_tokens(folder: Path, config: CorpusConfig, split: str, figures: dict[
 
 def _once(path: Path, step: Callable[[], Any]) -> Any:
     """The result of a step, from the file where an interrupted build has done it already."""
-    if not path.exists():
+    if (found := read_summary(path)) is None:
         write_json(path, step())
-    return read_json(path)
+        found = read_summary(path)
+    return found

@@ -1,20 +1,24 @@
 """Variants of an experiment side by side: the same seeds and data for all, the mean and the spread of each figure."""
 
+import contextlib
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from efftrain import data
+from efftrain.errors import ConfigError, CorpusError
 from efftrain.measure.experiment import Experiment, finished
 from efftrain.measure.scorecard import Figure, Scorecard, amount
 from efftrain.progress import console
-from efftrain.train.run import environment, read_metrics
+from efftrain.train.metrics_log import read_metrics
+from efftrain.train.run import environment
 
 LAST_ROWS = 50  # training rows behind the figures of the last steps
 COLUMNS = ("bpb", "train_flops", "train_tokens_per_s", "parameters_active", "parameters_total", "decode_s_per_token_b1")
@@ -121,8 +125,10 @@ def compare(
       complete: what is known of a configuration only with its directory and seed.
 
     Raises:
+      ConfigError: a corpus has no validation split.
       RunError: a directory holds a run of another configuration, of other inputs, or a finished one of other code.
     """
+    _check_validation({variant.corpus for variant in variants.values()})
     cards: dict[str, list[Scorecard]] = {name: [] for name in variants}
     last: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
     for i, seed in enumerate(seeds):
@@ -134,6 +140,17 @@ def compare(
             for figure, value in _last_figures(config.out).items():
                 last[name].setdefault(figure, []).append(value)
     return Comparison(tuple(seeds), cards, last)
+
+
+def _check_validation(corpora: Iterable[Path]) -> None:
+    """Before anything is trained. A corpus that cannot be opened is the business of whoever trains."""
+    for path in corpora:
+        with contextlib.suppress(CorpusError):
+            if "validation" not in data.open(path, verify=False).splits:
+                raise ConfigError(
+                    f"corpus {path} has no split 'validation', on which models are compared; build it with a share "
+                    "for validation"
+                )
 
 
 def _last_figures(run: Path) -> dict[str, float]:

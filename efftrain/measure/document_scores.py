@@ -23,6 +23,7 @@ from efftrain.data.documents import UNREADABLE, Document, Skipped
 from efftrain.data.encoding import encode_documents
 from efftrain.data.tokenizer import vocabulary_size
 from efftrain.errors import ConfigError, CorpusError
+from efftrain.lock import Lock, beside
 from efftrain.models.decoder import Decoder
 from efftrain.ops.cross_entropy import choose_chunks, token_nll
 from efftrain.progress import track
@@ -128,6 +129,9 @@ def _document_scores(
 def write_scores(scores: Iterable[DocumentScore], out: Path | str) -> int:
     """Writes a Parquet table of ``id``, ``bits_per_byte`` and ``n_bytes``, which is complete or not there.
 
+    Raises:
+      InUseError: another process writes it.
+
     Returns:
       The number of rows.
     """
@@ -139,7 +143,7 @@ def write_scores(scores: Iterable[DocumentScore], out: Path | str) -> int:
     incomplete = out.with_name(f"{out.name}.incomplete")
     schema = pa.schema([("id", pa.string()), ("bits_per_byte", pa.float32()), ("n_bytes", pa.int64())])
     n_rows = 0
-    with pq.ParquetWriter(incomplete, schema, compression="zstd") as writer:
+    with Lock(beside(out), out), pq.ParquetWriter(incomplete, schema, compression="zstd") as writer:
         scores = iter(scores)
         while rows := [vars(score) for score in itertools.islice(scores, _WRITE_ROWS)]:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))

@@ -15,6 +15,7 @@ from efftrain.measure.score import score
 from efftrain.measure.scorecard import FILE_NAME, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
+from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
@@ -55,6 +56,7 @@ def train_and_score(
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
+    Where the corpus has no validation split, the quality in the scorecard is not measured, and a warning says so.
     Of several processes (``sharding.hosts``) each feeds its part of the batches, and the first one writes.
 
     Args:
@@ -88,10 +90,11 @@ def train_and_score(
     whole = (data.Part(path=config.corpus),)
     held_out = replace(loader, corpora=whole, split="validation", shuffle=False, repeat=False)
     mine = batch_part(training)
+    max_batches = None if evaluated_rows is None else -(-evaluated_rows // training.batch_size)
+    evaluate = _evaluator(corpus, held_out, mine, max_batches)
 
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
-    max_batches = None if evaluated_rows is None else -(-evaluated_rows // training.batch_size)
     fitted = fit(
         build,
         objective,
@@ -100,9 +103,7 @@ def train_and_score(
         run,
         wrap=wrap,
         initial=initial,
-        evaluate=Evaluator(
-            lambda: data.batches(held_out, *mine, verify=False), corpus.token_bytes(), max_batches=max_batches
-        ),
+        evaluate=evaluate,
         flops_per_token=flops_per_token,
     )
     card = score(
@@ -119,7 +120,30 @@ def train_and_score(
     if hosts.process_index() == 0:
         card = _with_earlier(card, run.path / FILE_NAME)
         card.write(run.path / FILE_NAME)
+    run.close()
     return fitted.model, card
+
+
+def _evaluator(
+    corpus: data.Corpus, rows: data.LoaderConfig, part: tuple[int, int], max_batches: int | None
+) -> Evaluator | None:
+    """None where the corpus has no such split. Other reasons to fail are found now, and not after the last step.
+
+    Raises:
+      ConfigError: the split is shorter than one row.
+    """
+    if rows.split not in corpus.splits:
+        console.print(
+            f"warning: corpus {corpus.path} has no split {rows.split!r}: the model is trained, but its quality is not "
+            "measured",
+            style="yellow",
+            markup=False,
+        )
+        return None
+    data.batches(rows, *part, verify=False)
+    return Evaluator(
+        lambda: data.batches(rows, *part, verify=False), corpus.token_bytes(rows.split), max_batches=max_batches
+    )
 
 
 def finished(config: Experiment) -> Scorecard | None:

@@ -1,32 +1,41 @@
 """Measurements that take long, kept as they are made, so that the same command continues where it was stopped."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from efftrain.code_identity import changed_code
 from efftrain.config import difference
 from efftrain.errors import RunError
+from efftrain.lock import Lock, beside
 from efftrain.progress import console
 
 
 class Kept:
     """What was measured so far for a file that does not exist yet, beside it; ``remove`` when the file is written.
 
+    Until then, or the end of this object, no other process can measure for the same file.
+
     Args:
       path: of the file.
       values: what the measurements depend on, as JSON; those of other values are not taken, and a sentence says so.
       code: ``code_identity`` of what measures; the same goes for it.
+
+    Raises:
+      InUseError: another process measures for this file.
     """
 
     def __init__(self, path: Path, values: dict[str, Any], code: Mapping[str, str]):
         self.values, self._path = values | {"code": dict(code)}, path.with_name(f".{path.name}.incomplete")
         self._cells: dict[str, Any] = {}
-        if not self._path.exists():
+        with _writing(path):
+            self._lock = Lock(beside(path), path)
+        before = _read(self._path)
+        if before is None:
             return
-        before = json.loads(self._path.read_text())
         cells = before.pop("cells", {})
         if (reason := other_origin(before, self.values)) is None:
             self._cells = cells
@@ -42,6 +51,23 @@ class Kept:
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What an earlier process kept; None where there is nothing, or a damaged file, which is then set aside."""
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(path.read_bytes().decode())
+        if isinstance(before, dict) and isinstance(before.get("cells", {}), dict):
+            return before
+    except (ValueError, RecursionError):
+        pass
+    aside = path.with_name(f"{path.name}.damaged")
+    os.replace(path, aside)
+    console.print(f"warning: {path} is damaged and is now {aside}; measuring again", style="yellow", markup=False)
+    return None
 
 
 def other_origin(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -65,12 +91,21 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
       RunError: it cannot be written.
     """
     temporary = path.with_name(f"{path.name}.writing")
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(
             f"cannot write {path} ({error.strerror}); free the disk and give the same command again"
         ) from error

@@ -17,6 +17,7 @@ from efftrain.config import difference, digest
 from efftrain.errors import RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
+from efftrain.train.checkpoint_folder import check_writable, first_line, lock_folder, vanished
 from efftrain.train.sparse_storage import BITS, expand, squeeze, stored_names
 
 # Orbax reports each save in ten lines, and each failure once a thread before it raises.
@@ -31,6 +32,7 @@ class Checkpoints:
     iterator's state: Orbax does not notice when the bytes of an array change on disk.
 
     Of several processes each writes and reads the shards of its own devices, in one folder that all of them see.
+    Where the folder is moved or deleted meanwhile, a warning says so, and the next checkpoint makes it again.
 
     Args:
       directory: where they are; a path, or a URL that etils knows (gs://bucket/folder).
@@ -39,6 +41,7 @@ class Checkpoints:
       read_only: nothing is made, tidied or deleted: another process may be writing here.
 
     Raises:
+      InUseError: another command writes to the folder.
       RunError: the folder cannot be written to by one of the processes, or is not the same one for all.
     """
 
@@ -52,8 +55,10 @@ class Checkpoints:
     ):
         place = epath.Path(directory)
         self.directory = place if "://" in str(directory) else Path(directory).absolute()
+        self._lock = None
         if not read_only:
-            _check_writable(epath.Path(self.directory))
+            check_writable(epath.Path(self.directory))
+            self._lock = lock_folder(self.directory)
         several = hosts.process_count() > 1
         self._shapes: dict[int, dict[str, Any]] = {}
         self._manager = ocp.CheckpointManager(
@@ -88,6 +93,9 @@ class Checkpoints:
         flat = squeeze(flatten(state)) if squeezed else flatten(state)
         data = {"iterator": data_state, "iterator_digest": digest(data_state), "fingerprints": fingerprints(flat)}
         with self._writing():
+            self._manager.wait_until_finished()  # as the next call would
+            if vanished(self.directory, self.steps()):
+                self._manager.reload()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -99,17 +107,31 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when everything started is on disk."""
+        """Returns when everything started is on disk.
+
+        Raises:
+          RunError: it could not be written, or was moved or deleted at once.
+        """
         with self._writing():
             self._manager.wait_until_finished()
+        newest = self.directory / str(max(self.steps(), default=""))
+        if not hosts.from_first(newest.exists):
+            raise RunError(
+                f"checkpoint {newest} was moved or deleted as soon as it was written; put it back, then the same "
+                "command continues from it"
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Waits for what was started, and closes."""
-        with self._writing():
-            self._manager.close()
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -214,7 +236,7 @@ class Checkpoints:
                 damaged.append(str(step))
                 _ignore_late_callbacks()
                 console.print(
-                    f"warning: checkpoint {self.directory / str(step)} is damaged ({_first_line(error)}); trying the "
+                    f"warning: checkpoint {self.directory / str(step)} is damaged ({first_line(error)}); trying the "
                     "one before",
                     style="yellow",
                     markup=False,
@@ -277,7 +299,7 @@ class Checkpoints:
         except Exception as error:  # as in _newest_complete
             _ignore_late_callbacks()
             raise RunError(
-                f"checkpoint {self.directory / str(step)} is damaged or was removed ({_first_line(error)}); use "
+                f"checkpoint {self.directory / str(step)} is damaged or was removed ({first_line(error)}); use "
                 "another one, or wait for the run to end"
             ) from error
 
@@ -289,45 +311,9 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             _ignore_late_callbacks()
             raise RunError(
-                f"cannot write a checkpoint to {self.directory} ({_first_line(error)}); free the disk, then the same "
+                f"cannot write a checkpoint to {self.directory} ({first_line(error)}); free the disk, then the same "
                 "command continues from the newest complete checkpoint"
             ) from error
-
-
-def _check_writable(directory: epath.Path) -> None:
-    """Makes the folder; leaves nothing in it. The save would find out too, but hours later."""
-    probe, seen = directory / f".probe-{hosts.process_index()}", directory / ".probe-0"
-
-    def explain(error: BaseException) -> RunError:
-        reason = getattr(error, "strerror", None) or _first_line(error)
-        return RunError(
-            f"cannot write a checkpoint to {directory} ({reason}); free the disk, mend its permissions or choose "
-            "another --out or --training.checkpoints"
-        )
-
-    with hosts.together():
-        try:
-            if hosts.process_index() == 0:
-                directory.mkdir(parents=True, exist_ok=True)
-                probe.write_text("written at the start, to see whether it can be")
-        except Exception as error:  # a bucket's client has its own classes
-            raise explain(error) from error
-    try:
-        with hosts.together():
-            if not seen.exists():
-                raise RunError(
-                    f"{directory} on process {hosts.process_index()} is not the folder of process 0; put checkpoints "
-                    "where all hosts see them: a shared disk, or a bucket with --training.checkpoints gs://..."
-                )
-            try:
-                if hosts.process_index():
-                    probe.write_text("")
-                    probe.unlink()
-            except Exception as error:
-                raise explain(error) from error
-    finally:
-        if hosts.process_index() == 0:
-            seen.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -338,7 +324,7 @@ def _all_or_none() -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-    said = hosts.exchange("" if problem is None else _first_line(problem))
+    said = hosts.exchange("" if problem is None else first_line(problem))
     if problem is not None:
         raise problem
     for number, sentence in enumerate(said):
@@ -414,7 +400,3 @@ def _ignore_late_callbacks() -> None:
             before(report)
 
     sys.unraisablehook = hook
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,15 +1,14 @@
 """The loop: it feeds the step, writes metrics one step late, saves, and continues where a run stopped."""
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from efftrain.errors import ConfigError, RunError
 from efftrain.progress import console
@@ -20,16 +19,17 @@ from efftrain.sharding.peers import Peers
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
 from efftrain.train.branch import branch_from, parse_branch
 from efftrain.train.checkpoints import Checkpoints
-from efftrain.train.interruption import Interruption
-from efftrain.train.objective import Metrics, Objective
+from efftrain.train.evaluations import Evaluate, Evaluations
+from efftrain.train.interruption import Interruption, with_votes
+from efftrain.train.metrics_log import keep_lost_rows, read_metrics
+from efftrain.train.objective import Objective
 from efftrain.train.optimizers import AdamW, Muon
 from efftrain.train.profile import Profiler, parse_steps
 from efftrain.train.program import Program, Wrap, batch_sharding, make_program
-from efftrain.train.recorder import VOTES, Recorder, read_figures
-from efftrain.train.run import Run, read_metrics
+from efftrain.train.recorder import Recorder, read_figures
+from efftrain.train.run import Run
 from efftrain.train.schedules import Cosine, WarmupStableDecay
 from efftrain.train.state import TrainState, merge_model, split_model
-from efftrain.train.step import Step
 from efftrain.train.supervise import report_checkpoint
 from efftrain.train.teacher import Taught
 from efftrain.train.timing import Timing
@@ -132,7 +132,7 @@ class Fitted:
     Attributes:
       model: trained; with the averaged parameters where the run keeps them.
       figures: the run's times, units in their names.
-      evaluation: what ``evaluate`` said behind the last step; None where there was none.
+      evaluation: what ``evaluate`` said after the last step; None where there was none.
     """
 
     model: nnx.Module
@@ -149,7 +149,7 @@ def fit(
     *,
     wrap: Wrap | None = None,
     initial: Callable[[], nnx.Module] | None = None,
-    evaluate: Callable[[nnx.Module], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     flops_per_token: float | None = None,
     rules: ShardingRules = DEFAULT_RULES,
     devices: Sequence[jax.Device] | None = None,
@@ -165,7 +165,8 @@ def fit(
       wrap: put around the optimizer, whose state it shares: what prunes weights (``compress.sparsify``). None: nothing.
       initial: makes the model that a new run starts from, of the structure that ``build`` has; None: as built. Not
         called where a checkpoint is found.
-      evaluate: model -> figures on held-out text, written to the metrics.
+      evaluate: model -> figures on held-out text, written to the metrics. A checkpoint of the same step is saved before
+        it. A signal ends an evaluation; the next process makes up for it.
       flops_per_token: model FLOPs of a training token, for MFU.
       rules: which mesh axis splits which logical axis.
       devices: that the mesh is made of; by default all.
@@ -178,9 +179,10 @@ def fit(
     if config.branch is not None and initial is not None:
         raise ConfigError("training.branch is set and the run starts from a model; leave one of them out")
     mesh = make_mesh(config.mesh, devices)
+    evaluations = Evaluations(evaluate, steps=config.steps, every=config.eval_every, run=run)
     program = make_program(build, objective, config, wrap)
     if hosts.process_count() > 1:
-        program = replace(program, step=_with_votes(program.step))
+        program = replace(program, step=with_votes(program.step))
 
     with (
         Peers(),
@@ -191,9 +193,13 @@ def fit(
         state = _restore_or_init(program, checkpoints, batches, mesh, rules, initial, config)
         start = int(state.step)
         report_checkpoint(start)
-        if start == config.steps:
+        # Of the step that was restored: a signal or a crash came between its checkpoint and its evaluation.
+        owed = start in checkpoints.steps() and evaluations.missing(start)
+        if start == config.steps and not owed:
             console.print(f"{run.path} is trained already ({start} steps); nothing to do", markup=False)
             return _fitted(program.graph, state, run)
+        if hosts.process_index() == 0:
+            keep_lost_rows(run.path, after_step=start, expected=2 * config.checkpoint_every)
         frozen = program.frozen(mesh, rules)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None
@@ -203,10 +209,26 @@ def fit(
             config.watchdog.watch(timing, run.path),
             Profiler(chosen, run.path / "profile", recorder, start=start) as profiler,
         ):
+
+            def save(number: int, *, wait: bool) -> None:
+                with recorder.phase("checkpoint"):
+                    checkpoints.save(number, state, batches.get_state(), run.config)
+                    if wait:
+                        checkpoints.wait()
+
+            def end(number: int, asked_by: str) -> NoReturn:
+                report_checkpoint(number)
+                console.print(f"{asked_by}: saved step {number}; the same command continues from there")
+                raise SystemExit(EXIT_INTERRUPTED)
+
+            if owed:
+                owed = not evaluations.write(start, merge_model(program.graph, state), recorder, interruption)
+                if (asked_by := interruption.asked_anywhere()) and (owed or start < config.steps):
+                    end(start, asked_by)
             for number in range(start + 1, config.steps + 1):
                 profiler.before(number)
                 with recorder.phase("input_wait"):
-                    batch = place(next(batches), config, mesh, rules) | _vote(interruption, mesh)
+                    batch = place(next(batches), config, mesh, rules) | interruption.vote(mesh)
                 if compiled is None:
                     compiled = recorder.compile(program.jit(state), state, batch, frozen)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -217,24 +239,22 @@ def fit(
                 last = number == config.steps
                 # Read once, as a signal may come between two lines; of several processes what all of them know.
                 asked_by = interruption.asked if hosts.process_count() == 1 else recorder.asked_before(number)
-                evaluate_now = evaluate and (last or (config.eval_every and number % config.eval_every == 0))
+                owed = evaluations.due(number)
                 save_now = last or asked_by or number % config.checkpoint_every == 0
-                if evaluate_now or save_now:
+                if owed or save_now:
                     recorder.flush()
-                if evaluate_now:
-                    with recorder.phase("evaluation"):
-                        evaluation = evaluate(merge_model(program.graph, state))
-                    recorder.write_evaluation(number, evaluation)
                 if save_now:
-                    with recorder.phase("checkpoint"):
-                        checkpoints.save(number, state, batches.get_state(), run.config)
-                        if last or asked_by:
-                            checkpoints.wait()
-                if asked_by and not last:
-                    report_checkpoint(number)
-                    console.print(f"{asked_by}: saved step {number}; the same command continues from there")
-                    raise SystemExit(EXIT_INTERRUPTED)
-            recorder.write_figures()
+                    save(number, wait=bool(last or asked_by))  # first: an evaluation that fails must not cost the run
+                if last:
+                    recorder.write_figures()
+                if owed and not asked_by:
+                    owed = not evaluations.write(number, merge_model(program.graph, state), recorder, interruption)
+                    if asked_by := interruption.asked_anywhere():
+                        save(number, wait=True)
+                if asked_by and (owed or not last):
+                    end(number, asked_by)
+            if start < config.steps:
+                recorder.write_figures()
     return _fitted(program.graph, state, run)
 
 
@@ -256,27 +276,6 @@ def batch_part(config: Training, rules: ShardingRules = DEFAULT_RULES) -> tuple[
     """
     sharding = batch_sharding(config, make_mesh(config.mesh), rules)
     return hosts.part_of_rows(sharding, (config.batch_size, config.length))
-
-
-def _vote(interruption: Interruption, mesh: Mesh) -> dict[str, jax.Array]:
-    """Whether a signal asked this process to stop, as a part of the batch: so all of them learn it at the same step."""
-    if hosts.process_count() == 1:
-        return {}
-    asked_by = interruption.asked  # read once: a signal may come between two looks
-    vote = hosts.process_index() * 256 + signal.Signals[asked_by] if asked_by else -1
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    votes = np.full(len(mesh.local_devices), vote, np.int32)
-    return {VOTES: jax.make_array_from_process_local_data(sharding, votes, (mesh.size,))}
-
-
-def _with_votes(step: Step) -> Step:
-    def voting(
-        state: TrainState, batch: Mapping[str, jax.Array], frozen: nnx.State | None = None
-    ) -> tuple[TrainState, Metrics]:
-        state, metrics = step(state, {name: rows for name, rows in batch.items() if name != VOTES}, frozen)
-        return state, metrics | {VOTES: (jnp.max(batch[VOTES]), 1)}
-
-    return voting
 
 
 def place(

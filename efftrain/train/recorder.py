@@ -12,8 +12,9 @@ from efftrain.errors import RunError
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.train.alarms import Alarms
+from efftrain.train.metrics_log import MetricsLog
 from efftrain.train.objective import Metrics
-from efftrain.train.run import MetricsLog, Run, read_json
+from efftrain.train.run import Run, read_json
 from efftrain.train.run_identity import FIGURES
 from efftrain.train.timing import Timing
 

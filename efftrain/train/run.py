@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,14 @@ from jax.sharding import SingleDeviceSharding
 
 from efftrain.config import difference, from_json, to_json
 from efftrain.errors import ConfigError, RunError
+from efftrain.lock import FILE_NAME as LOCK
+from efftrain.lock import Lock
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.sharding import hosts
+from efftrain.train.metrics_log import read_metrics as read_metrics
+from efftrain.train.metrics_log import writing
 from efftrain.train.run_identity import FILE_NAME, PACKAGES, check_identity, process_code, run_identity, steps_made
 
 # Fields that say how a run is carried out and not what it computes: they may change when it continues.
@@ -39,7 +42,8 @@ class Run:
     ``identity.json`` says which code and inputs the run was made by. An unfinished run continues with other code, as a
     mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. A finished
     run of other code is refused, as it would be taken for what this code trains. Several processes are one run: the
-    first of them writes.
+    first of them writes, and keeps every other command from the directory until ``close``, the end of this object or of
+    the process. Whoever only reads (``load``) needs no lock.
 
     Args:
       path: of the directory.
@@ -53,6 +57,7 @@ class Run:
       checkpoints: the folder of the checkpoints: in the directory, or where the configuration says.
 
     Raises:
+      InUseError: another command is training the run.
       RunError: the directory holds a run of another configuration or of other inputs, a finished one of other code, or
         something that is not a run; the processes differ in configuration, code or packages.
     """
@@ -65,20 +70,38 @@ class Run:
         self._identity = run_identity(config, inputs or {}, alone=script is not None)
         self.checkpoints = checkpoint_directory(self.path, self.config)
         hosts.agree({"configuration": self.config} | process_code())
+        self._lock: Lock | None = None
         with hosts.together():
             if hosts.process_index() == 0:
-                self._make()
+                try:
+                    self._make()
+                except BaseException:
+                    self.close()
+                    raise
+
+    def close(self) -> None:
+        """Lets other processes continue the run; so does the end of this object."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _make(self) -> None:
-        if (self.path / "config.json").exists():
-            self._check_same_config()
-            self._check_same_identity()
-        elif self.path.is_dir() and any(p.suffix != ".incomplete" for p in self.path.iterdir()):
+        begun = (self.path / "config.json").exists()
+        if not begun and self.path.is_dir() and not all(map(_is_ours, self.path.iterdir())):
             raise RunError(
                 f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
             )
-        with _writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self._lock = Lock(self.path / LOCK, self.path)
+        if begun:
+            self._check_same_config()
+            self._check_same_identity()
+        with writing(self.path):
             self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
             if (self.path / FILE_NAME).exists() and steps_made(self.path, self.checkpoints, self.config) == "all":
                 return  # what it was trained by stays written there
@@ -114,87 +137,6 @@ class Run:
         temporary = self.path / f".{name}.incomplete"
         temporary.write_text(json.dumps(value, indent=2) + "\n")
         os.replace(temporary, self.path / name)
-
-
-class MetricsLog:
-    """``metrics.jsonl`` and TensorBoard events: one row a step, in order, also after a restart."""
-
-    def __init__(self, directory: Path, *, after_step: int):
-        """Rows of steps behind ``after_step`` (the one restored) are taken back: they will be written again."""
-        self._path = directory / "metrics.jsonl"
-        with _writing(directory):
-            if self._path.exists():
-                rows = [row for row in _complete_rows(self._path) if row["step"] <= after_step]
-                temporary = self._path.with_suffix(".incomplete")
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                os.replace(temporary, self._path)
-            self._file = self._path.open("a", buffering=1)
-            self._events = Events(directory / "tensorboard", after_step=after_step)
-
-    def write(
-        self,
-        step: int,
-        values: Mapping[str, float],
-        *,
-        split: str = "train",
-        arrays: Mapping[str, list] | None = None,
-    ) -> None:
-        """A figure that is not finite becomes null: JSON has no word for it. Arrays stay out of TensorBoard."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with _writing(self._path):
-            self._file.write(json.dumps({"step": step, "split": split, **finite, **(arrays or {})}) + "\n")
-            self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
-
-    def flush(self) -> None:
-        """What was written survives the process from here on."""
-        with _writing(self._path):
-            self._events.flush()
-
-    def close(self) -> None:
-        with _writing(self._path):
-            self._file.close()
-            self._events.close()
-
-
-class Events:
-    """A TensorBoard event file. Written in this thread: the thread of ``SummaryWriter`` hangs when the disk is full."""
-
-    def __init__(self, directory: Path, *, after_step: int):
-        """TensorBoard drops what earlier files say of steps behind ``after_step``."""
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        directory.mkdir(exist_ok=True)
-        self._proto, self._writer = event_pb2, EventsWriter(str(directory / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=after_step + 1, session_log=start))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboardX.summary import Summary
-
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._writer.write_event(self._proto.Event(wall_time=time.time(), step=step, summary=summary))
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def read_metrics(directory: Path | str, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` of one split."""
-    return [row for row in _complete_rows(Path(directory) / "metrics.jsonl") if row["split"] == split]
-
-
-def _complete_rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the process was killed while it wrote the last line
-    return rows
 
 
 def checkpoint_directory(run: Path, config: Any) -> Any:
@@ -321,15 +263,9 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {path} ({error.strerror or error}); choose another --out, or free the disk and give the "
-            "same command again"
-        ) from error
+def _is_ours(path: Path) -> bool:
+    """Left by a process that was killed before the directory was a run."""
+    return path.suffix == ".incomplete" or path.name == LOCK
 
 
 def read_json(path: Path) -> Any:

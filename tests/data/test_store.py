@@ -21,7 +21,8 @@ from efftrain.data.rules import Generated, LongLine, TooShort
 from efftrain.data.shards import file_digest
 from efftrain.data.splits import SPLITS, SplitByPackage
 from efftrain.data.store import unfinished_path
-from efftrain.errors import ConfigError, CorpusError
+from efftrain.errors import ConfigError, CorpusError, InUseError
+from efftrain.lock import beside
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,13 +278,14 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(corpus, documents, tm
         stdout=subprocess.PIPE,
     )
     assert process.stdout.readline() == b"here\n"
-    with pytest.raises(CorpusError, match=f"process {process.pid} is building"):
+    with pytest.raises(InUseError, match=rf"{out} is in use by process {process.pid} on \S+; wait for it or"):
         data.build(config_for(documents), out)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert not out.exists()
     assert unfinished_path(out).exists()
+    assert beside(out).exists()  # nobody could tidy it up
     with pytest.raises(CorpusError, match="interrupted"):
         data.open(out)
     capfd.readouterr()
@@ -292,6 +294,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(corpus, documents, tm
     assert "going on with it" in said
     assert ("Reading and judging" in said) == stage.startswith("reading")  # what was done is not done again
     assert not unfinished_path(out).exists()
+    assert not beside(out).exists()
     assert difference(corpus.manifest["files"], again.manifest["files"]) == []
 
 

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from lock_holder import Holder
 
+from efftrain.errors import InUseError
+from efftrain.lock import beside
 from efftrain.measure.kept import Kept
 
 VALUES, CODE = {"options": {"rows": (1, 2)}, "model": "a"}, {"efftrain": "1", "recipe.py": "x"}
@@ -39,3 +42,23 @@ def test_what_an_earlier_version_left_is_of_other_code(tmp_path):
     path = tmp_path / "depth.json"
     (tmp_path / ".depth.json.incomplete").write_text(json.dumps(VALUES | {"cells": {"first": 9.0}}))
     assert measured(path) == 3.0
+
+
+def test_two_processes_do_not_measure_for_one_file(tmp_path):
+    path = tmp_path / "runs" / "depth.json"
+    holder = Holder(beside(path), path)
+    with pytest.raises(InUseError, match=rf"depth.json is in use by process {holder.pid} on \S+; wait for it"):
+        measured(path)
+    holder.kill()
+    kept = Kept(path, VALUES, CODE)
+    assert kept.cell("first", lambda: 3.0) == 3.0
+    kept.remove()
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b'{"options": {"ro', b"\xff", b"[1]", b'{"cells": 3}', b"[" * 100_000])
+def test_damaged_measurements_are_set_aside_and_made_again(tmp_path, capfd, content):
+    (tmp_path / ".depth.json.incomplete").write_bytes(content)
+    assert measured(tmp_path / "depth.json") == 3.0
+    assert (tmp_path / ".depth.json.incomplete.damaged").read_bytes() == content
+    assert "is damaged and is now" in " ".join(capfd.readouterr().err.split())

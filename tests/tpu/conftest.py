@@ -13,12 +13,14 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "tpu"
 
-# On the workers. The job does what the world says: "sleep" until SIGTERM and then save (75), "exit N", or "vanish".
+# On the workers. The job does what the world says: "sleep" until SIGTERM and then save (75), "exit N",
+# "vanish", or "writes" the recipe that it was given to runs/dense.
 EFFTRAIN = """#!/usr/bin/env bash
 echo "job: $*" | tee -a "$HOME/jobs"
 case $STUB_JOB in
     exit*) exit "${STUB_JOB#exit }" ;;
     vanish) kill -9 "$PPID" $$ ;;
+    writes) mkdir -p runs/dense && cat "$2" >>runs/dense/metrics.jsonl && exit 0 ;;
     slow) trap 'sleep 1.5; exit 75' TERM ;;
     *) trap 'exit 75' TERM ;;
 esac

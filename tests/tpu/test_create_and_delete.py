@@ -140,7 +140,7 @@ def test_status_without_a_name_lists_what_takes_quota(machine):
         ("launch", "n -- recipes/nothing.py cpu", "there is no recipe recipes/nothing.py"),
         ("launch", "n --max-restarts x -- recipes/dense.py cpu", "--max-restarts is x"),
         ("fetch", "n runs/dense", "give NAME RUN FOLDER"),
-        ("fetch", "n ../other here", "../other is no path in the checkout"),
+        ("fetch", "n ../other here", "../other is no path in ~/efftrain/work"),
         ("logs", "n --lines all", "all is no whole number"),
         ("watch", "n --type v6e-8 --spot -- recipes/dense.py cpu", "a spot TPU loses its disks"),
         ("watch", "n -- recipes/dense.py cpu", "give the --type"),

@@ -30,8 +30,8 @@ COMMANDS = {
         "efftrain/src.new/tpu/worker.sh\\ install",
     ]),
     "launch": ("n -- recipes/dense.py v5e-64 --out runs/x", [
-        f"{ON_ALL} --command=bash\\ efftrain/src/tpu/worker.sh\\ start\\ efftrain\\ train\\ recipes/dense.py\\ v5e-64"
-        "\\ --out\\ runs/x\\ --max-restarts\\ 3",
+        f"{ON_ALL} --command=bash\\ efftrain/src/tpu/worker.sh\\ start\\ efftrain\\ train\\ ../src/recipes/dense.py"
+        "\\ v5e-64\\ --out\\ runs/x\\ --max-restarts\\ 3",
     ]),
     "logs": ("n --follow --worker 1", [
         "gcloud compute tpus queued-resources ssh n --project=p --zone=z --node=0 --worker=1"
@@ -39,8 +39,8 @@ COMMANDS = {
     ]),
     "fetch": ("n runs/x here/x", [
         "mkdir -p here",
-        "gcloud compute tpus queued-resources scp n:efftrain/src/runs/x here/x --project=p --zone=z --node=0 --worker=0"
-        " --recurse",
+        "gcloud compute tpus queued-resources scp n:efftrain/work/runs/x here/x --project=p --zone=z --node=0"
+        " --worker=0 --recurse",
     ]),
     "delete": ("n", ["gcloud compute tpus queued-resources delete n --project=p --zone=z --force --quiet"]),
 }  # fmt: skip

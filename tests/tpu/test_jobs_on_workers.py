@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,37 @@ def test_a_second_install_replaces_the_first_and_keeps_the_environment(installed
     assert (installed.host("n-w1") / "uv-calls").read_text().count("uv venv") == 1
 
 
+def test_a_job_starts_outside_of_the_source_and_its_run_outlives_an_install(installed):
+    """The job writes a file to its working directory, as a recipe does with --out runs/dense."""
+    installed.change(job="writes")
+    installed.run("launch", "n", *RECIPE)
+    wait_for(lambda: "finished 0" in installed.run("status", "n").stdout)
+    home = installed.host("n-w0") / "efftrain"
+    assert [path.relative_to(home) for path in home.rglob("metrics.jsonl")] == [Path("work/runs/dense/metrics.jsonl")]
+    assert installed.run("install", "n").returncode == 0
+    assert (home / "work/runs/dense/metrics.jsonl").read_text() == "committed\n"  # the recipe, read from there
+    installed.run("launch", "n", *RECIPE)
+    wait_for(lambda: "finished 0" in installed.run("status", "n").stdout)
+    assert (home / "work/runs/dense/metrics.jsonl").read_text() == "committed\n" * 2
+
+
+def test_an_install_keeps_what_earlier_versions_left_in_the_source(machine):
+    machine.active(workers=1)
+    old = machine.host("n-w0") / "efftrain/src"
+    for folder in ("runs/dense", "my-runs", "recipes"):
+        (old / folder).mkdir(parents=True)
+    (old / "runs/dense/metrics.jsonl").write_text("{}")
+    (old / "my-runs/notes").write_text("irreplaceable")
+    (old / "recipes/dense.py").write_text("old\n")
+    for _ in range(2):
+        assert machine.run("install", "n").returncode == 0
+        work = machine.host("n-w0") / "efftrain/work"
+        assert (work / "runs/dense/metrics.jsonl").read_text() == "{}"
+        assert (work / "my-runs/notes").read_text() == "irreplaceable"
+        assert (old / "recipes/dense.py").read_text() == "committed\n"
+        assert not (old / "my-runs").exists()
+
+
 def test_install_under_a_running_job_is_refused(installed):
     installed.run("launch", "n", *RECIPE)
     done = installed.run("install", "n")
@@ -103,7 +135,7 @@ def test_a_launched_job_gets_its_words_unchanged_and_outlives_the_session(instal
     assert done.returncode == 0, done.stderr
     for host in ("n-w0", "n-w1"):
         assert installed.jobs(host) == [
-            "job: train recipes/dense.py v5e-64 --out a b/'$HOME' --lr 1e-3 --max-restarts 5"
+            "job: train ../src/recipes/dense.py v5e-64 --out a b/'$HOME' --lr 1e-3 --max-restarts 5"
         ]
     assert "worker n-w0 running\nworker n-w1 running\n" in installed.run("status", "n").stdout
 
@@ -169,7 +201,7 @@ def test_logs_of_all_workers_carry_their_names(installed):
     wait_for(lambda: "finished 3" in installed.run("status", "n").stdout)
     lines = installed.run("logs", "n", "--lines", "2").stdout.splitlines()
     assert [line for line in lines if "job:" in line] == [
-        f"[n-w{w}] job: train recipes/dense.py v5e-64 --max-restarts 3" for w in range(2)
+        f"[n-w{w}] job: train ../src/recipes/dense.py v5e-64 --max-restarts 3" for w in range(2)
     ]
     assert [line.split(" ", 2)[0] for line in lines] == ["[n-w0]", "[n-w0]", "[n-w1]", "[n-w1]"]
     assert lines[1].endswith("exit code 3")
@@ -182,7 +214,7 @@ def test_logs_before_a_launch_say_that_there_are_none(installed):
 
 
 def test_a_run_directory_comes_from_the_disk_of_the_first_worker_once(installed, tmp_path):
-    run = installed.host("n-w0") / "efftrain/src/runs/dense"
+    run = installed.host("n-w0") / "efftrain/work/runs/dense"
     run.mkdir(parents=True)
     (run / "config.json").write_text("{}")
     target = tmp_path / "my runs" / "dense"

@@ -21,7 +21,7 @@ def test_from_nothing_to_a_finished_run(machine):
     assert machine.verbs(*EVENTS) == ["create", "install", "start"]
     assert "--spot" in machine.calls("create")[0]
     assert machine.jobs("n-w1") == [
-        "job: train recipes/dense.py v6e-8 --training.checkpoints gs://b/dense --max-restarts 3"
+        "job: train ../src/recipes/dense.py v6e-8 --training.checkpoints gs://b/dense --max-restarts 3"
     ]
     assert "finished on all workers" in done.stdout
     assert "costs money while it is ACTIVE; delete it with" in done.stdout

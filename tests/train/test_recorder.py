@@ -13,8 +13,9 @@ from tensorboardX.proto.event_pb2 import Event
 from efftrain.errors import RunError
 from efftrain.train import timing as timing_module
 from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.metrics_log import MetricsLog, read_metrics
 from efftrain.train.recorder import Recorder
-from efftrain.train.run import MetricsLog, Run, read_metrics
+from efftrain.train.run import Run
 from efftrain.train.timing import Timing
 
 

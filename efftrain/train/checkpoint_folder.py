@@ -1,0 +1,97 @@
+"""The folder of a run's checkpoints: it can be written to, one command writes to it, and its loss is noticed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from etils import epath
+
+from efftrain.errors import RunError
+from efftrain.lock import Lock, beside
+from efftrain.progress import console
+from efftrain.sharding import hosts
+
+
+def check_writable(directory: epath.Path) -> None:
+    """Makes the folder; leaves nothing in it. The save would find out too, but hours later."""
+    probe, seen = directory / f".probe-{hosts.process_index()}", directory / ".probe-0"
+
+    def explain(error: BaseException) -> RunError:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        return RunError(
+            f"cannot write a checkpoint to {directory} ({reason}); free the disk, mend its permissions or choose "
+            "another --out or --training.checkpoints"
+        )
+
+    with hosts.together():
+        try:
+            if hosts.process_index() == 0:
+                directory.mkdir(parents=True, exist_ok=True)
+                probe.write_text("written at the start, to see whether it can be")
+        except Exception as error:  # a bucket's client has its own classes
+            raise explain(error) from error
+    try:
+        with hosts.together():
+            if not seen.exists():
+                raise RunError(
+                    f"{directory} on process {hosts.process_index()} is not the folder of process 0; put checkpoints "
+                    "where all hosts see them: a shared disk, or a bucket with --training.checkpoints gs://..."
+                )
+            try:
+                if hosts.process_index():
+                    probe.write_text("")
+                    probe.unlink()
+            except Exception as error:
+                raise explain(error) from error
+    finally:
+        if hosts.process_index() == 0:
+            seen.unlink(missing_ok=True)
+
+
+def lock_folder(directory: Path | epath.Path) -> Lock | None:
+    """Keeps other commands from the folder, also runs that have it from --training.checkpoints.
+
+    The first of several processes holds the lock; None for the others, and on a bucket, which has no locks.
+
+    Raises:
+      InUseError: another command writes there.
+      RunError: the lock cannot be written.
+    """
+    lock = None
+    with hosts.together():
+        if hosts.process_index() == 0 and "://" not in str(directory):
+            try:
+                lock = Lock(beside(Path(directory)), Path(directory), option="--training.checkpoints")
+            except OSError as error:
+                raise RunError(
+                    f"cannot lock {directory} ({error.strerror}); mend the permissions of its parent, or choose "
+                    "another --training.checkpoints"
+                ) from error
+    return lock
+
+
+def vanished(directory: Path | epath.Path, steps: Sequence[int]) -> bool:
+    """Whether the folder, or checkpoints that this run left in it, were moved or deleted by somebody else.
+
+    A warning names them. All processes must call it, between two saves.
+    """
+    folder = epath.Path(directory)
+
+    def look() -> list[int] | None:
+        gone = [step for step in steps if not (folder / str(step)).exists()]
+        return gone if gone or "://" in str(directory) or folder.exists() else None
+
+    gone = hosts.from_first(look)
+    if gone == []:
+        return False
+    which = f" with checkpoints {', '.join(map(str, gone))}" if gone else ""
+    console.print(
+        f"warning: {directory}{which} was moved or deleted while the run goes on; the next checkpoint is complete and "
+        "stands in a new folder of that name; to keep the others, move them there",
+        style="yellow",
+        markup=False,
+    )
+    return True
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,48 @@
+"""The evaluations of a run while it trains: when they are due, and what becomes of one that a signal ends."""
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from efftrain.sharding import hosts
+from efftrain.train.interruption import Interruption
+from efftrain.train.metrics_log import read_metrics
+from efftrain.train.recorder import Recorder
+from efftrain.train.run import Run
+
+Evaluate = Callable[[nnx.Module], dict[str, float]]
+
+
+class Evaluations:
+    """Evaluates a run after some of its steps, and writes the figures to its metrics.
+
+    Args:
+      evaluate: model -> figures. None: the run is not evaluated.
+      steps: of the whole run; it is evaluated after the last one.
+      every: steps between two evaluations. None: only the last.
+      run: where the rows of earlier processes are.
+    """
+
+    def __init__(self, evaluate: Evaluate | None, *, steps: int, every: int | None, run: Run):
+        self._evaluate, self._steps, self._every, self._run = evaluate, steps, every, run
+
+    def due(self, step: int) -> bool:
+        """Whether the run is evaluated after this step."""
+        if self._evaluate is None:
+            return False
+        return step == self._steps or (self._every is not None and step % self._every == 0)
+
+    def missing(self, step: int) -> bool:
+        """Whether a process saved this step and ended before its evaluation. All processes must call it."""
+        return self.due(step) and not hosts.from_first(lambda: self._written(step))
+
+    def write(self, step: int, model: nnx.Module, recorder: Recorder, interruption: Interruption) -> bool:
+        """Evaluates and writes the figures; False where a signal ended it, and nothing is written."""
+        with recorder.phase("evaluation"):
+            found = interruption.until_asked(lambda: self._evaluate(model))
+        if found is not None:
+            recorder.write_evaluation(step, found)
+        return found is not None
+
+    def _written(self, step: int) -> bool:
+        return any(row["step"] == step for row in read_metrics(self._run.path, "validation"))
