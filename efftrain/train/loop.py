@@ -194,6 +194,7 @@ def fit(
         if start == config.steps:
             console.print(f"{run.path} is trained already ({start} steps); nothing to do", markup=False)
             return _fitted(program.graph, state, run)
+        run.begin(start + 1)
         frozen = program.frozen(mesh, rules)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None

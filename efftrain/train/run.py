@@ -24,7 +24,18 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.sharding import hosts
-from efftrain.train.run_identity import FILE_NAME, PACKAGES, check_identity, process_code, run_identity, steps_made
+from efftrain.train.run_identity import (
+    FILE_NAME,
+    PACKAGES,
+    check_identity,
+    earlier_history,
+    keep_sources,
+    process_code,
+    run_identity,
+    run_sources,
+    steps_made,
+    with_entry,
+)
 
 # Fields that say how a run is carried out and not what it computes: they may change when it continues.
 OPERATIONAL = (
@@ -37,9 +48,10 @@ class Run:
     """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/``, ...
 
     ``identity.json`` says which code and inputs the run was made by. An unfinished run continues with other code, as a
-    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. A finished
-    run of other code is refused, as it would be taken for what this code trains. Several processes are one run: the
-    first of them writes.
+    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. The sources
+    of every script that trained it, with the user's own modules that it imports, stay in ``code/``, and the ``history``
+    in ``identity.json`` says which of them made which steps. A finished run of other code is refused, as it would be
+    taken for what this code trains. Several processes are one run: the first of them writes.
 
     Args:
       path: of the directory.
@@ -63,6 +75,7 @@ class Run:
         self.path, self.config = Path(path), to_json(config)
         self._script = script or getattr(sys.modules["__main__"], "__file__", None)
         self._identity = run_identity(config, inputs or {}, alone=script is not None)
+        self._sources = run_sources(config, alone=script is not None)
         self.checkpoints = checkpoint_directory(self.path, self.config)
         hosts.agree({"configuration": self.config} | process_code())
         with hosts.together():
@@ -80,11 +93,22 @@ class Run:
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
-            if (self.path / FILE_NAME).exists() and steps_made(self.path, self.checkpoints, self.config) == "all":
+            before, steps = self._identity_before(), steps_made(self.path, self.checkpoints, self.config)
+            self._identity["history"] = earlier_history(self.path, before, steps=steps)
+            if before and steps == "all":
                 return  # what it was trained by stays written there
             self.write_json("environment.json", environment())
             self._copy_recipe()
             self.write_json(FILE_NAME, self._identity)
+
+    def begin(self, step: int) -> None:
+        """Notes that the code of this process makes the steps from ``step`` on, and keeps its sources."""
+        if hosts.process_index() == 0:
+            with _writing(self.path):
+                sources = keep_sources(self.path, self._sources)
+                entry = {"first_step": step, "code": self._identity["code"], "sources": sources}
+                self._identity["history"] = with_entry(self._identity["history"], entry)
+                self.write_json(FILE_NAME, self._identity)
 
     def _check_same_config(self) -> None:
         before = read_json(self.path / "config.json")
@@ -98,9 +122,12 @@ class Run:
                 "the same configuration to continue it"
             )
 
-    def _check_same_identity(self) -> None:
+    def _identity_before(self) -> dict[str, Any] | None:
         path = self.path / FILE_NAME
-        before = read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
+
+    def _check_same_identity(self) -> None:
+        before = self._identity_before()
         check_identity(self.path, before, self._identity, steps=steps_made(self.path, self.checkpoints, self.config))
         self._identity["inputs"] = (before["inputs"] if before else {}) | self._identity["inputs"]
 
