@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 import efftrain
-from efftrain.compress.distill import check_tokenizer
 from efftrain.compress.importance import importance
 from efftrain.compress.mixed_precision import choose_formats
 from efftrain.compress.one_shot import prune
@@ -40,6 +39,7 @@ from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Training
 from efftrain.train.run import environment, load_model_config, newest_step, read_json
 from efftrain.train.state import split_model
+from efftrain.train.tokenizers import check_tokenizer
 
 SHAPES = "shapes.json"
 TRIAL = 0.1  # of the recovery's tokens, for each shape of a search
@@ -80,6 +80,7 @@ def compress(
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
+    check_tokenizer(run, text.corpus)
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
@@ -96,8 +97,6 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
     trained, sparse = run, options.sparsity is not None
     teacher = run if options.distill else None
-    if teacher is not None:
-        check_tokenizer(teacher, text.corpus)
     # Too few tokens are refused before anything is done.
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):

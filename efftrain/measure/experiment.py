@@ -8,6 +8,7 @@ from pathlib import Path
 from flax import nnx
 
 from efftrain import data
+from efftrain.config import to_json
 from efftrain.measure.evaluate import Evaluator
 from efftrain.measure.flops import training_flops
 from efftrain.measure.parameters import abstract_decoder
@@ -20,10 +21,12 @@ from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
 from efftrain.train.program import Wrap
-from efftrain.train.run import Run, read_json
+from efftrain.train.run import Run, checkpoint_directory, read_json
+from efftrain.train.run_identity import steps_made
+from efftrain.train.start import check_start
 from efftrain.train.teacher import Taught
-
-TOKENIZER = "tokenizer.json"
+from efftrain.train.tokenizers import FILE_NAME as TOKENIZER
+from efftrain.train.tokenizers import check_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ def train_and_score(
     *,
     part: data.Part | None = None,
     initial: Callable[[], Decoder] | None = None,
+    source: Path | None = None,
     extra_flops: float = 0.0,
     evaluated_rows: int | None = None,
     script: Path | None = None,
@@ -60,6 +64,7 @@ def train_and_score(
     Args:
       config: of the run.
       build, objective, wrap, initial: see ``fit``.
+      source: the run that ``initial`` makes its model from, whose tokenizer must be that of the corpus.
       part: what is read of the corpus, and what its teacher says of it. None: all of it, and no teacher.
       evaluated_rows: of the validation split. None: all.
       script: see ``Run``.
@@ -73,6 +78,10 @@ def train_and_score(
     with hosts.together():
         corpus = data.open(config.corpus)
         corpus.check_model(config.model.vocab_size)
+        if not _has_begun(config):
+            check_start(training, config.model, config.corpus)
+            if source is not None:
+                check_tokenizer(source, config.corpus)
     run = _open(config, script)
     if hosts.process_index() == 0 and not (run.path / TOKENIZER).exists():
         # What its tokens mean, for whoever uses the model without the corpus.
@@ -140,6 +149,12 @@ def _open(config: Experiment, script: Path | None = None) -> Run:
     with hosts.together():
         inputs = input_contents(config) if hosts.process_index() == 0 else {}  # the one that writes compares them
     return Run(config.out, config, script=script, inputs=inputs)
+
+
+def _has_begun(config: Experiment) -> bool:
+    """Whether its directory has a checkpoint; it then goes on without the run that it started from."""
+    settings = to_json(config)
+    return steps_made(config.out, checkpoint_directory(config.out, settings), settings) != "none"
 
 
 def _with_earlier(card: Scorecard, path: Path) -> Scorecard:

@@ -48,10 +48,10 @@ class Run:
     """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/``, ...
 
     ``identity.json`` says which code and inputs the run was made by. An unfinished run continues with other code, as a
-    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. The sources
-    of every script that trained it, with the user's own modules that it imports, stay in ``code/``, and the ``history``
-    in ``identity.json`` says which of them made which steps. A finished run of other code is refused, as it would be
-    taken for what this code trains. Several processes are one run: the first of them writes.
+    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. Every
+    script that trained it stays in ``code/``, with the user's own modules that it imports, and the ``history`` in
+    ``identity.json`` says which of them made which steps. A finished run of other code is refused, as it would be taken
+    for what this code trains. Several processes are one run: the first of them writes.
 
     Args:
       path: of the directory.
@@ -118,8 +118,9 @@ class Run:
         if lines:
             more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
             raise RunError(
-                f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, or give "
-                "the same configuration to continue it"
+                f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, where "
+                "--training.branch or --training.finetune go on from this run, or give the same configuration to "
+                "continue it"
             )
 
     def _identity_before(self) -> dict[str, Any] | None:
@@ -258,13 +259,6 @@ def load_variables(checkpoints: Any, abstract: nnx.State) -> nnx.State:
 
     with Checkpoints(checkpoints, read_only=True) as opened:
         return opened.restore_model(abstract)
-
-
-def find_tokenizer(directory: Path) -> Path | None:
-    """The tokenizer of a run: its own, or (of a run of an earlier version) that of the corpus that it names."""
-    corpus = read_json(directory / "config.json").get("corpus") or directory
-    places = (Path(folder) / "tokenizer.json" for folder in (directory, corpus))
-    return next((place for place in places if place.exists()), None)
 
 
 def newest_step(directory: Path, settings: Any) -> int:
