@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import efftrain
+from efftrain import data
 from efftrain.compress.importance import importance
 from efftrain.compress.mixed_precision import choose_formats
 from efftrain.compress.one_shot import prune
@@ -81,6 +82,7 @@ def compress(
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
     check_tokenizer(run, text.corpus)
+    data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)  # refuses a split that is too short
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
@@ -139,10 +141,11 @@ def _best_shape(
 ) -> Shape:
     """The shape whose model is best on some rows after a short training."""
     made_from = origin(run, options, text, rooms=CUT)
-    if (folder / SHAPES).exists():  # by latency they would be others each time
-        before = read_json(folder / SHAPES)
-        if reason := made_otherwise(before, made_from):
-            raise RunError(f"{folder} was made with {reason}; choose another --out")
+    before = read_json(folder / SHAPES) if (folder / SHAPES).exists() else {}
+    reason = made_otherwise(before, made_from) if before else None
+    if reason and any(path.name != SHAPES for path in folder.iterdir()):
+        raise RunError(f"{folder} was made with {reason}; choose another --out")
+    if before and not reason:  # by latency they would be others each time
         shapes = [from_json(shape) for shape in before["shapes"]]
     else:
         shapes = _shapes(load_model_config(run), once, options.way, text)[: options.search]

@@ -8,7 +8,7 @@ from pathlib import Path
 from flax import nnx
 
 from efftrain import data
-from efftrain.config import to_json
+from efftrain.errors import ConfigError
 from efftrain.measure.evaluate import Evaluator
 from efftrain.measure.flops import training_flops
 from efftrain.measure.parameters import abstract_decoder
@@ -21,8 +21,7 @@ from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
 from efftrain.train.program import Wrap
-from efftrain.train.run import Run, checkpoint_directory, read_json
-from efftrain.train.run_identity import steps_made
+from efftrain.train.run import Run, has_begun, read_json
 from efftrain.train.start import check_start
 from efftrain.train.teacher import Taught
 from efftrain.train.tokenizers import FILE_NAME as TOKENIZER
@@ -42,6 +41,13 @@ class Experiment:
     training: Training
     corpus: Path
     out: Path
+
+    def __post_init__(self):
+        if self.training.length > self.model.max_length:
+            raise ConfigError(
+                f"training.length is {self.training.length} and model.max_length is {self.model.max_length}; raise it "
+                "or cut the rows"
+            )
 
 
 def train_and_score(
@@ -78,15 +84,11 @@ def train_and_score(
     with hosts.together():
         corpus = data.open(config.corpus)
         corpus.check_model(config.model.vocab_size)
-        if not _has_begun(config):
+        begun = has_begun(config.out)
+        if not begun:  # it goes on without the run that it started from
             check_start(training, config.model, config.corpus)
             if source is not None:
                 check_tokenizer(source, config.corpus)
-    run = _open(config, script)
-    if hosts.process_index() == 0 and not (run.path / TOKENIZER).exists():
-        # What its tokens mean, for whoever uses the model without the corpus.
-        shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
-
     loader = data.LoaderConfig(
         corpora=(part or data.Part(path=config.corpus),),
         length=training.length,
@@ -101,10 +103,15 @@ def train_and_score(
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
     max_batches = None if evaluated_rows is None else -(-evaluated_rows // training.batch_size)
+    batches = data.batches(loader, *mine, verify=False)
+    run = _open(config, script)  # writes: after all that may be refused
+    if hosts.process_index() == 0 and not (begun and (run.path / TOKENIZER).exists()):
+        # What its tokens mean, for whoever uses the model without the corpus.
+        shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
     fitted = fit(
         build,
         objective,
-        data.batches(loader, *mine, verify=False),
+        batches,
         training,
         run,
         wrap=wrap,
@@ -149,12 +156,6 @@ def _open(config: Experiment, script: Path | None = None) -> Run:
     with hosts.together():
         inputs = input_contents(config) if hosts.process_index() == 0 else {}  # the one that writes compares them
     return Run(config.out, config, script=script, inputs=inputs)
-
-
-def _has_begun(config: Experiment) -> bool:
-    """Whether its directory has a checkpoint; it then goes on without the run that it started from."""
-    settings = to_json(config)
-    return steps_made(config.out, checkpoint_directory(config.out, settings), settings) != "none"
 
 
 def _with_earlier(card: Scorecard, path: Path) -> Scorecard:

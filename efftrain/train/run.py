@@ -51,7 +51,8 @@ class Run:
     mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. Every
     script that trained it stays in ``code/``, with the user's own modules that it imports, and the ``history`` in
     ``identity.json`` says which of them made which steps. A finished run of other code is refused, as it would be taken
-    for what this code trains. Several processes are one run: the first of them writes.
+    for what this code trains. A directory whose run was refused or ended before its first step holds nothing that could
+    be lost: another configuration takes its place. Several processes are one run: the first of them writes.
 
     Args:
       path: of the directory.
@@ -84,8 +85,9 @@ class Run:
 
     def _make(self) -> None:
         if (self.path / "config.json").exists():
-            self._check_same_config()
-            self._check_same_identity()
+            if has_begun(self.path):
+                self._check_same_config()
+                self._check_same_identity()
         elif self.path.is_dir() and any(p.suffix != ".incomplete" for p in self.path.iterdir()):
             raise RunError(
                 f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
@@ -236,6 +238,15 @@ def checkpoint_directory(run: Path, config: Any) -> Any:
     from etils import epath
 
     return epath.Path(place)
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a directory holds a run that has made a step: it has a checkpoint, figures or a row of metrics."""
+    if not (directory / "config.json").exists():
+        return False
+    settings = read_json(directory / "config.json")
+    steps = steps_made(directory, checkpoint_directory(directory, settings), settings)
+    return steps != "none" or ((rows := directory / "metrics.jsonl").exists() and rows.stat().st_size > 0)
 
 
 def load(directory: Path | str) -> Decoder:

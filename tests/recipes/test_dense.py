@@ -121,6 +121,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(command, unbroken, tmp_pa
     assert sentence in " ".join(output.split())
     assert "Traceback" not in output
     assert {p: p.read_bytes() for p in unbroken.glob("*.json*")} == before
+    assert not places["NEW"].exists()
 
 
 def with_other_tokenizer(run: Path, copy: Path) -> None:

@@ -90,6 +90,16 @@ def test_what_cannot_be_branched_from_is_refused(trunk, tmp_path, branch, error,
         train(tmp_path / "run", Config(), branch=branch.format(trunk=trunk), ema_decay=0.9)
 
 
+def test_a_branch_that_was_refused_does_not_refuse_the_corrected_command(trunk, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(RunError, match="has checkpoints of steps 3, 6, 8 and not of 5"):
+        train(out, Config(), branch=f"{trunk}@5", ema_decay=0.9, steps=9)
+    with pytest.raises(RunError, match="is a checkpoint of another model or optimizer"):
+        train(out, Config(model=MODEL.replace(d_model=32)), branch=f"{trunk}@3", ema_decay=0.9)
+    train(out, Config(), branch=f"{trunk}@8", ema_decay=0.9, steps=9)
+    assert [row["step"] for row in read_metrics(out)] == [9]
+
+
 def test_a_trunk_of_another_model_is_refused(trunk, tmp_path):
     other = Config(model=MODEL.replace(d_model=32))
     with pytest.raises(RunError, match="is a checkpoint of another model or optimizer: params/"):

@@ -202,6 +202,7 @@ def test_other_inputs_are_refused_and_those_that_are_gone_are_not(tmp_path):
         Run(tmp_path / "run", tiny.Config(), inputs=inputs)
 
     run(corpus="a", source="b")
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     run(corpus="a")
     with pytest.raises(RunError, match=r"from something else: what corpus names has changed; choose another --out"):
         run(corpus="c")
