@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import efftrain
-from efftrain.config import SCRIPT_PREFIX
+from efftrain.class_names import SCRIPT_PREFIX
 from efftrain.errors import ConfigError
 
 _PACKAGE = Path(efftrain.__file__).parent

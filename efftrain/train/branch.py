@@ -19,7 +19,7 @@ from efftrain.train.checkpoints import Checkpoints, flatten, unflatten
 from efftrain.train.program import Program
 from efftrain.train.run import Run, checkpoint_directory, newest_step, read_json, read_metrics
 from efftrain.train.run_identity import steps_made
-from efftrain.train.schedules import AtMost, Rewarmed
+from efftrain.train.schedules import Capped, Rewarmed
 from efftrain.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def branched(config: "Training", run: Run) -> "Training":
     if config.branch_schedule == "rewarm":
         return replace(config, schedule=Rewarmed(schedule=config.schedule, begin=step))
     rate = hosts.from_first(lambda: _kept_rate(run, trunk, step))
-    return replace(config, schedule=AtMost(schedule=config.schedule, factor=rate / config.optimizer.peak_lr))
+    return replace(config, schedule=Capped(schedule=config.schedule, factor=rate / config.optimizer.peak_lr))
 
 
 def continue_data(batches: "Batches", position: Any, trunk: Path) -> None:

@@ -81,7 +81,7 @@ class Rewarmed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AtMost:
+class Capped:
     """A schedule that stays at ``factor`` of the peak where it would be above it, and so still decays at its end."""
 
     schedule: WarmupStableDecay | Cosine
