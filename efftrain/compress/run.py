@@ -82,7 +82,6 @@ def compress(
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
     check_tokenizer(run, text.corpus)
-    data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)  # refuses a split that is too short
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
@@ -99,7 +98,8 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
     trained, sparse = run, options.sparsity is not None
     teacher = run if options.distill else None
-    # Too few tokens are refused before anything is done.
+    # Too few tokens and too short a split are refused before anything is done.
+    data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):
         console.print(f"{out} is converted already; nothing to do", markup=False)

@@ -22,6 +22,7 @@ from efftrain.config import difference, from_json, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
+from efftrain.progress import console
 from efftrain.recipe import import_script
 from efftrain.sharding import hosts
 from efftrain.train.run_identity import (
@@ -84,10 +85,13 @@ class Run:
                 self._make()
 
     def _make(self) -> None:
-        if (self.path / "config.json").exists():
-            if has_begun(self.path):
-                self._check_same_config()
-                self._check_same_identity()
+        begun = has_begun(self.path)
+        if begun:
+            self._check_same_config()
+            self._check_same_identity()
+        elif (self.path / "config.json").exists():
+            if read_json(self.path / "config.json") != self.config:
+                console.print(f"{self.path} holds a run without a step; this one takes its place", markup=False)
         elif self.path.is_dir() and any(p.suffix != ".incomplete" for p in self.path.iterdir()):
             raise RunError(
                 f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
@@ -95,7 +99,8 @@ class Run:
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
-            before, steps = self._identity_before(), steps_made(self.path, self.checkpoints, self.config)
+            before = self._identity_before()
+            steps = steps_made(self.path, self.checkpoints, self.config) if begun else "none"
             self._identity["history"] = earlier_history(self.path, before, steps=steps)
             if before and steps == "all":
                 return  # what it was trained by stays written there
@@ -123,6 +128,13 @@ class Run:
                 f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, where "
                 "--training.branch or --training.finetune go on from this run, or give the same configuration to "
                 "continue it"
+            )
+        place = checkpoint_directory(self.path, before)
+        moved = place != self.checkpoints and steps_made(self.path, place, before) != "none"
+        if moved and steps_made(self.path, self.checkpoints, self.config) == "none":
+            raise RunError(
+                f"{self.checkpoints} has no checkpoint and the run {self.path} has its own in {place}; move them there "
+                "or give training.checkpoints as it was"
             )
 
     def _identity_before(self) -> dict[str, Any] | None:

@@ -72,6 +72,18 @@ def test_how_a_run_is_carried_out_may_change(crashed):
     assert load_model_config(crashed) == tiny.MODEL
 
 
+def test_checkpoints_that_stay_behind_are_not_forgotten(crashed, tmp_path):
+    """With another folder a run began again at step 1, and dropped the rows that it had."""
+    elsewhere, before = tmp_path / "elsewhere", hashes(crashed)
+    with pytest.raises(
+        RunError, match=r"elsewhere has no checkpoint and the run .* has its own in .*; move them there"
+    ):
+        Run(crashed, changed(checkpoints=str(elsewhere)))
+    assert hashes(crashed) == before
+    (crashed / "checkpoints").rename(elsewhere)
+    Run(crashed, changed(checkpoints=str(elsewhere)))
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("irreplaceable")
     with pytest.raises(RunError, match=r"is not empty and holds no config\.json, so it is not a run; choose another"):
