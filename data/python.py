@@ -33,6 +33,8 @@ class Config:
       out: the folder of the corpus.
       standard_library_only: leave out the installed distributions.
       vocabulary: entries of the tokenizer; in a small model each one costs a row of the embedding.
+      tokenizer: of another corpus or of a run that is to be fine-tuned, such as runs/dense/tokenizer.json. None: one is
+        trained.
       split: the shares of packages that are held out.
       near_duplicates: how vendored and lightly edited copies are found.
       processes: by default one per core, as far as memory allows.
@@ -44,6 +46,7 @@ class Config:
     out: Path = Path("corpora/python")
     standard_library_only: bool = False
     vocabulary: int = 4096
+    tokenizer: Path | None = None
     split: SplitByPackage = field(default_factory=SplitByPackage)
     near_duplicates: MinHash | None = field(default_factory=MinHash)
     processes: int | None = None
@@ -63,6 +66,7 @@ def main(config: Config) -> data.Corpus:
         rules=(data.Code(),),
         near_duplicates=config.near_duplicates,
         vocabulary=config.vocabulary,
+        tokenizer=config.tokenizer,
         split=config.split,
     )
     with contextlib.closing(Local(processes=config.processes)) as engine:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import efftrain
-from efftrain.config import SCRIPT_PREFIX
+from efftrain.class_names import SCRIPT_PREFIX
 from efftrain.errors import ConfigError
 
 _PACKAGE = Path(efftrain.__file__).parent
@@ -40,14 +40,31 @@ def code_identity(*values: Any, rooms: Iterable[str] = ()) -> dict[str, str]:
     Raises:
       ConfigError: a class was defined where Python keeps no source (at a prompt).
     """
-    owners = {owner for value in values for owner in _owners(value)}
-    sources: dict[str, set[bytes]] = {}  # the scripts of two runs may have one name
-    for module in modules_outside(owners):
-        sources.setdefault(_name(module), set()).add(_source(module))
     if rooms := set(rooms):
+        owners = {owner for value in values for owner in _owners(value)}
         rooms |= {owner.split(".")[1] for owner in owners if _is_own(owner) and "." in owner}
     return {"efftrain": package_identity(tuple(sorted(rooms)))} | {
-        name: _digest(sorted(sources[name])) for name in sorted(sources)
+        name: _digest(contents) for name, contents in _sources(values).items()
+    }
+
+
+def own_sources(*values: Any) -> dict[str, bytes]:
+    """The source files outside of the package that decide what becomes of a configuration, to be kept with a result.
+
+    Args:
+      values: as for ``code_identity``.
+
+    Returns:
+      File name -> content: ``mine.py``, ``layers.blocks.py`` for the module ``layers.blocks``; of several files with
+      one name ``mine.py``, ``mine-2.py``, ...
+
+    Raises:
+      ConfigError: as for ``code_identity``.
+    """
+    return {
+        f"{name.removesuffix('.py')}{f'-{number}' if number > 1 else ''}.py": content
+        for name, contents in _sources(values).items()
+        for number, content in enumerate(contents, start=1)
     }
 
 
@@ -90,6 +107,14 @@ def package_identity(rooms: tuple[str, ...] = ()) -> str:
     paths = sorted({path for files in found.values() for path in files})
     contents = (f"{path.relative_to(_PACKAGE).as_posix()}\0".encode() + path.read_bytes() for path in paths)
     return f"{efftrain.__version__} {_digest(contents)}"
+
+
+def _sources(values: Iterable[Any]) -> dict[str, list[bytes]]:
+    """By name of script or module; the scripts of two runs may have one name."""
+    found: dict[str, set[bytes]] = {}
+    for module in modules_outside({owner for value in values for owner in _owners(value)}):
+        found.setdefault(_name(module), set()).add(_source(module))
+    return {name: sorted(found[name]) for name in sorted(found)}
 
 
 def _owners(value: Any) -> Iterator[str]:

@@ -1,23 +1,20 @@
 """Frozen dataclasses to JSON and back, so that a run directory can rebuild any model.
 
-A choice between components is a union of dataclasses, so every object carries its type: ``{"type": "module:Class",
-"field": value, ...}``; a class that a script defines is ``script.py:Class``. Fields at their default are written too: a
-file made today means the same after a default changed.
+A choice between components is a union of dataclasses, so every object carries its type: ``{"type": "Class", "field":
+value, ...}``, see ``class_names``. Fields at their default are written too: a file made today means the same after a
+default changed.
 """
 
 import dataclasses
 import hashlib
-import importlib
 import json
-import sys
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
+from efftrain.class_names import class_name, current_name, find_class
 from efftrain.errors import ConfigError
-
-SCRIPT_PREFIX = "efftrain_script_"  # of the module names that ``recipe.import_script`` gives
 
 
 def to_json(value: Any) -> Any:
@@ -27,7 +24,7 @@ def to_json(value: Any) -> Any:
       ConfigError: a field holds something that JSON cannot carry (a function, say): make it a small dataclass.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"type": _class_name(type(value))} | {
+        return {"type": class_name(type(value))} | {
             f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)
         }
     if isinstance(value, Path):
@@ -58,7 +55,9 @@ def from_json(value: Any, *, script: types.ModuleType | None = None) -> Any:
 
 def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any:
     if isinstance(value, dict) and "type" in value:
-        cls = _find_class(value["type"], script)
+        cls = find_class(value["type"], script)
+        if not dataclasses.is_dataclass(cls):
+            raise ConfigError(f"config.json names {value['type']}, which is not a dataclass")
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)}
         given = {k: v for k, v in value.items() if k != "type"}
@@ -88,36 +87,22 @@ def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any
     return value
 
 
-def _class_name(cls: type) -> str:
-    module = sys.modules[cls.__module__]
-    is_script = module.__spec__ is None or module.__name__.startswith(SCRIPT_PREFIX)
-    name = Path(module.__file__).name if is_script and hasattr(module, "__file__") else module.__name__
-    return f"{name}:{cls.__qualname__}"
-
-
-def _find_class(name: str, script: types.ModuleType | None) -> type:
-    module_name, _, qualname = name.partition(":")
-    try:
-        found = script if module_name.endswith(".py") else importlib.import_module(module_name)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"config.json names {name}, which cannot be imported; install or restore the code that defines it"
-        ) from error
-    if not dataclasses.is_dataclass(found):
-        raise ConfigError(f"config.json names {name}, which is not a dataclass")
-    return found
-
-
 def digest(value: Any) -> str:
     """A short stable fingerprint of a configuration (blake2b of its canonical JSON)."""
-    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"))
+    return json_digest(to_json(value))
+
+
+def json_digest(value: Any) -> str:
+    """As ``digest``, of JSON as it is."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """The fields in which two JSON values differ, as ``path: old -> new``, for error messages."""
+    """The fields in which two JSON values differ, as ``path: old -> new``, for error messages.
+
+    The name of a class as an earlier version wrote it (``class_names``) is no difference.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
         return [line for k in keys for line in difference(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
@@ -125,4 +110,6 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
         return [
             line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in difference(a, b, f"{path}[{i}]")
         ]
+    if path.rpartition(".")[2] == "type" and isinstance(old, str) and isinstance(new, str):
+        old, new = current_name(old), current_name(new)
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from efftrain.config import SCRIPT_PREFIX
+from efftrain.class_names import SCRIPT_PREFIX
 from efftrain.errors import ConfigError, EfftrainError
 from efftrain.progress import console
 

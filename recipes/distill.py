@@ -249,9 +249,16 @@ def train(config: Config, evaluated_rows: int | None = None) -> Scorecard:
     if isinstance(objective, FromTeacher):
         extra = extra_flops(objective.how, config.model, objective.teacher.config, config.training.length)
     part = data.Part(path=config.corpus, rows=config.rows, teacher=config.cache)
-    initial = None if config.initial == "random" else lambda: begun(config)
+    at_random = config.initial == "random"
     return train_and_score(
-        config, build, objective, part=part, initial=initial, extra_flops=extra, evaluated_rows=evaluated_rows
+        config,
+        build,
+        objective,
+        part=part,
+        initial=None if at_random else lambda: begun(config),
+        source=None if at_random else config.teacher,
+        extra_flops=extra,
+        evaluated_rows=evaluated_rows,
     )[1]
 
 

@@ -147,7 +147,8 @@ def main(config: Config) -> Scorecard | Comparison:
     def from_dense() -> Decoder:
         return upcycle(efftrain.load(config.upcycle), config.model, rngs=nnx.Rngs(config.training.seed))
 
-    card = train_and_score(config, *program(config), initial=from_dense if config.upcycle else None)[1]
+    initial = from_dense if config.upcycle else None
+    card = train_and_score(config, *program(config), initial=initial, source=config.upcycle)[1]
     console.print(table([card]))
     return card
 

@@ -144,7 +144,7 @@ def train(config: Config) -> Scorecard:
 
 def dense_run(config: Config) -> Config:
     """The same model and seed, dense, beside the run."""
-    training = replace(config.training, branch=None)
+    training = replace(config.training, branch=None, branch_schedule=None)
     return replace(config, training=training, sparsity=None, out=config.out.with_name(f"dense-seed{training.seed}"))
 
 
@@ -164,7 +164,7 @@ def started(config: Config) -> Config:
             f"pruning begins behind step {step}, of which the dense run keeps no checkpoint; set training.keep-every "
             f"and training.checkpoint-every to divisors of {step}"
         )
-    return replace(config, training=replace(training, branch=f"{dense_run(config).out}@{step}"))
+    return replace(config, training=replace(training, branch=f"{dense_run(config).out}@{step}", finetune=None))
 
 
 def compare_ways(config: Config) -> Comparison:
@@ -237,7 +237,8 @@ def cut_and_tune(config: Config, dense: Path, seed: int) -> dict[str, dict[str, 
 
 def from_scratch(config: Config, cut: Path, seed: int) -> Scorecard:
     """The shape of a model that was cut, trained on as many tokens as were spent behind the cut."""
-    training = replace(config.training, seed=seed, steps=round(RECOVERY * config.training.steps), keep_every=None)
+    steps = round(RECOVERY * config.training.steps)
+    training = replace(config.training, seed=seed, steps=steps, keep_every=None, finetune=None)
     out = cut.with_name(f"{cut.name}-scratch")
     scratch = replace(config, model=load_model_config(cut), training=training, sparsity=None, out=out)
     return finished(scratch) or train_and_score(scratch, *program(scratch), evaluated_rows=EVALUATED_ROWS)[1]

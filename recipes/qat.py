@@ -186,7 +186,9 @@ def train(config: Config) -> Scorecard:
 
     behind = is_quantized(config) and config.start == "finish"
     initial = finished_float if behind else None
-    return train_and_score(config, *program(config), initial=initial, extra_flops=teacher_flops(config))[1]
+    source = float_run(config).out if behind else None
+    extra = teacher_flops(config)
+    return train_and_score(config, *program(config), initial=initial, source=source, extra_flops=extra)[1]
 
 
 def teacher_flops(config: Config) -> float:
@@ -208,7 +210,7 @@ def float_run(config: Config) -> Config:
     return replace(
         config,
         model=config.model.replace(quantization=Quantization()),
-        training=replace(config.training, branch=None),
+        training=replace(config.training, branch=None, branch_schedule=None),
         start="beginning",
         share=Config.share,
         distillation=None,
@@ -222,10 +224,11 @@ def started(config: Config) -> Config:
     if not is_quantized(config) or config.start == "beginning" or training.branch is not None:
         return config
     if config.start == "end":
-        return replace(config, training=replace(training, branch=f"{float_run(config).out}@{first_step(config)}"))
+        branch = f"{float_run(config).out}@{first_step(config)}"
+        return replace(config, training=replace(training, branch=branch, finetune=None))
     steps = max(round(FINISH_SHARE * training.steps), 1)
     optimizer = replace(training.optimizer, peak_lr=FINISH_LR * training.optimizer.peak_lr)
-    short = replace(training, steps=steps, optimizer=optimizer, schedule=Cosine(warmup=0.04, final=0.0))
+    short = replace(training, steps=steps, optimizer=optimizer, schedule=Cosine(warmup=0.04, final=0.0), finetune=None)
     return replace(config, training=short)
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from efftrain import code_identity as identities
+from efftrain.class_names import SCRIPT_PREFIX
 from efftrain.code_identity import changed_code, code_identity, package_identity
-from efftrain.config import SCRIPT_PREFIX
 from efftrain.data.rules import Code
 from efftrain.recipe import import_script
 

@@ -96,7 +96,7 @@ def test_defaults_are_written_too():
 
 def test_an_unknown_field_is_refused():
     written = to_json(MODEL) | {"n_expertz": 4}
-    with pytest.raises(ConfigError, match=r"efftrain.models.config:ModelConfig has no field 'n_expertz'"):
+    with pytest.raises(ConfigError, match=r"ModelConfig has no field 'n_expertz'"):
         from_json(written)
 
 

@@ -12,7 +12,6 @@ from jax import Array
 
 from efftrain.compress.features import Features, feature_loss, with_helpers
 from efftrain.compress.on_policy import OnPolicy
-from efftrain.data.tokenizer import first_difference, load_tokenizer
 from efftrain.errors import ConfigError
 from efftrain.measure.flops import FORWARD_AND_BACKWARD, training_flops
 from efftrain.measure.parameters import abstract_decoder
@@ -23,16 +22,10 @@ from efftrain.ops.divergence import distillation_loss, kept_distillation_loss
 from efftrain.sharding import hosts
 from efftrain.sharding.rules import shard_count
 from efftrain.train.objective import Batch, Metrics, Objective, auxiliary_loss, next_token_loss
-from efftrain.train.run import (
-    checkpoint_directory,
-    find_tokenizer,
-    load_model_config,
-    load_variables,
-    model_config,
-    read_json,
-)
+from efftrain.train.run import checkpoint_directory, load_model_config, load_variables, model_config, read_json
 from efftrain.train.schedules import Ramp
 from efftrain.train.teacher import Teacher
+from efftrain.train.tokenizers import check_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,18 +206,6 @@ def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
         raise ConfigError(
             f"model.vocab_size is {student.vocab_size} and the teacher's {teacher.vocab_size}; entries that only fill "
             "up count too, so give the student as many"
-        )
-
-
-def check_tokenizer(run: Path, corpus: Path) -> None:
-    """Raises ConfigError where a run was trained with another tokenizer than that of a corpus."""
-    theirs = find_tokenizer(run)
-    if theirs is None:
-        raise ConfigError(f"{run} has no tokenizer.json, so it may have another one; copy that of its corpus there")
-    found = first_difference(load_tokenizer(corpus / "tokenizer.json"), load_tokenizer(theirs))
-    if found is not None:
-        raise ConfigError(
-            f"the tokenizers of {corpus} and of the teacher {run} differ: {found}; use one corpus for both"
         )
 
 

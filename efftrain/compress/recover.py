@@ -93,6 +93,7 @@ def recover(
         wrap,
         extra_flops=extra_flops,
         initial=lambda: efftrain.load(source),
+        source=source,
         evaluated_rows=rows,
         script=source / "recipe.py",
     )
@@ -134,5 +135,7 @@ def recovery_training(run: Path, tokens: int, *, sparse: bool, number: int = 1, 
         keep_every=None,
         checkpoints=None,
         branch=None,
+        branch_schedule=None,
+        finetune=None,
         profile=None,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import efftrain
-from efftrain.compress.distill import check_tokenizer
+from efftrain import data
 from efftrain.compress.importance import importance
 from efftrain.compress.mixed_precision import choose_formats
 from efftrain.compress.one_shot import prune
@@ -42,6 +42,7 @@ from efftrain.train.loop import Training
 from efftrain.train.metrics_log import writing
 from efftrain.train.run import environment, load_model_config, newest_step, read_json
 from efftrain.train.state import split_model
+from efftrain.train.tokenizers import check_tokenizer
 
 SHAPES = "shapes.json"
 TRIAL = 0.1  # of the recovery's tokens, for each shape of a search
@@ -84,6 +85,7 @@ def compress(
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
     text.check_validation()
+    check_tokenizer(run, text.corpus)
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     with writing(out):
         lock = Lock(beside(out), out)
@@ -107,9 +109,8 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
     trained, sparse = run, options.sparsity is not None
     teacher = run if options.distill else None
-    if teacher is not None:
-        check_tokenizer(teacher, text.corpus)
-    # Too few tokens are refused before anything is done.
+    # Too few tokens and too short a split are refused before anything is done.
+    data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):
         console.print(f"{out} is converted already; nothing to do", markup=False)
@@ -151,10 +152,11 @@ def _best_shape(
 ) -> Shape:
     """The shape whose model is best on some rows after a short training."""
     made_from = origin(run, options, text, rooms=CUT)
-    if (folder / SHAPES).exists():  # by latency they would be others each time
-        before = read_json(folder / SHAPES)
-        if reason := made_otherwise(before, made_from):
-            raise RunError(f"{folder} was made with {reason}; choose another --out")
+    before = read_json(folder / SHAPES) if (folder / SHAPES).exists() else {}
+    reason = made_otherwise(before, made_from) if before else None
+    if reason and any(path.name != SHAPES for path in folder.iterdir()):
+        raise RunError(f"{folder} was made with {reason}; choose another --out")
+    if before and not reason:  # by latency they would be others each time
         shapes = [from_json(shape) for shape in before["shapes"]]
     else:
         shapes = _shapes(load_model_config(run), once, options.way, text)[: options.search]

@@ -23,7 +23,8 @@ from efftrain.models.vocabulary import with_vocabulary
 from efftrain.train.inputs import content
 from efftrain.train.loop import Training, fit
 from efftrain.train.objective import Objective, next_token_loss
-from efftrain.train.run import Run, find_tokenizer, load_model_config
+from efftrain.train.run import Run, load_model_config
+from efftrain.train.tokenizers import check_same_tokenizer, find_tokenizer
 
 LONGEST_ANSWER = 1.5  # times the longest of the examples, in tokens
 
@@ -76,9 +77,17 @@ def task_ids(task: Task, learner: Learner) -> TaskIds:
 
 
 def general_ids(general: Path, task: Task, tokenizer: Path | None = None) -> TaskIds:
-    """With a general model's tokenizer: the given one, or that of its run, or of the corpus that the run names."""
+    """With a general model's tokenizer: that of its run, of the corpus that the run names, or else the given one.
+
+    Raises:
+      ConfigError: there is none, it has another number of entries than the model, or the given one differs from the
+        run's.
+    """
     size = load_model_config(general).vocab_size
-    tokenizer = tokenizer or find_tokenizer(Path(general))
+    own = find_tokenizer(Path(general))
+    if tokenizer is not None and own is not None:
+        check_same_tokenizer(own, tokenizer, general, tokenizer)
+    tokenizer = tokenizer or own
     if tokenizer is None:
         raise ConfigError(
             f"neither {general} nor its corpus has a tokenizer.json that is here; give it with --tokenizer"
@@ -121,6 +130,8 @@ def train_on_task(
       The model; ``train_flops``, and its figures on the validation examples.
     """
     training = learner.training
+    if training.finetune is not None:
+        raise ConfigError("training.finetune is set, and a task has a vocabulary of its own; use --general")
     model = learner.model if general is None else load_model_config(general)
     model = model.replace(vocab_size=ids.size, max_length=max(model.max_length, training.length))
     config = TaskRun(

@@ -38,6 +38,7 @@ from efftrain.progress import Progress, console
 from efftrain.sharding.hosts import Hosts
 from efftrain.train.inputs import model_digest
 from efftrain.train.run import load_model_config, newest_step, read_json
+from efftrain.train.tokenizers import check_tokenizer
 
 ROOMS = ("compress/teacher_cache", "data", "models", "ops")  # that decide what is kept
 READ = ("tokens", "segments", "positions")  # of a row, by the model
@@ -272,6 +273,7 @@ def _open_rows(
         raise ConfigError(f"--length is {length} and model.max_length of {run} is {config.max_length}; give no more")
     opened = data.open(corpus or settings["corpus"])
     opened.check_model(config.vocab_size)
+    check_tokenizer(run, opened.path)
     rows = data.PackedRows(opened, options.split, length)
     if options.rows is not None and options.rows > len(rows):
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from efftrain.config import digest, to_json
+from efftrain.config import json_digest, to_json
 from efftrain.data import corpus as corpora
 from efftrain.data.corpus import Corpus
 from efftrain.data.packing import padding, row
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
+
+WRITTEN_TYPE = "efftrain.data.loader:LoaderConfig"  # in the identity of positions, wherever the class is by now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,4 +285,4 @@ def _identity(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCa
     for number, part in enumerate(config.corpora):
         if part.rows is not None or caches:  # what a part did not have before is not in the identities of then
             mixture[number] += [part.rows, caches[number].fingerprint if caches else None]
-    return digest({**decisive, "mixture": mixture})
+    return json_digest({**decisive, "type": WRITTEN_TYPE, "mixture": mixture})

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from efftrain.class_names import SCRIPT_PREFIX
 from efftrain.code_identity import modules_outside
-from efftrain.config import SCRIPT_PREFIX
 from efftrain.data.shards import file_digest
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.progress import Progress

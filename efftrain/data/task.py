@@ -9,17 +9,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from efftrain.config import digest
+from efftrain.config import json_digest
 from efftrain.data.documents import clean_lines
 from efftrain.errors import ConfigError, CorpusError
 
 _END_OF_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)?")
+
+WRITTEN_TYPE = "efftrain.data.task:Example"  # in fingerprints of tasks, wherever the class is by now
 
 Record = tuple[int, dict[str, Any]]  # the line at which it begins, and its fields
 
@@ -91,7 +93,8 @@ class Task:
     @property
     def fingerprint(self) -> str:
         """Of all examples and their parts."""
-        return digest([self.train, self.validation, self.test, self.unlabelled])
+        parts = (self.train, self.validation, self.test, self.unlabelled)
+        return json_digest([[asdict(example) | {"type": WRITTEN_TYPE} for example in part] for part in parts])
 
     def texts(self, part: Literal["train", "validation", "test", "unlabelled"]) -> list[str]:
         return [example.text for example in getattr(self, part)]

@@ -44,6 +44,7 @@ from efftrain.models.self_speculation import SelfSpeculation
 from efftrain.progress import Progress, console
 from efftrain.train.inputs import content, model_digest
 from efftrain.train.run import environment, read_json
+from efftrain.train.tokenizers import check_tokenizer
 
 FILE_NAME, PROBE_NAME = "depth.json", "depth_probe.npz"
 ROOMS = ("data", "measure", "models", "ops")  # that decide what is measured
@@ -184,6 +185,7 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     corpus_path = corpus or Path(settings["corpus"])
     opened = data.open(corpus_path)
     opened.check_model(model.config.vocab_size)
+    check_tokenizer(Path(run), corpus_path)
     length = settings["training"]["length"]
     rows = _rows(corpus_path, length, options)
     made_from = {"model": model_digest(model), "options": to_json(options), "corpus": content(corpus_path)}

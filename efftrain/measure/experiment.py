@@ -8,6 +8,7 @@ from pathlib import Path
 from flax import nnx
 
 from efftrain import data
+from efftrain.errors import ConfigError
 from efftrain.measure.evaluate import Evaluator
 from efftrain.measure.flops import training_flops
 from efftrain.measure.parameters import abstract_decoder
@@ -21,10 +22,11 @@ from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
 from efftrain.train.program import Wrap
-from efftrain.train.run import Run, read_json
+from efftrain.train.run import Run, has_begun, read_json
+from efftrain.train.start import check_start
 from efftrain.train.teacher import Taught
-
-TOKENIZER = "tokenizer.json"
+from efftrain.train.tokenizers import FILE_NAME as TOKENIZER
+from efftrain.train.tokenizers import check_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,13 @@ class Experiment:
     corpus: Path
     out: Path
 
+    def __post_init__(self):
+        if self.training.length > self.model.max_length:
+            raise ConfigError(
+                f"training.length is {self.training.length} and model.max_length is {self.model.max_length}; raise it "
+                "or cut the rows"
+            )
+
 
 def train_and_score(
     config: Experiment,
@@ -50,6 +59,7 @@ def train_and_score(
     *,
     part: data.Part | None = None,
     initial: Callable[[], Decoder] | None = None,
+    source: Path | None = None,
     extra_flops: float = 0.0,
     evaluated_rows: int | None = None,
     script: Path | None = None,
@@ -62,6 +72,7 @@ def train_and_score(
     Args:
       config: of the run.
       build, objective, wrap, initial: see ``fit``.
+      source: the run that ``initial`` makes its model from, whose tokenizer must be that of the corpus.
       part: what is read of the corpus, and what its teacher says of it. None: all of it, and no teacher.
       evaluated_rows: of the validation split. None: all.
       script: see ``Run``.
@@ -75,11 +86,11 @@ def train_and_score(
     with hosts.together():
         corpus = data.open(config.corpus)
         corpus.check_model(config.model.vocab_size)
-    run = _open(config, script)
-    if hosts.process_index() == 0 and not (run.path / TOKENIZER).exists():
-        # What its tokens mean, for whoever uses the model without the corpus.
-        shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
-
+        begun = has_begun(config.out)
+        if not begun:  # it goes on without the run that it started from
+            check_start(training, config.model, config.corpus)
+            if source is not None:
+                check_tokenizer(source, config.corpus)
     loader = data.LoaderConfig(
         corpora=(part or data.Part(path=config.corpus),),
         length=training.length,
@@ -95,10 +106,15 @@ def train_and_score(
 
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
+    batches = data.batches(loader, *mine, verify=False)
+    run = _open(config, script)  # writes: after all that may be refused
+    if hosts.process_index() == 0 and not (begun and (run.path / TOKENIZER).exists()):
+        # What its tokens mean, for whoever uses the model without the corpus.
+        shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
     fitted = fit(
         build,
         objective,
-        data.batches(loader, *mine, verify=False),
+        batches,
         training,
         run,
         wrap=wrap,

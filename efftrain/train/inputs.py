@@ -27,15 +27,18 @@ def input_contents(config: Any) -> dict[str, str]:
     """Digests of everything that a configuration names by its path: runs, corpora, teacher caches, files.
 
     Args:
-      config: a dataclass; its fields that are paths count, but ``out``, and ``training.branch``.
+      config: a dataclass; its fields that are paths count, but ``out``, and the runs that ``training`` names.
 
     Returns:
       Field -> digest, without what is not there (any more): a run goes on without the one that it was begun from.
     """
     paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "out"}
     found = {name: content(path) for name, path in paths.items() if isinstance(path, Path)}
-    if branch := getattr(getattr(config, "training", None), "branch", None):
-        found["training.branch"] = content(*parse_branch(branch, config.training.steps))
+    training = getattr(config, "training", None)
+    if branch := getattr(training, "branch", None):
+        found["training.branch"] = content(*parse_branch(branch, training.steps))
+    if finetune := getattr(training, "finetune", None):
+        found["training.finetune"] = content(finetune)
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -2,22 +2,30 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from efftrain.errors import ConfigError, RunError
+from efftrain.errors import ConfigError
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.peers import Peers
-from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
-from efftrain.train.branch import branch_from, parse_branch
+from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use, without_mesh
+from efftrain.train.branch import (
+    BranchSchedule,
+    branch_from,
+    branched,
+    continue_data,
+    parse_branch,
+    show_learning_rates,
+)
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.evaluations import Evaluate, Evaluations
 from efftrain.train.interruption import Interruption, with_votes
@@ -27,9 +35,10 @@ from efftrain.train.optimizers import AdamW, Muon
 from efftrain.train.profile import Profiler, parse_steps
 from efftrain.train.program import Program, Wrap, batch_sharding, make_program
 from efftrain.train.recorder import Recorder, read_figures
-from efftrain.train.run import Run
+from efftrain.train.run import Run, load
 from efftrain.train.schedules import Cosine, WarmupStableDecay
-from efftrain.train.state import TrainState, merge_model, split_model
+from efftrain.train.start import start_from
+from efftrain.train.state import TrainState, merge_model
 from efftrain.train.supervise import report_checkpoint
 from efftrain.train.teacher import Taught
 from efftrain.train.timing import Timing
@@ -68,6 +77,12 @@ class Training:
       checkpoints: the folder of this run's checkpoints, also on a bucket (gs://bucket/run). None: in the run directory.
       branch: start from a checkpoint of another run, such as runs/dense@480 for step 480: with its optimizer state, at
         its place in the data. None: from the beginning.
+      branch_schedule: the learning rate of a branch. "as_configured": that of ``schedule`` at its step, which is smooth
+        where the other run was in its stable phase (Haegele et al. 2024). "constant": the last one of the other run,
+        until ``schedule`` is below it. "rewarm": all of ``schedule``, warm-up included, over the added steps (Ibrahim
+        et al. 2024). None: "as_configured", with a warning where the rate more than doubles.
+      finetune: start from the model of another run, such as runs/dense: its parameters alone, averaged ones where it
+        keeps them, with a new optimizer state, at the beginning of the data. None: from random parameters.
       mesh: how the devices are used.
       profile: first and last step of a trace, such as 10:15, written to the run directory. None: no trace.
       watchdog: when a run counts as hung.
@@ -89,6 +104,8 @@ class Training:
     keep_every: int | None = None
     checkpoints: str | None = None
     branch: str | None = None
+    branch_schedule: BranchSchedule | None = None
+    finetune: Path | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: str | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -116,8 +133,12 @@ class Training:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number between 0 and 1, or None")
         if self.profile is not None:
             parse_steps(self.profile, self.steps)
+        if self.branch is None and self.branch_schedule is not None:
+            raise ConfigError("training.branch_schedule has no effect without training.branch; set both, or neither")
         if self.branch is not None:
             parse_branch(self.branch, self.steps)
+            if self.finetune is not None:
+                raise ConfigError("training.branch and training.finetune are both set; set only one of them")
 
     @property
     def tokens(self) -> int:
@@ -176,9 +197,12 @@ def fit(
       SystemExit: with code 75 after SIGTERM or Ctrl-C, when everything is saved. Of several processes, all save the
         same step whichever of them got the signal; where one is lost, the others end (``sharding.peers``).
     """
-    if config.branch is not None and initial is not None:
-        raise ConfigError("training.branch is set and the run starts from a model; leave one of them out")
-    mesh = make_mesh(config.mesh, devices)
+    for name in ("branch", "finetune"):
+        if getattr(config, name) is not None and initial is not None:
+            raise ConfigError(f"training.{name} is set and the run starts from a model; set only one of them")
+    if config.finetune is not None:
+        initial = partial(load, config.finetune)
+    config, mesh = branched(config, run), make_mesh(config.mesh, devices)
     evaluations = Evaluations(evaluate, steps=config.steps, every=config.eval_every, run=run)
     program = make_program(build, objective, config, wrap)
     if hosts.process_count() > 1:
@@ -200,6 +224,7 @@ def fit(
             return _fitted(program.graph, state, run)
         if hosts.process_index() == 0:
             keep_lost_rows(run.path, after_step=start, expected=2 * config.checkpoint_every)
+        run.begin(start + 1)
         frozen = program.frozen(mesh, rules)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None
@@ -310,29 +335,19 @@ def _restore_or_init(
     found = checkpoints.restore(abstract)
     if found is None and config.branch is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
-        return state if initial is None else start_from(initial(), state)
+        if initial is not None:
+            with without_mesh():
+                model = initial()
+            state = start_from(model, state)
+        if config.finetune is not None:
+            show_learning_rates(config, 0)
+        return state
     if found is None:
         state, data_state = branch_from(config.branch, config.steps, program, abstract)
-    else:
-        step, state, data_state = found
-        console.print(f"continuing from step {step}")
+        continue_data(batches, data_state, parse_branch(config.branch, config.steps)[0])
+        show_learning_rates(config, int(state.step - state.skipped))
+        return state
+    step, state, data_state = found
+    console.print(f"continuing from step {step}")
     batches.set_state(data_state)
     return state
-
-
-def start_from(model: nnx.Module, state: TrainState) -> TrainState:
-    """A new state with the variables of a model."""
-    _, params, model_state = split_model(model)
-    if "helpers" in state.params:  # what an objective has trained beside the model starts as built
-        params = nnx.merge_state(params, nnx.State({"helpers": state.params["helpers"]}))
-
-    def place(new: nnx.State, old: nnx.State) -> nnx.State:
-        shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, old)]
-        if shapes[0] != shapes[1]:
-            raise RunError("the initial model has other variables than the one to be trained; build both alike")
-        # Not the caller's own arrays: the step donates its state.
-        return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding, may_alias=False), new, old)
-
-    params = place(params, state.params)
-    ema = state.ema and jax.tree.map(jnp.copy, params)
-    return replace(state, params=params, model_state=place(model_state, state.model_state), ema=ema)

@@ -23,11 +23,23 @@ from efftrain.lock import FILE_NAME as LOCK
 from efftrain.lock import Lock
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
+from efftrain.progress import console
 from efftrain.recipe import import_script
 from efftrain.sharding import hosts
 from efftrain.train.metrics_log import read_metrics as read_metrics
 from efftrain.train.metrics_log import writing
-from efftrain.train.run_identity import FILE_NAME, PACKAGES, check_identity, process_code, run_identity, steps_made
+from efftrain.train.run_identity import (
+    FILE_NAME,
+    PACKAGES,
+    check_identity,
+    earlier_history,
+    keep_sources,
+    process_code,
+    run_identity,
+    run_sources,
+    steps_made,
+    with_entry,
+)
 
 # Fields that say how a run is carried out and not what it computes: they may change when it continues.
 OPERATIONAL = (
@@ -40,10 +52,14 @@ class Run:
     """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/``, ...
 
     ``identity.json`` says which code and inputs the run was made by. An unfinished run continues with other code, as a
-    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. A finished
-    run of other code is refused, as it would be taken for what this code trains. Several processes are one run: the
-    first of them writes, and keeps every other command from the directory until ``close``, the end of this object or of
-    the process. Whoever only reads (``load``) needs no lock.
+    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. Every
+    script that trained it stays in ``code/``, with the user's own modules that it imports, and the ``history`` in
+    ``identity.json`` says which of them made which steps. A finished run of other code is refused, as it would be taken
+    for what this code trains. A directory whose run was refused or ended before its first step holds nothing that could
+    be lost: another configuration takes its place.
+
+    Several processes are one run: the first of them writes, and keeps every other command from the directory until
+    ``close``, the end of this object or of the process. Whoever only reads (``load``) needs no lock.
 
     Args:
       path: of the directory.
@@ -68,6 +84,7 @@ class Run:
         self.path, self.config = Path(path), to_json(config)
         self._script = script or getattr(sys.modules["__main__"], "__file__", None)
         self._identity = run_identity(config, inputs or {}, alone=script is not None)
+        self._sources = run_sources(config, alone=script is not None)
         self.checkpoints = checkpoint_directory(self.path, self.config)
         hosts.agree({"configuration": self.config} | process_code())
         self._lock: Lock | None = None
@@ -91,23 +108,38 @@ class Run:
         self.close()
 
     def _make(self) -> None:
-        begun = (self.path / "config.json").exists()
-        if not begun and self.path.is_dir() and not all(map(_is_ours, self.path.iterdir())):
+        made = (self.path / "config.json").exists()
+        if not made and self.path.is_dir() and not all(map(_is_ours, self.path.iterdir())):
             raise RunError(
                 f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
             )
         with writing(self.path):
             self._lock = Lock(self.path / LOCK, self.path)
+        begun = has_begun(self.path)
         if begun:
             self._check_same_config()
             self._check_same_identity()
+        elif made and read_json(self.path / "config.json") != self.config:
+            console.print(f"{self.path} holds a run without a step; this one takes its place", markup=False)
         with writing(self.path):
             self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
-            if (self.path / FILE_NAME).exists() and steps_made(self.path, self.checkpoints, self.config) == "all":
+            before = self._identity_before()
+            steps = steps_made(self.path, self.checkpoints, self.config) if begun else "none"
+            self._identity["history"] = earlier_history(self.path, before, steps=steps)
+            if before and steps == "all":
                 return  # what it was trained by stays written there
             self.write_json("environment.json", environment())
             self._copy_recipe()
             self.write_json(FILE_NAME, self._identity)
+
+    def begin(self, step: int) -> None:
+        """Notes that the code of this process makes the steps from ``step`` on, and keeps its sources."""
+        if hosts.process_index() == 0:
+            with writing(self.path):
+                sources = keep_sources(self.path, self._sources)
+                entry = {"first_step": step, "code": self._identity["code"], "sources": sources}
+                self._identity["history"] = with_entry(self._identity["history"], entry)
+                self.write_json(FILE_NAME, self._identity)
 
     def _check_same_config(self) -> None:
         before = read_json(self.path / "config.json")
@@ -117,13 +149,24 @@ class Run:
         if lines:
             more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
             raise RunError(
-                f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, or give "
-                "the same configuration to continue it"
+                f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, where "
+                "--training.branch or --training.finetune go on from this run, or give the same configuration to "
+                "continue it"
+            )
+        place = checkpoint_directory(self.path, before)
+        moved = place != self.checkpoints and steps_made(self.path, place, before) != "none"
+        if moved and steps_made(self.path, self.checkpoints, self.config) == "none":
+            raise RunError(
+                f"{self.checkpoints} has no checkpoint and the run {self.path} has its own in {place}; move them there "
+                "or give training.checkpoints as it was"
             )
 
-    def _check_same_identity(self) -> None:
+    def _identity_before(self) -> dict[str, Any] | None:
         path = self.path / FILE_NAME
-        before = read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
+
+    def _check_same_identity(self) -> None:
+        before = self._identity_before()
         check_identity(self.path, before, self._identity, steps=steps_made(self.path, self.checkpoints, self.config))
         self._identity["inputs"] = (before["inputs"] if before else {}) | self._identity["inputs"]
 
@@ -152,6 +195,15 @@ def checkpoint_directory(run: Path, config: Any) -> Any:
     return epath.Path(place)
 
 
+def has_begun(directory: Path) -> bool:
+    """Whether a directory holds a run that has made a step: it has a checkpoint, figures or a row of metrics."""
+    if not (directory / "config.json").exists():
+        return False
+    settings = read_json(directory / "config.json")
+    steps = steps_made(directory, checkpoint_directory(directory, settings), settings)
+    return steps != "none" or ((rows := directory / "metrics.jsonl").exists() and rows.stat().st_size > 0)
+
+
 def load(directory: Path | str) -> Decoder:
     """The trained model of a run directory, with averaged parameters where the run keeps them.
 
@@ -173,13 +225,6 @@ def load_variables(checkpoints: Any, abstract: nnx.State) -> nnx.State:
 
     with Checkpoints(checkpoints, read_only=True) as opened:
         return opened.restore_model(abstract)
-
-
-def find_tokenizer(directory: Path) -> Path | None:
-    """The tokenizer of a run: its own, or (of a run of an earlier version) that of the corpus that it names."""
-    corpus = read_json(directory / "config.json").get("corpus") or directory
-    places = (Path(folder) / "tokenizer.json" for folder in (directory, corpus))
-    return next((place for place in places if place.exists()), None)
 
 
 def newest_step(directory: Path, settings: Any) -> int:

@@ -1,5 +1,6 @@
 """Which code and inputs a run was made by, and what becomes of it when these have changed."""
 
+import hashlib
 import platform
 import sys
 from collections.abc import Mapping
@@ -7,12 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from efftrain.code_identity import changed_code, code_identity, defined_outside, package_identity
+from efftrain.code_identity import changed_code, code_identity, defined_outside, own_sources, package_identity
 from efftrain.config import digest
 from efftrain.errors import ConfigError, RunError
 from efftrain.progress import console
 
 FILE_NAME = "identity.json"
+SOURCES = "code"  # the folder of a run with the sources of every recipe that trained it
 FIGURES = "training.json"  # written when a run is finished
 ROOMS = ("data", "models", "ops", "sharding", "train")  # take part in every run; an objective may bring others
 
@@ -22,20 +24,76 @@ Steps = Literal["none", "some", "all"]  # of a run, those that it has made
 
 
 def run_identity(config: Any, inputs: Mapping[str, str], *, alone: bool) -> dict[str, dict[str, str]]:
-    """What ``identity.json`` holds.
+    """What ``identity.json`` holds, without its history.
 
     Args:
       config: of the run; the modules that define its parts count.
       inputs: digests by name.
       alone: the running script does not count; otherwise it does, with what it imports.
     """
-    main = sys.modules["__main__"]
-    values = (config,) if alone or not defined_outside(main) else (config, main)
     try:
-        code = code_identity(*values, rooms=ROOMS)
+        code = code_identity(*_deciding(config, alone), rooms=ROOMS)
     except ConfigError:  # a notebook keeps no source of its cells, and must be able to train
         code = {"efftrain": package_identity(ROOMS)}
     return {"code": code, "inputs": dict(inputs)}
+
+
+def run_sources(config: Any, *, alone: bool) -> dict[str, bytes]:
+    """The user's own source files that a run is made by, by name; arguments as for ``run_identity``."""
+    try:
+        return own_sources(*_deciding(config, alone))
+    except ConfigError:
+        return {}
+
+
+def keep_sources(run: Path, sources: Mapping[str, bytes]) -> str | None:
+    """Writes source files into a folder of a run that is named by their content, where nothing replaces them.
+
+    Returns:
+      The folder, relative to the run, such as ``code/1f0c9a2b``. None where there are no files.
+    """
+    if not sources:
+        return None
+    state = hashlib.blake2b(digest_size=4)
+    for name, content in sorted(sources.items()):
+        state.update(f"{name}\0{len(content)}\0".encode() + content)
+    folder = run / SOURCES / state.hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in sources.items():
+        (folder / name).write_bytes(content)
+    return folder.relative_to(run).as_posix()
+
+
+def earlier_history(run: Path, before: Mapping[str, Any] | None, *, steps: Steps) -> list[dict[str, Any]]:
+    """Which code has made the steps of a run so far: the ``history`` of its ``identity.json``.
+
+    Each entry has ``first_step``, ``code`` (digests) and ``sources`` (a folder of ``keep_sources``). A step was made by
+    the last entry of the list whose ``first_step`` is not after it. Of a run of an earlier version, which kept no
+    history, the one entry has the ``recipe.py`` that is there.
+    """
+    if before is not None and "history" in before:
+        return before["history"]
+    recipe = run / "recipe.py"
+    if steps != "some" or not recipe.exists():
+        return []
+    sources = keep_sources(run, {recipe.name: recipe.read_bytes()})
+    return [{"first_step": 1, "code": before and before["code"], "sources": sources}]
+
+
+def with_entry(history: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """A history that goes on with an entry; entries that it replaces, as they start no earlier, stay listed before it.
+
+    The same code again is no new entry; where the run went back to an older checkpoint, it begins there.
+    """
+    *others, last = history or [None]
+    if last is None or any(last[name] != entry[name] for name in ("code", "sources")):
+        return [*history, entry]
+    return [*others, entry | {"first_step": min(last["first_step"], entry["first_step"])}]
+
+
+def _deciding(config: Any, alone: bool) -> tuple[Any, ...]:
+    main = sys.modules["__main__"]
+    return (config,) if alone or not defined_outside(main) else (config, main)
 
 
 def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any], *, steps: Steps) -> None:

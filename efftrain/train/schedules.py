@@ -64,6 +64,35 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rewarmed:
+    """A schedule once more, warm-up included, over the steps that a branch adds. Ibrahim et al. 2024, section 4.1.
+
+    Attributes:
+      schedule: is gone through in the steps after ``begin``.
+      begin: the step of the other run that is branched from.
+    """
+
+    schedule: WarmupStableDecay | Cosine
+    begin: int
+
+    def build(self, n_steps: int) -> optax.Schedule:
+        factor = self.schedule.build(n_steps - self.begin)
+        return lambda step: factor(jnp.maximum(step - self.begin, 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capped:
+    """A schedule that stays at ``factor`` of the peak where it would be above it, and so still decays at its end."""
+
+    schedule: WarmupStableDecay | Cosine
+    factor: float
+
+    def build(self, n_steps: int) -> optax.Schedule:
+        schedule = self.schedule.build(n_steps)
+        return lambda step: jnp.minimum(self.factor, schedule(step))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ramp:
     """A figure that moves from ``start`` to ``end`` over the run; None: it stays."""
 

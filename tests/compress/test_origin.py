@@ -1,5 +1,6 @@
 """What was compressed of another model, of other text, with other options or by other code is not taken as done."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ from tiny_runs import LENGTH, OWN_BLOCK, VOCABULARY, with_own_block, write_corpu
 from efftrain import code_identity
 from efftrain.compress.options import Compression
 from efftrain.compress.origin import rounds_are_done
+from efftrain.compress.run import _best_shape as best_shape
 from efftrain.compress.run import compress
 from efftrain.compress.text import Text
-from efftrain.errors import RunError
+from efftrain.errors import ConfigError, RunError
 from efftrain.train.loop import Training
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=1, max_length=32)
@@ -106,3 +108,30 @@ def test_finished_rounds_of_other_code_are_refused_and_kept(run, corpus, tmp_pat
         rounds_are_done(*arguments)
     assert (out / "scorecard.json").exists()
     assert (stages / "1-cut").exists()
+
+
+def test_a_search_that_was_refused_leaves_nothing_that_refuses_the_corrected_one(run, corpus, tmp_path):
+    """Its shapes were listed and none was tried: another list takes the place. Where one was tried it is kept."""
+    options, folder = Compression(slim=0.3, search=9, rows=2, recover=2 * 8 * LENGTH), tmp_path / "1-search"
+    folder.mkdir()
+    (folder / "shapes.json").write_text(json.dumps({"run": "another one", "options": None, "shapes": []}))
+    text = Text(corpus.path, 999)  # no row is so long: refused before the first cut
+    with pytest.raises(ConfigError, match="length 999 needs 1000 tokens"):
+        best_shape(run, options, replace(options, search=None, recover=0), text, folder, TRAINING, None)
+    assert json.loads((folder / "shapes.json").read_text())["run"] == str(run)
+    (folder / "1-cut").mkdir()
+    text = Text(corpus.path, 998)
+    (folder / "shapes.json").write_text(json.dumps({"run": "another one", "options": None, "shapes": []}))
+    with pytest.raises(RunError, match="1-search was made with other options or inputs"):
+        best_shape(run, options, replace(options, search=None, recover=0), text, folder, TRAINING, None)
+
+
+def test_text_that_is_too_short_is_refused_before_anything_is_made(run, tmp_path):
+    settings = json.loads((run / "config.json").read_text())
+    settings["training"]["length"] = 9999
+    (run / "config.json").write_text(json.dumps(settings))
+    before = sorted(tmp_path.rglob("*"))
+    for options in (PRUNED, Compression(slim=0.3, search=2, rows=2, recover=10**7)):
+        with pytest.raises(ConfigError, match=r"length 9999 needs 10000 tokens and split 'train' of .* has"):
+            compress(run, options, out=tmp_path / "out")
+        assert sorted(tmp_path.rglob("*")) == before

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from efftrain import code_identity, data
-from efftrain.config import SCRIPT_PREFIX
+from efftrain.class_names import SCRIPT_PREFIX
 from efftrain.data import inputs, sources
 from efftrain.data.engines import Local
 from efftrain.errors import CorpusError

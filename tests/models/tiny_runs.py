@@ -1,6 +1,7 @@
 """Runs and a corpus as training and building leave them, without training."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ class Odd(Dense):
 """
 
 
-def write_corpus(folder: Path) -> data.Corpus:
+WORDS = ("alpha", "beta", "gamma", "delta", "naïve", "return", "数据")
+
+
+def write_corpus(folder: Path, words: Sequence[str] = WORDS, tokenizer: Path | None = None) -> data.Corpus:
     rng = np.random.default_rng(0)
-    words = ["alpha", "beta", "gamma", "delta", "naïve", "return", "数据"]
     for number in range(24):
         (folder / f"{number}.txt").write_text(f"{number} " + " ".join(rng.choice(words, rng.integers(3, 30))))
     return data.build(
@@ -34,6 +37,7 @@ def write_corpus(folder: Path) -> data.Corpus:
             sources=(data.TextFolder(path=folder),),
             rules=(),
             vocabulary=VOCABULARY,
+            tokenizer=tokenizer,
             block=64,
             split=SplitByPackage(validation=0.2, test=0),
         ),

@@ -1,6 +1,8 @@
 """The dense recipe as a user starts it: from the command line, on a small corpus, killed and started again."""
 
 import json
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -8,13 +10,16 @@ from pathlib import Path
 
 import jax
 import pytest
+from flax import nnx
 from running import run, start
+from texts import build_corpus
 
 import efftrain
 from efftrain import data
 from efftrain.measure.evaluate import Evaluator
 from efftrain.measure.parameters import abstract_decoder, count_parameters
 from efftrain.recipe import import_script
+from efftrain.train.objective import next_token_loss
 from efftrain.train.run import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +105,7 @@ def test_a_finished_run_is_left_as_it_is(command, unbroken):
         (("--training.optimizer.peak-lr", "0.5"), "holds a run with another configuration (training.optimizer.peak_lr"),
         (("--out", "NEW", "--model.vocab-size", "200"), "the tokenizer of"),
         (("--out", "NEW", "--training.length", "64"), "model.max_length is 32"),
+        (("--out", "NEW", "--training.finetune", "OTHER"), "differ: entry"),
         (("--out", "NEW", "--training.mesh.fsdp", "3"), "mesh: fsdp=3 needs 3 devices and there are 1"),
         (("--out", "NEW", "--corpus", "nowhere"), "there is no corpus"),
         (("--out", "NEW", "--training.stepz", "3"), "--training.stepz"),
@@ -107,11 +113,52 @@ def test_a_finished_run_is_left_as_it_is(command, unbroken):
 )
 def test_bad_input_is_one_sentence_and_changes_nothing(command, unbroken, tmp_path, changes, sentence):
     before = {p: p.read_bytes() for p in unbroken.glob("*.json*")}
-    code, output = run(command(unbroken, *(str(tmp_path / "new") if c == "NEW" else c for c in changes)))
+    places = {"NEW": tmp_path / "new", "OTHER": tmp_path / "other"}
+    if "OTHER" in changes:
+        with_other_tokenizer(unbroken, places["OTHER"])
+    code, output = run(command(unbroken, *(str(places.get(c, c)) for c in changes)))
     assert code == 2, output
     assert sentence in " ".join(output.split())
     assert "Traceback" not in output
     assert {p: p.read_bytes() for p in unbroken.glob("*.json*")} == before
+    assert not places["NEW"].exists()
+
+
+def with_other_tokenizer(run: Path, copy: Path) -> None:
+    """A run in whose tokenizer two entries have changed places."""
+    shutil.copytree(run, copy)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    entries = tokenizer["model"]["vocab"]
+    names = {number: token for token, number in entries.items()}
+    entries[names[290]], entries[names[291]] = 291, 290
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def guide(flag: str) -> list[str]:
+    """The command in recipes/README.md that has this flag, without ``python``."""
+    lines = (ROOT / "recipes" / "README.md").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("python ") and f" {flag} " in line)
+    return shlex.split(line)[1:]
+
+
+def test_fine_tuning_as_the_guide_says(unbroken, corpus, tmp_path):
+    """The two commands of recipes/README.md; the first loss is that of the trained model on the new corpus."""
+    built = guide("--tokenizer")
+    assert built[built.index("--tokenizer") + 1] == "runs/dense/tokenizer.json"
+    other = build_corpus(tmp_path / "mine", seed=1, tokenizer=unbroken / "tokenizer.json")
+    places = {"runs/dense": unbroken, "corpora/mine": other, "runs/tuned": tmp_path / "tuned"}
+    command = [str(places.get(word, word)) for word in guide("--training.finetune")]
+    code, output = run([sys.executable, str(ROOT / command[0]), *command[1:], *SMALL])
+    assert code == 0, output
+    said = " ".join(output.split())
+    assert f"at the last step of {unbroken}; here 0.0003 at step 1, at most 0.0003" in said
+    first = read_metrics(tmp_path / "tuned")[0]["loss"]
+    loader = data.LoaderConfig(corpora=(data.Part(path=other),), length=16, batch_size=4)
+    graph, state = nnx.split(efftrain.load(unbroken))
+    loss = jax.jit(lambda state, batch: next_token_loss(nnx.merge(graph, state), batch, None)[2]["loss"])
+    total, count = loss(state, next(data.batches(loader)))
+    assert first == pytest.approx(float(total / count), rel=1e-4)
+    assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
 
 
 def test_the_named_configurations_have_the_size_that_they_claim():

@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import MODEL, TRAINING, Config, Walks
+from tiny import MODEL, TRAINING, Config, Crash, Walks, walk
 
 import efftrain
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.number_formats import Integer
+from efftrain.train.branch import branched
+from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Fitted, fit
 from efftrain.train.objective import next_token_loss
 from efftrain.train.run import Run, read_metrics
@@ -22,11 +26,12 @@ from efftrain.train.run import Run, read_metrics
 INT4 = Integer(bits=4, group=8)
 
 
-def train(out: Path, config: Config, **changes) -> Fitted:
+def train(out: Path, config: Config, batches: Walks | None = None, **changes) -> Fitted:
     training = dataclasses.replace(config.training, **changes)
     config = dataclasses.replace(config, training=training)
     model = config.model
-    return fit(lambda rngs: Decoder(model, rngs=rngs), next_token_loss, Walks(), training, Run(out, config))
+    batches = batches or Walks()
+    return fit(lambda rngs: Decoder(model, rngs=rngs), next_token_loss, batches, training, Run(out, config))
 
 
 def quantized(**changes) -> Config:
@@ -85,6 +90,16 @@ def test_what_cannot_be_branched_from_is_refused(trunk, tmp_path, branch, error,
         train(tmp_path / "run", Config(), branch=branch.format(trunk=trunk), ema_decay=0.9)
 
 
+def test_a_branch_that_was_refused_does_not_refuse_the_corrected_command(trunk, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(RunError, match="has checkpoints of steps 3, 6, 8 and not of 5"):
+        train(out, Config(), branch=f"{trunk}@5", ema_decay=0.9, steps=9)
+    with pytest.raises(RunError, match="is a checkpoint of another model or optimizer"):
+        train(out, Config(model=MODEL.replace(d_model=32)), branch=f"{trunk}@3", ema_decay=0.9)
+    train(out, Config(), branch=f"{trunk}@8", ema_decay=0.9, steps=9)
+    assert [row["step"] for row in read_metrics(out)] == [9]
+
+
 def test_a_trunk_of_another_model_is_refused(trunk, tmp_path):
     other = Config(model=MODEL.replace(d_model=32))
     with pytest.raises(RunError, match="is a checkpoint of another model or optimizer: params/"):
@@ -119,3 +134,116 @@ def test_a_run_of_before_a_field_existed_continues(trunk, tmp_path):
     (out / "config.json").write_text(json.dumps(saved))
     with pytest.raises(RunError, match=r"model\.d_model: 8 -> 16"):
         train(out, Config(), steps=3)
+
+
+def said(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def trunk_rate(trunk: Path, step: int) -> float:
+    return next(row["lr"] for row in read_metrics(trunk) if row["step"] == step)
+
+
+def peak_share(steps: int, step: int) -> float:
+    """Of step ``step`` (from 1) of so many, as Hu et al. 2024 and Haegele et al. 2024 write it: shares .02 and .2."""
+    up = min(1.0, step / max(0.02 * steps, 1.0))
+    done = max(step - 1 - 0.8 * steps, 0.0) / max(0.2 * steps, 1.0)
+    return up * (1 - np.sqrt(min(done, 1.0)))
+
+
+def test_extending_a_finished_run_shows_the_learning_rate_and_warns_of_its_jump(trunk, tmp_path, capsys):
+    """By default the rate is that of the longer schedule at once; the branch says so before its first step."""
+    train(tmp_path, Config(), branch=f"{trunk}@8", ema_decay=0.9, steps=10)
+    output = said(capsys)
+    before = trunk_rate(trunk, 8)
+    assert before == pytest.approx(1e-2 * peak_share(8, 8), rel=1e-5)
+    assert f"learning rate: {before:.3g} at step 8 of {trunk}, 0.01 at step 9 here" in output
+    assert f"warning: the learning rate rises from {before:.3g} to 0.01; branch from the stable phase" in output
+    assert "(its peak lasted until step 7)" in output
+    assert trunk_rate(tmp_path, 9) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("choice", ["as_configured", "constant", "rewarm"])
+def test_the_learning_rate_of_a_branch_can_be_chosen(trunk, tmp_path, choice):
+    steps, shared = 108, 8
+    training = dataclasses.replace(TRAINING, steps=steps, branch=f"{trunk}@{shared}", branch_schedule=choice)
+    factor = branched(training, Run(tmp_path, Config(training=training))).schedule.build(steps)
+    configured = [peak_share(steps, n) for n in range(shared + 1, steps + 1)]
+    want = {
+        "as_configured": configured,
+        "constant": [min(peak_share(shared, shared), share) for share in configured],
+        "rewarm": [peak_share(steps - shared, n) for n in range(1, steps - shared + 1)],
+    }[choice]
+    np.testing.assert_allclose([factor(n) for n in range(shared, steps)], want, rtol=1e-4, atol=1e-7)
+    assert len({round(share, 6) for share in want}) > 10
+
+
+def test_a_branch_at_a_constant_rate_goes_on_without_its_trunk(trunk, tmp_path, capsys):
+    moved = Path(shutil.copytree(trunk, tmp_path / "trunk"))
+    settings = {"branch": f"{moved}@8", "ema_decay": 0.9, "branch_schedule": "constant", "steps": 12}
+    with pytest.raises(Crash):
+        train(tmp_path / "run", Config(), Walks(crash_at=12), **settings)
+    assert read_metrics(tmp_path / "run")[-1]["step"] >= 9
+    shutil.rmtree(moved)
+    train(tmp_path / "run", Config(), **settings)
+    assert "continuing from step 9" in said(capsys)
+    found = [row["lr"] for row in read_metrics(tmp_path / "run")]
+    kept = trunk_rate(trunk, 8)
+    assert found == pytest.approx([min(kept, 1e-2 * peak_share(12, step)) for step in range(9, 13)], rel=1e-4)
+    assert found[0] == pytest.approx(kept, rel=1e-5)
+    assert found[-1] < kept
+    # What the optimizer did, and not only what was written: AdamW moves a number by about the rate in each step.
+    before, after = (head(run, step) for run, step in ((trunk, 8), (tmp_path / "run", 12)))
+    assert 0.2 * sum(found) < np.abs(after - before).max() < 1.5 * sum(found)
+
+
+def head(run: Path, step: int) -> np.ndarray:
+    wanted = {"params/head/kernel": jax.ShapeDtypeStruct((16, MODEL.vocab_size), np.float32)}
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        return np.asarray(checkpoints._read(step, wanted, partial=True)[0]["params/head/kernel"])
+
+
+def test_a_rate_that_is_not_known_cannot_stay(trunk, tmp_path):
+    bare = Path(shutil.copytree(trunk, tmp_path / "trunk"))
+    (bare / "metrics.jsonl").unlink()
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl has no learning rate of step 8; choose as_configured or rewarm"
+    ):
+        train(tmp_path / "run", Config(), branch=f"{bare}@8", ema_decay=0.9, branch_schedule="constant", steps=9)
+    with pytest.raises(ConfigError, match=r"training\.branch_schedule has no effect without training\.branch"):
+        dataclasses.replace(TRAINING, branch_schedule="rewarm")
+
+
+def test_a_branch_on_other_data_is_refused_with_what_to_do(trunk, tmp_path):
+    class Other(Walks):
+        def set_state(self, state):
+            raise RunError("the saved position of the data belongs to another corpus")
+
+    with pytest.raises(RunError, match=rf"training\.branch: {trunk} read other data .* with training\.finetune"):
+        train(tmp_path, Config(), Other(), branch=f"{trunk}@3", ema_decay=0.9)
+
+
+def test_fine_tuning_starts_from_the_model_alone(trunk, tmp_path, capsys):
+    """The averaged parameters, a new optimizer state, the first batch; equal to the bit to a start from that model."""
+    tuned = train(tmp_path / "run", Config(), finetune=trunk, steps=3)
+    rate = trunk_rate(trunk, 8)
+    line = f"learning rate: {rate:.3g} at the last step of {trunk}; here 0.01 at step 1, at most 0.01"
+    assert line in said(capsys)
+    config = dataclasses.replace(TRAINING, steps=3)
+    run = Run(tmp_path / "same", Config(training=config))
+    build = partial(Decoder, MODEL)
+    same = fit(
+        lambda rngs: build(rngs=rngs), next_token_loss, Walks(), config, run, initial=lambda: efftrain.load(trunk)
+    )
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(tuned.model), nnx.state(same.model))
+    total, count = next_token_loss(efftrain.load(trunk), walk(1), None)[2]["loss"]
+    assert read_metrics(tmp_path / "run")[0]["loss"] == pytest.approx(float(total / count), rel=1e-5)
+    with pytest.raises(ConfigError, match=r"training\.finetune is set and the run starts from a model"):
+        fit(
+            lambda rngs: build(rngs=rngs),
+            next_token_loss,
+            Walks(),
+            dataclasses.replace(config, finetune=trunk),
+            run,
+            initial=lambda: efftrain.load(trunk),
+        )

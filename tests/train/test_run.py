@@ -46,11 +46,42 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(crashed):
     assert hashes(crashed) == before
 
 
+def test_a_run_without_a_step_gives_place_to_the_corrected_command(tmp_path):
+    """It was refused, or ended before its first step; a checkpoint, or a row of a step, is kept."""
+    Run(tmp_path, changed(seed=1), inputs={"corpus": "a"})
+    Run(tmp_path, changed(seed=2), inputs={"corpus": "b"})
+    assert json.loads((tmp_path / "config.json").read_text())["training"]["seed"] == 2
+    assert json.loads((tmp_path / "identity.json").read_text())["inputs"] == {"corpus": "b"}
+    with (tmp_path / "metrics.jsonl").open("w") as metrics:
+        Run(tmp_path, changed(seed=3))
+        metrics.write(json.dumps({"step": 1, "split": "train", "loss": 1.0}) + "\n")
+    with pytest.raises(RunError, match=r"training\.seed: 3 -> 4"):
+        Run(tmp_path, changed(seed=4))
+    (tmp_path / "metrics.jsonl").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    Run(tmp_path, changed(checkpoints=str(elsewhere)))
+    (elsewhere / "3").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"training\.seed: 0 -> 4"):
+        Run(tmp_path, changed(seed=4))
+
+
 def test_how_a_run_is_carried_out_may_change(crashed):
     other = changed(checkpoint_every=5, keep_checkpoints=9, eval_every=2, mesh=MeshConfig(fsdp=2, tensor=4))
     Run(crashed, other)
     assert json.loads((crashed / "config.json").read_text())["training"]["checkpoint_every"] == 5
     assert load_model_config(crashed) == tiny.MODEL
+
+
+def test_checkpoints_that_stay_behind_are_not_forgotten(crashed, tmp_path):
+    """With another folder a run began again at step 1, and dropped the rows that it had."""
+    elsewhere, before = tmp_path / "elsewhere", hashes(crashed)
+    with pytest.raises(
+        RunError, match=r"elsewhere has no checkpoint and the run .* has its own in .*; move them there"
+    ):
+        Run(crashed, changed(checkpoints=str(elsewhere)))
+    assert hashes(crashed) == before
+    (crashed / "checkpoints").rename(elsewhere)
+    Run(crashed, changed(checkpoints=str(elsewhere)))
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):

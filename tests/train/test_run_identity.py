@@ -1,5 +1,6 @@
 """A run of other code: it goes on with a warning while it is unfinished, and is refused when it is finished."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import tiny
 
 from efftrain import code_identity
 from efftrain.errors import RunError
+from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
-from efftrain.train.run import Run, load_model_config
+from efftrain.train.loop import fit
+from efftrain.train.run import Run, load_model_config, read_metrics
 
 SCRIPT = """
 import sys
@@ -39,6 +42,29 @@ def loss(model, batch, key):
 
 if __name__ == "__main__":
     Run(Path(sys.argv[1]), Config())
+"""
+
+WITH_A_MODULE = """
+from dataclasses import dataclass
+
+import tiny
+import own_losses
+
+@dataclass(frozen=True, kw_only=True)
+class Config(tiny.Config):
+    pass
+
+def loss(model, batch, key):
+    return own_losses.loss(model, batch, key)
+"""
+
+TINY = Path(tiny.__file__).read_text()
+LOSSES = """
+from efftrain.train.objective import next_token_loss
+
+def loss(model, batch, key):
+    loss, count, metrics = next_token_loss(model, batch, key)
+    return 1.0 * loss, count, metrics
 """
 
 
@@ -108,6 +134,62 @@ def test_a_changed_loss_in_the_running_script_counts(script, tmp_path):
     assert "was trained by other code" in " ".join(said.split())
 
 
+def test_a_changed_module_beside_the_recipe_is_named_and_the_old_sources_stay(tmp_path, monkeypatch, capfd):
+    """From the history a reader can tell which of them made a step; without it the old ones were lost."""
+    script, module, out = tmp_path / "mine.py", tmp_path / "own_losses.py", tmp_path / "run"
+    script.write_text(WITH_A_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def train(losses: str, batches: tiny.Walks) -> None:
+        module.write_text(losses)
+        sys.modules.pop("own_losses", None)
+        importlib.invalidate_caches()
+        mine = import_script(script)
+        config = mine.Config()
+        run = Run(out, config, script=script)
+        fit(lambda rngs: Decoder(config.model, rngs=rngs), mine.loss, batches, config.training, run)
+
+    def sources(step: int) -> dict[str, str]:
+        history = json.loads((out / "identity.json").read_text())["history"]
+        entry = [entry for entry in history if entry["first_step"] <= step][-1]
+        return {path.name: path.read_text() for path in (out / entry["sources"]).iterdir()}
+
+    with pytest.raises(tiny.Crash):
+        train(LOSSES, tiny.Walks(crash_at=6))
+    first = {row["step"]: row["grad_norm"] for row in read_metrics(out)}
+    changed = LOSSES.replace("1.0 *", "2.0 *")
+    train(changed, tiny.Walks())
+    assert "(changed since: own_losses)" in " ".join(capfd.readouterr().err.split())
+    for step, losses in ((1, LOSSES), (3, LOSSES), (4, changed), (8, changed)):
+        assert sources(step) == {"mine.py": WITH_A_MODULE, "own_losses.py": losses, "tiny.py": TINY}
+    norms = {row["step"]: row["grad_norm"] for row in read_metrics(out)}
+    assert norms[3] == first[3]
+    assert norms[4] == pytest.approx(2 * first[4], rel=1e-4)  # clipped afterwards: the first step that differs
+
+
+def test_the_recipe_of_a_run_of_an_earlier_version_stays_too(script, tmp_path):
+    out = made(script, tmp_path / "run", step=3)
+    (out / "identity.json").write_text(json.dumps({"code": {"mine.py": "other"}, "inputs": {}}))
+    script.write_text(SCRIPT.replace("SCALE = 1.0", "SCALE = 2.0"))
+    Run(out, import_script(script).Config(), script=script).begin(4)
+    first, second = json.loads((out / "identity.json").read_text())["history"]
+    assert (first["first_step"], second["first_step"]) == (1, 4)
+    assert (out / first["sources"] / "recipe.py").read_text() == SCRIPT
+    assert "SCALE = 2.0" in (out / second["sources"] / "mine.py").read_text()
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_says_so(script, tmp_path):
+    """A damaged checkpoint is left out; the steps after the one before are made again, by the code of now."""
+    out = made(script, tmp_path / "run", step=3)
+    Run(out, import_script(script).Config(), script=script).begin(1)
+    Run(out, import_script(script).Config(), script=script).begin(3)
+    script.write_text(SCRIPT.replace("SCALE = 1.0", "SCALE = 2.0"))
+    Run(out, import_script(script).Config(), script=script).begin(4)
+    Run(out, import_script(script).Config(), script=script).begin(2)
+    assert [entry["first_step"] for entry in json.loads((out / "identity.json").read_text())["history"]] == [1, 2]
+
+
 def test_an_edit_of_the_package_counts(unbroken, monkeypatch):
     Run(unbroken[0], tiny.Config())
     monkeypatch.setattr(code_identity, "package_identity", lambda rooms: "another version")
@@ -120,6 +202,7 @@ def test_other_inputs_are_refused_and_those_that_are_gone_are_not(tmp_path):
         Run(tmp_path / "run", tiny.Config(), inputs=inputs)
 
     run(corpus="a", source="b")
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     run(corpus="a")
     with pytest.raises(RunError, match=r"from something else: what corpus names has changed; choose another --out"):
         run(corpus="c")

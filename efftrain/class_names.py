@@ -1,0 +1,79 @@
+"""Names of configuration classes in files: they stay when a class moves to another module.
+
+A class of this package is written as ``Dense``, one of a script as ``recipe.py:Block``, of another package as
+``module:Class``. Earlier versions wrote the package's own as ``efftrain.models.config:Dense``; both are read. So that a
+bare name is enough, no two configurations (keyword-only dataclasses) of the package share one.
+"""
+
+import functools
+import importlib
+import re
+import sys
+import types
+from pathlib import Path
+
+from efftrain.errors import ConfigError
+
+SCRIPT_PREFIX = "efftrain_script_"  # of the module names that ``recipe.import_script`` gives
+RENAMED: dict[str, str] = {}  # a name that earlier versions wrote -> what the class is called now
+
+_PACKAGE = Path(__file__).parent
+_OF_MODULE = re.compile(r"efftrain(?:\.\w+)*:(\w+)")
+_DATACLASS = re.compile(r"^@(?:dataclasses\.)?dataclass(\(.*\))?\n(?:@.*\n)*class (\w+)", re.MULTILINE)
+
+
+def class_name(cls: type) -> str:
+    """The name under which a class is written."""
+    module = sys.modules[cls.__module__]
+    if module.__name__.startswith(f"{__package__}."):
+        return current_name(f"{module.__name__}:{cls.__qualname__}")
+    is_script = module.__spec__ is None or module.__name__.startswith(SCRIPT_PREFIX)
+    name = Path(module.__file__).name if is_script and hasattr(module, "__file__") else module.__name__
+    return f"{name}:{cls.__qualname__}"
+
+
+def current_name(written: str) -> str:
+    """A name as an earlier version may have written it -> as ``class_name`` writes it."""
+    found = _OF_MODULE.fullmatch(written)
+    name = found[1] if found else written
+    return RENAMED.get(name, name)
+
+
+def find_class(written: str, script: types.ModuleType | None) -> type:
+    """The class of a name.
+
+    Args:
+      written: as this or an earlier version wrote it.
+      script: the module that has the classes that a script defined.
+
+    Raises:
+      ConfigError: there is no such class, or the package has several.
+    """
+    module_name, _, qualname = current_name(written).rpartition(":")
+    try:
+        found = script if module_name.endswith(".py") else importlib.import_module(module_name or _module_of(qualname))
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, LookupError) as error:
+        raise ConfigError(
+            f"config.json names {written}, which cannot be imported; install or restore the code that defines it"
+        ) from error
+    return found
+
+
+@functools.cache
+def package_dataclasses() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Name -> modules that define it, read from the sources: of keyword-only dataclasses, and of the others."""
+    found: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        module = ".".join((__package__, *path.relative_to(_PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        for options, name in _DATACLASS.findall(path.read_text(encoding="utf-8")):
+            found["kw_only=True" not in options].setdefault(name, []).append(module)
+    return found
+
+
+def _module_of(name: str) -> str:
+    modules = next((kind[name] for kind in package_dataclasses() if name in kind), [])
+    if len(modules) != 1:
+        raise LookupError(f"{name} is defined in {' and '.join(modules) or 'no module'}")
+    return modules[0]

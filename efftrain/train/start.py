@@ -1,0 +1,80 @@
+"""What a run starts from instead of random parameters: checked before anything is written, then put into its state."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efftrain.config import difference, to_json
+from efftrain.errors import RunError
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.train.branch import parse_branch
+from efftrain.train.run import load_model_config
+from efftrain.train.state import TrainState, split_model
+from efftrain.train.tokenizers import check_tokenizer
+
+if TYPE_CHECKING:
+    from efftrain.train.loop import Training
+
+
+def check_start(config: "Training", model: ModelConfig, corpus: Path) -> None:
+    """Checks the run that ``training.branch`` or ``training.finetune`` names; to be called for a run without steps.
+
+    Args:
+      config: of the new run.
+      model: of the new run.
+      corpus: that it is trained on.
+
+    Raises:
+      RunError: there is no such run, or ``training.finetune`` names one of another model.
+      ConfigError: its tokenizer is not that of the corpus.
+    """
+    if config.branch is not None:
+        run = parse_branch(config.branch, config.steps)[0]
+        if not (run / "config.json").exists():
+            raise RunError(f"training.branch: {run} holds no run; train it first, or give another one")
+        check_tokenizer(run, corpus)
+    if (run := config.finetune) is not None:
+        if not (run / "config.json").exists():
+            raise RunError(f"training.finetune: {run} holds no run; train it first, or give another one")
+        check_tokenizer(run, corpus)
+        _check_same_variables(run, model)
+
+
+def start_from(model: nnx.Module, state: TrainState) -> TrainState:
+    """A new state with the variables of a model."""
+    _, params, model_state = split_model(model)
+    if "helpers" in state.params:  # what an objective has trained beside the model starts as built
+        params = nnx.merge_state(params, nnx.State({"helpers": state.params["helpers"]}))
+
+    def place(new: nnx.State, old: nnx.State) -> nnx.State:
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, old)]
+        if shapes[0] != shapes[1]:
+            raise RunError("the initial model has other variables than the one to be trained; build both alike")
+        # Not the caller's own arrays: the step donates its state.
+        return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding, may_alias=False), new, old)
+
+    params = place(params, state.params)
+    ema = state.ema and jax.tree.map(jnp.copy, params)
+    return replace(state, params=params, model_state=place(model_state, state.model_state), ema=ema)
+
+
+def _check_same_variables(run: Path, model: ModelConfig) -> None:
+    theirs = load_model_config(run)
+    if _shapes(theirs) != _shapes(model):
+        changed = difference(to_json(theirs), to_json(model), "model")
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise RunError(
+            f"training.finetune: the model of {run} has other parameters ({changed[0]}{more}); give this run the same "
+            "model"
+        )
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
