@@ -46,6 +46,7 @@ from efftrain.compress.shapes import candidates
 from efftrain.compress.student import cut_from, from_layers, same_parameters, spread_layers
 from efftrain.compress.teacher_cache import CacheOptions, build_cache
 from efftrain.compress.text import Text
+from efftrain.config import finite_json
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
 from efftrain.measure.experiment import Experiment, finished, train_and_score
@@ -327,7 +328,7 @@ def compare_ways(config: Config) -> Comparison:
     console.print(found.table())
     starts = compare_starts(replace(base, cache=cache), out, config.seeds)
     plain = unigram_bpb(data.open(base.corpus, verify=False))
-    teacher = taught_by.figures["bpb"].value
+    teacher = taught_by.value("bpb")
     figures = {
         "unigram_bpb": plain,
         "teacher_bpb": teacher,
@@ -336,7 +337,7 @@ def compare_ways(config: Config) -> Comparison:
             "student": found.cards["text"][0].figures["parameters_total"].value,
         },
         "kept_share_of_gain": {
-            name: [(plain - card.figures["bpb"].value) / (plain - teacher) for card in cards]
+            name: [(plain - card.value("bpb")) / (plain - teacher) for card in cards]
             for name, cards in found.cards.items()
         },
         "cache_bytes_per_token": data.TeacherCache.open(cache, verify=False).manifest["bytes_per_token"],
@@ -344,7 +345,7 @@ def compare_ways(config: Config) -> Comparison:
         "starts_bpb": starts,
     }
     found.write(out / "comparison.json", **figures)
-    console.print(json.dumps(figures, indent=1))
+    console.print(json.dumps(finite_json(figures), indent=1))
     return found
 
 
@@ -370,7 +371,7 @@ def compare_starts(config: Config, out: Path, seeds: tuple[int, ...]) -> dict[st
             start = out / f"start{i}-seed{seed}"
             seeded = replace(training, seed=seed)
             student = replace(config, model=model, initial=initial, training=seeded, out=start)
-            found.setdefault(name, []).append(found_or_trained(student, START_ROWS).figures["bpb"].value)
+            found.setdefault(name, []).append(found_or_trained(student, START_ROWS).value("bpb"))
         console.print(f"{name}: {statistics.fmean(found[name]):.4f} bits per byte", markup=False)
     return found
 

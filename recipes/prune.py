@@ -37,7 +37,7 @@ from efftrain.compress.run import compress
 from efftrain.compress.sparsify import Sparsity
 from efftrain.compress.sparsity_schedules import Gradual
 from efftrain.compress.text import Text
-from efftrain.config import digest
+from efftrain.config import digest, finite_json
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
 from efftrain.measure.experiment import Experiment, finished, train_and_score
@@ -195,7 +195,7 @@ def compare_ways(config: Config) -> Comparison:
     found.write(out / "comparison.json", seeds=seeds)
     for kept in measured:
         kept.remove()
-    console.print(json.dumps(seeds, indent=1))
+    console.print(json.dumps(finite_json(seeds), indent=1))
     return found
 
 

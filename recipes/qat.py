@@ -21,6 +21,7 @@ last fifth, it costs twice as much as without. gpu, v5e-64: not measured; they c
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from efftrain.code_identity import code_identity
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import Method, convert
 from efftrain.compress.text import Text
-from efftrain.config import digest
+from efftrain.config import digest, finite_json
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
 from efftrain.measure.experiment import Experiment, train_and_score
@@ -265,7 +266,7 @@ def compare_formats(config: Config) -> Comparison:
     found.write(out / "comparison.json", **result)
     for measured in kept:
         measured.remove()
-    console.print(json.dumps(result["cost_share"]))
+    console.print(json.dumps(finite_json(result["cost_share"])))
     return found
 
 
@@ -293,7 +294,8 @@ def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Kept) -> di
             model = convert(pieces, wanted or pieces.config.quantization, method=method, calibration=calibration)[0]
             return evaluate(model)["bpb"]
 
-        found[name] = kept.cell(name, measure)
+        bpb = kept.cell(name, measure)
+        found[name] = math.nan if bpb is None else bpb
     return found
 
 

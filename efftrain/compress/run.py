@@ -38,7 +38,7 @@ from efftrain.progress import console
 from efftrain.sharding.hosts import Hosts
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Training
-from efftrain.train.run import environment, load_model_config, newest_step, read_json
+from efftrain.train.run import check_model, environment, load_model_config, newest_step, read_json
 from efftrain.train.state import split_model
 
 SHAPES = "shapes.json"
@@ -98,7 +98,8 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
     teacher = run if options.distill else None
     if teacher is not None:
         check_tokenizer(teacher, text.corpus)
-    # Too few tokens are refused before anything is done.
+    # What is refused, is refused before anything is written.
+    check_model(run)
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):
         console.print(f"{out} is converted already; nothing to do", markup=False)
@@ -162,9 +163,11 @@ def _best_shape(
             rows=options.rows,
             teacher=teacher,
         )
-        bpb.append(card.figures["bpb"].value)
+        bpb.append(card.value("bpb"))
+    if np.isnan(bpb).all():
+        raise RunError(f"no shape of {folder} has finite bits per byte after its training; cut off less")
     write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes], "bpb": bpb})
-    return shapes[int(np.argmin(bpb))]
+    return shapes[int(np.nanargmin(bpb))]
 
 
 def _shapes(config: ModelConfig, options: Compression, way: Way, text: Text) -> list[Shape]:

@@ -292,7 +292,9 @@ def _seconds(
 def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
     safe = last_safe([point["row_losses"] for point in points], options.risk, options.error)
     full = points[0]["bpb"]
-    good = [p for p in points if p["bpb"] <= full * (1 + QUALITY_LOSS)]
+    if full is None:
+        raise RunError("the model has no finite bits per byte with all its layers; calibrate one that works")
+    good = [p for p in points if p["bpb"] is not None and p["bpb"] <= full * (1 + QUALITY_LOSS)]
     curve = [{k: v for k, v in point.items() if k != "row_losses"} for point in points]
     return {
         "threshold": points[safe]["threshold"] if safe else None,  # the first one is to leave out nothing

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from efftrain.config import finite_json
 from efftrain.measure.experiment import Experiment, finished
 from efftrain.measure.scorecard import Figure, Scorecard, amount
 from efftrain.progress import console
@@ -40,14 +41,13 @@ class Comparison:
 
     def spread(self, variant: str, figure: str) -> float:
         """Sample standard deviation over the seeds; 0 where there is one."""
-        values = self._values(variant, figure)
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        return _sd(self._values(variant, figure))
 
     def gap(self, better: str, worse: str, figure: str = "bpb") -> tuple[float, float]:
         """By how much ``better`` is below ``worse``, seed by seed: mean, and sample standard deviation."""
         pairs = zip(self._values(better, figure), self._values(worse, figure), strict=True)
         gaps = [high - low for low, high in pairs]
-        return statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+        return statistics.fmean(gaps), _sd(gaps)
 
     def as_json(self) -> dict[str, Any]:
         """Every figure that all seeds have, with its values; the environment of this process and of the runs."""
@@ -76,7 +76,7 @@ class Comparison:
         }
 
     def write(self, path: Path, **more: Any) -> None:
-        path.write_text(json.dumps(self.as_json() | more, indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(finite_json(self.as_json() | more), indent=1, allow_nan=False) + "\n")
 
     def table(self) -> Table:
         """A row a variant, figures as mean and spread."""
@@ -99,7 +99,8 @@ class Comparison:
         return f"{show(mean)} +- {show(spread)}" if figure.method == "measured" else show(mean)
 
     def _values(self, variant: str, figure: str) -> list[float]:
-        return [card.figures[figure].value for card in self.cards[variant]]
+        """NaN where a run has none, such as the quality of one that diverged."""
+        return [card.value(figure) for card in self.cards[variant]]
 
 
 def compare(
@@ -134,6 +135,13 @@ def compare(
             for figure, value in _last_figures(config.out).items():
                 last[name].setdefault(figure, []).append(value)
     return Comparison(tuple(seeds), cards, last)
+
+
+def _sd(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 of one value, NaN where a value is none."""
+    if any(map(math.isnan, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _last_figures(run: Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from efftrain.config import finite_json
 from efftrain.errors import RunError
 
 FILE_NAME = "scorecard.json"
@@ -62,6 +63,11 @@ class Scorecard:
     figures: dict[str, Figure]
     environment: dict[str, Any]
 
+    def value(self, figure: str) -> float:
+        """The value of a figure; NaN where it was not measured."""
+        value = self.figures[figure].value
+        return math.nan if value is None else value
+
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all.
 
@@ -70,7 +76,7 @@ class Scorecard:
         """
         temporary = path.with_name(f".{path.name}.incomplete")
         try:
-            temporary.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+            temporary.write_text(json.dumps(finite_json(asdict(self)), indent=2, allow_nan=False) + "\n")
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
