@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,24 @@ from efftrain.measure.calibrate_depth import Calibration, calibrate
 from efftrain.measure.compare import Comparison
 from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.scorecard import Figure, Scorecard, not_measured
+from efftrain.models.moe import MoE
+from efftrain.recipe import import_script
 from efftrain.train.loop import Training
 from efftrain.train.run import Run
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN, LOCAL), n_repeats=2, max_length=32)
 TRAINING = Training(steps=40, batch_size=8, length=LENGTH)
+
+
+def upcycled(run: Path) -> None:
+    recipe = import_script(Path(__file__).parents[2] / "recipes" / "moe.py")
+    pattern = tuple(replace(block, mlp=MoE(n_experts=2, d_expert=block.mlp.d_ff)) for block in MODEL.pattern)
+    model, corpus = MODEL.replace(pattern=pattern), run.parent / "text" / "corpus"
+    recipe.main(replace(recipe.configs["cpu"], model=model, corpus=corpus, upcycle=run, out=run.parent / "moe"))
+
+
 COMMANDS = {
+    "upcycle": upcycled,
     "int8": lambda run: compress(run, Compression(quantize="int8")),
     "gptq": lambda run: compress(run, Compression(quantize="int8", method="gptq", rows=2)),
     "budget": lambda run: compress(run, Compression(quantize="int8,int4:g4", budget=0.2, rows=2)),
