@@ -38,7 +38,7 @@ from efftrain.progress import console
 from efftrain.sharding.hosts import Hosts
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Training
-from efftrain.train.run import check_model, environment, load_model_config, newest_step, read_json
+from efftrain.train.run import environment, load_model_config, newest_step, read_json
 from efftrain.train.state import split_model
 
 SHAPES = "shapes.json"
@@ -80,6 +80,8 @@ def compress(
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
+    if options.slim is not None or options.recover:  # before a stage is written
+        _check_input(run, options)
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
@@ -91,6 +93,16 @@ def compress(
     return card
 
 
+def _check_input(run: Path, options: Compression) -> None:
+    """Refuses a model that holds numbers that are not finite, or zeros that the cut would scatter."""
+    share = zeros_share(efftrain.load(run))
+    if share and options.slim is not None:
+        raise ConfigError(
+            f"{run} was pruned ({share:.0%} of the weights of its blocks are zero), and --slim would break the pattern "
+            "of its zeros; cut the dense run first, and prune its smaller model with --sparsity"
+        )
+
+
 def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated_rows: int | None) -> Scorecard:
     """Cut and train, as often as there are rounds."""
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
@@ -98,8 +110,7 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
     teacher = run if options.distill else None
     if teacher is not None:
         check_tokenizer(teacher, text.corpus)
-    # What is refused, is refused before anything is written.
-    check_model(run)
+    # Too few tokens are refused before anything is done.
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):
         console.print(f"{out} is converted already; nothing to do", markup=False)

@@ -75,6 +75,7 @@ def slim(pieces: Pieces, shape: Shape, importance: Importance) -> tuple[Decoder,
 
     Layers go in one block, that of the least influence. Where hidden channels go, a norm divides by the root mean
     square of fewer; its scale is multiplied with what that was on the calibration's text, over what it was of all.
+    Zeros move with their rows and columns, so that a pattern such as 2:4 is lost: prune after the cut.
 
     Args:
       pieces: of the whole model; stays as it is.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from efftrain.errors import ConfigError
@@ -131,6 +132,11 @@ def kept_units(structure: Structure, units: int, share: Array | float = 1.0, spa
     # float32 has no room for the units of a large matrix: the target itself is exact.
     on_the_way = jnp.round((1 - sparsity * share) * units).astype(jnp.int32)
     return jnp.where(jnp.asarray(share) >= 1, jnp.int32(round((1 - sparsity) * units)), on_the_way)
+
+
+def count_zeros(a: Array) -> int:
+    """Numbers of an array (..., n) that are exactly zero; the array may have more than an int32 counts."""
+    return int(np.asarray((a == 0).sum(-1, dtype=jnp.int32)).sum(dtype=np.int64))
 
 
 def pack_bits(mask: Array, axis: int) -> Array:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from efftrain.errors import ConfigError
@@ -156,6 +157,11 @@ def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Iterator[None]:
             yield
     finally:
         _rules.reset(token)
+
+
+def without_mesh() -> contextlib.AbstractContextManager[None]:
+    """Leaves the mesh of ``use`` for a while: for code that computes on one device of several, such as a load."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

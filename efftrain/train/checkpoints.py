@@ -201,9 +201,15 @@ class Checkpoints:
           (arrays by name, data iterator's state).
 
         Raises:
-          RunError: the checkpoint is damaged, or of another model or optimizer.
+          RunError: the checkpoint is damaged, holds a model alone, or is of another model or optimizer.
         """
         saved, (ours, theirs) = self._saved_shapes(step), instead
+        if not any(name.startswith(theirs) for name in saved):
+            raise RunError(
+                f"{self.directory / str(step)} holds a model without the state of an optimizer and a position in the "
+                "data, as efftrain compress leaves it; branch from the run that it was made from, or start a run from "
+                "this model with fit(initial=...)"
+            )
         same = any(name.startswith(ours) for name in saved)
         abstract = flatten(abstract_state)
         place = {n: n if same or not n.startswith(ours) else theirs + n.removeprefix(ours) for n in abstract}
