@@ -49,7 +49,7 @@ from efftrain.compress.text import Text
 from efftrain.config import finite_json
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, finished, train_and_score
+from efftrain.measure.experiment import Experiment, finished, reported, train_and_score
 from efftrain.measure.parameters import abstract_decoder, count_parameters
 from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
 from efftrain.measure.unigram import unigram_bpb
@@ -69,7 +69,7 @@ from efftrain.train.teacher import Teacher
 CALIBRATION_ROWS = 128  # of the training split, for what is cut out of a teacher
 FEWER_TOKENS = 0.7  # of the student's, with which a taught one may reach what the text alone brings
 SHORT = 0.4  # of the student's steps, with the teacher beside every batch and with what was kept of it
-START_STEPS, START_ROWS = 0.05, 1024  # of the student's steps and of the validation split, for each start
+START_STEPS, START_ROWS = 0.05, 1024  # of the student's steps and of the test split, for each start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,7 +327,8 @@ def compare_ways(config: Config) -> Comparison:
     found = compare(variants, train, out=out, seeds=config.seeds)
     console.print(found.table())
     starts = compare_starts(replace(base, cache=cache), out, config.seeds)
-    plain = unigram_bpb(data.open(base.corpus, verify=False))
+    taught_by = reported(taught_by, base.teacher, base.corpus, base.training)
+    plain = unigram_bpb(data.open(base.corpus, verify=False), split=taught_by.figures["bpb"].split)
     teacher = taught_by.value("bpb")
     figures = {
         "unigram_bpb": plain,
@@ -371,7 +372,8 @@ def compare_starts(config: Config, out: Path, seeds: tuple[int, ...]) -> dict[st
             start = out / f"start{i}-seed{seed}"
             seeded = replace(training, seed=seed)
             student = replace(config, model=model, initial=initial, training=seeded, out=start)
-            found.setdefault(name, []).append(found_or_trained(student, START_ROWS).value("bpb"))
+            card = reported(found_or_trained(student, START_ROWS), start, student.corpus, seeded, rows=START_ROWS)
+            found.setdefault(name, []).append(card.value("bpb"))
         console.print(f"{name}: {statistics.fmean(found[name]):.4f} bits per byte", markup=False)
     return found
 

@@ -55,7 +55,7 @@ from efftrain.train.objective import Objective, SelfDistillation, next_token_los
 from efftrain.train.optimizers import AdamW
 from efftrain.train.schedules import Cosine
 
-EVALUATED_ROWS = 2048  # of the validation split, for conversions; a trained run is evaluated on all of it
+EVALUATED_ROWS = 2048  # of the test split, for conversions; a trained run is evaluated on all of it
 FINISH_SHARE, FINISH_LR = 0.05, 0.05  # of the float run's steps and peak learning rate, for start "finish"
 
 
@@ -285,7 +285,7 @@ def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Kept) -> di
         **{f"trained {name}": (name, None, "nearest") for name in ("int4", "int4-fixed-steps")},
     }
     text = Text(config.corpus, config.training.length)
-    evaluate, found = text.evaluator(EVALUATED_ROWS), {}
+    evaluate, found = text.reporting(EVALUATED_ROWS).evaluator(), {}
     for name, (run, wanted, method) in ways.items():
 
         def measure(run: str = run, wanted: Quantization | None = wanted, method: Method = method) -> float:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from efftrain.compress.slim import slim
 from efftrain.compress.text import Text
 from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
+from efftrain.measure.experiment import reported
+from efftrain.measure.held_out import CHOICES, HeldOut
 from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.parameters import zeros_share
 from efftrain.measure.score import score
@@ -66,7 +69,7 @@ def compress(
       options: what to do.
       out: the new directory. None: the run's, with the options in its name.
       corpus: for calibration, training and scores. None: that of the run.
-      evaluated_rows: of the validation split, for the score. None: all.
+      evaluated_rows: of the test split, for the score; see ``measure.held_out``. None: all.
 
     Raises:
       EfftrainError: the run, the corpus and the options do not fit, or ``out`` holds something else.
@@ -83,12 +86,13 @@ def compress(
     if options.slim is not None or options.recover:  # before a stage is written
         _check_input(run, options)
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
+    text.reporting(evaluated_rows, chosen=options.chosen_on)  # refused before anything is done
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
     model = _stage(run, options, text, out, evaluated_rows=evaluated_rows)
     if (out / SCORECARD).exists():
         return Scorecard.read(out / SCORECARD)
-    card = _score(out, model or efftrain.load(out), text, evaluated_rows)
+    card = _score(out, model or efftrain.load(out), text.reporting(evaluated_rows, chosen=options.chosen_on))
     card.write(out / SCORECARD)
     return card
 
@@ -112,9 +116,11 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
         check_tokenizer(teacher, text.corpus)
     # Too few tokens are refused before anything is done.
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
+    training = recovery_training(trained, tokens, sparse=sparse, number=options.rounds)
+    report = partial(reported, run=out, corpus=text.corpus, rows=evaluated_rows, chosen=options.chosen_on)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):
         console.print(f"{out} is converted already; nothing to do", markup=False)
-        return Scorecard.read(out / SCORECARD)
+        return report(Scorecard.read(out / SCORECARD), training=training)
     for number in range(1, options.rounds + 1):
         cut, once, shape = stages / f"{number}-cut", _round(options, number), None
         if options.search is not None:
@@ -126,7 +132,7 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
         rows = evaluated_rows if last else options.rows
         training = recovery_training(trained, tokens, sparse=sparse, number=number, last=last)
         card = recover(cut, training, run, text.corpus, sparse=sparse, rows=rows, teacher=teacher)
-    return card
+    return report(card, training=training)
 
 
 def _round(options: Compression, number: int) -> Compression:
@@ -177,7 +183,8 @@ def _best_shape(
         bpb.append(card.value("bpb"))
     if np.isnan(bpb).all():
         raise RunError(f"no shape of {folder} has finite bits per byte after its training; cut off less")
-    write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes], "bpb": bpb})
+    figures = {"bpb": bpb, "split": CHOICES, "rows": options.rows}
+    write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]} | figures)
     return shapes[int(np.nanargmin(bpb))]
 
 
@@ -242,9 +249,11 @@ def _prune(run: Path, config: ModelConfig, options: Compression, text: Text) -> 
 
 
 def _quality(run: Path, model: Decoder, options: Compression, text: Text) -> dict[str, Any]:
-    """Bits per byte on some rows before and after the cut."""
-    evaluate = text.evaluator(options.rows)
-    return {"rows": options.rows, "bpb_before": evaluate(efftrain.load(run))["bpb"], "bpb": evaluate(model)["bpb"]}
+    """Bits per byte on some rows before and after the cut; that of the result is in its scorecard."""
+    held_out = text.choosing(options.rows)
+    bpb = {"bpb_before": efftrain.load(run), "bpb": model}
+    evaluate = held_out.evaluator()
+    return {"split": held_out.split, "rows": options.rows} | {name: evaluate(of)["bpb"] for name, of in bpb.items()}
 
 
 def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, kept: Kept) -> Changed:
@@ -254,7 +263,7 @@ def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, 
     chosen = None
     if options.budget is not None:
         formats = [parse_format(part) for part in options.quantize.split(",")]
-        evaluate = text.evaluator(options.rows)
+        evaluate = text.choosing(options.rows).evaluator()
         chosen = choose_formats(efftrain.load(run), formats, options.budget, lambda model: evaluate(model)["bpb"], kept)
         rules = chosen.rules
     else:
@@ -271,7 +280,9 @@ def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, 
         Pieces.read(run), quantization, method=method, calibration=calibration, unrolled=chosen is not None
     )
     changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
-    return model, changes | ({"choice": chosen.as_json()} if chosen else {})
+    if chosen is not None:
+        changes["choice"] = chosen.as_json() | {"split": CHOICES, "rows": options.rows}
+    return model, changes
 
 
 def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule, ...]:
@@ -323,12 +334,14 @@ def _is_ours(unfinished: Path) -> bool:
     return (unfinished / FILE_NAME).exists() or all(p.name.startswith(FILE_NAME) for p in unfinished.iterdir())
 
 
-def _score(out: Path, model: Decoder, text: Text, rows: int | None) -> Scorecard:
+def _score(out: Path, model: Decoder, held_out: HeldOut) -> Scorecard:
     card = score(
         model,
         name=out.name,
-        length=text.length,
-        quality=text.evaluator(rows)(model),
+        length=held_out.length,
+        quality=held_out.evaluator()(model),
+        split=held_out.split,
+        note=held_out.note,
         checkpoint=out / "checkpoints",
     )
     share = read_json(out / FILE_NAME).get("bytes_share")

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from efftrain.config import finite_json
-from efftrain.measure.experiment import Experiment, finished
+from efftrain.measure.experiment import Experiment, finished, reported
 from efftrain.measure.scorecard import Figure, Scorecard, amount
 from efftrain.progress import console
 from efftrain.train.run import environment, read_metrics
@@ -63,6 +63,7 @@ class Comparison:
                     "values": self._values(name, f),
                     "unit": first.figures[f].unit,
                     "method": first.figures[f].method,
+                    **({"split": first.figures[f].split} if first.figures[f].split else {}),
                 }
                 for f in shared
             }
@@ -80,7 +81,9 @@ class Comparison:
 
     def table(self) -> Table:
         """A row a variant, figures as mean and spread."""
-        rows = Table("model", caption=f"mean +- standard deviation over seeds {', '.join(map(str, self.seeds))}")
+        splits = sorted({card.figures["bpb"].split for cards in self.cards.values() for card in cards} - {""})
+        caption = f"mean +- standard deviation over seeds {', '.join(map(str, self.seeds))}"
+        rows = Table("model", caption="; ".join([caption, *(f"quality on the {split} split" for split in splits)]))
         for name in COLUMNS:
             rows.add_column(name.replace("_", " "), justify="right")
         for variant, cards in self.cards.items():
@@ -103,6 +106,11 @@ class Comparison:
         return [card.value(figure) for card in self.cards[variant]]
 
 
+def on_test(card: Scorecard, config: Experiment) -> Scorecard:
+    """The card of a run with its quality on the test split, which nobody has looked at while it was trained."""
+    return reported(card, config.out, config.corpus, config.training)
+
+
 def compare(
     variants: Mapping[str, Experiment],
     train: Callable[[Experiment], Scorecard],
@@ -110,6 +118,7 @@ def compare(
     out: Path,
     seeds: Sequence[int],
     complete: Callable[[Experiment], Experiment] = lambda config: config,
+    report: Callable[[Scorecard, Experiment], Scorecard] = on_test,
 ) -> Comparison:
     """Runs what has not been run, one after the other, in ``out/VARIANT-seedN``.
 
@@ -120,6 +129,7 @@ def compare(
       variants: complete configurations by name; ``out`` and the seed of each are replaced.
       train: makes the scorecard of one.
       complete: what is known of a configuration only with its directory and seed.
+      report: gives a card the quality that is compared. By default on the test split, see ``on_test``.
 
     Raises:
       RunError: a directory holds a run of another configuration, of other inputs, or a finished one of other code.
@@ -131,7 +141,7 @@ def compare(
             seeded = replace(variant, out=out / f"{name}-seed{seed}", training=replace(variant.training, seed=seed))
             config = complete(seeded)
             console.print(f"{name}, seed {seed} ({i + 1} of {len(seeds)})", markup=False)
-            cards[name].append(finished(config) or train(config))
+            cards[name].append(report(finished(config) or train(config), config))
             for figure, value in _last_figures(config.out).items():
                 last[name].setdefault(figure, []).append(value)
     return Comparison(tuple(seeds), cards, last)

@@ -39,12 +39,14 @@ class Figure:
       method: "measured" on this machine, "counted" from the configuration, "modelled" from assumptions that the note
         names, or "unavailable".
       note: what the reader must know: conditions, spread, why it is missing.
+      split: of the corpus, whose text was read; empty where none was.
     """
 
     value: float | None
     unit: str
     method: Method
     note: str = ""
+    split: str = ""
 
     def __post_init__(self):
         if self.method not in get_args(Method):
@@ -158,7 +160,8 @@ def _one(scorecard: Scorecard) -> Table:
     rows = Table("figure", "value", "method", "note", title=scorecard.name, title_justify="left")
     for name, figure in scorecard.figures.items():
         method = "-" if figure.value is None else figure.method
-        rows.add_row(name, show(figure), method, figure.note, style="dim" if figure.value is None else "")
+        note = "; ".join(filter(None, (figure.split and f"{figure.split} split", figure.note)))
+        rows.add_row(name, show(figure), method, note, style="dim" if figure.value is None else "")
     return rows
 
 
@@ -174,8 +177,9 @@ def _several(scorecards: Sequence[Scorecard], names: Sequence[str]) -> Table:
     rows.add_column("model", overflow="fold", min_width=12)
     methods = {name: {f.method for f in found[name] if f.value is not None} for name in names if found[name]}
     for name, used in methods.items():
-        unit = found[name][0].unit
-        rows.add_column("\n".join([name.replace("_", " "), unit, *(used if len(used) == 1 else ())]), justify="right")
+        unit, splits = found[name][0].unit, sorted({f.split for f in found[name] if f.split})
+        heading = [name.replace("_", " "), unit, *(used if len(used) == 1 else ()), " or ".join(splits)]
+        rows.add_column("\n".join(filter(None, heading)), justify="right")
     for card in scorecards:
         cells = [(card.figures.get(name), len(used) > 1) for name, used in methods.items()]
         rows.add_row(card.name, *(_cell(figure, with_method) for figure, with_method in cells))
