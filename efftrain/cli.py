@@ -134,12 +134,12 @@ def calibrate_depth(
 
     Args:
       run: the directory of a training run.
-      corpus: whose validation split is read; by default that of the run.
+      corpus: whose validation split is read to choose and whose test split to report; by default that of the run.
       exits: layers that draft; by default 1 up to half of the model's.
       drafts: lengths of a draft.
       prompts: how many are continued, each alone.
       n_new: tokens behind each.
-      rows: for the confidence curves.
+      rows: of the validation split, for the confidence curves; what they choose is measured on the test split.
       risk: the share of tokens that an exit may change.
       error: the probability that it changes more.
     """

@@ -2,19 +2,23 @@
 
 A choice between components is a union of dataclasses, so every object carries its type: ``{"type": "Class", "field":
 value, ...}``, see ``class_names``. Fields at their default are written too: a file made today means the same after a
-default changed.
+default changed. A float that is not finite is a string, such as "inf".
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from efftrain.class_names import class_name, current_name, find_class
 from efftrain.errors import ConfigError
+
+NOT_FINITE = ("inf", "-inf", "nan")
 
 
 def to_json(value: Any) -> Any:
@@ -33,6 +37,8 @@ def to_json(value: Any) -> Any:
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ConfigError(
@@ -82,9 +88,18 @@ def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any
         inner = [k for k in typing.get_args(kind) if k is not ...] or [Any]
         items = [_decode(v, inner[min(i, len(inner) - 1)], script) for i, v in enumerate(value)]
         return tuple(items) if (typing.get_origin(kind) or kind) is tuple else items
-    if isinstance(value, str) and Path in (annotation, *typing.get_args(annotation)):
+    if isinstance(value, str) and Path in kinds:
         return Path(value)
-    return value
+    return float(value) if isinstance(value, str) and value in NOT_FINITE and float in kinds else value
+
+
+def finite_json(value: Any) -> Any:
+    """The same JSON values with null for every float that is not finite: JSON has no word for these."""
+    if isinstance(value, Mapping):
+        return {name: finite_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(value: Any) -> str:

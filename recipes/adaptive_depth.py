@@ -27,6 +27,7 @@ from typing import Literal
 
 from flax import nnx
 
+from efftrain.config import finite_json
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
 from efftrain.measure.experiment import Experiment, train_and_score
@@ -208,7 +209,7 @@ def compare_with_plain(config: Config) -> Comparison:
         "forward_flops_share": reading[0] / reading[1],
     }
     found.write(config.out / f"comparison-{config.name}.json", **result)
-    console.print(json.dumps(result))
+    console.print(json.dumps(finite_json(result)))
     return found
 
 

@@ -46,9 +46,10 @@ from efftrain.compress.shapes import candidates
 from efftrain.compress.student import cut_from, from_layers, same_parameters, spread_layers
 from efftrain.compress.teacher_cache import CacheOptions, build_cache
 from efftrain.compress.text import Text
+from efftrain.config import finite_json
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, finished, train_and_score
+from efftrain.measure.experiment import Experiment, finished, reported, train_and_score
 from efftrain.measure.parameters import abstract_decoder, count_parameters
 from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
 from efftrain.measure.unigram import unigram_bpb
@@ -68,7 +69,7 @@ from efftrain.train.teacher import Teacher
 CALIBRATION_ROWS = 128  # of the training split, for what is cut out of a teacher
 FEWER_TOKENS = 0.7  # of the student's, with which a taught one may reach what the text alone brings
 SHORT = 0.4  # of the student's steps, with the teacher beside every batch and with what was kept of it
-START_STEPS, START_ROWS = 0.05, 1024  # of the student's steps and of the validation split, for each start
+START_STEPS, START_ROWS = 0.05, 1024  # of the student's steps and of the test split, for each start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +334,9 @@ def compare_ways(config: Config) -> Comparison:
     found = compare(variants, train, out=out, seeds=config.seeds)
     console.print(found.table())
     starts = compare_starts(replace(base, cache=cache), out, config.seeds)
-    plain = unigram_bpb(data.open(base.corpus, verify=False))
-    teacher = taught_by.figures["bpb"].value
+    taught_by = reported(taught_by, base.teacher, base.corpus, base.training)
+    plain = unigram_bpb(data.open(base.corpus, verify=False), split=taught_by.figures["bpb"].split)
+    teacher = taught_by.value("bpb")
     figures = {
         "unigram_bpb": plain,
         "teacher_bpb": teacher,
@@ -343,7 +345,7 @@ def compare_ways(config: Config) -> Comparison:
             "student": found.cards["text"][0].figures["parameters_total"].value,
         },
         "kept_share_of_gain": {
-            name: [(plain - card.figures["bpb"].value) / (plain - teacher) for card in cards]
+            name: [(plain - card.value("bpb")) / (plain - teacher) for card in cards]
             for name, cards in found.cards.items()
         },
         "cache_bytes_per_token": data.TeacherCache.open(cache, verify=False).manifest["bytes_per_token"],
@@ -351,7 +353,7 @@ def compare_ways(config: Config) -> Comparison:
         "starts_bpb": starts,
     }
     found.write(out / "comparison.json", **figures)
-    console.print(json.dumps(figures, indent=1))
+    console.print(json.dumps(finite_json(figures), indent=1))
     return found
 
 
@@ -377,7 +379,8 @@ def compare_starts(config: Config, out: Path, seeds: tuple[int, ...]) -> dict[st
             start = out / f"start{i}-seed{seed}"
             seeded = replace(training, seed=seed)
             student = replace(config, model=model, initial=initial, training=seeded, out=start)
-            found.setdefault(name, []).append(found_or_trained(student, START_ROWS).figures["bpb"].value)
+            card = reported(found_or_trained(student, START_ROWS), start, student.corpus, seeded, rows=START_ROWS)
+            found.setdefault(name, []).append(card.value("bpb"))
         console.print(f"{name}: {statistics.fmean(found[name]):.4f} bits per byte", markup=False)
     return found
 

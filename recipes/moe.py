@@ -26,6 +26,7 @@ from typing import Literal
 from flax import nnx
 
 import efftrain
+from efftrain.config import finite_json
 from efftrain.measure.compare import Comparison, compare, equal_quality_flops
 from efftrain.measure.experiment import Experiment, train_and_score
 from efftrain.measure.flops import training_flops
@@ -37,11 +38,12 @@ from efftrain.models.moe import MoE
 from efftrain.models.upcycle import check_upcycling, upcycle
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
+from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training
 from efftrain.train.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import load_model_config
+from efftrain.train.run import check_model, load_model_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,8 @@ def main(config: Config) -> Scorecard | Comparison:
         return compare_with_dense(config)
     if config.upcycle is not None:
         check_upcycling(load_model_config(config.upcycle), config.model)
+        hosts.connect()
+        check_model(config.upcycle)
 
     def from_dense() -> Decoder:
         return upcycle(efftrain.load(config.upcycle), config.model, rngs=nnx.Rngs(config.training.seed))
@@ -174,7 +178,7 @@ def compare_with_dense(config: Config) -> Comparison:
         "flops_share_is_below": spent / max(flops for flops, _ in points) if better_than_all else None,
     }
     found.write(config.out / f"comparison-{config.compare}.json", **result)
-    console.print(json.dumps(result))
+    console.print(json.dumps(finite_json(result)))
     return found
 
 

@@ -37,10 +37,10 @@ from efftrain.compress.run import compress
 from efftrain.compress.sparsify import Sparsity
 from efftrain.compress.sparsity_schedules import Gradual
 from efftrain.compress.text import Text
-from efftrain.config import digest
+from efftrain.config import digest, finite_json
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, finished, train_and_score
+from efftrain.measure.experiment import Experiment, finished, reported, train_and_score
 from efftrain.measure.kept import Kept
 from efftrain.measure.latency import measure_latency
 from efftrain.measure.scorecard import Scorecard, table
@@ -55,7 +55,7 @@ from efftrain.train.optimizers import AdamW
 from efftrain.train.program import Wrap
 from efftrain.train.run import load_model_config
 
-EVALUATED_ROWS, CALIBRATION_ROWS = 1024, 128  # of the validation and of the training split
+EVALUATED_ROWS, CALIBRATION_ROWS = 1024, 128  # of the test and of the training split
 RECOVERY = 0.1  # of the dense run's tokens
 DENSE_STEPS = 0.5  # share of the steps that the dense run and the sparse ones have in common
 
@@ -195,14 +195,14 @@ def compare_ways(config: Config) -> Comparison:
     found.write(out / "comparison.json", seeds=seeds)
     for kept in measured:
         kept.remove()
-    console.print(json.dumps(seeds, indent=1))
+    console.print(json.dumps(finite_json(seeds), indent=1))
     return found
 
 
 def prune_at_once(config: Config, dense: Path) -> dict[str, float]:
     """Bits per byte on some rows, without training behind the cut."""
     text = Text(config.corpus, config.training.length)
-    evaluate, calibration = text.evaluator(EVALUATED_ROWS), text.calibration(CALIBRATION_ROWS)
+    evaluate, calibration = text.reporting(EVALUATED_ROWS).evaluator(), text.calibration(CALIBRATION_ROWS)
     found = {"dense": evaluate(efftrain.load(dense))["bpb"]}
     for name, structure in {"half": Unstructured(sparsity=0.5), "2of4": NofM(n=2, m=4)}.items():
         for method in ("magnitude", "wanda", "sparsegpt"):
@@ -241,7 +241,8 @@ def from_scratch(config: Config, cut: Path, seed: int) -> Scorecard:
     training = replace(config.training, seed=seed, steps=steps, keep_every=None, finetune=None)
     out = cut.with_name(f"{cut.name}-scratch")
     scratch = replace(config, model=load_model_config(cut), training=training, sparsity=None, out=out)
-    return finished(scratch) or train_and_score(scratch, *program(scratch), evaluated_rows=EVALUATED_ROWS)[1]
+    card = finished(scratch) or train_and_score(scratch, *program(scratch), evaluated_rows=EVALUATED_ROWS)[1]
+    return reported(card, scratch.out, scratch.corpus, training, rows=EVALUATED_ROWS)
 
 
 def figures(card: Scorecard) -> dict[str, float]:

@@ -21,6 +21,7 @@ last fifth, it costs twice as much as without. gpu, v5e-64: not measured; they c
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from efftrain.code_identity import code_identity
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import Method, convert
 from efftrain.compress.text import Text
-from efftrain.config import digest
+from efftrain.config import digest, finite_json
 from efftrain.errors import ConfigError
 from efftrain.measure.compare import Comparison, compare
 from efftrain.measure.experiment import Experiment, train_and_score
@@ -54,7 +55,7 @@ from efftrain.train.objective import Objective, SelfDistillation, next_token_los
 from efftrain.train.optimizers import AdamW
 from efftrain.train.schedules import Cosine
 
-EVALUATED_ROWS = 2048  # of the validation split, for conversions; a trained run is evaluated on all of it
+EVALUATED_ROWS = 2048  # of the test split, for conversions; a trained run is evaluated on all of it
 FINISH_SHARE, FINISH_LR = 0.05, 0.05  # of the float run's steps and peak learning rate, for start "finish"
 
 
@@ -268,7 +269,7 @@ def compare_formats(config: Config) -> Comparison:
     found.write(out / "comparison.json", **result)
     for measured in kept:
         measured.remove()
-    console.print(json.dumps(result["cost_share"]))
+    console.print(json.dumps(finite_json(result["cost_share"])))
     return found
 
 
@@ -287,7 +288,7 @@ def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Kept) -> di
         **{f"trained {name}": (name, None, "nearest") for name in ("int4", "int4-fixed-steps")},
     }
     text = Text(config.corpus, config.training.length)
-    evaluate, found = text.evaluator(EVALUATED_ROWS), {}
+    evaluate, found = text.reporting(EVALUATED_ROWS).evaluator(), {}
     for name, (run, wanted, method) in ways.items():
 
         def measure(run: str = run, wanted: Quantization | None = wanted, method: Method = method) -> float:
@@ -296,7 +297,8 @@ def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Kept) -> di
             model = convert(pieces, wanted or pieces.config.quantization, method=method, calibration=calibration)[0]
             return evaluate(model)["bpb"]
 
-        found[name] = kept.cell(name, measure)
+        bpb = kept.cell(name, measure)
+        found[name] = math.nan if bpb is None else bpb
     return found
 
 

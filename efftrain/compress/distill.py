@@ -22,7 +22,14 @@ from efftrain.ops.divergence import distillation_loss, kept_distillation_loss
 from efftrain.sharding import hosts
 from efftrain.sharding.rules import shard_count
 from efftrain.train.objective import Batch, Metrics, Objective, auxiliary_loss, next_token_loss
-from efftrain.train.run import checkpoint_directory, load_model_config, load_variables, model_config, read_json
+from efftrain.train.run import (
+    check_model,
+    checkpoint_directory,
+    load_model_config,
+    load_variables,
+    model_config,
+    read_json,
+)
 from efftrain.train.schedules import Ramp
 from efftrain.train.teacher import Teacher
 from efftrain.train.tokenizers import check_tokenizer
@@ -195,6 +202,8 @@ def teacher_run(run: Path, corpus: Path, *, dtype: str | None = None) -> Teacher
         if hosts.process_index() == 0:
             load_model_config(run)
             check_tokenizer(run, corpus)
+    if hosts.process_count() == 1:  # of several, all read it together, when the run starts
+        check_model(run)
     settings = hosts.from_first(lambda: read_json(run / "config.json"))
     places = checkpoint_directory(run, settings)
     return Teacher(config=model_config(run, settings), restore=partial(load_variables, places), dtype=dtype)

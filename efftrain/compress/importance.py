@@ -12,6 +12,7 @@ from jax import Array
 
 from efftrain.compress.observe import Calibration, inputs_of
 from efftrain.compress.pieces import Pieces
+from efftrain.compress.shape import head_parts
 from efftrain.errors import ConfigError
 from efftrain.models.config import Full, ModelConfig
 from efftrain.models.mlp import SwiGLU
@@ -31,7 +32,7 @@ class Importance:
     Attributes:
       ffn: for each layer (d_ff,), of what its ``down`` product reads; None where it has no dense SwiGLU.
       heads: for each layer (n_kv_heads,), of what its ``out`` product reads, and the L2 norm of that over the columns
-        of all queries of the group.
+        of all queries of the group; where there is one group (n_heads,), over the columns of each query head.
       experts: for each layer (n_experts,): the norm of the expert's output times its gate, summed over the tokens that
         it is given and divided by all tokens, so that an expert that is rarely chosen counts little. None where the
         layer has none.
@@ -80,7 +81,7 @@ def importance(pieces: Pieces, calibration: Calibration) -> Importance:
         for number, (layer, block) in enumerate(zip(pieces.layers, pieces.config.layers, strict=True)):
             sums = _pass(_observe, layer, x_ntd, calibration)
             ffn.append(np.sqrt(sums["ffn"]) if "ffn" in sums else None)
-            heads.append(np.sqrt(sums["heads"].reshape(block.attention.n_kv_heads, -1).sum(-1)))
+            heads.append(np.sqrt(sums["heads"].reshape(head_parts(block.attention), -1).sum(-1)))
             experts.append(sums["experts"] / n_tokens if "experts" in sums else None)
             for name in NORMS:
                 hidden += np.sqrt(sums[name]["rows"])

@@ -5,6 +5,7 @@ parts are moved on, cheapest first, until the bytes fit. Greedy: costs are taken
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ def choose_formats(
     def price(part: Part) -> float:
         """Bits per byte for a byte saved by the next format."""
         now, after = at[part], at[part] + 1
+        if math.isinf(costs[part, after]):
+            return math.inf
         saved = values.bytes_of(part, now) - values.bytes_of(part, after)
         return (costs[part, after] - costs.get((part, now), 0.0)) / saved
 
@@ -96,15 +99,21 @@ def choose_formats(
 
 
 def _costs(values: "_Values", bpb: Callable[[Decoder], float], kept: Kept) -> dict[tuple[Part, int], float]:
-    """Bits per byte that each part costs in each format but the first, alone."""
+    """Bits per byte that each part costs in each format but the first, alone; infinite where they are not finite."""
     formats, parts, first, costs = values.formats, values.parts, dict.fromkeys(values.parts, 0), {}
     base = kept.cell("first format", lambda: bpb(values.model(first)))
+    if base is None:
+        raise ConfigError(
+            f"--quantize: the model has no finite bits per byte in {format_name(formats[0])}, the largest format; add "
+            "one that it bears"
+        )
     with Progress("sensitivity", len(parts) * (len(formats) - 1), unit="trials") as progress:
         for part in parts:
             for i in range(1, len(formats)):
                 name = _name(part, formats[i])
                 progress.note(name)
-                costs[part, i] = kept.cell(name, lambda part=part, i=i: bpb(values.model(first | {part: i}))) - base
+                found = kept.cell(name, lambda part=part, i=i: bpb(values.model(first | {part: i})))
+                costs[part, i] = math.inf if found is None else found - base
                 progress.advance()
     return costs
 

@@ -16,7 +16,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Packed, Quantization, give_rules, matrices, rule_of, store
-from efftrain.ops.masks import Blocks, Structure, Unstructured, keep_highest, kept_units
+from efftrain.ops.masks import Blocks, Structure, Unstructured, count_zeros, keep_highest, kept_units
 from efftrain.ops.number_formats import format_name
 from efftrain.ops.quantize import quantize, step_of, stored_scale
 from efftrain.train.sparse_storage import sparse_bytes
@@ -137,7 +137,7 @@ def _prune(name, module, attribute, structure, format, how: str, asked: str, gra
             jnp.where(mask, before, 0),
             "" if how == asked else f"{asked} is for dense products of plain blocks",
         )
-    n_bytes, sparsity = variable.size * variable.dtype.itemsize, float(jnp.mean(after == 0))
+    n_bytes = variable.size * variable.dtype.itemsize
     if format is None:
         variable[...] = after
         bytes_after = min(sparse_bytes(after), n_bytes)
@@ -158,5 +158,5 @@ def _prune(name, module, attribute, structure, format, how: str, asked: str, gra
         bytes_after,
         weight_error,
         output_error,
-        sparsity,
+        count_zeros(after) / after.size,
     )

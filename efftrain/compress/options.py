@@ -27,7 +27,7 @@ class Compression:
       "sparsegpt".
     budget: bytes of the blocks' matrices as a share of float32, for which each layer gets a format of its own.
     rows: of the training split, for methods that look at text and for ``slim``; of the validation split, for each trial
-      of a budget and for the figures of a stage.
+      of a budget or a search and for the figures of a stage.
     sparsity: the share of the weights that becomes zero, or n:m.
     slim: the share of ``by`` that is cut off, so that the model is really smaller.
     way: what is cut: width or depth, or (with ``search``) both.
@@ -123,6 +123,11 @@ class Compression:
             return NofM(n=int(n), m=int(m)) if colon else Unstructured(sparsity=float(n))
         except ValueError as error:
             raise ConfigError(f"--sparsity is {self.sparsity!r}; give a share such as 0.5, or 2:4") from error
+
+    @property
+    def chosen_on(self) -> int:
+        """Rows of the validation split, the first ones, on which shapes or formats are chosen."""
+        return self.rows if self.search is not None or self.budget is not None else 0
 
     @property
     def name(self) -> str:

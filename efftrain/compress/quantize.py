@@ -17,6 +17,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.block import Block
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, give_rules, matrices, quantized, rule_of, store
+from efftrain.ops.masks import count_zeros
 from efftrain.ops.number_formats import format_name
 from efftrain.ops.quantize import QuantizedArray
 
@@ -35,7 +36,7 @@ class Converted:
       bytes_before, bytes_after: of the matrix.
       weight_error: root mean squared change over that of the weights.
       output_error: the same of its outputs on the calibration's text; None where that was not observed.
-      sparsity: share of the numbers that are zero.
+      sparsity: share of the stored numbers that are zero, by pruning or by rounding.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Converted:
     bytes_after: int
     weight_error: float
     output_error: float | None
-    sparsity: float = 0.0
+    sparsity: float
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,17 @@ def _convert(name: str, module: nnx.Module, attribute: str, method: str, why: st
     variable = getattr(module, attribute)
     rule, before, n_bytes = rule_of(variable), variable[...], variable.size * variable.dtype.itemsize
     if rule is None or rule.weights is None:
-        return Converted(name, str(variable.dtype), "none", "no rule has weights for it", n_bytes, n_bytes, 0.0, None)
+        zeros, why = count_zeros(before) / before.size, "no rule has weights for it"
+        return Converted(name, str(variable.dtype), "none", why, n_bytes, n_bytes, 0.0, None, zeros)
     value = gptq(before, gram, rule.weights) if method == "gptq" else quantized(module, attribute)
-    change = value.dequantize() - before
+    after = value.dequantize()
+    change = after - before
     weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
     output_error = None if gram is None else relative_error(change, before, gram)
     store(module, attribute, value)
+    zeros = count_zeros(after) / after.size
     return Converted(
-        name, format_name(rule.weights), method, why, n_bytes, stored_bytes(value), weight_error, output_error
+        name, format_name(rule.weights), method, why, n_bytes, stored_bytes(value), weight_error, output_error, zeros
     )
 
 

@@ -35,7 +35,7 @@ class Recovery(Experiment):
     Attributes:
       source: the run directory of that model.
       sparse: what is zero there stays zero.
-      rows: of the validation split, for the figures at the end. None: all.
+      rows: of the validation split, that it is evaluated on at the end. None: all.
       teacher: the run directory of the model that it learns from. None: it learns from the text.
     """
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from efftrain.compress.text import Text
 from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.lock import Lock, beside
+from efftrain.measure.experiment import reported
+from efftrain.measure.held_out import CHOICES, HeldOut
 from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.parameters import zeros_share
 from efftrain.measure.score import score
@@ -69,7 +72,7 @@ def compress(
       options: what to do.
       out: the new directory. None: the run's, with the options in its name.
       corpus: for calibration, training and scores. None: that of the run.
-      evaluated_rows: of the validation split, for the score. None: all.
+      evaluated_rows: of the test split, for the score; see ``measure.held_out``. None: all.
 
     Raises:
       InUseError: another process makes ``out``.
@@ -84,8 +87,12 @@ def compress(
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
-    text.check_validation()
     check_tokenizer(run, text.corpus)
+    if options.slim is not None or options.recover:  # before a stage is written
+        _check_input(run, options)
+    if options.chosen_on:  # refused before anything is done, as is what follows
+        text.choosing(options.rows).batches()
+    text.reporting(evaluated_rows, chosen=options.chosen_on)
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
     with writing(out):
         lock = Lock(beside(out), out)
@@ -99,9 +106,19 @@ def _compress(run: Path, options: Compression, text: Text, out: Path, evaluated_
     model = _stage(run, options, text, out, evaluated_rows=evaluated_rows)
     if (out / SCORECARD).exists():
         return Scorecard.read(out / SCORECARD)
-    card = _score(out, model or efftrain.load(out), text, evaluated_rows)
+    card = _score(out, model or efftrain.load(out), text.reporting(evaluated_rows, chosen=options.chosen_on))
     card.write(out / SCORECARD)
     return card
+
+
+def _check_input(run: Path, options: Compression) -> None:
+    """Refuses a model that holds numbers that are not finite, or zeros that the cut would scatter."""
+    share = zeros_share(efftrain.load(run))
+    if share and options.slim is not None:
+        raise ConfigError(
+            f"{run} was pruned ({share:.0%} of the weights of its blocks are zero), and --slim would break the pattern "
+            "of its zeros; cut the dense run first, and prune its smaller model with --sparsity"
+        )
 
 
 def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated_rows: int | None) -> Scorecard:
@@ -112,9 +129,11 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
     # Too few tokens and too short a split are refused before anything is done.
     data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
+    training = recovery_training(trained, tokens, sparse=sparse, number=options.rounds)
+    report = partial(reported, run=out, corpus=text.corpus, rows=evaluated_rows, chosen=options.chosen_on)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):
         console.print(f"{out} is converted already; nothing to do", markup=False)
-        return Scorecard.read(out / SCORECARD)
+        return report(Scorecard.read(out / SCORECARD), training=training)
     for number in range(1, options.rounds + 1):
         cut, once, shape = stages / f"{number}-cut", _round(options, number), None
         if options.search is not None:
@@ -126,7 +145,7 @@ def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated
         rows = evaluated_rows if last else options.rows
         training = recovery_training(trained, tokens, sparse=sparse, number=number, last=last)
         card = recover(cut, training, run, text.corpus, sparse=sparse, rows=rows, teacher=teacher)
-    return card
+    return report(card, training=training)
 
 
 def _round(options: Compression, number: int) -> Compression:
@@ -175,9 +194,12 @@ def _best_shape(
             rows=options.rows,
             teacher=teacher,
         )
-        bpb.append(card.figures["bpb"].value)
-    write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes], "bpb": bpb})
-    return shapes[int(np.argmin(bpb))]
+        bpb.append(card.value("bpb"))
+    if np.isnan(bpb).all():
+        raise RunError(f"no shape of {folder} has finite bits per byte after its training; cut off less")
+    figures = {"bpb": bpb, "split": CHOICES, "rows": options.rows}
+    write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]} | figures)
+    return shapes[int(np.nanargmin(bpb))]
 
 
 def _shapes(config: ModelConfig, options: Compression, way: Way, text: Text) -> list[Shape]:
@@ -241,9 +263,11 @@ def _prune(run: Path, config: ModelConfig, options: Compression, text: Text) -> 
 
 
 def _quality(run: Path, model: Decoder, options: Compression, text: Text) -> dict[str, Any]:
-    """Bits per byte on some rows before and after the cut."""
-    evaluate = text.evaluator(options.rows)
-    return {"rows": options.rows, "bpb_before": evaluate(efftrain.load(run))["bpb"], "bpb": evaluate(model)["bpb"]}
+    """Bits per byte on some rows before and after the cut; that of the result is in its scorecard."""
+    held_out = text.choosing(options.rows)
+    bpb = {"bpb_before": efftrain.load(run), "bpb": model}
+    evaluate = held_out.evaluator()
+    return {"split": held_out.split, "rows": options.rows} | {name: evaluate(of)["bpb"] for name, of in bpb.items()}
 
 
 def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, kept: Kept) -> Changed:
@@ -253,7 +277,7 @@ def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, 
     chosen = None
     if options.budget is not None:
         formats = [parse_format(part) for part in options.quantize.split(",")]
-        evaluate = text.evaluator(options.rows)
+        evaluate = text.choosing(options.rows).evaluator()
         chosen = choose_formats(efftrain.load(run), formats, options.budget, lambda model: evaluate(model)["bpb"], kept)
         rules = chosen.rules
     else:
@@ -270,7 +294,9 @@ def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, 
         Pieces.read(run), quantization, method=method, calibration=calibration, unrolled=chosen is not None
     )
     changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
-    return model, changes | ({"choice": chosen.as_json()} if chosen else {})
+    if chosen is not None:
+        changes["choice"] = chosen.as_json() | {"split": CHOICES, "rows": options.rows}
+    return model, changes
 
 
 def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule, ...]:
@@ -322,12 +348,14 @@ def _is_ours(unfinished: Path) -> bool:
     return (unfinished / FILE_NAME).exists() or all(p.name.startswith(FILE_NAME) for p in unfinished.iterdir())
 
 
-def _score(out: Path, model: Decoder, text: Text, rows: int | None) -> Scorecard:
+def _score(out: Path, model: Decoder, held_out: HeldOut) -> Scorecard:
     card = score(
         model,
         name=out.name,
-        length=text.length,
-        quality=text.evaluator(rows)(model),
+        length=held_out.length,
+        quality=held_out.evaluator()(model),
+        split=held_out.split,
+        note=held_out.note,
         checkpoint=out / "checkpoints",
     )
     share = read_json(out / FILE_NAME).get("bytes_share")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from efftrain.errors import ConfigError
-from efftrain.models.config import BlockConfig, Dense, ModelConfig
+from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.moe import MoE
 
 
@@ -16,8 +16,9 @@ class Shape:
     Attributes:
       d_model: hidden channels, rounded to a multiple of ``multiple_of``.
       ffn: the share of every ``Dense`` layer's units, rounded so too.
-      heads: the share of every layer's KV groups, with their queries.
-      experts: the share of every ``MoE`` layer's routed experts; never fewer than a token uses.
+      heads: the share of every layer's KV groups, with their queries, rounded; in a layer of one group (MQA), the share
+        of its query heads.
+      experts: the share of every ``MoE`` layer's routed experts, rounded; never fewer than a token uses.
       n_layers: layers.
     """
 
@@ -64,31 +65,47 @@ def shaped(config: ModelConfig, shape: Shape, kept_layers: Sequence[int]) -> Mod
     d_model = part(shape.d_model / config.d_model, config.d_model, multiple)
     if not d_model:
         raise ConfigError(f"shape.d_model is {shape.d_model}, less than half a multiple of {multiple}; use {multiple}")
-    layers = tuple(cut_block(config.layers[i], shape, multiple, f"layer {i}") for i in kept_layers)
+    layers = tuple(cut_block(config.layers[i], shape, multiple) for i in kept_layers)
     period = next(p for p in range(1, len(layers) + 1) if layers == layers[:p] * (len(layers) // p))
     return config.replace(d_model=d_model, pattern=layers[:period], n_repeats=len(layers) // period)
 
 
 def check_fits(config: ModelConfig, shape: Shape) -> None:
-    """Raises ``ConfigError`` where a shape is larger than the model, or cuts what no layer has."""
+    """Raises ``ConfigError`` where a shape is larger than the model, empties a layer, or cuts what no layer has."""
     for name in ("d_model", "n_layers"):
         if (size := getattr(shape, name)) > (whole := getattr(config, name)):
             raise ConfigError(f"shape.{name} is {size} and the model has {whole}; give at most {whole}")
     for name, kind in (("ffn", Dense), ("experts", MoE)):
         if getattr(shape, name) < 1 and not any(isinstance(block.mlp, kind) for block in config.pattern):
             raise ConfigError(f"shape.{name} is {getattr(shape, name)} and no layer has {kind.__name__}; leave it at 1")
+    multiple = multiple_of(config)
+    if shape.d_model < config.d_model == part(shape.d_model / config.d_model, config.d_model, multiple):
+        smaller = (config.d_model - 1) // multiple * multiple
+        advice = f"use {smaller}" if smaller else f"leave it at {config.d_model}"
+        raise ConfigError(f"shape.d_model is {shape.d_model}, which rounds to all {config.d_model} channels; {advice}")
+    for name in ("ffn", "heads", "experts"):
+        _check_share(config, name, getattr(shape, name))
 
 
-def cut_block(block: BlockConfig, shape: Shape, multiple: int, name: str) -> BlockConfig:
-    """A block with the shape's shares; ``name`` is for errors, see ``shaped``."""
+def cut_block(block: BlockConfig, shape: Shape, multiple: int) -> BlockConfig:
+    """A block with the shape's shares, which fit it."""
     attention, mlp = block.attention, block.mlp
-    groups = _not_empty(name, "heads", "KV groups", shape.heads, attention.n_kv_heads, 1)
-    queries = attention.n_heads // attention.n_kv_heads
+    heads = _parts(block, "heads", multiple).left(shape.heads)
+    if attention.n_kv_heads > 1:
+        queries = attention.n_heads // attention.n_kv_heads
+        attention = replace(attention, n_heads=heads * queries, n_kv_heads=heads)
+    else:
+        attention = replace(attention, n_heads=heads)
     if isinstance(mlp, Dense):
-        mlp = replace(mlp, d_ff=_not_empty(name, "ffn", "units", shape.ffn, mlp.d_ff, multiple))
+        mlp = replace(mlp, d_ff=_parts(block, "ffn", multiple).left(shape.ffn))
     elif isinstance(mlp, MoE):
-        mlp = replace(mlp, n_experts=max(part(shape.experts, mlp.n_experts), mlp.top_k))
-    return replace(block, attention=replace(attention, n_heads=groups * queries, n_kv_heads=groups), mlp=mlp)
+        mlp = replace(mlp, n_experts=_parts(block, "experts", multiple).left(shape.experts))
+    return replace(block, attention=attention, mlp=mlp)
+
+
+def head_parts(attention: Attention) -> int:
+    """What of a layer's attention ``Shape.heads`` is a share of: KV groups, or the query heads of the only one."""
+    return attention.n_kv_heads if attention.n_kv_heads > 1 else attention.n_heads
 
 
 def part(share: float, size: int, multiple: int = 1) -> int:
@@ -96,9 +113,51 @@ def part(share: float, size: int, multiple: int = 1) -> int:
     return size if share == 1 else min(math.floor(share * size / multiple + 0.5) * multiple, size)
 
 
-def _not_empty(name: str, field: str, what: str, share: float, size: int, multiple: int) -> int:
-    kept = part(share, size, multiple)
-    if not kept:
-        least = math.ceil(500 * multiple / size) / 1000
-        raise ConfigError(f"shape.{field} is {share}, which leaves {name} none of its {size} {what}; use {least:g}")
-    return kept
+@dataclass(frozen=True)
+class _Parts:
+    """Equal parts of a layer, of which a multiple is left and at least so many."""
+
+    what: str
+    size: int
+    multiple: int = 1
+    least: int = 0
+
+    def left(self, share: float) -> int:
+        return max(part(share, self.size, self.multiple), self.least)
+
+
+def _parts(block: BlockConfig, name: str, multiple: int) -> _Parts | None:
+    """Those of which a shape's field says the share; None where the block has none."""
+    attention, mlp = block.attention, block.mlp
+    if name == "heads":
+        return _Parts("KV groups" if attention.n_kv_heads > 1 else "query heads", head_parts(attention))
+    if name == "ffn":
+        return _Parts("units", mlp.d_ff, multiple) if isinstance(mlp, Dense) else None
+    return _Parts("experts", mlp.n_experts, least=mlp.top_k) if isinstance(mlp, MoE) else None
+
+
+def _check_share(config: ModelConfig, name: str, share: float) -> None:
+    """Refuses a share that leaves a layer nothing, or of all layers everything; names the nearest that does neither."""
+    found = {i: _parts(block, name, multiple_of(config)) for i, block in enumerate(config.pattern)}
+    parts = {i: p for i, p in found.items() if p is not None}
+
+    def empty(share: float) -> list[int]:
+        return [i for i, p in parts.items() if not p.left(share)]
+
+    def cuts(share: float) -> bool:
+        return any(p.left(share) < p.size for p in parts.values())
+
+    if share == 1 or (not empty(share) and cuts(share)):
+        return
+    steps = {n / p.size for p in parts.values() for n in range(p.multiple, p.size, p.multiple)}
+    written = [math.ceil(1000 * step) / 1000 for step in steps]
+    working = [step for step in written if step < 1 and not empty(step) and cuts(step)]
+    nearest = min(working, key=lambda step: abs(step - share), default=None)
+    if left_empty := empty(share):
+        p = parts[left_empty[0]]
+        reason = f"leaves layer {left_empty[0]} none of its {p.size} {p.what}"
+    else:
+        p = max(parts.values(), key=lambda p: p.size)
+        reason = f"cuts none of a layer's {p.size} {p.what}"
+    advice = "leave it at 1" if nearest is None else f"use {nearest:g}"
+    raise ConfigError(f"shape.{name} is {share:g}, which {reason}; {advice}")

@@ -54,14 +54,13 @@ class Count:
         whole = replace(Shape.of(self.config), heads=heads)
         layers = np.zeros((len(self.blocks), len(experts), len(ffn)))
         for i, (block, terms) in enumerate(zip(self.config.pattern, self.blocks, strict=True)):
-            name = f"layer {i}"
             units, choices = np.zeros(0), np.zeros(0)
             if isinstance(block.mlp, Dense):
-                units = [cut_block(block, replace(whole, ffn=s), self.multiple, name).mlp.d_ff for s in ffn]
+                units = [cut_block(block, replace(whole, ffn=s), self.multiple).mlp.d_ff for s in ffn]
             if isinstance(block.mlp, MoE):
-                cut = [cut_block(block, replace(whole, experts=s), self.multiple, name) for s in experts]
+                cut = [cut_block(block, replace(whole, experts=s), self.multiple) for s in experts]
                 choices = [b.mlp.n_experts for b in cut]
-            block = cut_block(block, whole, self.multiple, name)
+            block = cut_block(block, whole, self.multiple)
             sizes = _sizes(block, d_model, np.array(units, float), np.array(choices, float)[:, None])
             layers[i] = _sum(terms, sizes)
             if self.by == "flops":

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from efftrain.compress.importance import check_prunable
-from efftrain.compress.shape import Shape, multiple_of, part
+from efftrain.compress.shape import Shape, head_parts, multiple_of, part
 from efftrain.compress.shape_count import By, Count
 from efftrain.errors import ConfigError
 from efftrain.models.config import Dense, ModelConfig
@@ -116,16 +116,18 @@ def _smallest(shares: _Shares, layers: Sequence[int]) -> Shape:
 
 
 def _shares(config: ModelConfig) -> _Shares:
-    """Half of the channels, KV groups and experts stay, and a quarter of the FFN units."""
+    """Half of the channels, of ``head_parts`` and of experts stay, and a quarter of the FFN units."""
     multiple = multiple_of(config)
     units = {block.mlp.d_ff for block in config.pattern if isinstance(block.mlp, Dense)}
-    experts = max((block.mlp.n_experts for block in config.pattern if isinstance(block.mlp, MoE)), default=1)
-    groups = max(block.attention.n_kv_heads for block in config.pattern)
+    mixtures = [block.mlp for block in config.pattern if isinstance(block.mlp, MoE)]
+    experts = max((mlp.n_experts for mlp in mixtures), default=1)
+    used = min((mlp.top_k / mlp.n_experts for mlp in mixtures), default=1.0)
+    heads = max(head_parts(block.attention) for block in config.pattern)
     ffn = _steps(max(units, default=1), multiple, LEAST_FFN)
     return _Shares(
         d_model=[round(share * config.d_model) for share in _steps(config.d_model, multiple, 0.5)],
-        heads=_steps(groups, 1, 0.5),
-        experts=_steps(experts, 1, 0.5),
+        heads=_steps(heads, 1, 0.5),
+        experts=_steps(experts, 1, max(used, 0.5)),
         ffn=[share for share in ffn if all(part(share, size, multiple) for size in units)],
     )
 

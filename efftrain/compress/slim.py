@@ -24,9 +24,9 @@ from efftrain.train.checkpoints import flatten
 
 @dataclass(frozen=True)
 class LayerCut:
-    """What is left of a layer: its number in the whole model, and there the kept units, KV groups and experts.
+    """What is left of a layer: its number in the whole model, and there the kept units, heads and experts.
 
-    None where it has no such parts."""
+    ``heads`` are KV groups, or of a layer with one group its query heads. None where it has no such parts."""
 
     layer: int
     ffn: tuple[int, ...] | None
@@ -75,6 +75,7 @@ def slim(pieces: Pieces, shape: Shape, importance: Importance) -> tuple[Decoder,
 
     Layers go in one block, that of the least influence. Where hidden channels go, a norm divides by the root mean
     square of fewer; its scale is multiplied with what that was on the calibration's text, over what it was of all.
+    Zeros move with their rows and columns, so that a pattern such as 2:4 is lost: prune after the cut.
 
     Args:
       pieces: of the whole model; stays as it is.
@@ -96,9 +97,10 @@ def slim(pieces: Pieces, shape: Shape, importance: Importance) -> tuple[Decoder,
     hidden = largest(importance.hidden, new.d_model)
     cuts, states = [], []
     for number, block in zip(kept, new.layers, strict=True):
-        cut = _choose(importance, number, block)
+        one_group = config.layers[number].attention.n_kv_heads == 1
+        cut = _choose(importance, number, block, one_group)
         factors = {name: _correction(importance.moments[f"blocks/{number}/{name}"], hidden) for name in NORMS}
-        states.append(_cut(pieces.layers[number], _places(cut, block, hidden), factors))
+        states.append(_cut(pieces.layers[number], _places(cut, block, hidden, one_group), factors))
         cuts.append(cut)
     factor = {"norm": _correction(importance.moments["norm"], hidden)}
     outer_places = {"embed": hidden, "norm": hidden}
@@ -146,31 +148,33 @@ def largest(importance: np.ndarray, n: int) -> np.ndarray:
     return np.sort(np.argsort(-importance, kind="stable")[:n])
 
 
-def _choose(importance: Importance, number: int, block: BlockConfig) -> LayerCut:
-    """What of a layer is left, when ``block`` is its smaller configuration."""
+def _choose(importance: Importance, number: int, block: BlockConfig, one_group: bool) -> LayerCut:
+    """What of a layer is left, when ``block`` is its smaller configuration; whole, it had one KV group or several."""
 
     def places(scores: np.ndarray, n: int) -> tuple[int, ...]:
         return tuple(largest(scores, n).tolist())
 
-    mlp = block.mlp
+    mlp, n_heads = block.mlp, block.attention.n_heads if one_group else block.attention.n_kv_heads
     return LayerCut(
         layer=number,
         ffn=places(importance.ffn[number], mlp.d_ff) if isinstance(mlp, Dense) else None,
-        heads=places(importance.heads[number], block.attention.n_kv_heads),
+        heads=places(importance.heads[number], n_heads),
         experts=places(importance.experts[number], mlp.n_experts) if isinstance(mlp, MoE) else None,
     )
 
 
-def _places(cut: LayerCut, block: BlockConfig, hidden: np.ndarray) -> dict[str, np.ndarray]:
+def _places(cut: LayerCut, block: BlockConfig, hidden: np.ndarray, one_group: bool) -> dict[str, np.ndarray]:
     """For each logical axis that is cut, what is left of it."""
     attention = block.attention
-    queries = attention.n_heads // attention.n_kv_heads
+    queries = 1 if one_group else attention.n_heads // attention.n_kv_heads
 
     def columns(of_group: int) -> np.ndarray:
         return (np.array(cut.heads)[:, None] * of_group + np.arange(of_group)).reshape(-1)
 
     places = {"embed": hidden, "norm": hidden}
-    places |= {"heads": columns(queries * attention.d_head), "kv_heads": columns(attention.d_head)}
+    places["heads"] = columns(queries * attention.d_head)
+    if not one_group:
+        places["kv_heads"] = columns(attention.d_head)
     if cut.ffn is not None:
         places["mlp"] = np.array(cut.ffn)
     if cut.experts is not None:

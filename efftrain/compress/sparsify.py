@@ -32,7 +32,17 @@ from efftrain.compress.sparsity_schedules import (
 )
 from efftrain.errors import ConfigError
 from efftrain.models.quantization import Matrix
-from efftrain.ops.masks import NofM, Structure, Unstructured, keep_highest, kept_units, pack_bits, unpack_bits
+from efftrain.ops.joint_ranking import keep_highest_together
+from efftrain.ops.masks import (
+    NofM,
+    Structure,
+    Unstructured,
+    keep_highest,
+    kept_units,
+    kept_units_together,
+    pack_bits,
+    unpack_bits,
+)
 from efftrain.ops.platform import conditional
 from efftrain.train.loop import Training
 from efftrain.train.schedules import WarmupStableDecay
@@ -277,8 +287,9 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
 
     scores = groups({name: score.of(w[name], g[name]) for name in w})
     if isinstance(distribution, Global):
-        n_keep = kept_units(structure, sum(a.size for a in scores.values()), share)
-        keep = _rank_together(scores, n_keep, distribution.most)
+        n_keep = kept_units_together(structure, sum(a.size for a in scores.values()), share)
+        parts = [_with_least(score_lgu, distribution.most) for score_lgu in scores.values()]
+        keep = dict(zip(scores, keep_highest_together(parts, n_keep), strict=True))
     else:
         targets = distribution.sparsities(shapes, structure.sparsity)
         keep = {}
@@ -297,18 +308,10 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
     return {name: structure.ungroup(k, shapes[name]).reshape(w[name].shape) for name, k in keep.items()}
 
 
-def _rank_together(scores: Arrays, n_keep: Array, most: float) -> Arrays:
-    """The highest of all, but at least ``1 - most`` of each matrix."""
-    parts = []
-    for score_lgu in scores.values():
-        n_least = -(-round((1 - most) * 1e6) * score_lgu.shape[-1] // 1_000_000)
-        parts.append(jnp.where(keep_highest(score_lgu, n_least), jnp.inf, score_lgu).reshape(-1))
-    together = keep_highest(jnp.concatenate(parts), n_keep)
-    keep, start = {}, 0
-    for name, score_lgu in scores.items():
-        keep[name] = together[start : start + score_lgu.size].reshape(score_lgu.shape)
-        start += score_lgu.size
-    return keep
+def _with_least(score_lgu: Array, most: float) -> Array:
+    """Scores in which ``1 - most`` of each matrix are the highest there are."""
+    n_least = -(-round((1 - most) * 1e6) * score_lgu.shape[-1] // 1_000_000)
+    return jnp.where(keep_highest(score_lgu, n_least), jnp.inf, score_lgu)
 
 
 def _rewinds(sparsity: Sparsity) -> bool:

@@ -60,13 +60,15 @@ def same_parameters(one: ModelConfig, other: ModelConfig) -> bool:
 def shape_within(student: ModelConfig, teacher: ModelConfig) -> Shape:
     """The shape that makes the first layer of a teacher that of a student."""
     s, t = student.layers[0], teacher.layers[0]
+    several = t.attention.n_kv_heads > 1  # of one KV head, query heads are cut
+    heads = [a.n_kv_heads if several else a.n_heads for a in (s.attention, t.attention)]
     both_dense = isinstance(s.mlp, Dense) and isinstance(t.mlp, Dense)
     if type(s.mlp) is not type(t.mlp):
         raise ConfigError("model and its teacher have other kinds of feed-forward layers; start it at random")
     return Shape(
         d_model=student.d_model,
         ffn=s.mlp.d_ff / t.mlp.d_ff if both_dense else 1.0,
-        heads=s.attention.n_kv_heads / t.attention.n_kv_heads,
+        heads=heads[0] / heads[1],
         experts=1.0 if both_dense else s.mlp.n_experts / t.mlp.n_experts,
         n_layers=student.n_layers,
     )

@@ -23,7 +23,7 @@ from efftrain.models.vocabulary import with_vocabulary
 from efftrain.train.inputs import content
 from efftrain.train.loop import Training, fit
 from efftrain.train.objective import Objective, next_token_loss
-from efftrain.train.run import Run, load_model_config
+from efftrain.train.run import Run, check_model, load_model_config
 from efftrain.train.tokenizers import check_same_tokenizer, find_tokenizer
 
 LONGEST_ANSWER = 1.5  # times the longest of the examples, in tokens
@@ -141,6 +141,8 @@ def train_on_task(
         loss=loss,
         made_from={"task": task.fingerprint, "ids": ids.fingerprint} | (made_from or {}),
     )
+    if general is not None:
+        check_model(general)
     found = None if general is None else content(general)
     run = Run(out, config, inputs={} if found is None else {"general": found})
     ids.write(run.path)

@@ -1,15 +1,13 @@
 """The text that a compression looks at."""
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from efftrain import data
 from efftrain.compress.observe import Calibration
 from efftrain.errors import ConfigError
-from efftrain.measure.evaluate import Evaluator
+from efftrain.measure.held_out import HeldOut, choosing, reporting
 
 
 @dataclass(frozen=True)
@@ -19,34 +17,19 @@ class Text:
     corpus: Path
     length: int
 
-    def check_validation(self) -> None:
-        """Refuses a corpus without validation rows before the work, and not after it.
+    def choosing(self, rows: int | None = None) -> HeldOut:
+        """The rows by which something is chosen."""
+        return choosing(self.corpus, self.length, rows)
 
-        Raises:
-          ConfigError: the corpus has no validation split, or none of one row.
-        """
-        data.PackedRows(data.open(self.corpus, verify=False), "validation", self.length)
-
-    def evaluator(self, max_rows: int | None = None) -> Evaluator:
-        opened = data.open(self.corpus)
-        max_batches = None if max_rows is None else -(-max_rows // 8)
-        return Evaluator(lambda: self._batches("validation"), opened.token_bytes(), max_batches=max_batches)
+    def reporting(self, rows: int | None = None, *, chosen: int = 0) -> HeldOut:
+        """The rows on which a result is reported; see ``measure.held_out.reporting``."""
+        return reporting(self.corpus, self.length, rows, chosen=chosen)
 
     def calibration(self, rows: int) -> Calibration:
         """Rows of the training split."""
-        batches = list(itertools.islice(self._batches("train"), -(-rows // 8)))
+        held = HeldOut(corpus=self.corpus, length=self.length, split="train", rows=rows)
+        batches = list(held.batches())
         if not batches:
             raise ConfigError(f"{self.corpus}: the training split is shorter than one row of {self.length} tokens")
         names = ("tokens", "segments", "positions")
         return Calibration(*(np.concatenate([b[name] for b in batches])[:rows] for name in names))
-
-    def _batches(self, split: str):
-        loader = data.LoaderConfig(
-            corpora=(data.Part(path=self.corpus),),
-            length=self.length,
-            batch_size=8,
-            split=split,
-            shuffle=False,
-            repeat=False,
-        )
-        return data.batches(loader, verify=False)

@@ -5,8 +5,8 @@ Leaves ``depth.json`` in the run (and ``depth_probe.npz``), bound to the model t
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from efftrain import data
 from efftrain.code_identity import code_identity
 from efftrain.config import to_json
 from efftrain.errors import ConfigError, CorpusError, RunError
+from efftrain.measure.depth_report import add_to_scorecard, flops_at, report_depth, rows_to_report, shuffled_rows
 from efftrain.measure.exit_curves import (
     QUANTILES,
     RULES,
@@ -30,18 +31,16 @@ from efftrain.measure.exit_curves import (
     routed_depths,
     tune,
 )
-from efftrain.measure.flops import decode_flops, head_flops
+from efftrain.measure.held_out import CHOICES, choosing, reporting
 from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.risk import last_safe, p_value
-from efftrain.measure.scorecard import FILE_NAME as SCORECARD
-from efftrain.measure.scorecard import Figure, Scorecard
 from efftrain.measure.speculation import measure_speculation
 from efftrain.measure.token_classes import token_classes
 from efftrain.models.decoder import Decoder
 from efftrain.models.early_exit import ConfidenceExit, Probe
 from efftrain.models.routed_depth import has_routed_depth
 from efftrain.models.self_speculation import SelfSpeculation
-from efftrain.progress import Progress, console
+from efftrain.progress import Progress
 from efftrain.train.inputs import content, model_digest
 from efftrain.train.run import environment, read_json
 from efftrain.train.tokenizers import check_tokenizer
@@ -61,8 +60,8 @@ class Calibration:
       drafts: lengths of a draft.
       prompts: of the validation split, each continued alone.
       prompt_length, n_new: tokens; the prompts are cut where both together are longer than ``max_length``.
-      rows: of the validation split, for the confidence curves: a third of them chooses thresholds and trains the probe,
-        the others tell what a threshold costs.
+      rows: of the validation split, for the confidence curves: a third of them trains the probe and says which
+        thresholds are tried, the others choose one. What that comes to is measured on other rows, see ``held_out``.
       risk: the share of tokens that may differ from those of all layers.
       error: the probability that the risk is larger than that.
     """
@@ -174,7 +173,7 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     Args:
       run: a training run.
       options: of the measurement.
-      corpus: whose validation split is read. None: that of the run.
+      corpus: whose validation split is read to choose, and whose test split to report. None: that of the run.
 
     Raises:
       EfftrainError: the run, its corpus or the options do not fit.
@@ -188,25 +187,33 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     check_tokenizer(Path(run), corpus_path)
     length = settings["training"]["length"]
     rows = _rows(corpus_path, length, options)
+    size = len(rows[0]["tokens"])
+    chosen = 0 if has_routed_depth(model) else options.rows  # which depths a token takes, is no choice of ours
+    held_out = reporting(corpus_path, length, chosen=chosen, batch_size=size)
+    report_on = rows_to_report(held_out, options.rows - options.tuning_rows, size, chosen=chosen)
     made_from = {"model": model_digest(model), "options": to_json(options), "corpus": content(corpus_path)}
     kept = Kept(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS))
     texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
-    text = Text(token_classes(texts), opened.token_bytes())
+    classes = token_classes(texts)
+    text, report_text = (Text(classes, opened.token_bytes(split)) for split in (CHOICES, held_out.split))
+    found = {"chosen_on": {"split": CHOICES, "rows": options.rows}}
+    report = {"split": held_out.split, "rows": size * len(report_on), "note": held_out.note}
     if model.config.n_layers < 2 and not has_routed_depth(model):
         raise ConfigError(f"the model of {run} has one layer, and none to leave out")
     if has_routed_depth(model):
-        found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, rows, text))}
+        found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, report_on, report_text))}
     else:
-        prompts = _prompts(rows, options, model.config.max_length)
-        found = {"self_speculation": _speculation(model, prompts, options, kept)}
+        prompts, others = (_prompts(of, options, model.config.max_length) for of in (rows, report_on))
+        found["self_speculation"] = _speculation(model, prompts, options, kept)
         found["confidence_exit"], probe = _exits(model, rows, text, options, kept)
-        found["seconds"] = _seconds(model, prompts, found["confidence_exit"], probe, options, kept)
+        report |= report_depth(model, report_on, others, report_text, found, probe, options.n_new, kept)
+        found["seconds"] = _seconds(model, others, found["confidence_exit"], probe, options, kept)
         _write_probe(run / PROBE_NAME, probe)
-        found["chosen_rule"] = _best_point(model, found["confidence_exit"])[0]
-    result = kept.values | found | {"environment": environment()}
+        found["chosen_rule"] = _best_rule(model, found["confidence_exit"])
+    result = kept.values | found | {"report": report, "environment": environment()}
     write_json(run / FILE_NAME, result)
     kept.remove()
-    _add_to_scorecard(run, model, result, length)
+    add_to_scorecard(run, model, result, length)
     return result
 
 
@@ -217,11 +224,7 @@ def _rows(corpus: Path, length: int, options: Calibration) -> list[dict[str, np.
       CorpusError: there are not so many.
     """
     size = next(n for n in (8, 4, 2, 1) if options.tuning_rows % n == options.rows % n == 0)
-    loader = data.LoaderConfig(
-        corpora=(data.Part(path=corpus),), length=length, batch_size=size, split="validation", repeat=False
-    )
-    rows = list(itertools.islice(data.batches(loader, verify=False), options.rows // size))
-    whole = [row for row in rows if np.asarray(row["mask"]).any(1).all()]
+    whole = shuffled_rows(choosing(corpus, length), options.rows, size)
     if len(whole) < options.rows // size:
         raise CorpusError(
             f"{corpus}: the validation split has {len(whole) * size} rows of {length} tokens and calibration.rows is "
@@ -294,7 +297,9 @@ def _seconds(
 def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
     safe = last_safe([point["row_losses"] for point in points], options.risk, options.error)
     full = points[0]["bpb"]
-    good = [p for p in points if p["bpb"] <= full * (1 + QUALITY_LOSS)]
+    if full is None:
+        raise RunError("the model has no finite bits per byte with all its layers; calibrate one that works")
+    good = [p for p in points if p["bpb"] is not None and p["bpb"] <= full * (1 + QUALITY_LOSS)]
     curve = [{k: v for k, v in point.items() if k != "row_losses"} for point in points]
     return {
         "threshold": points[safe]["threshold"] if safe else None,  # the first one is to leave out nothing
@@ -311,49 +316,7 @@ def _write_probe(path: Path, probe: Probe) -> None:
     os.replace(temporary, path)
 
 
-def _add_to_scorecard(run: Path, model: Decoder, values: Mapping[str, Any], length: int) -> None:
-    if not (run / SCORECARD).exists():
-        console.print(f"{run} has no scorecard to add the figures to; they are in {run / FILE_NAME}", markup=False)
-        return
-    card, figures = Scorecard.read(run / SCORECARD), {}
-    note = "validation rows"
-    if "routed_depth" in values:
-        depths = values["routed_depth"]
-    else:
-        rule, depths = _best_point(model, values["confidence_exit"])
-        note = f"exit by {rule} at {depths['threshold']:.4f}, {depths['bpb']:.4f} bits/byte on the same rows"
-        at = values["seconds"]["batch 1"][rule]
-        figures["decode_s_per_token_b1_exit"] = Figure(at["s_per_token"], "s/token", "measured", note)
-        figures["decode_flops_per_token_exit"] = Figure(
-            _flops_at(model, rule, depths, length), "FLOP/token", "counted", f"{note}; heads of the exits included"
-        )
-        best = values["self_speculation"]
-        if best["exit_layer"] is not None:
-            drafts = f"{best['n_draft']} drafts with {best['exit_layer']} layers, {best['acceptance']:.0%} accepted"
-            figures["decode_s_per_token_b1_speculative"] = Figure(
-                1 / best["tokens_per_s"], "s/token", "measured", f"{drafts}; {best['speedup']:.2f}x plain decoding"
-            )
-    figures["mean_depth"] = Figure(depths["mean_depth"], "layers/token", "measured", note)
-    for name, depth in depths["mean_depth_by_class"].items():
-        shares = f"tokens by layers: {histogram_text(depths['histogram_by_class'][name])}"
-        figures[f"mean_depth_{name}"] = Figure(depth, "layers/token", "measured", f"to predict a {name}; {shares}")
-    replace(card, figures=card.figures | figures).write(run / SCORECARD)
-
-
-def histogram_text(shares: Sequence[float]) -> str:
-    """``2: 15%, 3: 60%, ...`` of the depths that at least one in 200 tokens has."""
-    return ", ".join(f"{depth}: {share:.0%}" for depth, share in enumerate(shares) if share >= 0.005)
-
-
-def _best_point(model: Decoder, exits: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The rule whose point of small quality loss takes the fewest FLOPs, and the point."""
+def _best_rule(model: Decoder, exits: Mapping[str, Any]) -> str:
+    """The rule whose point of small quality loss takes the fewest FLOPs."""
     points = {rule: found["within_quality_loss"] for rule, found in exits.items()}
-    rule = min(points, key=lambda rule: _flops_at(model, rule, points[rule], context=1))
-    return rule, points[rule]
-
-
-def _flops_at(model: Decoder, rule: str, point: Mapping[str, Any], context: int) -> float:
-    """Expected FLOPs of a token; keys and values of skipped layers are left out."""
-    heads = point["mean_depth"] - 1 if rule == "gap" else 0.0
-    blocks = decode_flops(model, context) - head_flops(model)
-    return blocks * point["mean_depth"] / model.config.n_layers + (1 + heads) * head_flops(model)
+    return min(points, key=lambda rule: flops_at(model, rule, points[rule], context=1))

@@ -5,16 +5,17 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from efftrain import data
-from efftrain.errors import ConfigError, CorpusError
-from efftrain.measure.experiment import Experiment, finished
+from efftrain.config import finite_json
+from efftrain.errors import CorpusError
+from efftrain.measure.experiment import Experiment, finished, reported
+from efftrain.measure.held_out import reporting
 from efftrain.measure.scorecard import Figure, Scorecard, amount
 from efftrain.progress import console
 from efftrain.train.metrics_log import read_metrics
@@ -44,14 +45,13 @@ class Comparison:
 
     def spread(self, variant: str, figure: str) -> float:
         """Sample standard deviation over the seeds; 0 where there is one."""
-        values = self._values(variant, figure)
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        return _sd(self._values(variant, figure))
 
     def gap(self, better: str, worse: str, figure: str = "bpb") -> tuple[float, float]:
         """By how much ``better`` is below ``worse``, seed by seed: mean, and sample standard deviation."""
         pairs = zip(self._values(better, figure), self._values(worse, figure), strict=True)
         gaps = [high - low for low, high in pairs]
-        return statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+        return statistics.fmean(gaps), _sd(gaps)
 
     def as_json(self) -> dict[str, Any]:
         """Every figure that all seeds have, with its values; the environment of this process and of the runs."""
@@ -67,6 +67,7 @@ class Comparison:
                     "values": self._values(name, f),
                     "unit": first.figures[f].unit,
                     "method": first.figures[f].method,
+                    **({"split": first.figures[f].split} if first.figures[f].split else {}),
                 }
                 for f in shared
             }
@@ -80,11 +81,13 @@ class Comparison:
         }
 
     def write(self, path: Path, **more: Any) -> None:
-        path.write_text(json.dumps(self.as_json() | more, indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(finite_json(self.as_json() | more), indent=1, allow_nan=False) + "\n")
 
     def table(self) -> Table:
         """A row a variant, figures as mean and spread."""
-        rows = Table("model", caption=f"mean +- standard deviation over seeds {', '.join(map(str, self.seeds))}")
+        splits = sorted({card.figures["bpb"].split for cards in self.cards.values() for card in cards} - {""})
+        caption = f"mean +- standard deviation over seeds {', '.join(map(str, self.seeds))}"
+        rows = Table("model", caption="; ".join([caption, *(f"quality on the {split} split" for split in splits)]))
         for name in COLUMNS:
             rows.add_column(name.replace("_", " "), justify="right")
         for variant, cards in self.cards.items():
@@ -103,7 +106,13 @@ class Comparison:
         return f"{show(mean)} +- {show(spread)}" if figure.method == "measured" else show(mean)
 
     def _values(self, variant: str, figure: str) -> list[float]:
-        return [card.figures[figure].value for card in self.cards[variant]]
+        """NaN where a run has none, such as the quality of one that diverged."""
+        return [card.value(figure) for card in self.cards[variant]]
+
+
+def on_test(card: Scorecard, config: Experiment) -> Scorecard:
+    """The card of a run with its quality on the test split, which nobody has looked at while it was trained."""
+    return reported(card, config.out, config.corpus, config.training)
 
 
 def compare(
@@ -113,6 +122,7 @@ def compare(
     out: Path,
     seeds: Sequence[int],
     complete: Callable[[Experiment], Experiment] = lambda config: config,
+    report: Callable[[Scorecard, Experiment], Scorecard] = on_test,
 ) -> Comparison:
     """Runs what has not been run, one after the other, in ``out/VARIANT-seedN``.
 
@@ -123,12 +133,15 @@ def compare(
       variants: complete configurations by name; ``out`` and the seed of each are replaced.
       train: makes the scorecard of one.
       complete: what is known of a configuration only with its directory and seed.
+      report: gives a card the quality that is compared. By default on the test split, see ``on_test``.
 
     Raises:
-      ConfigError: a corpus has no validation split.
+      ConfigError: a corpus has neither a test split nor a validation split.
       RunError: a directory holds a run of another configuration, of other inputs, or a finished one of other code.
     """
-    _check_validation({variant.corpus for variant in variants.values()})
+    for variant in variants.values():  # before anything is trained
+        with contextlib.suppress(CorpusError):  # one that cannot be opened is the business of whoever trains
+            reporting(variant.corpus, variant.training.length)
     cards: dict[str, list[Scorecard]] = {name: [] for name in variants}
     last: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
     for i, seed in enumerate(seeds):
@@ -136,21 +149,17 @@ def compare(
             seeded = replace(variant, out=out / f"{name}-seed{seed}", training=replace(variant.training, seed=seed))
             config = complete(seeded)
             console.print(f"{name}, seed {seed} ({i + 1} of {len(seeds)})", markup=False)
-            cards[name].append(finished(config) or train(config))
+            cards[name].append(report(finished(config) or train(config), config))
             for figure, value in _last_figures(config.out).items():
                 last[name].setdefault(figure, []).append(value)
     return Comparison(tuple(seeds), cards, last)
 
 
-def _check_validation(corpora: Iterable[Path]) -> None:
-    """Before anything is trained. A corpus that cannot be opened is the business of whoever trains."""
-    for path in corpora:
-        with contextlib.suppress(CorpusError):
-            if "validation" not in data.open(path, verify=False).splits:
-                raise ConfigError(
-                    f"corpus {path} has no split 'validation', on which models are compared; build it with a share "
-                    "for validation"
-                )
+def _sd(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 of one value, NaN where a value is none."""
+    if any(map(math.isnan, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _last_figures(run: Path) -> dict[str, float]:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.models.decoder import Decoder
 from efftrain.models.routed_depth import RoutedDepthConfig, causally_routed, has_routed_depth, routes_causally
+from efftrain.ops import counts
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.sharding.rules import activation_axes
@@ -70,7 +71,7 @@ class Evaluator:
 
     def _evaluate(self, model: Decoder) -> dict[str, float]:
         graph, state = nnx.split(model)
-        total = np.zeros(4 + len(self._byte_digits_kv))  # float64: exact for the counts of any split
+        total = np.zeros(4 + 3 * len(self._byte_digits_kv))  # float64: exact for the counts of any split
         pending = total
         for batch in _show(itertools.islice(self._batches(), self._max_batches), self._max_batches):
             self._check(batch)
@@ -79,7 +80,8 @@ class Evaluator:
             total += np.asarray(pending, np.float64)
             pending = dispatched
         nats, n_targets, passes, n_tokens, *digits = total + np.asarray(pending, np.float64)
-        n_bytes = sum(digit / _BASE**place for place, digit in enumerate(digits))
+        sums_k = np.reshape(digits, (-1, 3)) @ counts.WEIGHTS
+        n_bytes = sum(digit / _BASE**place for place, digit in enumerate(sums_k))
         if not n_bytes:
             raise CorpusError(
                 "the evaluation rows have no target that stands for text; give a validation split that is not empty"
@@ -116,12 +118,13 @@ def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, byte_digits_
     """Of a batch's counted targets: the sum of their nats, () float32, and their number, () int32.
 
     Then, of routed depth, the layers that tokens passed in a routed block, and the number of such tokens; else zeros.
-    At the end the sums of each of the targets' ``byte_digits``, () int32.
+    At the end the sums of each of the targets' ``byte_digits``, three () int32 each: see ``ops.counts``.
     """
     metrics = next_token_loss(nnx.merge(graph, state), batch, None)[2]
-    digits_k = jnp.where(batch["mask"], byte_digits_kv[:, batch["targets"]], 0).sum((1, 2))
+    digits_kb = jnp.where(batch["mask"], byte_digits_kv[:, batch["targets"]], 0).sum(-1)
+    counts_k3 = jax.vmap(counts.total)(digits_kb)
     passes, n_tokens = metrics.get("depth/passes", (0.0, 0.0))
-    return metrics["loss"][0], batch["mask"].sum(dtype=jnp.int32), passes, n_tokens, *digits_k
+    return metrics["loss"][0], batch["mask"].sum(dtype=jnp.int32), passes, n_tokens, *counts_k3.reshape(-1)
 
 
 def _place(batch: NumpyBatch) -> Batch:

@@ -11,18 +11,22 @@ from efftrain import data
 from efftrain.errors import ConfigError
 from efftrain.measure.evaluate import Evaluator
 from efftrain.measure.flops import training_flops
+from efftrain.measure.held_out import HeldOut, choosing, reporting
 from efftrain.measure.parameters import abstract_decoder
-from efftrain.measure.score import score
+from efftrain.measure.score import quality_figures, score
 from efftrain.measure.scorecard import FILE_NAME, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.sharding import hosts
+from efftrain.sharding.layout import state_shardings, with_shardings
+from efftrain.sharding.mesh import make_mesh
+from efftrain.sharding.rules import DEFAULT_RULES, use
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
 from efftrain.train.program import Wrap
-from efftrain.train.run import Run, has_begun, read_json
+from efftrain.train.run import Run, checkpoint_directory, has_begun, load_model_config, load_variables, read_json
 from efftrain.train.start import check_start
 from efftrain.train.teacher import Taught
 from efftrain.train.tokenizers import FILE_NAME as TOKENIZER
@@ -66,7 +70,9 @@ def train_and_score(
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
-    Where the corpus has no validation split, the quality in the scorecard is not measured, and a warning says so.
+    Where the corpus has no validation split, the quality in the scorecard is not measured, and a warning says so. What
+    compares models or chose one of them takes their quality from other rows afterwards: see ``reported``.
+
     Of several processes (``sharding.hosts``) each feeds its part of the batches, and the first one writes.
 
     Args:
@@ -98,11 +104,9 @@ def train_and_score(
         seed=training.seed,
     )
     data.show_mixture(loader, training.tokens)
-    whole = (data.Part(path=config.corpus),)
-    held_out = replace(loader, corpora=whole, split="validation", shuffle=False, repeat=False)
+    held_out = choosing(config.corpus, training.length, evaluated_rows)
     mine = batch_part(training)
-    max_batches = None if evaluated_rows is None else -(-evaluated_rows // training.batch_size)
-    evaluate = _evaluator(corpus, held_out, mine, max_batches)
+    evaluate = _evaluator(corpus, held_out, training.batch_size, mine)
 
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
@@ -127,6 +131,8 @@ def train_and_score(
         name=run.path.name,
         length=training.length,
         quality=fitted.evaluation,
+        split=held_out.split,
+        note=held_out.note,
         training_tokens=training.tokens,
         training_figures=fitted.figures,
         steps=training.steps,
@@ -140,9 +146,7 @@ def train_and_score(
     return fitted.model, card
 
 
-def _evaluator(
-    corpus: data.Corpus, rows: data.LoaderConfig, part: tuple[int, int], max_batches: int | None
-) -> Evaluator | None:
+def _evaluator(corpus: data.Corpus, rows: HeldOut, batch_size: int, part: tuple[int, int]) -> Evaluator | None:
     """None where the corpus has no such split. Other reasons to fail are found now, and not after the last step.
 
     Raises:
@@ -156,10 +160,36 @@ def _evaluator(
             markup=False,
         )
         return None
-    data.batches(rows, *part, verify=False)
-    return Evaluator(
-        lambda: data.batches(rows, *part, verify=False), corpus.token_bytes(rows.split), max_batches=max_batches
-    )
+    rows.batches(batch_size, part)
+    return rows.evaluator(batch_size, part)
+
+
+def reported(
+    card: Scorecard, run: Path, corpus: Path, training: Training, *, rows: int | None = None, chosen: int = 0
+) -> Scorecard:
+    """The card of a finished run with the quality on rows that nothing was chosen on; the run keeps it.
+
+    Args:
+      card: of the run; where it has these figures already, nothing is measured.
+      run: of which the newest checkpoint is read.
+      corpus, rows, chosen: see ``held_out.reporting``.
+      training: its length, batch size and mesh.
+    """
+    with hosts.together():
+        held_out = reporting(corpus, training.length, rows, chosen=chosen, batch_size=training.batch_size)
+    if (card.figures["bpb"].split, card.figures["bpb"].note) == (held_out.split, held_out.note):
+        return card
+    model = nnx.eval_shape(lambda: Decoder(load_model_config(run), rngs=nnx.Rngs(0)))
+    graph, abstract = nnx.split(model)
+    mesh, places = make_mesh(training.mesh), checkpoint_directory(run, read_json(run / "config.json"))
+    with use(mesh):
+        sharded = with_shardings(abstract, state_shardings(abstract, mesh, DEFAULT_RULES))
+        model = nnx.merge(graph, load_variables(places, sharded))
+        quality = held_out.evaluator(training.batch_size, batch_part(training))(model)
+    card = replace(card, figures=card.figures | quality_figures(quality, held_out.split, held_out.note))
+    if hosts.process_index() == 0:
+        card.write(run / FILE_NAME)
+    return card
 
 
 def finished(config: Experiment) -> Scorecard | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efftrain.code_identity import changed_code
-from efftrain.config import difference
+from efftrain.config import difference, finite_json
 from efftrain.errors import RunError
 from efftrain.lock import Lock, beside
 from efftrain.progress import console
@@ -43,9 +43,9 @@ class Kept:
             console.print(f"{self._path} was measured with {reason}; measuring again", markup=False)
 
     def cell(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What ``measure`` returned, now or before; JSON."""
+        """What ``measure`` returned, now or before; JSON, with None for floats that are not finite."""
         if name not in self._cells:
-            self._cells[name] = measure()
+            self._cells[name] = finite_json(measure())
             write_json(self._path, self.values | {"cells": self._cells})
         return self._cells[name]
 
@@ -85,7 +85,7 @@ def other_origin(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file, whole or not at all; floats that are not finite become null.
 
     Raises:
       RunError: it cannot be written.
@@ -94,7 +94,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     with _writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+            temporary.write_text(json.dumps(finite_json(values), indent=1, allow_nan=False) + "\n")
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
 from efftrain.models.quantization import Matrix, Packed
+from efftrain.ops.masks import count_zeros
 
 CHANCE = 1e-4  # share of trained weights that may be zero without having been pruned
 HEAD = ("head",)  # path of the untied head in a decoder
@@ -73,7 +74,7 @@ def zeros_share(model: nnx.Module) -> float:
 def pruned(model: nnx.Module) -> tuple[int, int]:
     """How many numbers of the float matrices of blocks are exactly zero, and of how many; no zeros but by pruning."""
     matrices = [v[...] for path, v in parameters(model) if isinstance(v, Matrix) and path[0] == "blocks"]
-    zeros, size = sum(int((matrix == 0).sum()) for matrix in matrices), sum(matrix.size for matrix in matrices)
+    zeros, size = sum(map(count_zeros, matrices)), sum(matrix.size for matrix in matrices)
     return zeros if zeros > CHANCE * size else 0, size
 
 

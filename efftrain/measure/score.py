@@ -28,6 +28,8 @@ def score(
     name: str,
     length: int,
     quality: Mapping[str, float] | None = None,
+    split: str = "validation",
+    note: str = "",
     training_tokens: int | None = None,
     training_figures: Mapping[str, float] | None = None,
     steps: int | None = None,
@@ -43,7 +45,8 @@ def score(
       model: with its parameters. Call it outside of ``sharding.rules.use``, see ``latency``.
       name: of the row.
       length: tokens of a training row: FLOPs are counted in rows of it, and behind a context of it.
-      quality: ``bpb`` and ``loss`` on the validation rows, see ``evaluate.Evaluator``.
+      quality: ``bpb`` and ``loss`` on held-out rows, see ``evaluate.Evaluator``.
+      split, note: of the corpus, whose rows these were, and what is to be said of them.
       training_tokens: that the whole run read, padding included.
       training_figures: of ``train.loop.Fitted``.
       steps: of the whole run, see ``flops.training_flops``.
@@ -52,7 +55,7 @@ def score(
       prompt_length, n_new, rounds: see ``measure_latency``. Where prompt and new tokens are longer than ``max_length``
         they are cut to it; the figures say what was measured.
     """
-    figures = _quality(quality)
+    figures = quality_figures(quality, split, note)
     figures |= _size(model, checkpoint) | _flops(model, length, training_tokens, steps, extra_flops)
     figures |= _training(training_figures or {}, training_tokens)
     n_new = min(n_new, max(1, model.config.max_length // 2))
@@ -74,21 +77,23 @@ def path_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
-def _quality(values: Mapping[str, float] | None) -> dict[str, Figure]:
+def quality_figures(values: Mapping[str, float] | None, split: str, note: str = "") -> dict[str, Figure]:
+    """What an evaluator said, with the split of the rows."""
     units = {"bpb": "bits/byte", "loss": "nats/token"}
     if values is None:
         return {name: not_measured(unit, "no validation rows were given") for name, unit in units.items()}
+
+    def figure(name: str, unit: str, *notes: str) -> Figure:
+        return _finite(values[name], unit, "measured", "; ".join(filter(None, (*notes, note))), split)
+
     figures = {
-        name: _finite(values[name], unit, "measured", "validation split")
-        if name in values
-        else not_measured(unit, LOOKS_AHEAD)
-        for name, unit in units.items()
+        name: figure(name, unit) if name in values else not_measured(unit, LOOKS_AHEAD) for name, unit in units.items()
     }
     if "bpb_look_ahead" in values:
-        note = "validation split, with the choice of tokens that training makes, which looks ahead"
-        figures["bpb_look_ahead"] = _finite(values["bpb_look_ahead"], "bits/byte", "measured", note)
+        how = "with the choice of tokens that training makes, which looks ahead"
+        figures["bpb_look_ahead"] = figure("bpb_look_ahead", "bits/byte", how)
     if "mean_depth" in values:
-        figures["mean_depth"] = _finite(values["mean_depth"], "layers/token", "measured", "validation split")
+        figures["mean_depth"] = figure("mean_depth", "layers/token")
     return figures
 
 
@@ -223,7 +228,7 @@ def _peak_memory() -> Figure:
     return Figure(resident, "B", "measured", "resident, whole process since its start")
 
 
-def _finite(value: float, unit: str, method: Method, note: str) -> Figure:
+def _finite(value: float, unit: str, method: Method, note: str, split: str = "") -> Figure:
     if not math.isfinite(value):
-        return not_measured(unit, f"it came out as {value}")
-    return Figure(float(value), unit, method, note)
+        return Figure(None, unit, "unavailable", f"it came out as {value}", split)
+    return Figure(float(value), unit, method, note, split)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from efftrain.config import finite_json
 from efftrain.errors import RunError
 
 FILE_NAME = "scorecard.json"
@@ -38,12 +39,14 @@ class Figure:
       method: "measured" on this machine, "counted" from the configuration, "modelled" from assumptions that the note
         names, or "unavailable".
       note: what the reader must know: conditions, spread, why it is missing.
+      split: of the corpus, whose text was read; empty where none was.
     """
 
     value: float | None
     unit: str
     method: Method
     note: str = ""
+    split: str = ""
 
     def __post_init__(self):
         if self.method not in get_args(Method):
@@ -62,6 +65,11 @@ class Scorecard:
     figures: dict[str, Figure]
     environment: dict[str, Any]
 
+    def value(self, figure: str) -> float:
+        """The value of a figure; NaN where it was not measured."""
+        value = self.figures[figure].value
+        return math.nan if value is None else value
+
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all.
 
@@ -70,7 +78,7 @@ class Scorecard:
         """
         temporary = path.with_name(f".{path.name}.incomplete")
         try:
-            temporary.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+            temporary.write_text(json.dumps(finite_json(asdict(self)), indent=2, allow_nan=False) + "\n")
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -152,7 +160,8 @@ def _one(scorecard: Scorecard) -> Table:
     rows = Table("figure", "value", "method", "note", title=scorecard.name, title_justify="left")
     for name, figure in scorecard.figures.items():
         method = "-" if figure.value is None else figure.method
-        rows.add_row(name, show(figure), method, figure.note, style="dim" if figure.value is None else "")
+        note = "; ".join(filter(None, (figure.split and f"{figure.split} split", figure.note)))
+        rows.add_row(name, show(figure), method, note, style="dim" if figure.value is None else "")
     return rows
 
 
@@ -168,8 +177,9 @@ def _several(scorecards: Sequence[Scorecard], names: Sequence[str]) -> Table:
     rows.add_column("model", overflow="fold", min_width=12)
     methods = {name: {f.method for f in found[name] if f.value is not None} for name in names if found[name]}
     for name, used in methods.items():
-        unit = found[name][0].unit
-        rows.add_column("\n".join([name.replace("_", " "), unit, *(used if len(used) == 1 else ())]), justify="right")
+        unit, splits = found[name][0].unit, sorted({f.split for f in found[name] if f.split})
+        heading = [name.replace("_", " "), unit, *(used if len(used) == 1 else ()), " or ".join(splits)]
+        rows.add_column("\n".join(filter(None, heading)), justify="right")
     for card in scorecards:
         cells = [(card.figures.get(name), len(used) > 1) for name, used in methods.items()]
         rows.add_row(card.name, *(_cell(figure, with_method) for figure, with_method in cells))

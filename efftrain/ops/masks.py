@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.ops.counts import as_count
 
 
 def keep_highest(scores: Array, n_keep: Array | int) -> Array:
@@ -40,6 +43,8 @@ class Unstructured:
 
     def check(self, name: str, d: int, f: int) -> None:
         """Raises ``ConfigError`` where a (d, f) matrix cannot have the pattern."""
+        if d * f >= 1 << 31:
+            raise ConfigError(f"sparsity of {name}: {d} x {f} weights are too many for one ranking; use n:m or blocks")
 
     def group(self, a_ldf: Array) -> Array:
         """(l, d, f) -> (l, groups, units): of every group the same number of units stays."""
@@ -128,9 +133,27 @@ def kept_units(structure: Structure, units: int, share: Array | float = 1.0, spa
       sparsity: the target in place of that of the structure.
     """
     sparsity = structure.sparsity if sparsity is None else sparsity
-    # float32 has no room for the units of a large matrix: the target itself is exact.
+    # float32 cannot represent the units of a large matrix: the target itself is exact.
     on_the_way = jnp.round((1 - sparsity * share) * units).astype(jnp.int32)
     return jnp.where(jnp.asarray(share) >= 1, jnp.int32(round((1 - sparsity) * units)), on_the_way)
+
+
+def kept_units_together(structure: Structure, units: int, share: Array | float) -> Array:
+    """As ``kept_units``, of all matrices together: a count of ``ops.counts``, of up to 2^53 units."""
+    on_the_way = jnp.round((1 - structure.sparsity * share) * float(units))
+    exact = as_count(round((1 - structure.sparsity) * units))
+    return jnp.where(jnp.asarray(share) >= 1, exact, as_count(on_the_way))
+
+
+def count_zeros(a: Array) -> int:
+    """Numbers of an array (..., n) that are exactly zero; the array may have more than an int32 counts."""
+    return int(np.asarray(zeros_per_row(a)).sum(dtype=np.int64))
+
+
+@jax.jit
+def zeros_per_row(a: Array) -> Array:
+    """(...) int32 of an array (..., n)."""
+    return (a == 0).sum(-1, dtype=jnp.int32)
 
 
 def pack_bits(mask: Array, axis: int) -> Array:

@@ -18,6 +18,7 @@ from efftrain.errors import RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.train.checkpoint_folder import check_writable, first_line, lock_folder, vanished
+from efftrain.train.finite import check_finite
 from efftrain.train.sparse_storage import BITS, expand, squeeze, stored_names
 
 # Orbax reports each save in ten lines, and each failure once a thread before it raises.
@@ -158,23 +159,30 @@ class Checkpoints:
             self._set_aside(newer)
         return step, unflatten(flat, abstract_state), data_state
 
-    def restore_model(self, abstract_variables: Any) -> Any:
+    def restore_model(self, abstract_variables: Any, *, finite: bool = True) -> Any:
         """Only the model's variables, of the newest complete checkpoint: averaged ones where the run keeps them.
 
+        Args:
+          abstract_variables: as ShapeDtypeStructs.
+          finite: refuse a model with numbers that are not finite.
+
         Raises:
-          RunError: as for ``restore``, and where there is no checkpoint.
+          RunError: as for ``restore``, and where there is no checkpoint; numbers are not finite.
         """
         variables = flatten(abstract_variables)
         found = self._newest_complete(lambda step: self._read_model(step, variables))
         if found is None:
             raise RunError(f"{self.directory} holds no checkpoint; train the run first")
-        return unflatten(found[1], abstract_variables)
+        step, arrays = found
+        for name, array in arrays.items() if finite else ():
+            check_finite(array, name, variables, self.directory / str(step))
+        return unflatten(arrays, abstract_variables)
 
     def model_arrays(self, abstract_variables: Any) -> Iterator[tuple[str, Array]]:
         """What ``restore_model`` reads, array by array, large ones first: no two are held here at once.
 
         Raises:
-          RunError: as there; also where an array behind the first is damaged.
+          RunError: as there; also where an array after the first is damaged.
         """
         variables = flatten(abstract_variables)
         first, *rest = sorted(variables, key=lambda name: (-variables[name].size, name))
@@ -182,10 +190,11 @@ class Checkpoints:
         if found is None:
             raise RunError(f"{self.directory} holds no checkpoint; train the run first")
         step, array = found
-        yield first, array.pop(first)
-        for name in rest:
-            with self._reading(step):
-                array = self._read_model(step, {name: variables[name]})
+        for name in (first, *rest):
+            if name not in array:
+                with self._reading(step):
+                    array = self._read_model(step, {name: variables[name]})
+            check_finite(array[name], name, variables, self.directory / str(step))
             yield name, array.pop(name)
 
     def _read_model(self, step: int, variables: dict[str, Any]) -> dict[str, Any]:
@@ -214,9 +223,15 @@ class Checkpoints:
           (arrays by name, data iterator's state).
 
         Raises:
-          RunError: the checkpoint is damaged, or of another model or optimizer.
+          RunError: the checkpoint is damaged, holds a model alone, or is of another model or optimizer.
         """
         saved, (ours, theirs) = self._saved_shapes(step), instead
+        if not any(name.startswith(theirs) for name in saved):
+            raise RunError(
+                f"{self.directory / str(step)} holds a model without the state of an optimizer and a position in the "
+                "data, as efftrain compress leaves it; branch from the run that it was made from, or start a run from "
+                "this model with fit(initial=...)"
+            )
         same = any(name.startswith(ours) for name in saved)
         abstract = flatten(abstract_state)
         place = {n: n if same or not n.startswith(ours) else theirs + n.removeprefix(ours) for n in abstract}

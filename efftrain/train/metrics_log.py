@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from efftrain.config import finite_json
 from efftrain.errors import RunError
 from efftrain.progress import console
 
@@ -52,7 +53,7 @@ class MetricsLog:
         """A figure that is not finite becomes null: JSON has no word for it. Arrays stay out of TensorBoard."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with writing(self._path):
-            self._file.write(json.dumps({"step": step, "split": split, **finite, **(arrays or {})}) + "\n")
+            self._file.write(json.dumps({"step": step, "split": split, **finite, **finite_json(arrays or {})}) + "\n")
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def flush(self) -> None:

@@ -112,7 +112,8 @@ class Recorder:
         if self._log:
             self._log.write(number, values, split="validation")
             self._log.flush()
-        self.progress.print(f"step {number}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.progress.print(f"step {number}, validation: {figures}")
 
     def write_figures(self) -> dict[str, float]:
         """Keeps the times of this process in the run, and returns them."""

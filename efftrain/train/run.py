@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from efftrain.config import difference, from_json, to_json
+from efftrain.config import difference, finite_json, from_json, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.lock import FILE_NAME as LOCK
 from efftrain.lock import Lock
@@ -178,7 +178,7 @@ class Run:
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file of the run, whole or not at all."""
         temporary = self.path / f".{name}.incomplete"
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(finite_json(value), indent=2, allow_nan=False) + "\n")
         os.replace(temporary, self.path / name)
 
 
@@ -204,27 +204,49 @@ def has_begun(directory: Path) -> bool:
     return steps != "none" or ((rows := directory / "metrics.jsonl").exists() and rows.stat().st_size > 0)
 
 
-def load(directory: Path | str) -> Decoder:
+def load(directory: Path | str, *, finite: bool = True) -> Decoder:
     """The trained model of a run directory, with averaged parameters where the run keeps them.
 
+    Args:
+      directory: of the run.
+      finite: refuse a model that holds NaN or infinity. False: return it, to see where it went wrong.
+
     Raises:
-      RunError: the directory holds no run or no complete checkpoint.
+      RunError: the directory holds no run or no complete checkpoint, or the model holds numbers that are not finite.
     """
     directory = Path(directory)
     model_config = load_model_config(directory)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
-    here = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
     place = checkpoint_directory(directory, read_json(directory / "config.json"))
-    return nnx.merge(graph, load_variables(place, abstract))
+    return nnx.merge(graph, load_variables(place, _on_one_device(abstract), finite=finite))
 
 
-def load_variables(checkpoints: Any, abstract: nnx.State) -> nnx.State:
+def load_variables(checkpoints: Any, abstract: nnx.State, *, finite: bool = True) -> nnx.State:
     """As ``load``: the model's variables in the newest of these checkpoints, in the shardings of ``abstract``."""
     from efftrain.train.checkpoints import Checkpoints
 
     with Checkpoints(checkpoints, read_only=True) as opened:
-        return opened.restore_model(abstract)
+        return opened.restore_model(abstract, finite=finite)
+
+
+def check_model(directory: Path) -> None:
+    """Reads the model of a run, array by array, so that what ``load`` refuses is refused before something is written.
+
+    Raises:
+      RunError: as for ``load``.
+    """
+    from efftrain.train.checkpoints import Checkpoints
+
+    model_config, settings = load_model_config(directory), read_json(directory / "config.json")
+    abstract = nnx.state(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
+    with Checkpoints(checkpoint_directory(directory, settings), read_only=True) as opened:
+        for _ in opened.model_arrays(_on_one_device(abstract)):
+            pass
+
+
+def _on_one_device(abstract: nnx.State) -> nnx.State:
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
 
 
 def newest_step(directory: Path, settings: Any) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 
 from efftrain.errors import RunError
+from efftrain.ops.masks import count_zeros
 
 BITS, VALUES = "#bits", "#values"  # behind an array's name
 WORTH = 0.95  # of an array's bytes
@@ -68,4 +69,4 @@ def expand(stored: dict[str, Array], wanted: dict[str, Any]) -> dict[str, Array]
 def sparse_bytes(array: Array) -> int:
     """Of bits and values of an array."""
     bits = array.size // array.shape[-1] * -(-array.shape[-1] // 8)
-    return bits + int(jax.numpy.count_nonzero(array)) * array.dtype.itemsize
+    return bits + (array.size - count_zeros(array)) * array.dtype.itemsize

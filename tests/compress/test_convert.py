@@ -1,5 +1,7 @@
 """Conversion layer by layer: what it gives, what it reports, what it holds, what it refuses."""
 
+import json
+import math
 from dataclasses import replace
 
 import jax
@@ -15,7 +17,7 @@ from efftrain.compress.observe import Calibration, forward, grams
 from efftrain.compress.pieces import Pieces, assemble
 from efftrain.compress.quantize import convert
 from efftrain.errors import ConfigError
-from efftrain.measure.kept import Kept
+from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.parameters import stored_bytes
 from efftrain.models.config import LayerDropout
 from efftrain.models.decoder import Decoder
@@ -272,6 +274,15 @@ def test_a_budget_goes_to_the_layers_that_need_it(tmp_path):
     assert len(calls) == n
     with pytest.raises(ConfigError, match=r"--budget 0\.1 is below 0\.1875, the share of int4:g8 everywhere"):
         choose_formats(model, formats, 0.1, bpb, Kept(tmp_path / "choice.json", {}, {}))
+    # A part whose bits per byte are not finite in a format has it last.
+    spoiled = iter([1.0, *(1.1,) * 4, math.nan, *(1.1,) * 3])
+    choice = choose_formats(model, formats, 0.2, lambda _: next(spoiled), Kept(tmp_path / "spoiled.json", {}, {}))
+    (in_8_bits,) = (rule.layers for rule in choice.rules if rule.weights.bits == 8)
+    assert in_8_bits == "blocks/((2)/attention(/.*)?)"
+    write_json(tmp_path / "report.json", choice.as_json())
+    assert json.loads((tmp_path / "report.json").read_text())["costs"]["layer 2 attention in int4:g8"] is None
+    with pytest.raises(ConfigError, match="no finite bits per byte in int8"):
+        choose_formats(model, formats, 0.2, lambda _: math.inf, Kept(tmp_path / "none.json", {}, {}))
 
 
 def test_local_layers_are_plain_blocks():

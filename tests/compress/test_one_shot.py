@@ -12,6 +12,7 @@ from tiny_models import PLAIN, build, config, tokens
 from efftrain.compress.observe import Calibration, forward, grams, inputs_of
 from efftrain.compress.one_shot import mask_by_inputs, mask_by_magnitude, prune
 from efftrain.compress.pieces import Pieces
+from efftrain.compress.quantize import convert
 from efftrain.errors import ConfigError
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule, matrices
@@ -110,6 +111,21 @@ def test_experts_are_pruned_by_magnitude_and_the_report_says_so():
     experts = stacked(pruned)["blocks/0/mlp/down"]
     assert (np.count_nonzero(experts, axis=(2, 3)) == experts[0, 0].size // 2).all()
     assert np.isfinite(pruned(tokens())).all()
+
+
+def test_a_report_counts_the_zeros_that_are_stored():
+    """Of a 2:4 model that is quantised afterwards: half by pruning, and what rounding adds."""
+    sparse, _ = prune(Pieces.of(build(config())), NofM(n=2, m=4), method="magnitude")
+    rules = QuantizationRule(layers="blocks/.*/mlp/.*", weights=Integer(bits=4, group=4))
+    stored, report = convert(Pieces.of(sparse), Quantization(rules=(rules,)))
+    rows = {m.name: m for m in report.matrices}
+    assert rows["blocks/3/attention/query"].sparsity == 0.5  # float
+    assert rows["head"].sparsity == 0
+    for name in ("gate", "up", "down"):
+        kernel = getattr(stored.blocks[1].mlp, name).kernel
+        packed = np.asarray(kernel[...])[1].view(np.uint8)  # layer 3: two levels a byte
+        zeros = ((packed & 15) == 0).sum() + ((packed >> 4) == 0).sum()
+        assert rows[f"blocks/3/mlp/{name}"].sparsity == zeros / (2 * packed.size) >= 0.5
 
 
 def test_pruned_and_quantised_in_one_pass_is_stored_so():

@@ -1,6 +1,7 @@
 """Structured pruning: what is measured, what is sliced, what is left, what is refused."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -13,14 +14,14 @@ from tiny_models import LOCAL, PLAIN, build, config, tokens
 from efftrain.compress.importance import _observe, importance
 from efftrain.compress.observe import Calibration, forward
 from efftrain.compress.pieces import Pieces, assemble
-from efftrain.compress.shape import Shape, shaped
+from efftrain.compress.shape import Shape, head_parts, shaped
 from efftrain.compress.shape_count import Count
 from efftrain.compress.shapes import candidates
 from efftrain.compress.slim import kept_layers, largest, slim
 from efftrain.errors import ConfigError
 from efftrain.measure.flops import training_flops
 from efftrain.measure.parameters import abstract_decoder, count_parameters, stored_bytes
-from efftrain.models.config import Dense, LayerDropout, MlpConfig, llama
+from efftrain.models.config import Dense, LayerDropout, MlpConfig, ModelConfig, llama
 from efftrain.models.decode import generate
 from efftrain.models.linear import Linear
 from efftrain.models.moe import MoE, RoutedExperts
@@ -30,12 +31,14 @@ from efftrain.ops.number_formats import Integer
 from efftrain.ops.routing import route
 
 GQA = replace(LOCAL, attention=replace(LOCAL.attention, n_heads=4, d_head=4))
+ONE_GROUP = replace(PLAIN, attention=replace(PLAIN.attention, n_kv_heads=1))
 ROUTED = replace(PLAIN, mlp=MoE(n_experts=4, d_expert=8, n_shared=1))
 MODELS = {
     "two kinds": config(pattern=(PLAIN, GQA)),
     "two kinds, scan": config(pattern=(PLAIN, GQA), scan=True, n_repeats=3),
     "tied, layers left out": config(pattern=(PLAIN, GQA), tied_embedding=True, layer_dropout=LayerDropout(rate=0.1)),
     "experts": config(pattern=(PLAIN, ROUTED), n_repeats=2),
+    "one KV head": config(pattern=(ONE_GROUP, GQA), n_repeats=2),
 }
 
 
@@ -149,7 +152,7 @@ def zeroed(model, report):
     """The whole model with nothing behind the units and groups that the report has not kept."""
     pieces = Pieces.of(model)
     for cut, layer in zip(report.layers, pieces.layers, strict=True):
-        n = 16 // layer.attention.config.n_kv_heads
+        n = 16 // head_parts(layer.attention.config)
         kept = {layer.attention.out: np.concatenate([np.arange(g * n, (g + 1) * n) for g in cut.heads])}
         if cut.ffn is not None:
             kept[layer.mlp.down] = np.array(cut.ffn)
@@ -160,7 +163,7 @@ def zeroed(model, report):
     return assemble(model.config, pieces.outer, [nnx.state(layer) for layer in pieces.layers])
 
 
-@pytest.mark.parametrize("name", ["two kinds, scan", "tied, layers left out", "experts"])
+@pytest.mark.parametrize("name", ["two kinds, scan", "tied, layers left out", "experts", "one KV head"])
 def test_slicing_is_zeroing(name):
     model = build(MODELS[name])
     smaller, report = slimmed(model, ffn=0.5, heads=0.5)
@@ -169,6 +172,56 @@ def test_slicing_is_zeroing(name):
     assert np.abs(expected - logits(model, tokens())).max() > 1e-2
     assert smaller.config.n_repeats == model.config.n_repeats
     assert smaller.config.scan == model.config.scan
+
+
+def test_with_one_kv_head_the_query_heads_that_do_least_go():
+    """By the formula, head by head; key and value stay as they are."""
+    model, text = build(config(pattern=(ONE_GROUP,), n_repeats=1)), calibration()
+    smaller, report = slimmed(model, heads=0.75)
+    (layer,) = Pieces.of(model).layers
+    layer.attention.out.kernel[...] = jnp.eye(16)
+    read = layer.attention_norm(np.asarray(model.embedding(text.tokens)))
+    columns = row_norm(layer.attention(read, text.positions, text.segments), text)
+    of_heads = np.square(columns).reshape(4, 4).sum(1)
+    assert report.layers[0].heads == tuple(sorted(np.argsort(-of_heads)[:3]))
+    attention = smaller.config.pattern[0].attention
+    assert (attention.n_heads, attention.n_kv_heads) == (3, 1)
+    for name in ("key", "value"):
+        whole_kernel = getattr(model.blocks[0].attention, name).kernel[...]
+        np.testing.assert_array_equal(getattr(smaller.blocks[0].attention, name).kernel[...], whole_kernel)
+    found = candidates(model.config, 0.4, way="width", by="flops", length=16)
+    assert min(shape.heads for shape in found) < 1
+
+
+ADVISED = {
+    "one query head": config(pattern=(replace(PLAIN, attention=replace(PLAIN.attention, n_heads=1, n_kv_heads=1)),)),
+    "one KV head": config(pattern=(ONE_GROUP,)),
+    "two KV heads": config(pattern=(PLAIN, ROUTED)),
+    "layers of 24 and 12 units": config(),
+    "experts": config(pattern=(replace(ROUTED, mlp=MoE(n_experts=6, top_k=5, d_expert=8)),)),
+}
+
+
+@pytest.mark.parametrize("name", ADVISED)
+def test_a_share_cuts_or_is_refused_with_one_that_does(name):
+    """No shape is accepted that leaves everything, and whoever follows the advice gets a smaller model."""
+    model_config, advice = ADVISED[name], []
+    kinds = {"ffn": Dense, "experts": MoE}
+    there = [f for f, kind in kinds.items() if any(isinstance(b.mlp, kind) for b in model_config.pattern)]
+
+    def cut(field: str, share: float) -> ModelConfig:
+        return shaped(model_config, whole(model_config, **{field: share}), range(model_config.n_layers))
+
+    for field in ("heads", *there):
+        for share in (0.01, 0.1, 0.2, 0.26, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.99):
+            try:
+                assert cut(field, share) != model_config
+            except ConfigError as error:
+                found = re.search(rf"shape\.{field} is .*; (?:use|leave it at) ([\d.]+)$", str(error))
+                advice.append(float(found[1]))
+                assert (advice[-1] == 1) == (cut(field, advice[-1]) == model_config)
+    assert advice
+    assert (1 in advice) == (name == "one query head")
 
 
 def test_experts_that_no_token_goes_to_are_not_missed():
@@ -316,12 +369,13 @@ class OddLayer(nnx.Module):
 INT4 = QuantizationRule(weights=Integer(bits=4))
 REFUSED = [
     ({}, {"d_model": 24}, r"shape\.d_model is 24 and the model has 16; give at most 16"),
+    ({}, {"d_model": 13}, r"shape\.d_model is 13, which rounds to all 16 channels; use 8"),
     ({}, {"d_model": 3}, r"shape\.d_model is 3, less than half a multiple of 8; use 8"),
     ({}, {"n_layers": 5}, r"shape\.n_layers is 5 and the model has 4; give at most 4"),
     ({}, {"n_layers": 1}, r"shape\.n_layers is 1 of 4, and the first and the last layer stay; keep at least 2"),
     ({"n_repeats": 1}, {"n_layers": 1}, r"shape\.n_layers is 1 of 2.*keep at least 2"),
     ({}, {"ffn": 0.3}, r"shape\.ffn is 0\.3, which leaves layer 1 none of its 12 units; use 0\.334"),
-    ({}, {"heads": 0.1}, r"shape\.heads is 0\.1, which leaves layer 0 none of its 2 KV groups; use 0\.25"),
+    ({}, {"heads": 0.1}, r"shape\.heads is 0\.1, which leaves layer 0 none of its 2 KV groups; use 0\.5"),
     ({}, {"experts": 0.5}, r"shape\.experts is 0\.5 and no layer has MoE; leave it at 1"),
     ({"pattern": (ROUTED,)}, {"ffn": 0.5}, r"shape\.ffn is 0\.5 and no layer has Dense; leave it at 1"),
     ({"pattern": (replace(PLAIN, mlp=Odd()),)}, {"d_model": 8}, r"blocks/0/mlp/.*logical names"),

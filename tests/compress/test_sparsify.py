@@ -1,6 +1,7 @@
 """Sparse training: which weights stay, when, that zeros are exact, and that masks survive what happens to a run."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from tiny_models import build, config
 
 import efftrain
-from efftrain.compress.sparsify import Magnitude, Regrow, Saliency, Sparsity, hold_zeros, sparsify
+from efftrain.compress.sparsify import Magnitude, Regrow, Saliency, Sparsity, hold_zeros, new_masks, sparsify
 from efftrain.compress.sparsity_schedules import Constant, ErdosRenyi, Global, Gradual, Iterative, OneShot
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.moe import MoE
@@ -262,6 +263,19 @@ def test_one_ranking_takes_from_small_weights_but_empties_no_matrix():
     dense = stacked(build(config()))
     threshold = max(np.abs(dense[n][pruned[n] == 0]).max() for n in rest)
     assert threshold <= min(np.abs(w[w != 0]).min() for w in rest.values())
+
+
+def test_one_ranking_is_over_more_weights_than_an_int32_counts():
+    """Of shapes alone: 80 layers of 8192 x 28672, stacked, and what a schedule says on the way and at its end."""
+    sparsity = Sparsity(distribution=Global(), schedule=Gradual())
+    w = {name: jax.ShapeDtypeStruct((80, 8192, 28672), jnp.float32) for name in ("up", "down")}
+    masks = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, bool), w)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    found = jax.eval_shape(partial(new_masks, sparsity, 100), w, w, masks, step)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(lambda a: (a.shape, a.dtype), masks)
+    wide = {"up": jax.ShapeDtypeStruct((1, 1 << 16, 1 << 15), jnp.float32)}
+    with pytest.raises(ConfigError, match="too many for one ranking; use n:m or blocks"):
+        Unstructured().check("up", *wide["up"].shape[1:])
 
 
 def test_experts_are_pruned_apart():

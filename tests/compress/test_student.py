@@ -51,6 +51,8 @@ def test_a_cut_has_the_student_shape():
     found = cut_from(Pieces.of(teacher), student, calibration())
     assert found.config == student
     assert shape_within(DEEP, DEEP).d_model == DEEP.d_model
+    one_group = DEEP.replace(pattern=(replace(PLAIN, attention=replace(PLAIN.attention, n_kv_heads=1)),))
+    assert shape_within(student, one_group).heads == 0.5  # two query heads of four
     whole = cut_from(Pieces.of(teacher), DEEP, calibration())
     np.testing.assert_allclose(whole(tokens()), teacher(tokens()), rtol=1e-4, atol=1e-4)
 

@@ -101,6 +101,16 @@ def test_sums_of_bytes_are_exact_whatever_the_size_of_a_batch():
     assert byte_digits(TOKEN_BYTES).tolist() == [TOKEN_BYTES.tolist()]
 
 
+def test_bytes_of_a_batch_may_be_more_than_an_int32(model):
+    """Forty targets of 2^26 bytes and more."""
+    batches, token_bytes = make_batches(), (1 << 26) + np.arange(VOCAB, dtype=np.int32)
+    found = Evaluator(lambda: batches, token_bytes)(model)
+    counted = [token_bytes[b["targets"]][b["mask"]].sum(dtype=np.int64) for b in batches]
+    assert max(counted) > 2**31
+    n_targets = sum(b["mask"].sum() for b in batches)
+    assert found["loss"] / math.log(2) / found["bpb"] == pytest.approx(sum(counted) / n_targets, rel=1e-12)
+
+
 def test_every_call_is_a_fresh_pass_and_compiles_nothing_new(model, monkeypatch):
     traced = []
     objective = evaluate.next_token_loss

@@ -97,7 +97,7 @@ def test_a_validation_split_that_is_shorter_than_a_row_is_refused_before_the_fir
 
 def test_what_needs_the_validation_split_says_so_before_the_work(only_train, tmp_path):
     config = experiment(only_train, tmp_path / "run")
-    with pytest.raises(ConfigError, match="has no split 'validation', on which models are compared"):
+    with pytest.raises(ConfigError, match="has no split 'validation'"):
         compare({"only": config}, lambda config: pytest.fail("trained"), out=tmp_path, seeds=(0,))
     leave_run(config)
     with pytest.raises(ConfigError, match="has no split 'validation'"):

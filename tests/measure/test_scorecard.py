@@ -44,6 +44,7 @@ def test_round_trip(tmp_path):
         "unit": "J",
         "method": "unavailable",
         "note": "needs a power meter",
+        "split": "",
     }
     assert os.listdir(tmp_path) == ["scorecard.json"]
 

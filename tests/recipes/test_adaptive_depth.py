@@ -16,7 +16,7 @@ from efftrain.errors import ConfigError, RunError
 from efftrain.measure.calibrate_depth import Calibrated, read_calibration
 from efftrain.measure.parameters import abstract_decoder, count_parameters
 from efftrain.models.decode import generate
-from efftrain.models.early_exit import exit_states
+from efftrain.models.early_exit import ConfidenceExit, exit_states
 from efftrain.models.routed_depth import causally_routed
 from efftrain.ops.cross_entropy import token_nll
 from efftrain.recipe import import_script
@@ -136,20 +136,25 @@ def test_a_calibration_is_what_it_says(calibrated, corpus):
     assert card["decode_flops_per_token_exit"]["value"] <= card["decode_flops_per_token"]["value"] * 1.01
     assert ("decode_s_per_token_b1_speculative" in card) == bool(faster)
     assert "tokens by layers" in card["mean_depth_word"]["note"]
+    point = found["report"]["confidence_exit"][found["chosen_rule"]]["within_quality_loss"]
+    assert (card["mean_depth"]["value"], card["mean_depth"]["split"]) == (point["mean_depth"], "test")
     assert not list(calibrated.glob("*incomplete*"))
 
 
-def test_a_point_of_the_curve_is_the_bits_per_byte_of_its_threshold(calibrated, corpus):
-    """Put together again from whole rows, with another pass over the same ones."""
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_point_is_the_bits_per_byte_of_its_threshold(calibrated, corpus, split):
+    """Put together again from whole rows, with another pass: of the curve that chooses, and of the report."""
     found = json.loads((calibrated / "depth.json").read_text())
     model, opened = efftrain.load(calibrated), data.open(corpus)
-    exit_ = read_calibration(calibrated, model).exit("similarity")
-    point = next(p for p in found["confidence_exit"]["similarity"]["curve"] if p["threshold"] == exit_.threshold)
-    loader = data.LoaderConfig(
-        corpora=(data.Part(path=corpus),), length=16, batch_size=4, split="validation", repeat=False
-    )
+    assert (found["chosen_on"]["split"], found["report"]["split"]) == ("validation", "test")
+    chosen = found["confidence_exit"]["similarity"]["within_quality_loss"]
+    point = chosen if split == "validation" else found["report"]["confidence_exit"]["similarity"]["within_quality_loss"]
+    assert point["threshold"] == chosen["threshold"]
+    exit_ = ConfidenceExit(rule="similarity", threshold=point["threshold"])
+    loader = data.LoaderConfig(corpora=(data.Part(path=corpus),), length=16, batch_size=4, split=split, repeat=False)
     batches = data.batches(loader)
-    next(batches)  # a third of the 12 rows tunes
+    if split == "validation":
+        next(batches)  # a third of the 12 rows tunes
     nats = n_bytes = 0
     for row in (next(batches), next(batches)):
         where = {"segments_bt": row["segments"], "positions_bt": row["positions"]}
@@ -233,11 +238,12 @@ def test_exits_that_would_never_begin_are_refused(corpus, tmp_path):
 
 
 def test_bits_per_byte_are_those_of_decoding(mixture, corpus):
-    """The figure of a model that looks ahead in training is that of its own choices: summed up by hand."""
+    """The figure of a model that looks ahead in training is that of its own choices: summed up by hand, of the split
+    that a comparison reports on."""
     directory = mixture / "mixture-of-depths-seed0"
     opened = data.open(corpus)
     held_out = data.LoaderConfig(
-        corpora=(data.Part(path=corpus),), length=16, batch_size=4, split="validation", shuffle=False, repeat=False
+        corpora=(data.Part(path=corpus),), length=16, batch_size=4, split="test", shuffle=False, repeat=False
     )
     ahead, n_bytes = efftrain.load(directory), 0
     causal, nats = causally_routed(ahead), {"bpb": 0.0, "bpb_look_ahead": 0.0}
@@ -249,6 +255,7 @@ def test_bits_per_byte_are_those_of_decoding(mixture, corpus):
     card = json.loads((directory / "scorecard.json").read_text())["figures"]
     for name, total in nats.items():
         assert card[name]["value"] == pytest.approx(total / np.log(2) / n_bytes, rel=1e-4)
+        assert card[name]["split"] == "test"
 
 
 def test_the_named_configurations_cost_the_same():

@@ -14,6 +14,7 @@ from flax import nnx
 from running import compress, logits, run, start
 
 import efftrain
+from efftrain.measure.held_out import reporting
 from efftrain.models.quantization import Packed, Quantization
 from efftrain.recipe import import_script
 from efftrain.train.run import read_metrics
@@ -56,7 +57,7 @@ def test_the_float_run_stands_beside_and_both_share_their_beginning(trained):
     assert np.abs(logits(efftrain.load(plain)) - logits(efftrain.load(trained))).max() > 1e-3
 
 
-def test_what_was_trained_is_what_is_stored(trained):
+def test_what_was_trained_is_what_is_stored(trained, corpus):
     """In a directory of its own, by the name of the options, to the bit; the second time nothing is done."""
     code, output = compress(trained)
     assert code == 0, output
@@ -67,7 +68,9 @@ def test_what_was_trained_is_what_is_stored(trained):
     figures = json.loads((out / "scorecard.json").read_text())["figures"]
     assert figures["quantized_bytes_share"]["value"] == (0.5 + 2 / 8) / 4
     before = json.loads((trained / "scorecard.json").read_text())["figures"]
-    assert figures["bpb"]["value"] == pytest.approx(before["bpb"]["value"], rel=1e-6)
+    same_rows = reporting(corpus, 16).evaluator()(efftrain.load(trained))
+    assert figures["bpb"]["value"] == pytest.approx(same_rows["bpb"], rel=1e-6)
+    assert (before["bpb"]["split"], figures["bpb"]["split"]) == ("validation", "test")
     assert figures["checkpoint_bytes"]["value"] < before["checkpoint_bytes"]["value"] / 4
     report = json.loads((out / "compression.json").read_text())
     assert {m["name"] for m in report["matrices"] if m["method"] == "none"} == {"embedding"}
@@ -210,6 +213,7 @@ def test_a_comparison_shares_the_float_runs(command, trained, tmp_path):
     assert code == 0, output
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert set(found["variants"]) == {"float", "int4", "int4-fixed-steps"}
+    assert {rows["bpb"]["split"] for rows in found["variants"].values()} == {"test"}
     costs = found["cost_share"]
     assert costs["float"] == [0, 0]
     assert all(len(values) == 2 for values in costs.values())

@@ -22,6 +22,7 @@ from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Fitted, fit
 from efftrain.train.objective import next_token_loss
 from efftrain.train.run import Run, read_metrics
+from efftrain.train.state import split_model
 
 INT4 = Integer(bits=4, group=8)
 
@@ -106,6 +107,16 @@ def test_a_trunk_of_another_model_is_refused(trunk, tmp_path):
         train(tmp_path, other, branch=f"{trunk}@3", ema_decay=0.9)
     with pytest.raises(RunError, match="is a checkpoint of another model or optimizer"):
         train(tmp_path / "no-average", Config(), branch=f"{trunk}@3")
+
+
+def test_a_model_alone_is_refused_for_what_it_lacks(trunk, tmp_path):
+    """As ``efftrain compress`` leaves it: of the same model, without an optimizer's state."""
+    shutil.copytree(trunk, tmp_path / "compressed", ignore=shutil.ignore_patterns("checkpoints"))
+    _, params, rest = split_model(efftrain.load(trunk))
+    with Checkpoints(tmp_path / "compressed" / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"params": params, "model_state": rest}, None, None, squeezed=True)
+    with pytest.raises(RunError, match=r"holds a model without the state of an optimizer .*branch from the run that"):
+        train(tmp_path / "run", Config(), branch=f"{tmp_path / 'compressed'}@3")
 
 
 def test_a_run_starts_from_one_thing(trunk, tmp_path):

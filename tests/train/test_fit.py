@@ -10,6 +10,7 @@ import tiny
 from test_run import hashes
 
 from efftrain.errors import ConfigError, RunError
+from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.metrics_log import MetricsLog, read_metrics
 from efftrain.train.objective import next_token_loss
@@ -165,6 +166,13 @@ def test_a_new_run_starts_from_an_initial_model_and_a_continued_one_does_not(tmp
     assert tiny.numbers(tmp_path / "run")[0][1] < tiny.numbers(tmp_path / "first")[0][1] - 0.5
     tiny.train(tmp_path / "run", **changes)
     assert asked == [1]
+
+
+def test_an_initial_model_is_loaded_on_one_of_several_devices(unbroken, tmp_path):
+    """Loading compares checksums on one device: within the mesh of the run, it took every checkpoint for damaged."""
+    changes = {"initial": lambda: load(unbroken[0]), "steps": 1, "optimizer": AdamW(peak_lr=1e-12)}
+    model = tiny.train(tmp_path / "run", devices=8, mesh=MeshConfig(fsdp=4, tensor=2), **changes).model
+    tiny.assert_same_parameters(model, unbroken[1].model, atol=1e-6)
 
 
 def test_an_initial_model_of_another_shape_is_refused(tmp_path):

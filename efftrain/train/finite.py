@@ -1,0 +1,45 @@
+"""Numbers of a saved model that are not finite: refused where a model is read, before anything is made of it."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efftrain.errors import RunError
+
+BLOCKS = "blocks/"
+
+
+def check_finite(array: Array, name: str, names: Iterable[str], source: object) -> None:
+    """Refuses an array of a model with a number that is not finite.
+
+    Args:
+      array: of any dtype and sharding; those of blocks are stacked, layers first.
+      name: of the array, such as ``blocks/0/mlp/up/kernel``, where 0 is the position in the pattern.
+      names: of all arrays of the model.
+      source: where the model was read from, for the error.
+
+    Raises:
+      RunError: the sentence names the matrix and, in a block, the layer.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.inexact) or _is_finite(array):
+        return
+    if name.startswith(BLOCKS):
+        position, _, inner = name.removeprefix(BLOCKS).partition("/")
+        n_positions = len({other.split("/")[1] for other in names if other.startswith(BLOCKS)})
+        repeat = next(i for i in range(len(array)) if not _is_finite(array[i]))
+        name = f"{inner} of layer {repeat * n_positions + int(position)}"
+    raise RunError(
+        f"{source}: {name} holds numbers that are not finite (NaN or infinity), so that nothing can be made of this "
+        "model; take a checkpoint from before that, or train it again"
+    )
+
+
+@jax.jit
+def _finite(x: Array) -> Array:
+    return jnp.isfinite(x).all()
+
+
+def _is_finite(x: Array) -> bool:
+    return bool(_finite(x))

@@ -1,0 +1,35 @@
+"""What becomes of a run's zeros in the commands that are given it afterwards."""
+
+import pytest
+from tiny_models import PLAIN, build, config
+from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
+
+from efftrain.compress.one_shot import prune
+from efftrain.compress.options import Compression
+from efftrain.compress.pieces import Pieces
+from efftrain.compress.run import compress
+from efftrain.errors import ConfigError
+from efftrain.ops.masks import NofM
+from efftrain.train.loop import Training
+
+MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=2, max_length=32)
+TRAINING = Training(steps=40, batch_size=8, length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text").mkdir()
+    model, _ = prune(Pieces.of(build(MODEL)), NofM(n=2, m=4), method="magnitude")
+    return write_run(folder / "2of4", model, write_corpus(folder / "text"), TRAINING)
+
+
+@pytest.mark.parametrize("recover", [0, 4096])
+def test_a_structured_cut_of_a_sparse_run_is_refused_with_the_order_to_use(sparse, recover):
+    def files() -> list:
+        return sorted(sparse.parent.rglob("*"))
+
+    before = files()
+    with pytest.raises(ConfigError, match=r"was pruned \(50% of .*; cut the dense run first, and prune its smaller"):
+        compress(sparse, Compression(slim=0.3, recover=recover, rows=2))
+    assert files() == before
