@@ -105,7 +105,7 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / MANIFEST).is_file():
-        raise CorpusError(f"{out} exists and is not a corpus; choose another --out")
+        raise CorpusError(f"{out} exists and is not a corpus; choose another folder")
     if overwrite:
         return False
     manifest = read_manifest(out)
@@ -116,7 +116,8 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     if changed:
         shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise CorpusError(
-            f"{out} was built from something else ({shown}); choose another --out, or replace it with --overwrite"
+            f"{out} was built from something else ({shown}); choose another folder, delete this one, or replace it "
+            "with overwrite=True (--overwrite of scripts under data/)"
         )
     return True
 
@@ -155,7 +156,7 @@ def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, A
         # The writers in C++ and Rust raise errors of their own that carry only the message.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise CorpusError(
-                f"the disk of {out} is full; free space or choose another --out (the unfinished {folder} can be "
+                f"the disk of {out} is full; free space or choose another folder (the unfinished {folder} can be "
                 "deleted)"
             ) from error
         raise
@@ -186,7 +187,7 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
         # A process that started after the file was written only inherited the number.
         with contextlib.suppress(psutil.NoSuchProcess):
             if pid != os.getpid() and psutil.Process(pid).create_time() <= owner.stat().st_mtime:
-                raise CorpusError(f"process {pid} is building {folder}; wait for it or choose another --out")
+                raise CorpusError(f"process {pid} is building {folder}; wait for it or choose another folder")
     content = json.dumps({**plan, "environment": _environment() | {"commit": None}}, sort_keys=True)
     if folder.exists():
         same = (folder / "plan.json").is_file() and (folder / "plan.json").read_text() == content
@@ -201,7 +202,7 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise CorpusError(f"cannot write {folder} ({error.strerror}); choose another --out") from error
+        raise CorpusError(f"cannot write {folder} ({error.strerror}); choose another folder") from error
     owner.write_text(str(os.getpid()))
     (folder / "plan.json").write_text(content)
 

@@ -16,6 +16,7 @@ from efftrain.measure.scorecard import FILE_NAME, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.sharding import hosts
+from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
@@ -52,6 +53,7 @@ def train_and_score(
     extra_flops: float = 0.0,
     evaluated_rows: int | None = None,
     script: Path | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
@@ -63,6 +65,7 @@ def train_and_score(
       part: what is read of the corpus, and what its teacher says of it. None: all of it, and no teacher.
       evaluated_rows: of the validation split. None: all.
       script: see ``Run``.
+      rules: see ``fit``.
       extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
 
     Raises:
@@ -87,7 +90,7 @@ def train_and_score(
     data.show_mixture(loader, training.tokens)
     whole = (data.Part(path=config.corpus),)
     held_out = replace(loader, corpora=whole, split="validation", shuffle=False, repeat=False)
-    mine = batch_part(training)
+    mine = batch_part(training, rules)
 
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
@@ -104,6 +107,7 @@ def train_and_score(
             lambda: data.batches(held_out, *mine, verify=False), corpus.token_bytes(), max_batches=max_batches
         ),
         flops_per_token=flops_per_token,
+        rules=rules,
     )
     card = score(
         fitted.model,

@@ -17,6 +17,7 @@ from efftrain.config import difference, digest
 from efftrain.errors import RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
+from efftrain.sharding.rules import without_mesh
 from efftrain.train.sparse_storage import BITS, expand, squeeze, stored_names
 
 # Orbax reports each save in ten lines, and each failure once a thread before it raises.
@@ -359,8 +360,18 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
 
 def fingerprints(flat: dict[str, Any]) -> dict[str, int]:
     """32 bits of each array, the same on every mesh."""
-    # One after the other: many small programs in flight, each with an all-reduce, block fake devices on CPU for ever.
-    return {name: int(_fingerprint(array)) for name, array in flat.items()}
+    found = {}
+    with without_mesh():  # a model that is read for one device while a run goes on has none of the run's devices
+        for name, array in flat.items():
+            found[name] = _fingerprint(array)
+            if _on_several_cpus(array):  # many all-reduces in flight block fake devices on CPU for ever
+                found[name].block_until_ready()
+    return {name: int(value) for name, value in jax.device_get(found).items()}
+
+
+def _on_several_cpus(array: Any) -> bool:
+    devices = array.sharding.device_set if isinstance(array, Array) else ()
+    return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
 
 @jax.jit
@@ -400,8 +411,8 @@ def _check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> N
     if lines:
         raise RunError(
             f"{where} is a checkpoint of another model or optimizer: {lines[0]}"
-            f"{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}; use the run's own configuration or "
-            "another --out"
+            f"{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}; use the configuration and the code "
+            "that wrote it, or start another run"
         )
 
 

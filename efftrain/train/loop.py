@@ -17,7 +17,7 @@ from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.peers import Peers
-from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
+from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use, without_mesh
 from efftrain.train.branch import branch_from, parse_branch
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.interruption import Interruption
@@ -311,7 +311,11 @@ def _restore_or_init(
     found = checkpoints.restore(abstract)
     if found is None and config.branch is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
-        return state if initial is None else start_from(initial(), state)
+        if initial is None:
+            return state
+        with without_mesh():  # it may lie on one device, as ``load`` gives it
+            model = initial()
+        return start_from(model, state)
     if found is None:
         state, data_state = branch_from(config.branch, config.steps, program, abstract)
     else:
