@@ -62,7 +62,7 @@ def generate(
 
     Args:
       prompts_bp: (batch, longest prompt) int32, padded on the right with anything; or a list of token ids for each row.
-      prompt_lengths_b: (batch,) tokens of each prompt, at least 1. None: those of the lists, or the array's whole width.
+      prompt_lengths_b: (batch,) tokens of each prompt, at least 1. None: those of the lists, or the width of the array.
       n_new: how many tokens to draw.
       sampling: how.
       key: needed for a temperature above 0.
