@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
@@ -17,7 +16,7 @@ from efftrain.config import difference, digest
 from efftrain.errors import RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
-from efftrain.sharding.rules import without_mesh
+from efftrain.train.fingerprints import fingerprints
 from efftrain.train.sparse_storage import BITS, expand, squeeze, stored_names
 
 # Orbax reports each save in ten lines, and each failure once a thread before it raises.
@@ -356,37 +355,6 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
     """The inverse of ``flatten``, in the structure of ``like``."""
     paths, tree = jax.tree_util.tree_flatten_with_path(like)
     return jax.tree.unflatten(tree, [flat[_name(path)] for path, _ in paths])
-
-
-def fingerprints(flat: dict[str, Any]) -> dict[str, int]:
-    """32 bits of each array, the same on every mesh."""
-    found = {}
-    with without_mesh():  # a model that is read for one device while a run goes on has none of the run's devices
-        for name, array in flat.items():
-            found[name] = _fingerprint(array)
-            if _on_several_cpus(array):  # many all-reduces in flight block fake devices on CPU for ever
-                found[name].block_until_ready()
-    return {name: int(value) for name, value in jax.device_get(found).items()}
-
-
-def _on_several_cpus(array: Any) -> bool:
-    devices = array.sharding.device_set if isinstance(array, Array) else ()
-    return len(devices) > 1 and next(iter(devices)).platform == "cpu"
-
-
-@jax.jit
-def _fingerprint(x: Array) -> Array:
-    """The sum of all elements' bits, each times an odd number that says its place; modulo 2^32.
-
-    An odd factor is invertible, so that no change of a single element goes unnoticed; and an integer sum does not
-    depend on its order, so that no sharding changes it.
-    """
-    x = x.astype(jnp.uint8) if x.dtype == bool else x
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _check_unaltered(flat: dict[str, Any], saved: dict[str, int], data_state: Any, data_digest: str) -> None:
