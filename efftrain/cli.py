@@ -11,6 +11,7 @@ from rich.console import Console
 
 import efftrain
 from efftrain.errors import ConfigError
+from efftrain.progress import write_in_any_locale
 from efftrain.recipe import exit_cleanly, use_compilation_cache
 from efftrain.sharding.mesh import MeshConfig
 
@@ -18,7 +19,16 @@ RESTARTS = "--max-restarts"
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs one verb. An unknown verb or flag, or a mistake that the user can mend, ends with exit code 2."""
+    """Runs one verb, or prints the version.
+
+    An unknown verb or flag, or a mistake that the user can mend, ends with exit code 2, Ctrl-C with 130.
+    """
+    write_in_any_locale()
+    arguments = list(sys.argv[1:] if args is None else args)
+    if arguments == ["--version"]:
+        print(f"efftrain {efftrain.__version__}")
+        return
+
     import tyro
 
     verbs = [tyro.conf.subcommand(f.__name__, constructor=f) for f in (report, inspect)]
@@ -26,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
     def corpus(verb: Annotated[Any, verbs[0]] | Annotated[Any, verbs[1]]) -> None:
         """Look at what a corpus was made of and what was removed from it."""
 
-    own, recipe_arguments = _split_train(list(sys.argv[1:] if args is None else args))
+    own, recipe_arguments = _split_train(arguments)
 
     def train(recipe: Path, /, *, max_restarts: int = 3) -> None:
         """Run a recipe, and start it again after a crash, a kill or a preemption; it continues from its newest
@@ -58,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 "calibrate-depth": calibrate_depth,
             },
             prog="efftrain",
-            description=efftrain.__doc__.splitlines()[0],
+            description=f"{efftrain.__doc__.splitlines()[0]} --version prints the version.",
             args=own,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )

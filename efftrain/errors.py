@@ -2,7 +2,15 @@
 
 Each message is one sentence that names the field or the file and the remedy. A command prints it without a
 traceback and exits with code 2 (see ``recipe.exit_cleanly``); everything else is a bug and keeps its traceback.
+So does every script that imports efftrain, also while its own configurations are made: see ``_print_one_sentence``.
 """
+
+import sys
+import traceback
+from types import TracebackType
+
+EXIT_MISTAKE = 2
+EXIT_CTRL_C = 130  # 128 + SIGINT, as shells have it
 
 
 class EfftrainError(Exception):
@@ -23,3 +31,35 @@ class RunError(EfftrainError):
 
 class InUseError(EfftrainError):
     """Another process is changing what this one would change: a run, a corpus, a cache, a file of measurements."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. The message says what is kept and how to go on."""
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Of a process that ends with this error after one sentence; None where it deserves a traceback."""
+    if isinstance(error, EfftrainError):
+        return EXIT_MISTAKE
+    return EXIT_CTRL_C if isinstance(error, Interrupted) else None
+
+
+_previous_hook = sys.excepthook
+
+
+def _print_one_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's ``excepthook``: an uncaught error that the user can mend is one sentence with the line of the script.
+
+    A recipe makes its configurations while it is read, before anything of efftrain could catch their errors.
+    """
+    if (code := exit_code(error)) is None:
+        return _previous_hook(kind, error, trace)
+    from efftrain.progress import print_error
+
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == script]
+    print_error(error, f" ({script}, line {lines[-1]})" if lines and code == EXIT_MISTAKE else "")
+    raise SystemExit(code)
+
+
+sys.excepthook = _print_one_sentence

@@ -1,5 +1,7 @@
 """Progress that a person sees in a terminal and can still read in a log file."""
 
+import codecs
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -10,6 +12,28 @@ from rich.console import Console
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+ASCII = {"•": "*", "…": "...", "µ": "u", "─": "-", "━": "-", "│": "|", "┃": "|", **dict.fromkeys("╭╮╰╯", "+")}
+
+
+def print_error(error: BaseException, where: str = "") -> None:
+    """One sentence on stderr, which begins with "error:" where the user made a mistake."""
+    text = str(error) if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+    console.print(text + where, style="red", markup=False)
+
+
+def write_in_any_locale() -> None:
+    """Lets stdout and stderr take what their encoding lacks: as similar ASCII, or as an escape. See ``ASCII``."""
+    codecs.register_error("efftrain.ascii", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="efftrain.ascii")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters), error.end
 
 
 class Progress:

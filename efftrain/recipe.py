@@ -1,6 +1,7 @@
 """What turns a file of named configurations into a command: ``main(recipe_cli(configs))``."""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -9,11 +10,11 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from efftrain.class_names import SCRIPT_PREFIX
-from efftrain.errors import ConfigError, EfftrainError
-from efftrain.progress import console
+from efftrain.errors import ConfigError, EfftrainError, Interrupted, exit_code
+from efftrain.progress import console, print_error, write_in_any_locale
 
 Config = TypeVar("Config")
 
@@ -22,6 +23,8 @@ Config = TypeVar("Config")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 JAX_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+INTERRUPTED = "interrupted; the same command goes on from what is complete, or starts again where nothing is"
 
 
 def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None) -> Config:
@@ -37,6 +40,7 @@ def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None)
     """
     import tyro
 
+    write_in_any_locale()
     main = sys.modules["__main__"]
     arguments = sys.argv[1:]
     default = next(iter(configs))
@@ -46,7 +50,7 @@ def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None)
         fail(ConfigError(f"there is no configuration {name!r}; choose one of {', '.join(configs)}"))
     text = description or main.__doc__ or ""
     help_text = f"{text}\n\nConfigurations: {', '.join(configs)} (default: {default}). Showing {name}."
-    with exit_cleanly():
+    with exit_cleanly(), _hints(configs[name], arguments):
         config = tyro.cli(
             type(configs[name]),
             default=configs[name],
@@ -68,17 +72,63 @@ def run_recipe(main, configs: Mapping[str, Config]) -> None:
 
 
 @contextlib.contextmanager
+def _hints(config: Any, arguments: list[str]) -> Iterator[None]:
+    """Where the command line was refused, says of each unknown flag which ones stand in its place."""
+    try:
+        yield
+    except SystemExit as stop:
+        for flag in arguments if stop.code else []:
+            if flag.startswith("--") and (hint := flag_hint(config, flag.split("=")[0])):
+                console.print(hint, markup=False)
+        raise
+
+
+def flag_hint(config: Any, flag: str) -> str | None:
+    """What to give instead of a flag that names no field; None where it names one, or its group is unknown too.
+
+    Args:
+      config: the dataclass whose fields are flags.
+      flag: such as ``--model.n-layers``, which follows from other fields.
+    """
+    *groups, name = flag.removeprefix("--").replace("-", "_").split(".")
+    for group in groups:
+        try:
+            config = config[int(group)] if group.isdecimal() else getattr(config, group)
+        except (AttributeError, LookupError, TypeError):
+            return None
+    if not dataclasses.is_dataclass(config):
+        return None
+    fields = [field.name for field in dataclasses.fields(config)]
+    if name.removeprefix("no_") in fields or name in ("help", "h"):
+        return None
+    prefix = "--" + "".join(f"{group}." for group in groups)
+    flags = ", ".join(prefix + field for field in fields).replace("_", "-")
+    found = getattr(type(config), name, None)
+    if isinstance(found, property):
+        meaning = (found.__doc__ or "").strip().split("\n")[0].rstrip(".")
+        return f"{flag} follows from other fields ({meaning}); set these: {flags}"
+    return f"there is no {flag}; there are: {flags}"
+
+
+@contextlib.contextmanager
 def exit_cleanly() -> Iterator[None]:
-    """Turns an ``EfftrainError`` into one sentence and exit code 2; lets every other exception pass."""
+    """Turns an ``EfftrainError`` into one sentence and exit code 2, and Ctrl-C into one and code 130.
+
+    Every other exception passes.
+    """
     try:
         yield
     except EfftrainError as error:
         fail(error)
+    except KeyboardInterrupt as error:
+        interrupted = error if isinstance(error, Interrupted) else Interrupted(INTERRUPTED)
+        print_error(interrupted)
+        raise SystemExit(exit_code(interrupted)) from None
 
 
 def fail(error: EfftrainError) -> None:
-    console.print(f"error: {error}", style="red", markup=False)
-    raise SystemExit(2)
+    print_error(error)
+    raise SystemExit(exit_code(error))
 
 
 def use_compilation_cache() -> None:

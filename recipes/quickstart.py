@@ -3,18 +3,18 @@
     python recipes/quickstart.py [--out runs/quickstart]
 
 Builds a corpus from the Python standard library, trains a tokenizer and a small decoder, measures it in bits per byte
-on packages that it has not seen, decodes a sample, and leaves a run directory with a scorecard. A second start
-continues where the first stopped.
+on packages that it has not seen, lets it continue a function, and leaves a run directory with a scorecard. A second
+start continues where the first stopped.
 
 Measured: bpb 1.95 on validation, 282 s with the corpus, 6,300 tokens/s; one run on two cores of an AMD EPYC.
 """
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from efftrain.data import Corpus
@@ -32,6 +32,7 @@ from efftrain.train.optimizers import AdamW
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def read_json(path):\n"
+DRAWS = 8  # continuations, of which the best one is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +72,31 @@ def main(config: Config) -> Scorecard:
     python = import_script(ROOT / "data" / "python.py")
     corpus = python.main(python.Config(out=config.corpus, standard_library_only=True, processes=1))
     model, card = train_and_score(config, *program(config))
-    console.print(sample(model, corpus), markup=False)
+    if written := max(map(python_code, samples(model, corpus)), key=len):
+        console.print(f"what the model makes of it, the most of {DRAWS} draws that is Python:\n{written}", markup=False)
     console.print(table([card]))
     return card
 
 
-def sample(model: Decoder, corpus: Corpus) -> str:
-    """A continuation of ``PROMPT``."""
+def samples(model: Decoder, corpus: Corpus) -> list[str]:
+    """Continuations of ``PROMPT``, with it."""
     tokenizer = corpus.tokenizer()
     prompt = [corpus.end_of_text_id, *tokenizer.encode(PROMPT, add_special_tokens=False).ids]
-    drawn = generate(
-        model,
-        jnp.array([prompt]),
-        jnp.array([len(prompt)]),
-        n_new=96,
-        sampling=Sampling(temperature=0.7, top_k=40),
-        key=jax.random.key(0),
-    )
-    return PROMPT + tokenizer.decode(drawn[0].tolist())
+    sampling = Sampling(temperature=0.5, top_k=40)
+    drawn = generate(model, [prompt] * DRAWS, n_new=64, sampling=sampling, key=jax.random.key(0))
+    return [PROMPT + tokenizer.decode(row) for row in drawn.tolist()]
+
+
+def python_code(text: str) -> str:
+    """The most of its first lines that Python can parse and that are more than ``PROMPT``; "" where none are."""
+    lines = text.splitlines(keepends=True)[:-1]  # the last one was cut off
+    for n in range(len(lines), 1, -1):
+        try:
+            ast.parse(found := "".join(lines[:n]))
+        except (SyntaxError, ValueError):
+            continue
+        return found.rstrip()
+    return ""
 
 
 if __name__ == "__main__":

@@ -76,7 +76,10 @@ def candidates(config: ModelConfig, keep: float, *, way: Way, by: By, length: in
     picked = picked or found[way][:1]  # the nearest
     if not picked:
         least = count.of(_smallest(*tried[way])) / whole
-        raise ConfigError(f"keep is {keep}, and way {way!r} leaves at least {least:.3f} of the {by}; keep more")
+        raise ConfigError(
+            f"keep is {keep}, and way {way!r} leaves at least {least:.3f} of the {by}; keep more (--slim below "
+            f"{1 - least:.3f})"
+        )
     shapes: dict[tuple[int, int], Shape] = {}
     for f in picked:
         shapes.setdefault((f.shape.n_layers, f.shape.d_model), f.shape)

@@ -103,7 +103,7 @@ class LoaderConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"loader.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"loader.seed is {self.seed}; it must be from 0 to 2**32 - 1")
+            raise ConfigError(f"loader.seed (training.seed of a recipe) is {self.seed}; it must be from 0 to 2**32 - 1")
 
 
 class PackedRows:
@@ -150,6 +150,9 @@ class Loader:
 
     def __next__(self) -> Batch:
         return next(self._iterator)
+
+    def __length_hint__(self) -> int:
+        return NotImplemented if self.n_batches is None else self.n_batches
 
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON: which batch comes next, and of which data."""

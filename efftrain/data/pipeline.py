@@ -36,7 +36,7 @@ from efftrain.data.spool import unpack_record
 from efftrain.data.stages import Engine, read_summary, run_stage, stem
 from efftrain.data.tokenizer import load_tokenizer
 from efftrain.data.writing import write_corpus
-from efftrain.errors import ConfigError, CorpusError
+from efftrain.errors import ConfigError, CorpusError, Interrupted
 from efftrain.progress import console
 
 SCORES = "scores.parquet"
@@ -98,6 +98,11 @@ def build(
             content = build.run(_scores_to_reuse(out, config, wanted))
             content["seconds"] = round(time.monotonic() - started, 1)
             manifest = store.write_manifest(folder, {**wanted, "inputs": inputs, **content})
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"interrupted; the parts that are done are kept in {store.unfinished_path(out)}, and the same command goes "
+            "on from there"
+        ) from stop
     finally:
         if own:
             engine.close()

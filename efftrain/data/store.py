@@ -106,7 +106,7 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / MANIFEST).is_file():
-        raise CorpusError(f"{out} exists and is not a corpus; choose another --out")
+        raise CorpusError(f"{out} exists and is not a corpus; choose another folder")
     if overwrite:
         return False
     manifest = read_manifest(out)
@@ -117,7 +117,8 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     if changed:
         shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise CorpusError(
-            f"{out} was built from something else ({shown}); choose another --out, or replace it with --overwrite"
+            f"{out} was built from something else ({shown}); choose another folder, delete this one, or replace it "
+            "with overwrite=True (--overwrite of scripts under data/)"
         )
     return True
 
@@ -158,7 +159,7 @@ def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, A
         # The writers in C++ and Rust raise errors of their own that carry only the message.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise CorpusError(
-                f"the disk of {out} is full; free space or choose another --out (the unfinished {folder} can be "
+                f"the disk of {out} is full; free space or choose another folder (the unfinished {folder} can be "
                 "deleted)"
             ) from error
         raise
@@ -186,7 +187,7 @@ def _lock(out: Path) -> Lock:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise CorpusError(f"cannot write {out} ({error.strerror}); choose another --out") from error
+        raise CorpusError(f"cannot write {out} ({error.strerror}); choose another folder") from error
 
 
 def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
@@ -204,7 +205,7 @@ def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise CorpusError(f"cannot write {folder} ({error.strerror}); choose another --out") from error
+        raise CorpusError(f"cannot write {folder} ({error.strerror}); choose another folder") from error
     (folder / "plan.json").write_text(content)
 
 

@@ -297,7 +297,7 @@ class TeacherCache:
             )
         if self.plan.length != length:
             raise ConfigError(
-                f"{self.path} was made for rows of {self.plan.length} tokens and loader.length is {length}; use "
+                f"{self.path} was made for rows of {self.plan.length} tokens and rows have {length} here; use "
                 f"{self.plan.length}, or make another cache with: efftrain teacher RUN --length {length}"
             )
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -73,7 +74,9 @@ class Evaluator:
         graph, state = nnx.split(model)
         total = np.zeros(4 + 3 * len(self._byte_digits_kv))  # float64: exact for the counts of any split
         pending = total
-        for batch in _show(itertools.islice(self._batches(), self._max_batches), self._max_batches):
+        batches = self._batches()
+        known = [n for n in (operator.length_hint(batches), self._max_batches) if n]
+        for batch in _show(itertools.islice(batches, self._max_batches), min(known, default=None)):
             self._check(batch)
             dispatched = batch_nats(graph, state, _place(batch), self._byte_digits_kv)
             # One batch late: the device works on this one while the host waits for the one before.

@@ -21,7 +21,7 @@ from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.mesh import make_mesh
-from efftrain.sharding.rules import DEFAULT_RULES, use
+from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
 from efftrain.train.objective import Objective
@@ -67,6 +67,7 @@ def train_and_score(
     extra_flops: float = 0.0,
     evaluated_rows: int | None = None,
     script: Path | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
@@ -82,6 +83,7 @@ def train_and_score(
       part: what is read of the corpus, and what its teacher says of it. None: all of it, and no teacher.
       evaluated_rows: of the validation split. None: all.
       script: see ``Run``.
+      rules: see ``fit``.
       extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
 
     Raises:
@@ -105,7 +107,7 @@ def train_and_score(
     )
     data.show_mixture(loader, training.tokens)
     held_out = choosing(config.corpus, training.length, evaluated_rows)
-    mine = batch_part(training)
+    mine = batch_part(training, rules)
     evaluate = _evaluator(corpus, held_out, training.batch_size, mine)
 
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
@@ -125,6 +127,7 @@ def train_and_score(
         initial=initial,
         evaluate=evaluate,
         flops_per_token=flops_per_token,
+        rules=rules,
     )
     card = score(
         fitted.model,

@@ -111,7 +111,7 @@ def not_measured(unit: str, note: str) -> Figure:
 
 
 def table(scorecards: Sequence[Scorecard], figures: Sequence[str] = HEADLINE) -> Table:
-    """For a person, readable on 100 columns.
+    """For a person: of one model readable on 80 columns, of several on 100.
 
     Args:
       scorecards: one gives a row for each of its figures; several give a row for each model.
@@ -157,7 +157,10 @@ def _scaled(value: float) -> tuple[str, str]:
 
 
 def _one(scorecard: Scorecard) -> Table:
-    rows = Table("figure", "value", "method", "note", title=scorecard.name, title_justify="left")
+    rows = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, title=scorecard.name, title_justify="left")
+    for heading in ("figure", "value", "method"):
+        rows.add_column(heading, no_wrap=True)
+    rows.add_column("note")
     for name, figure in scorecard.figures.items():
         method = "-" if figure.value is None else figure.method
         note = "; ".join(filter(None, (figure.split and f"{figure.split} split", figure.note)))

@@ -204,7 +204,7 @@ class ModelConfig:
 
     @property
     def n_layers(self) -> int:
-        """Blocks of the stack; a block that is passed several times counts once."""
+        """``n_repeats`` times the blocks of ``pattern``; a block that is passed several times counts once."""
         return len(self.pattern) * self.n_repeats
 
     @property

@@ -13,6 +13,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache, empty_cache
 from efftrain.models.decoder import Decoder
 from efftrain.models.early_exit import ConfidenceExit, Probe, advance, check_layers, extend_until_sure
+from efftrain.models.prompts import Prompts, padded
 from efftrain.models.routed_depth import RoutedCache
 from efftrain.models.sampling import GREEDY, Sampling, sample
 from efftrain.models.self_speculation import SelfSpeculation, extra_slots, speculate
@@ -46,8 +47,8 @@ class Generated:
 
 def generate(
     model: Decoder,
-    prompts_bp: Array,
-    prompt_lengths_b: Array,
+    prompts_bp: Prompts,
+    prompt_lengths_b: Array | None = None,
     *,
     n_new: int,
     sampling: Sampling = GREEDY,
@@ -60,8 +61,8 @@ def generate(
     """Continues each prompt by ``n_new`` tokens.
 
     Args:
-      prompts_bp: (batch, longest prompt) int32, padded on the right with anything.
-      prompt_lengths_b: (batch,) tokens of each prompt, at least 1.
+      prompts_bp: (batch, longest prompt) int32, padded on the right with anything; or a list of token ids for each row.
+      prompt_lengths_b: (batch,) tokens of each prompt, at least 1. None: those of the lists, or the width of the array.
       n_new: how many tokens to draw.
       sampling: how.
       key: needed for a temperature above 0.
@@ -86,8 +87,8 @@ def generate(
 
 def generate_report(
     model: Decoder,
-    prompts_bp: Array,
-    prompt_lengths_b: Array,
+    prompts_bp: Prompts,
+    prompt_lengths_b: Array | None = None,
     *,
     n_new: int,
     sampling: Sampling = GREEDY,
@@ -98,6 +99,7 @@ def generate_report(
     probe: Probe | None = None,
 ) -> Generated:
     """``generate``, with the depth that it took."""
+    prompts_bp, prompt_lengths_b = padded(prompts_bp, prompt_lengths_b)
     _check(model, prompts_bp.shape[1], n_new, sampling, key)
     graph, state = nnx.split(model)
     key = jax.random.key(0) if key is None else key

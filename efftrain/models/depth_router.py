@@ -11,6 +11,7 @@ from jax import Array
 from efftrain.errors import ConfigError
 from efftrain.models.linear import Linear
 from efftrain.ops.norm import rms_norm
+from efftrain.ops.routing import router_logits
 
 Causal = Literal["predictor", "auxiliary", "none"]
 
@@ -43,7 +44,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_btd: Array) -> Array:
         """(batch, length) float32."""
-        return self.score(self._normed(x_btd))[..., 0]
+        return router_logits(self._normed(x_btd), self.score.kernel[...])[..., 0]
 
     def predict(self, x_btd: Array) -> Array:
         """(batch, length) float32 logits of being chosen, by the token alone.
@@ -59,7 +60,8 @@ class Router(nnx.Module):
         if self.causal == "auxiliary":
             return self(x_btd)
         x_btd = jax.lax.stop_gradient(self._normed(x_btd))
-        return self.out(jax.nn.silu(self.into(x_btd)))[..., 0]
+        hidden = jax.nn.silu(router_logits(x_btd, self.into.kernel[...]))
+        return router_logits(hidden, self.out.kernel[...])[..., 0]
 
     def _normed(self, x_btd: Array) -> Array:
         return rms_norm(x_btd.astype(jnp.float32), jnp.ones(()), self.eps)

@@ -67,7 +67,8 @@ class Probe:
     def __call__(self, hidden: Array, n_layers_passed: int) -> Array:
         """(..., d_model) -> (...) float32 logits that the last layer would choose the same token."""
         kernel_d, bias = self.kernel_ed[n_layers_passed - 1], self.bias_e[n_layers_passed - 1]
-        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), kernel_d) + bias
+        # As routers, see ``ops.routing.router_logits``: a token leaves or stays by it.
+        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), kernel_d, precision="highest") + bias
 
 
 @jax.tree_util.register_dataclass
@@ -226,7 +227,8 @@ def fit_probe(hidden_end: Array, agree_en: Array, *, steps: int = 300, rate: flo
     probe = Probe(jnp.zeros((len(hidden_end), hidden_end.shape[-1])), jnp.zeros(len(hidden_end)))
 
     def loss_of(probe: Probe) -> Array:
-        logits_en = jnp.einsum("end,ed->en", hidden_end.astype(jnp.float32), probe.kernel_ed) + probe.bias_e[:, None]
+        product_en = jnp.einsum("end,ed->en", hidden_end.astype(jnp.float32), probe.kernel_ed, precision="highest")
+        logits_en = product_en + probe.bias_e[:, None]
         return optax.losses.sigmoid_binary_cross_entropy(logits_en, agree_en.astype(jnp.float32)).mean(1).sum()
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:

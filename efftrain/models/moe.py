@@ -25,6 +25,7 @@ from efftrain.ops.routing import (
     entropy,
     max_violation,
     route,
+    router_logits,
     z_loss,
 )
 from efftrain.progress import console
@@ -157,7 +158,7 @@ class RoutedExperts(nnx.Module):
 
     def __call__(self, x_btd: Array) -> tuple[Array, dict]:
         config, n = self.config, x_btd.shape[0] * x_btd.shape[1]
-        logits_ne = x_btd.reshape(n, -1).astype(jnp.float32) @ self.router[...]
+        logits_ne = router_logits(x_btd.reshape(n, -1), self.router[...])
         routing = route(
             logits_ne,
             self.bias[...],

@@ -1,5 +1,7 @@
 """How the next token is drawn."""
 
+import math
+import operator
 from dataclasses import dataclass
 
 import jax
@@ -8,18 +10,29 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 
+# Temperatures at which quotients of float32 logits may overflow, and beyond which a draw is even.
+COLD, HOT = 1e-30, 1e30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn: temperature 0 takes the likeliest; top_k keeps the k likeliest."""
+    """How the next token is drawn: temperature 0 takes the likeliest; top_k keeps the k likeliest.
+
+    Raises:
+      ConfigError: the temperature is negative, infinite or not a number, or top_k is no whole number from 1.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"sampling.temperature is {self.temperature}; use 0 for greedy or a number above")
-        if self.top_k is not None and self.top_k < 1:
+        try:
+            whole = 1 if self.top_k is None else operator.index(self.top_k)
+        except TypeError as error:
+            raise ConfigError(f"sampling.top_k is {self.top_k}; it must be a whole number, or None") from error
+        if whole < 1:
             raise ConfigError(f"sampling.top_k is {self.top_k}; it must be at least 1")
 
 
@@ -32,9 +45,9 @@ def sample(logits_bv: Array, key: Array, sampling: Sampling) -> Array:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
     if sampling.top_k is not None and sampling.top_k < logits_bv.shape[-1]:
         logits_bk, tokens_bk = jax.lax.top_k(logits_bv, sampling.top_k)
-        drawn_b = jax.random.categorical(key, logits_bk / sampling.temperature)
+        drawn_b = jax.random.categorical(key, _over(logits_bk, sampling.temperature))
         return jnp.take_along_axis(tokens_bk, drawn_b[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    return jax.random.categorical(key, logits_bv / sampling.temperature).astype(jnp.int32)
+    return jax.random.categorical(key, _over(logits_bv, sampling.temperature)).astype(jnp.int32)
 
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
@@ -42,4 +55,11 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         best, tokens = jax.lax.top_k(logits, sampling.top_k)
         logits = jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), tokens, best, axis=-1, inplace=False)
-    return jax.nn.softmax(logits.astype(jnp.float32) / sampling.temperature)
+    return jax.nn.softmax(_over(logits.astype(jnp.float32), sampling.temperature))
+
+
+def _over(logits: Array, temperature: float) -> Array:
+    """The logits over a temperature above 0, finite where the likeliest is; float32 flushes the smallest ones to 0."""
+    if temperature < COLD:
+        logits -= logits.max(-1, keepdims=True)
+    return logits / min(max(temperature, float(jnp.finfo(jnp.float32).tiny)), HOT)

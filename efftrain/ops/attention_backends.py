@@ -13,11 +13,12 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.ops.attention import causal_attention
-from efftrain.ops.attention_cudnn import cudnn_attention, refusal
+from efftrain.ops.attention_cudnn import attached_capability, cudnn_attention, refusal
 from efftrain.ops.attention_splash import splash_attention
 from efftrain.ops.platform import platform
 
 Backend = Literal["auto", "xla", "splash", "cudnn"]
+LONGEST_CHECK = 4096  # tokens: the reference has the scores of four heads
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # where each kernel runs; xla runs everywhere
 
 
@@ -65,18 +66,20 @@ def _kernel(backend: Backend, platform: str, n_blocks: int = 4) -> Callable[...,
 def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Backend:
     """The kernel that ``attention`` runs: never "auto".
 
-    A kernel is checked once a process, on the first use, where a device of its platform is attached (compiling for a
-    topology that is not here checks nothing).
+    A kernel is checked where a device of its platform is attached (compiling for a topology that is not here checks
+    nothing), once a process for each size of head and each power of two into which the length fits.
 
     Args:
-      backend: "auto" takes splash on TPU, cuDNN on GPU where it can do the type, the head and the row, else xla; one
-        that fails its check is left with a warning. Several processes must agree, so there it is an error.
+      backend: "auto" takes splash on TPU, cuDNN on GPU; where cuDNN cannot do the type, the head or the row on this
+        GPU, or a kernel fails its check, it takes xla and warns. Several processes must agree on the outcome of a
+        check, so there a failed one is an error.
       dtype: of the queries.
       d_head: size of a head.
       length: of a device's queries.
 
     Raises:
-      ConfigError: an unknown name, a kernel of another platform, or one that failed its check.
+      ConfigError: an unknown name, or a kernel that is of another platform, cannot do this shape on this GPU, or has
+        failed its check.
     """
     if backend not in get_args(Backend):
         names = ", ".join(map(repr, get_args(Backend)))
@@ -89,15 +92,20 @@ def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Ba
             f"attention.backend is {backend!r}, which needs a {PLATFORM[backend].upper()}, and the devices are {here}; "
             "use 'auto'"
         )
+    length_class = min(max(128, 2 ** (length - 1).bit_length()), LONGEST_CHECK if here != "cpu" else 256)
+    can = functools.partial(refusal, dtype, d_head, length, length, capability=attached_capability())
     if backend != "auto":
-        if reason := _failure(backend, here):
+        if backend == "cudnn" and (reason := can(masked=False)):  # of segments it hears later
+            raise ConfigError(f"attention.backend 'cudnn' {reason}")
+        if reason := _failure(backend, here, d_head, length_class):
             raise ConfigError(f"{reason}; use attention.backend 'xla', or another jax")
         return backend
     chosen = next((name for name, where in PLATFORM.items() if where == here), "xla")
     # Whether the row has segments is the caller's to change; the rule is the same for both.
-    if chosen == "cudnn" and refusal(dtype, d_head, length, length, masked=True):
+    if chosen == "cudnn" and (reason := can(masked=True)):
+        warnings.warn(f"attention.backend 'auto' takes 'xla', because cuDNN {reason}", stacklevel=2)
         return "xla"
-    if chosen == "xla" or not (reason := _failure(chosen, here)):
+    if chosen == "xla" or not (reason := _failure(chosen, here, d_head, length_class)):
         return chosen
     if jax.process_count() > 1:
         raise ConfigError(f"{reason}; set attention.backend to 'xla', so that all processes agree")
@@ -106,8 +114,8 @@ def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Ba
 
 
 @functools.cache
-def _failure(backend: str, platform: str) -> str | None:
-    """What is wrong with a kernel on the attached device, as a sentence without its end; None if nothing is."""
+def _failure(backend: str, platform: str, d_head: int, length: int) -> str | None:
+    """Returns what is wrong with a kernel on the attached device (without a final period), or None."""
     try:
         device = jax.local_devices(backend=platform)[0]
     except RuntimeError:
@@ -116,9 +124,10 @@ def _failure(backend: str, platform: str) -> str | None:
 
     def run() -> None:
         try:
-            found.append(difference(backend, device))
+            found.append(difference(backend, device, d_head=d_head, length=length))
         except Exception as error:  # whatever a kernel or its compiler raises is the answer
-            found.append(f"attention.backend {backend!r} does not run on {device.device_kind}: {error}".split("\n")[0])
+            where = f"on {device.device_kind} with heads of {d_head} in rows of {length}"
+            found.append(f"attention.backend {backend!r} does not run {where}: {error}".split("\n")[0])
 
     # A thread of its own knows nothing of the mesh and the trace from which the first use comes.
     thread = threading.Thread(target=run)
@@ -127,14 +136,20 @@ def _failure(backend: str, platform: str) -> str | None:
     return found[0]
 
 
-def difference(backend: Backend, device: jax.Device) -> str | None:
-    """Compares a kernel with float32 on a small packed input with a window and grouped heads, gradients too.
+def difference(backend: Backend, device: jax.Device, *, d_head: int = 64, length: int = 256) -> str | None:
+    """Compares a kernel with float32 on two packed rows with a window and grouped heads, gradients too.
+
+    Args:
+      backend: the kernel.
+      device: where it runs.
+      d_head: size of a head.
+      length: of a row.
 
     Returns:
       A sentence without its end where they differ by more than bfloat16 rounds; None where they agree.
     """
     rng = np.random.default_rng(0)
-    length, heads, kv_heads, d_head = 256, 4, 2, 64
+    heads, kv_heads = 4, 2
     shapes = [(2, length, n, d_head) for n in (heads, kv_heads, kv_heads, heads)]
     *qkv, direction = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     segments = (np.arange(length) >= rng.integers(1, length, (2, 3, 1))).sum(1).astype(np.int32)

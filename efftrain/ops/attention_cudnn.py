@@ -7,6 +7,7 @@ from jax import Array
 from efftrain.errors import ConfigError
 
 DTYPES = ("bfloat16", "float16")
+AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
 
 
 def cudnn_attention(
@@ -34,7 +35,7 @@ def cudnn_attention(
     """
     t, s = q_bthd.shape[1], k_bskd.shape[1]
     masked = segments_bs is not None or t != s
-    if reason := refusal(q_bthd.dtype, q_bthd.shape[-1], t, s, masked=masked):
+    if reason := refusal(q_bthd.dtype, q_bthd.shape[-1], t, s, masked=masked, capability=attached_capability()):
         raise ConfigError(f"attention.backend 'cudnn' {reason}")
     if not masked:
         # The pair is (how many before, how many behind); cuDNN's own window counts the token itself.
@@ -58,12 +59,39 @@ def explicit_mask(t: int, s: int, segments_bs: Array | None, window: int | None)
     return (mask & (segments_bs[:, s - t :, None] == segments_bs[:, None]))[:, None]
 
 
-def refusal(dtype: jnp.dtype, d_head: int, t: int, s: int, *, masked: bool) -> str | None:
-    """Why cuDNN's kernels cannot do it, as the end of a sentence; None where they can."""
+def attached_capability() -> str | None:
+    """The compute capability of the attached GPU, such as "8.0" of an A100; None where there is none."""
+    try:
+        device = jax.local_devices(backend="gpu")[0]
+    except RuntimeError:
+        return None
+    return getattr(device, "compute_capability", None)
+
+
+def refusal(
+    dtype: jnp.dtype, d_head: int, t: int, s: int, *, masked: bool, capability: str | None = None
+) -> str | None:
+    """Returns why cuDNN's kernels cannot do it, as the end of a sentence, or None where they can.
+
+    Args:
+      dtype: of the queries.
+      d_head: size of a head.
+      t, s: numbers of queries and keys.
+      masked: whether the mask is an array.
+      capability: of the GPU, such as "8.0". None: not known, as where a program is only compiled.
+    """
+    version = tuple(map(int, capability.split("."))) if capability else HOPPER
+    if version < AMPERE:
+        return f"needs a GPU of compute capability 8.0 and this one has {capability}; use 'xla'"
+    largest = 256 if version >= HOPPER else 128
     if jnp.dtype(dtype).name not in DTYPES:
         return f"takes {' or '.join(DTYPES)} and the model computes in {jnp.dtype(dtype).name}; set model.dtype"
-    if d_head % 8 or d_head > 256:
-        return f"takes heads of at most 256 in multiples of 8 and attention.d_head is {d_head}; change it or use 'xla'"
+    if d_head % 8 or d_head > largest:
+        where = f" on a GPU of compute capability {capability}" if capability else ""
+        return (
+            f"takes heads of at most {largest} in multiples of 8{where} and attention.d_head is {d_head}; change it or "
+            "use 'xla'"
+        )
     if masked and (t % 2 or s % 2):
         return f"takes segments in rows of even length and the row has {s} tokens; add one or use 'xla'"
     return None

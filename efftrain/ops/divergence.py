@@ -3,16 +3,19 @@
 Of the teacher there are states and a head, or the part of its distribution that a cache keeps.
 """
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from efftrain.ops.cross_entropy import at_targets
 from efftrain.ops.head_loss import choose_chunks, head_loss, logits_of
 
+LOG_OF_ZERO = math.log(np.finfo(np.float32).tiny)  # stands for the logarithm of a probability of 0, which is masked
 SMALLEST_TAIL = 1e-6  # is added to a student's probability outside of what a cache keeps: float32 resolves no less
 
 
@@ -24,8 +27,9 @@ def generalized_jsd(student_logits: Array, teacher_logits: Array, beta: float) -
     defines it, the divergence that its direction comes to.
 
     Args:
-      student_logits: (..., vocab), any float dtype; computed in float32.
-      teacher_logits: (..., vocab).
+      student_logits: (..., vocab), any float dtype; computed in float32. Entries of -inf (a vocabulary that is padded)
+        have no gradient, and cost 87 nats for each unit of the teacher's probability on them.
+      teacher_logits: (..., vocab); -inf is a probability of 0.
       beta: 0 gives forward KL(teacher || student), 1 gives reverse KL(student || teacher).
 
     Returns:
@@ -33,14 +37,19 @@ def generalized_jsd(student_logits: Array, teacher_logits: Array, beta: float) -
 
     Source: Agarwal et al. 2024 (GKD), equation 1.
     """
-    log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32))
-    log_t = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
+    log_s, log_t = _log_probabilities(student_logits), _log_probabilities(teacher_logits)
     if beta == 0:
         return _kl(log_t, log_s)
     if beta == 1:
         return _kl(log_s, log_t)
     log_m = jnp.logaddexp(jnp.log1p(-beta) + log_s, jnp.log(beta) + log_t)
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+
+
+def _log_probabilities(logits: Array) -> Array:
+    """``log_softmax`` in float32, finite where a logit is -inf: 0 times the logarithm of 0 would not be a number."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.where(log_p == -jnp.inf, LOG_OF_ZERO, log_p)
 
 
 def _kl(log_p: Array, log_q: Array) -> Array:
@@ -51,7 +60,7 @@ def kept_divergence(student_logits: Array, ids: Array, probs: Array, *, tail: bo
     """What draws a student to the part of its teacher's distribution that a cache keeps.
 
     Args:
-      student_logits: (..., vocab).
+      student_logits: (..., vocab); for -inf see ``generalized_jsd``.
       ids: (..., k) integers; entries of probability 0 do not count.
       probs: (..., k) float32.
       tail: the probabilities are the largest ones, and all others are one more bucket: KL(teacher || student) over
@@ -63,7 +72,7 @@ def kept_divergence(student_logits: Array, ids: Array, probs: Array, *, tail: bo
 
     Source: Goddard et al. 2024 (DistillKit) for the bucket; Anshumann et al. 2025 (sparse logit sampling), section 3.
     """
-    log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32))
+    log_s = _log_probabilities(student_logits)
     log_k = jnp.take_along_axis(log_s, ids, axis=-1)
     cross = -(probs * log_k).sum(-1)
     if not tail:
@@ -147,7 +156,7 @@ def _to_teacher(logits: Array, arrays: tuple[Array, ...], constants: Any, *, bet
     targets, weights, teacher_states = arrays
     teacher_dv, alpha, temperature = constants
     teacher_logits = logits_of(teacher_states, teacher_dv)
-    nll = -at_targets(jax.nn.log_softmax(logits), targets)
+    nll = -at_targets(_log_probabilities(logits), targets)
     if as_is:
         divergence = generalized_jsd(logits, teacher_logits, beta)
     else:
@@ -158,7 +167,7 @@ def _to_teacher(logits: Array, arrays: tuple[Array, ...], constants: Any, *, bet
 
 def _to_kept(logits: Array, arrays: tuple[Array, ...], alpha: Array, *, tail: bool):
     targets, weights, ids, probs = arrays
-    nll = -at_targets(jax.nn.log_softmax(logits), targets)
+    nll = -at_targets(_log_probabilities(logits), targets)
     divergence = kept_divergence(logits, ids, probs, tail=tail)
     return _sums(alpha * divergence + (1 - alpha) * nll, nll, divergence, weights)
 

@@ -24,6 +24,16 @@ class Routing:
     probabilities_ne: Array
 
 
+def router_logits(x: Array, kernel_de: Array) -> Array:
+    """(..., d_model) @ (d_model, choices) -> (..., choices), in float32 on every platform.
+
+    By default accelerators multiply float32 in bfloat16 or TF32, forward and backward: scores that are nearly equal
+    would then be ordered by rounding.
+    """
+    flat = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return jnp.matmul(flat, kernel_de.astype(jnp.float32), precision="highest").reshape(*x.shape[:-1], -1)
+
+
 def route(logits_ne: Array, bias_e: Array, *, top_k: int, scores: Scores, renormalize: bool) -> Routing:
     """Token-choice top-k routing.
 

@@ -62,7 +62,7 @@ def axis_bandwidth(topology: Topology, mesh: Mesh, axes: tuple[str, ...]) -> flo
     """
     chip = topology.chip
     if chip is None or chip.link_bytes_per_s is None:
-        raise ConfigError(f"the bandwidth between the devices of {topology.name} is not known; add it to chips.py")
+        raise ConfigError(f"the bandwidth between the devices of {topology.name} is not known; choose a TPU topology")
     if not topology.shape:
         return chip.link_bytes_per_s
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)

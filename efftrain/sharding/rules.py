@@ -10,6 +10,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -103,7 +104,8 @@ class ShardingRules:
         if logical not in self.table:
             raise ConfigError(
                 f"{where}: there is no sharding rule for the logical axis {logical!r} (known: "
-                f"{', '.join(sorted(self.table))}); add one with rules.replace({logical}=...)"
+                f"{', '.join(sorted(self.table))}); add one: give train_and_score or fit "
+                f"rules=DEFAULT_RULES.replace({logical}=...)"
             )
         for axis in self.table[logical]:
             if axis not in mesh.shape:
@@ -159,8 +161,8 @@ def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Iterator[None]:
         _rules.reset(token)
 
 
-def without_mesh() -> contextlib.AbstractContextManager[None]:
-    """Leaves the mesh of ``use`` for a while: for code that computes on one device of several, such as a load."""
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Within it, ``jax.jit`` takes arrays of any devices, also where ``use`` has made a mesh that of all programs."""
     return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
@@ -218,5 +220,6 @@ def _check_divides(where: str, dim: int, logical: str | None, size: int, count: 
         raise ConfigError(
             f"{where}: dimension {dim} ({logical}) has size {held}, which mesh axis {axis} cannot split "
             f"{ways} ways; make {count} a multiple of {ways}, choose a mesh whose {' x '.join(split)} "
-            f"divides {count}, or keep the dimension whole with rules.replace({logical}=None)"
+            f"divides {count}, or keep the dimension whole: give train_and_score or fit "
+            f"rules=DEFAULT_RULES.replace({logical}=None)"
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
@@ -18,6 +17,7 @@ from efftrain.errors import RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.train.checkpoint_folder import check_writable, first_line, lock_folder, vanished
+from efftrain.train.fingerprints import fingerprints
 from efftrain.train.finite import check_finite
 from efftrain.train.sparse_storage import BITS, expand, squeeze, stored_names
 
@@ -358,27 +358,6 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(tree, [flat[_name(path)] for path, _ in paths])
 
 
-def fingerprints(flat: dict[str, Any]) -> dict[str, int]:
-    """32 bits of each array, the same on every mesh."""
-    # One after the other: many small programs in flight, each with an all-reduce, block fake devices on CPU for ever.
-    return {name: int(_fingerprint(array)) for name, array in flat.items()}
-
-
-@jax.jit
-def _fingerprint(x: Array) -> Array:
-    """The sum of all elements' bits, each times an odd number that says its place; modulo 2^32.
-
-    An odd factor is invertible, so that no change of a single element goes unnoticed; and an integer sum does not
-    depend on its order, so that no sharding changes it.
-    """
-    x = x.astype(jnp.uint8) if x.dtype == bool else x
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-
 def _check_unaltered(flat: dict[str, Any], saved: dict[str, int], data_state: Any, data_digest: str) -> None:
     for name, found in fingerprints(flat).items():
         if found != saved[name]:
@@ -401,8 +380,8 @@ def _check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> N
     if lines:
         raise RunError(
             f"{where} is a checkpoint of another model or optimizer: {lines[0]}"
-            f"{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}; use the run's own configuration or "
-            "another --out"
+            f"{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}; use the configuration and the code "
+            "that wrote it, or start another run"
         )
 
 

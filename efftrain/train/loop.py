@@ -336,7 +336,7 @@ def _restore_or_init(
     if found is None and config.branch is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
         if initial is not None:
-            with without_mesh():
+            with without_mesh():  # it may lie on one device, as ``load`` gives it
                 model = initial()
             state = start_from(model, state)
         if config.finetune is not None:

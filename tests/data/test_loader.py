@@ -1,5 +1,6 @@
 import itertools
 import json
+import operator
 from dataclasses import replace
 
 import numpy as np
@@ -95,6 +96,8 @@ def test_evaluation_sees_every_token_once_in_order(corpus, config, process_count
     parts = [list(data.batches(evaluation, p, process_count)) for p in range(process_count)]
     whole = [{k: np.concatenate([b[k] for b in local]) for k in local[0]} for local in zip(*parts, strict=True)]
     assert all(batch["tokens"].shape == (BATCH, LENGTH) for batch in whole)
+    assert operator.length_hint(data.batches(evaluation, 0, process_count)) == len(whole)
+    assert operator.length_hint(data.batches(config), 7) == 7  # endless
     targets = np.concatenate([batch["targets"][batch["mask"]] for batch in whole])
     np.testing.assert_array_equal(targets, corpus.tokens("validation")[1:])
     n_bytes = corpus.token_bytes()[targets].sum()

@@ -323,7 +323,7 @@ def one_sentence(message: str) -> bool:
     [
         ({"corpus": "0" * 32}, CorpusError, "was made from another corpus than .*; make one with: efftrain teacher"),
         ({"split": "validation", "rows": 5}, ConfigError, "made for split 'validation' and loader.split is 'train'"),
-        ({"length": 16}, ConfigError, "made for rows of 16 tokens and loader.length is 32; use 16, or"),
+        ({"length": 16}, ConfigError, "made for rows of 16 tokens and rows have 32 here; use 16, or"),
     ],
 )
 def test_a_cache_of_other_rows_is_refused(config, corpus, tmp_path, changes, error, message):

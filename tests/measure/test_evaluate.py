@@ -168,4 +168,8 @@ def test_progress_shows_when_it_takes_long(model, monkeypatch, capsys):
     assert "evaluate" not in capsys.readouterr().err
     monkeypatch.setattr(evaluate, "SHOW_AFTER_S", 0.0)
     evaluator(model)
-    assert "evaluate: 3 batches" in capsys.readouterr().err
+    assert "evaluate: 3/3 batches" in capsys.readouterr().err
+    Evaluator(make_batches, TOKEN_BYTES, max_batches=2)(model)
+    assert "evaluate: 2/2 batches" in capsys.readouterr().err
+    Evaluator(lambda: iter(make_batches()), TOKEN_BYTES, max_batches=2)(model)  # of unknown length
+    assert "evaluate: 2/2 batches" in capsys.readouterr().err

@@ -160,3 +160,20 @@ def test_all_headline_figures_fit_on_100_columns():
     for shown in ("1.4100", "124M", "498 MB", "8.36 EFLOP", "295 MFLOP", "25.9 µs", "424 MB"):
         assert text.count(shown) == 2
     assert "…" not in text
+
+
+def test_the_table_of_a_run_fits_80_columns_with_every_name_and_value_whole():
+    """The longest names and values that ``score`` makes."""
+    figures = {
+        "decode_energy_per_token": not_measured("J/token", "this version has no command that measures it"),
+        "decode_flops_per_token": Figure(1.234e9, "FLOP/token", "counted", "behind a context of 128"),
+        "train_flops_per_token": Figure(6.06e11, "FLOP/token", "counted", "rows of 128, forward and backward, causal"),
+        "parameters_active": Figure(813_000, "parameters", "counted", "that one token uses"),
+        "loss": Figure(3.74671, "nats/token", "measured", "validation split"),
+    }
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(table([Scorecard("quickstart", figures, {})]))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, figure in figures.items():
+        assert any(line.strip().startswith(name) and show(figure) in line for line in lines), name

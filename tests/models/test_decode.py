@@ -14,7 +14,7 @@ from efftrain.models import decode
 from efftrain.models.cache import empty_cache
 from efftrain.models.decode import generate, prefill
 from efftrain.models.decoder import Decoder
-from efftrain.models.sampling import Sampling, sample
+from efftrain.models.sampling import Sampling, probabilities, sample
 
 N_NEW = 6
 LENGTHS = np.array([1, 5, 3], np.int32)
@@ -219,10 +219,45 @@ def test_what_does_not_fit_is_refused(model):
         generate(model, prompts(0), LENGTHS, n_new=0)
     with pytest.raises(ConfigError, match=r"sampling.temperature is 0.7, which needs a key"):
         generate(model, prompts(0), LENGTHS, n_new=2, sampling=Sampling(temperature=0.7))
-    with pytest.raises(ConfigError, match=r"sampling.temperature is -1"):
-        Sampling(temperature=-1)
+    for temperature in (-1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"sampling.temperature is {temperature}"):
+            Sampling(temperature=temperature)
     with pytest.raises(ConfigError, match=r"sampling.top_k is 0; it must be at least 1"):
         Sampling(top_k=0)
+    for top_k in (2.5, float("nan")):
+        with pytest.raises(ConfigError, match=f"sampling.top_k is {top_k}; it must be a whole number"):
+            Sampling(top_k=top_k)
+    with pytest.raises(ConfigError, match=r"the prompts have \[1, 0\] tokens"):
+        generate(model, [[1], []], n_new=1)
+    with pytest.raises(ConfigError, match=r"the prompts have \[\] tokens"):
+        generate(model, [], n_new=1)
+    with pytest.raises(ConfigError, match=r"prompts are lists, which have their own lengths"):
+        generate(model, [[1]], np.array([1]), n_new=1)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1.2e-38, 1e-36, 1e-31])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_the_smallest_temperatures_draw_the_likeliest_token(temperature, top_k):
+    """Where logits over the temperature overflow, and where float32 has no such number. Padding is masked."""
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([rng.normal(size=(40, 9)) * 30, np.full((40, 1), -np.inf)], 1).astype(np.float32)
+    cold = Sampling(temperature=temperature, top_k=top_k)
+    np.testing.assert_array_equal(sample(jnp.asarray(logits), jax.random.key(0), cold), logits.argmax(-1))
+    np.testing.assert_array_equal(probabilities(jnp.asarray(logits), cold), np.eye(10)[logits.argmax(-1)])
+
+
+def test_the_largest_temperatures_draw_evenly_and_nothing_that_is_masked():
+    logits = jnp.tile(jnp.asarray([3.0, -2.0, -jnp.inf]), (400, 1))
+    for temperature in (1e30, 3e38, 1e300):
+        drawn = sample(logits, jax.random.key(0), Sampling(temperature=temperature))
+        assert chi_square(np.asarray(drawn), np.array([0.5, 0.5, 0])) < 10.8  # the 99.9 % quantile, 1 degree of freedom
+
+
+def test_prompts_may_be_lists(model, greedy):
+    rows = [row[:length].tolist() for row, length in zip(prompts(0), LENGTHS, strict=True)]
+    chex.assert_trees_all_equal(np.asarray(generate(model, rows, n_new=N_NEW)), greedy)
+    whole = prompts(0)[1:2]  # an array without lengths is prompts of its width
+    chex.assert_trees_all_equal(np.asarray(generate(model, whole, n_new=N_NEW)), greedy[1:2])
 
 
 def test_the_last_token_may_stand_at_the_last_position(model):

@@ -38,10 +38,6 @@ def mesh_of(name):
         ("tpu", "bfloat16", 64, 256, "splash"),
         ("tpu", "float32", 20, 77, "splash"),
         ("gpu", "bfloat16", 64, 256, "cudnn"),
-        ("gpu", "float32", 64, 256, "xla"),  # cuDNN has no float32
-        ("gpu", "bfloat16", 20, 256, "xla"),
-        ("gpu", "bfloat16", 512, 256, "xla"),
-        ("gpu", "bfloat16", 64, 77, "xla"),  # a mask of odd length
     ],
 )
 def test_auto_follows_the_devices_of_the_mesh(name, dtype, d_head, length, chosen):
@@ -52,6 +48,45 @@ def test_auto_follows_the_devices_of_the_mesh(name, dtype, d_head, length, chose
     assert platform() == "cpu"
     with jax.default_device(jax.devices("cpu")[0]):
         assert platform() == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d_head", "length", "capability", "why"),
+    [
+        ("float32", 64, 256, None, "takes bfloat16 or float16"),
+        ("bfloat16", 20, 256, None, "attention.d_head is 20"),
+        ("bfloat16", 512, 256, "9.0", "at most 256 .* compute capability 9.0 and attention.d_head is 512"),
+        ("bfloat16", 64, 77, None, "rows of even length"),  # a mask
+        ("bfloat16", 192, 256, "8.0", "at most 128 .* compute capability 8.0 and attention.d_head is 192"),
+        ("bfloat16", 64, 256, "7.5", "needs a GPU of compute capability 8.0 and this one has 7.5"),
+    ],
+)
+def test_auto_says_why_it_leaves_cudnn(monkeypatch, dtype, d_head, length, capability, why):
+    monkeypatch.setattr(attention_backends, "attached_capability", lambda: capability)
+    with mesh_of("gpu"), pytest.warns(UserWarning, match=f"'auto' takes 'xla', because cuDNN .*{why}"):
+        assert choose_backend("auto", dtype, d_head, length) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "largest"), [("8.0", 128), ("8.9", 128), ("9.0", 256), ("10.0", 256), ("12.0", 256), (None, 256)]
+)
+def test_the_largest_head_of_cudnn_follows_the_compute_capability(monkeypatch, capability, largest):
+    """An explicit backend hears the reason before anything is compiled."""
+    monkeypatch.setattr(attention_backends, "attached_capability", lambda: capability)
+    with mesh_of("gpu"):
+        assert choose_backend("auto", "bfloat16", largest, 256) == "cudnn"
+        assert choose_backend("cudnn", "bfloat16", largest, 256) == "cudnn"
+        with pytest.raises(ConfigError, match=f"'cudnn' takes heads of at most {largest} .* is {largest + 8}; change"):
+            choose_backend("cudnn", "bfloat16", largest + 8, 256)
+
+
+def test_the_check_takes_the_head_and_the_length_that_run(fresh, monkeypatch):
+    checked = []
+    monkeypatch.setattr(attention_backends, "difference", lambda backend, device, **shape: checked.append(shape))
+    for d_head, length in ((192, 200), (192, 256), (64, 200), (64, 100), (64, 100_000)):
+        assert choose_backend("splash", "bfloat16", d_head, length) == "splash"
+    interpreted = [(192, 256), (64, 256), (64, 128)]  # no longer rows on CPU
+    assert [(s["d_head"], s["length"]) for s in checked] == interpreted
 
 
 @pytest.mark.parametrize(
@@ -71,6 +106,7 @@ def test_kernel_of_another_platform_is_refused(backend, name, sentence):
 @pytest.mark.parametrize("backend", ["xla", "splash"])
 def test_kernels_pass_the_check(backend):
     assert difference(backend, jax.devices()[0]) is None
+    assert difference(backend, jax.devices()[0], d_head=24, length=128) is None
 
 
 def no_gradient(q, k, v, *, segments_bs=None, window=None, **_):
@@ -101,7 +137,7 @@ def does_not_compile(q, k, v, **_):
         (ignores_window, "gives another output than the reference for segments and a window on cpu"),
         (groups_otherwise, "gives another output than the reference for segments and a window on cpu"),
         (no_gradient, "gives another gradient of k than"),
-        (does_not_compile, "does not run on cpu: no such instruction; use"),
+        (does_not_compile, "does not run on cpu with heads of 64 in rows of 256: no such instruction; use"),
     ],
 )
 def test_kernel_that_is_wrong_is_found_out(fresh, monkeypatch, broken, words):

@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from efftrain.ops.divergence import distillation_loss, generalized_jsd, kept_distillation_loss, kept_divergence
+from efftrain.ops.divergence import (
+    _to_kept,
+    distillation_loss,
+    generalized_jsd,
+    kept_distillation_loss,
+    kept_divergence,
+)
 
 BATCH, LENGTH, D, WIDE, VOCAB = 3, 8, 5, 7, 11
 
@@ -59,6 +65,63 @@ def test_it_is_optax_forward_divergence_and_symmetric_in_the_middle():
     np.testing.assert_allclose(generalized_jsd(student, teacher, 0.0), want, rtol=1e-5)
     both = generalized_jsd(student, teacher, 0.5), generalized_jsd(teacher, student, 0.5)
     np.testing.assert_allclose(*both, rtol=1e-5)
+
+
+def value_and_gradients(loss, *arrays):
+    return jax.value_and_grad(lambda *arrays: loss(*arrays).sum(), argnums=tuple(range(len(arrays))))(*arrays)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("masked", ["teacher", "student", "both"])
+def test_a_vocabulary_that_is_padded_by_masking(beta, masked):
+    """Two entries are -inf. Against the definition where that is finite; values and gradients are finite always."""
+    rng = np.random.default_rng(6)
+    student, teacher = (rng.normal(size=(4, VOCAB)).astype(np.float32) for _ in range(2))
+    if masked != "teacher":
+        student[:, -2:] = -np.inf
+    if masked != "student":
+        teacher[:, -2:] = -np.inf
+    value, (ds, dt) = value_and_gradients(
+        lambda s, t: generalized_jsd(s, t, beta), jnp.asarray(student), jnp.asarray(teacher)
+    )
+    assert np.isfinite(value)
+    assert np.isfinite(ds).all()
+    assert np.isfinite(dt).all()
+    if masked == "both":
+        short = [jnp.asarray(a[:, :-2]) for a in (student, teacher)]
+        want, gradients = value_and_gradients(lambda s, t: generalized_jsd(s, t, beta), *short)
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        np.testing.assert_allclose(ds, np.pad(gradients[0], ((0, 0), (0, 2))), atol=1e-6)
+        np.testing.assert_allclose(dt, np.pad(gradients[1], ((0, 0), (0, 2))), atol=1e-6)
+    if masked == "teacher" and beta == 0:  # forward KL with a teacher's probability of 0
+        log_s, log_t = log_softmax(student), log_softmax(teacher[:, :-2])
+        np.testing.assert_allclose(value, kl(log_t, log_s[:, :-2]).sum(), rtol=1e-5)
+        np.testing.assert_allclose(ds, np.exp(log_s) - np.pad(np.exp(log_t), ((0, 0), (0, 2))), atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_what_a_cache_keeps_may_name_masked_entries(tail):
+    """Entries that fill up a row have id 0 and probability 0; here the student has masked that one."""
+    rng = np.random.default_rng(7)
+    student = rng.normal(size=(4, VOCAB)).astype(np.float32)
+    student[:, 0] = -np.inf
+    ids, probs = jnp.tile(jnp.array([3, 5, 0]), (4, 1)), jnp.tile(jnp.array([0.6, 0.3, 0.0]), (4, 1))
+    loss = partial(kept_divergence, tail=tail)
+    value, (gradient,) = value_and_gradients(lambda s: loss(s, ids, probs), jnp.asarray(student))
+    want, (without,) = value_and_gradients(lambda s: loss(s, ids - 1, probs), jnp.asarray(student[:, 1:]))
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.pad(without, ((0, 0), (1, 0))), atol=1e-6)
+
+
+def test_a_target_that_is_masked_and_does_not_count_changes_nothing():
+    _, _, targets, weights, _, _ = draw()
+    logits = jnp.asarray(np.random.default_rng(8).normal(size=(BATCH, LENGTH, VOCAB)), jnp.float32)
+    logits, targets = logits.at[..., 0].set(-jnp.inf), jnp.where(weights > 0, jnp.maximum(targets, 1), 0)
+    probs = jnp.full((BATCH, LENGTH, 1), 0.5)
+    arrays = targets, weights.astype(jnp.float32), jnp.ones((BATCH, LENGTH, 1), jnp.int32), probs
+    value, gradient = jax.value_and_grad(lambda z: _to_kept(z, arrays, 0.7, tail=True)[0])(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
 
 
 def test_certain_distributions_stay_finite():

@@ -16,9 +16,14 @@ from texts import build_corpus
 
 import efftrain
 from efftrain import data
+from efftrain.errors import ConfigError
 from efftrain.measure.evaluate import Evaluator
+from efftrain.measure.experiment import Experiment, train_and_score
 from efftrain.measure.parameters import abstract_decoder, count_parameters
+from efftrain.models.config import llama
 from efftrain.recipe import import_script
+from efftrain.sharding.rules import DEFAULT_RULES
+from efftrain.train.loop import Training
 from efftrain.train.objective import next_token_loss
 from efftrain.train.run import read_metrics
 
@@ -169,3 +174,22 @@ def test_the_named_configurations_have_the_size_that_they_claim():
     for config in configs.values():
         assert config.training.length <= config.model.max_length
     jax.clear_caches()
+
+
+class BuildReached(Exception):
+    """The model is being built, so that batch and mesh were accepted."""
+
+
+def test_the_sharding_rules_that_an_error_advises_can_be_given(corpus, tmp_path):
+    """Six rows do not divide among eight devices; the sentence says what to pass to ``train_and_score``."""
+    training = Training(steps=1, batch_size=6, length=16)
+    model = llama(vocab_size=300, d_model=16, n_layers=1, n_heads=2, d_ff=16, max_length=16)
+    config = Experiment(model=model, training=training, corpus=corpus, out=tmp_path / "run")
+
+    def build(rngs):
+        raise BuildReached
+
+    with pytest.raises(ConfigError, match=r"train_and_score or fit rules=DEFAULT_RULES\.replace\(batch=None\)"):
+        train_and_score(config, build, next_token_loss)
+    with pytest.raises(BuildReached):
+        train_and_score(config, build, next_token_loss, rules=DEFAULT_RULES.replace(batch=None))

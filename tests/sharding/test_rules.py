@@ -35,8 +35,8 @@ def test_several_axes_must_divide_together():
         DEFAULT_RULES.resolve(("batch",), (6,), mesh, name="tokens")
     assert str(error.value) == (
         "tokens: dimension 0 (batch) has size 6, which mesh axis replica=2 x fsdp=2 cannot split 4 ways; "
-        "make 6 a multiple of 4, choose a mesh whose replica x fsdp divides 6, or keep the dimension whole "
-        "with rules.replace(batch=None)"
+        "make 6 a multiple of 4, choose a mesh whose replica x fsdp divides 6, or keep the dimension whole: "
+        "give train_and_score or fit rules=DEFAULT_RULES.replace(batch=None)"
     )
 
 
@@ -66,7 +66,7 @@ def test_unknown_logical_axis(mesh):
     with pytest.raises(ConfigError) as error:
         DEFAULT_RULES.resolve(("embed", "mpl"), (8, 8), mesh, name="gate")
     assert "gate: there is no sharding rule for the logical axis 'mpl' (known: batch, choices," in str(error.value)
-    assert "add one with rules.replace(mpl=...)" in str(error.value)
+    assert "add one: give train_and_score or fit rules=DEFAULT_RULES.replace(mpl=...)" in str(error.value)
 
 
 def test_two_dimensions_on_one_mesh_axis(mesh):

@@ -17,8 +17,10 @@ from efftrain.models.config import BlockConfig, Dense
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
+from efftrain.train import fingerprints as fingerprints_module
 from efftrain.train import loop
-from efftrain.train.checkpoints import Checkpoints, fingerprints, flatten
+from efftrain.train.checkpoints import Checkpoints, flatten
+from efftrain.train.fingerprints import fingerprints
 from efftrain.train.optimizers import with_clipping
 from efftrain.train.run import Run, load, read_metrics
 from efftrain.train.state import init_state
@@ -192,6 +194,15 @@ def test_a_checkpoint_of_another_model_names_a_parameter(crashed, tmp_path, diff
         ):
             use(run.path)
     assert {p.name for p in (run.path / "checkpoints").iterdir()} == {"3", "6"}
+
+
+def test_fingerprints_are_dispatched_all_and_fetched_once(monkeypatch):
+    dispatched, fetched = [], []
+    one, fetch = fingerprints_module._fingerprint, jax.device_get
+    monkeypatch.setattr(fingerprints_module, "_fingerprint", lambda x: dispatched.append(x.shape) or one(x))
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(len(dispatched)) or fetch(tree))
+    assert len(fingerprints({str(n): jnp.ones(n) for n in range(1, 5)})) == 4
+    assert fetched == [4]
 
 
 def test_fingerprints_see_every_bit_and_no_sharding():

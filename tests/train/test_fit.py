@@ -4,13 +4,14 @@ import dataclasses
 import math
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from test_run import hashes
 
 from efftrain.errors import ConfigError, RunError
-from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.metrics_log import MetricsLog, read_metrics
 from efftrain.train.objective import next_token_loss
@@ -168,11 +169,15 @@ def test_a_new_run_starts_from_an_initial_model_and_a_continued_one_does_not(tmp
     assert asked == [1]
 
 
-def test_an_initial_model_is_loaded_on_one_of_several_devices(unbroken, tmp_path):
-    """Loading compares checksums on one device: within the mesh of the run, it took every checkpoint for damaged."""
-    changes = {"initial": lambda: load(unbroken[0]), "steps": 1, "optimizer": AdamW(peak_lr=1e-12)}
-    model = tiny.train(tmp_path / "run", devices=8, mesh=MeshConfig(fsdp=4, tensor=2), **changes).model
-    tiny.assert_same_parameters(model, unbroken[1].model, atol=1e-6)
+def test_a_run_on_several_devices_starts_from_a_model_that_lies_on_one(unbroken, tmp_path):
+    """``load`` compares fingerprints, and an initial model may be computed from it, both beside the run's mesh."""
+
+    def initial():
+        graph, variables = nnx.split(load(unbroken[0]))
+        return nnx.merge(graph, jax.jit(lambda tree: jax.tree.map(lambda x: 1 * x, tree))(variables))
+
+    run = tiny.train(tmp_path / "run", initial=initial, devices=2, steps=1, optimizer=AdamW(peak_lr=1e-12))
+    tiny.assert_same_parameters(run.model, load(unbroken[0]), atol=1e-6)
 
 
 def test_an_initial_model_of_another_shape_is_refused(tmp_path):

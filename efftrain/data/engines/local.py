@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -81,6 +82,7 @@ def run_item(folder: Path, number: int) -> None:
 
 
 def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes; the parent says what is to be said
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -28,7 +28,7 @@ def stop_words(language: str) -> frozenset[str]:
     if language not in STOP_WORDS:
         raise ConfigError(
             f"language is {language!r}, of which no stop words are known; use one of {', '.join(sorted(STOP_WORDS))}, "
-            "or add its words to efftrain/data/rules/words.py"
+            "or rules without StopWords"
         )
     return STOP_WORDS[language]
 

@@ -1,0 +1,35 @@
+"""Prompts of several lengths as one array."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from efftrain.errors import ConfigError
+
+Prompts = Array | Sequence[Sequence[int]]
+
+
+def padded(prompts: Prompts, lengths_b: Array | None) -> tuple[Array, Array]:
+    """Prompts (batch, longest) int32, padded on the right, and their lengths (batch,).
+
+    Args:
+      prompts: one list of token ids for each row; or an array (batch, longest), padded with anything.
+      lengths_b: of the prompts in an array; None where all of them fill it. Lists have their own.
+
+    Raises:
+      ConfigError: there is no prompt, one is empty, or lists come with lengths.
+    """
+    if hasattr(prompts, "shape"):
+        batch, longest = prompts.shape
+        return prompts, jnp.full(batch, longest, jnp.int32) if lengths_b is None else lengths_b
+    if lengths_b is not None:
+        raise ConfigError("prompts are lists, which have their own lengths; leave prompt_lengths_b out")
+    sizes = [len(prompt) for prompt in prompts]
+    if not all(sizes) or not sizes:
+        raise ConfigError(f"the prompts have {sizes} tokens; give at least one prompt, and each at least one token")
+    rows = np.zeros((len(sizes), max(sizes)), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(rows), jnp.asarray(sizes, jnp.int32)

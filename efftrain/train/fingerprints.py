@@ -1,0 +1,40 @@
+"""A few bits that stand for the content of an array, whatever mesh it lies on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efftrain.sharding.rules import without_mesh
+
+
+def fingerprints(flat: dict[str, Any]) -> dict[str, int]:
+    """32 bits of each array, the same on every mesh."""
+    found = {}
+    with without_mesh():  # a model that is read for one device while a run goes on has none of the run's devices
+        for name, array in flat.items():
+            found[name] = _fingerprint(array)
+            if _on_several_cpus(array):  # many all-reduces in flight block fake devices on CPU for ever
+                found[name].block_until_ready()
+    return {name: int(value) for name, value in jax.device_get(found).items()}
+
+
+def _on_several_cpus(array: Any) -> bool:
+    devices = array.sharding.device_set if isinstance(array, Array) else ()
+    return len(devices) > 1 and next(iter(devices)).platform == "cpu"
+
+
+@jax.jit
+def _fingerprint(x: Array) -> Array:
+    """The sum of all elements' bits, each times an odd number that says its place; modulo 2^32.
+
+    An odd factor is invertible, so that no change of a single element goes unnoticed; and an integer sum does not
+    depend on its order, so that no sharding changes it.
+    """
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
