@@ -22,6 +22,7 @@ from efftrain.ops import counts
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.sharding.rules import activation_axes
+from efftrain.train.interruption import end_if_asked
 from efftrain.train.objective import Batch, next_token_loss
 
 SHOW_AFTER_S = 2.0  # a shorter evaluation shows no progress
@@ -79,6 +80,7 @@ class Evaluator:
         for batch in _show(itertools.islice(batches, self._max_batches), min(known, default=None)):
             self._check(batch)
             dispatched = batch_nats(graph, state, _place(batch), self._byte_digits_kv)
+            end_if_asked()
             # One batch late: the device works on this one while the host waits for the one before.
             total += np.asarray(pending, np.float64)
             pending = dispatched

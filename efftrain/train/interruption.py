@@ -44,10 +44,12 @@ class Interruption:
     def until_asked(self, work: Callable[[], T]) -> T | None:
         """The result of ``work``, which must not change anything; None where a signal ended it.
 
-        Several processes work together and cannot end at different places: theirs always comes to its end.
+        Several processes work together and cannot end at different places: theirs ends where it calls
+        ``end_if_asked``.
         """
+        global _at_work
         try:
-            self._ends_work = hosts.process_count() == 1
+            _at_work, self._ends_work = self, hosts.process_count() == 1
             if self.asked and self._ends_work:
                 return None
             try:
@@ -56,6 +58,8 @@ class Interruption:
                 self._ends_work = False
         except _Ended:
             return None
+        finally:
+            _at_work = None
 
     def asked_anywhere(self) -> str | None:
         """The signal that asked any of the processes, and which one where there are several. All must call it."""
@@ -82,6 +86,16 @@ class Interruption:
         if self._ends_work:
             self._ends_work = False
             raise _Ended
+
+
+_at_work: Interruption | None = None
+
+
+def end_if_asked() -> None:
+    """Ends the work of several processes (``until_asked``) where one of them was asked. All must call it equally
+    often; a single process needs no call."""
+    if _at_work is not None and hosts.process_count() > 1 and _at_work.asked_anywhere():
+        raise _Ended
 
 
 def with_votes(step: Step) -> Step:

@@ -262,9 +262,10 @@ def fit(
                 profiler.after(number)
 
                 last = number == config.steps
-                # Read once, as a signal may come between two lines; of several processes what all of them know.
-                asked_by = interruption.asked if hosts.process_count() == 1 else recorder.asked_before(number)
                 owed = evaluations.due(number)
+                # Read once, as a signal may come between two lines; of several processes what all of them know.
+                told = owed or hosts.process_count() == 1
+                asked_by = interruption.asked_anywhere() if told else recorder.asked_before(number)
                 save_now = last or asked_by or number % config.checkpoint_every == 0
                 if owed or save_now:
                     recorder.flush()

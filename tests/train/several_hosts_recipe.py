@@ -1,7 +1,8 @@
 """The tiny run on all devices of all processes, fed by the real loader. Started by test_several_hosts.py:
 CORPUS OUT [FIELD=VALUE ...].
 
-``die_at=STEP:SIGNAL:PROCESS``: that process gets the signal while it makes that batch. ``teacher=RUN``: it teaches.
+``die_at=STEP:SIGNAL:PROCESS``: that process gets the signal while it makes that batch. ``die_evaluating``: the same
+with batches of the first evaluation. ``teacher=RUN``: it teaches.
 """
 
 import dataclasses
@@ -34,6 +35,9 @@ class Deadly:
         self._batches, self._at, self._number = batches, at, number
         self.get_state, self.set_state, self._taken = batches.get_state, batches.set_state, 0
 
+    def __iter__(self):
+        return self
+
     def __next__(self):
         self._taken += 1
         if self._taken == self._at:
@@ -64,21 +68,22 @@ def main(corpus: str, out: str, **options: str) -> None:
     run = Run(out, tiny.Config(model=model, training=training))
     part = batch_part(training)
     held_out = dataclasses.replace(loader, split="validation", shuffle=False, repeat=False)
-    batches = data.batches(loader, *part)
-    if "die_at" in options:
-        at, number, process = map(int, options["die_at"].split(":"))
-        if process == hosts.process_index():
-            batches = Deadly(batches, at, number)
+
+    def made(loader: data.LoaderConfig, deadly: str):
+        batches = data.batches(loader, *part)
+        at, number, process = map(int, options.get(deadly, "0:0:-1").split(":"))
+        return Deadly(batches, at, number) if process == hosts.process_index() else batches
+
     objective = next_token_loss
     if "teacher" in options:
         objective = FromTeacher(how=Distill(), teacher=teacher_run(Path(options["teacher"]), Path(corpus)))
     fitted = fit(
         lambda rngs: Decoder(model, rngs=rngs),
         objective,
-        batches,
+        made(loader, "die_at"),
         training,
         run,
-        evaluate=Evaluator(lambda: data.batches(held_out, *part), opened.token_bytes(), max_batches=4),
+        evaluate=Evaluator(lambda: made(held_out, "die_evaluating"), opened.token_bytes(), max_batches=4),
     )
     assert fitted.evaluation["step"] == STEPS
     print(jax.process_count(), sum(x.size for x in jax.tree.leaves(nnx.state(fitted.model))))

@@ -130,23 +130,32 @@ def test_where_a_process_is_killed_the_others_end_with_one_sentence_and_the_run_
 
 @pytest.fixture(scope="module")
 def stopped(corpus, tmp_path_factory) -> Path:
-    """Two processes, of which the second gets SIGTERM in step 6."""
+    """Two processes, of which the second gets SIGTERM at the second of four batches of the evaluation after step 6."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    ended = Processes(2, corpus, out, f"die_at=6:{signal.SIGTERM}:1", "checkpoint_every=50").finish()
+    ended = Processes(2, corpus, out, f"die_evaluating=2:{signal.SIGTERM}:1", "checkpoint_every=50").finish()
     assert [code for code, _ in ended] == [75, 75], ended
-    assert "SIGTERM on process 1: saved step 7" in ended[0][1]
+    assert "SIGTERM on process 1: saved step 6" in ended[0][1]
     return out
 
 
-def test_sigterm_to_one_process_saves_the_same_step_on_all(stopped):
-    assert saved(stopped) == [7]
-    assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 8))
+def test_sigterm_to_one_process_ends_the_evaluation_of_all_and_saves_that_step(stopped):
+    assert saved(stopped) == [6]
+    assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 7))
+    assert read_metrics(stopped, "validation") == []
+
+
+def test_sigterm_to_one_process_between_evaluations_saves_the_same_step_on_all(corpus, tmp_path):
+    ended = Processes(2, corpus, tmp_path / "run", f"die_at=2:{signal.SIGTERM}:1", "checkpoint_every=50").finish()
+    assert [code for code, _ in ended] == [75, 75], ended
+    assert "SIGTERM on process 1: saved step 3" in ended[0][1]
+    assert saved(tmp_path / "run") == [3]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("n", "mesh"), [(1, "fsdp-4+tensor-2"), (4, "fsdp--1")])
 def test_a_run_continues_with_another_number_of_processes_and_another_mesh(corpus, whole, stopped, tmp_path, n, mesh):
     out = Path(shutil.copytree(stopped, tmp_path / "run"))
-    assert "continuing from step 7" in succeed(n, corpus, out, f"mesh={mesh}", "checkpoint_every=50")[0]
+    assert "continuing from step 6" in succeed(n, corpus, out, f"mesh={mesh}", "checkpoint_every=50")[0]
     assert_same_run(out, whole, rel=1e-5)
 
 
