@@ -67,7 +67,7 @@ def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dic
     Products that see the same input share one array.
     """
     graph, rest = nnx.split(layer)
-    observed = nnx.merge(graph, rest)  # the caller's stays as it is
+    observed = nnx.merge(graph, rest, copy=True)  # the caller's stays as it is
     leader = _same_input(observed)
     for holder_path, holder in list(nnx.iter_modules(observed)):
         for name, linear in list(vars(holder).items()):

@@ -330,8 +330,8 @@ class RoutedDepth(nnx.Module):
 
 
 def causally_routed(model: nnx.Module) -> nnx.Module:
-    """The model with every token of its routed layers decided by itself, as in decoding; the same parameters."""
-    copy = nnx.merge(*nnx.split(model))
+    """A copy of the model, of the same arrays, that decides every token of its routed layers alone, as in decoding."""
+    copy = nnx.merge(*nnx.split(model), copy=True)
     for _, module in nnx.iter_modules(copy):
         if isinstance(module, RoutedDepth):
             module.look_ahead = False

@@ -64,9 +64,10 @@ def init_state(
 def merge_model(graph: nnx.GraphDef, state: TrainState) -> nnx.Module:
     """The model of a state: with the averaged parameters where the run keeps them.
 
+    It holds the state's arrays in variables of its own, so that assigning to the model leaves the state as it is.
     ``helpers``, which an objective had trained beside it, are no part of it.
     """
-    model = nnx.merge(graph, state.params if state.ema is None else state.ema, state.model_state)
+    model = nnx.merge(graph, state.params if state.ema is None else state.ema, state.model_state, copy=True)
     if hasattr(model, "helpers"):
         del model.helpers
     return model

@@ -124,14 +124,14 @@ def _after_step(graph: nnx.GraphDef, state: TrainState, statistics: Any) -> tupl
     """The model's untrained variables after the step, once and by the global statistics, and its figures."""
     if statistics is None:
         return state.model_state, {}
-    model = nnx.merge(graph, state.params, state.model_state)
+    model = nnx.merge(graph, state.params, state.model_state, copy=True)  # assigned to; the state stays as it is
     figures = model.after_step(statistics)
     return split_model(model)[2], figures
 
 
 def _value_and_gradient(graph, objective, state, batch, key):
     def loss_of(params):
-        loss, count, metrics = objective(nnx.merge(graph, params, state.model_state), batch, key)
+        loss, count, metrics = objective(nnx.merge(graph, params, state.model_state, copy=True), batch, key)
         return loss, (count, metrics)
 
     (loss, (count, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)

@@ -8,10 +8,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import MODEL, SPOILED, VOCAB, nan_at_spoiled, walk
+from tiny import ATTENTION, MODEL, SPOILED, VOCAB, nan_at_spoiled, walk
 
+from efftrain.models.config import BlockConfig, LayerDropout
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding, Linear, RMSNorm
+from efftrain.models.moe import MoE
+from efftrain.models.quantization import Quantization, QuantizationRule
+from efftrain.ops.number_formats import Integer
 from efftrain.train.checkpoints import flatten
 from efftrain.train.objective import next_token_loss
 from efftrain.train.optimizers import AdamW, with_clipping
@@ -134,6 +138,57 @@ def test_a_step_that_is_not_finite_changes_only_its_counters(graph, objective):
     good, metrics = step(again, batch_of(2))
     assert (int(good.bad_steps), int(good.skipped), mean(metrics["skipped"])) == (0, 2, 0)
     assert not np.array_equal(good.params["head"]["kernel"][...], before.params["head"]["kernel"][...])
+
+
+ROUTED = BlockConfig(attention=ATTENTION, mlp=MoE(n_experts=4, top_k=2, d_expert=8, dispatch="reference"))
+DROPPED = LayerDropout(rate=0.2, ramp_steps=4)
+LEARNED = Quantization(rules=(QuantizationRule(weights=Integer(bits=4), learned_step=True),))
+UNTRAINED = {
+    "balance bias": {"pattern": (ROUTED,)},
+    "layer dropout": {"layer_dropout": DROPPED},
+    "learned steps": {"quantization": LEARNED},
+    "all": {"pattern": (ROUTED,), "layer_dropout": DROPPED, "quantization": LEARNED},
+}
+
+
+@pytest.mark.parametrize("changes", UNTRAINED.values(), ids=UNTRAINED.keys())
+def test_a_skipped_step_leaves_what_is_not_trained_to_the_bit(changes):
+    """The balance bias and the count of layer dropout follow the batches, and not one that was skipped."""
+    model = MODEL.replace(n_repeats=1, **changes)
+    optimizer = AdamW().build(lambda step: 1.0)
+    step = jax.jit(make_step(graph_of(lambda rngs: Decoder(model, rngs=rngs)), nan_at_spoiled, optimizer))
+    start = new_state(optimizer, build=lambda rngs: Decoder(model, rngs=rngs))
+    before, _ = step(start, batch_of(1))
+    for name, array in flatten(before.model_state).items():
+        if name.endswith(("bias", "steps")):
+            assert not np.array_equal(array, flatten(start.model_state)[name]), name
+    after, metrics = step(before, batch_of(2) | {"positions": jnp.full((8, 8), SPOILED, jnp.int32)})
+    assert mean(metrics["skipped"]) == 1
+    same = {name: getattr(before, name) for name in ("step", "bad_steps", "skipped")}
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, **same), before)
+
+
+def test_a_model_that_is_assigned_to_leaves_the_state_it_is_of(graph):
+    """An objective, or an evaluation in the middle of a run, may write to its model."""
+
+    def writes(model, batch, key):
+        model.norm.scale[...] = 2 * model.norm.scale[...]
+        model.seen[...] += 1.0
+        return next_token_loss(model, batch, key)
+
+    def build(rngs):
+        model = bigram(rngs)
+        model.seen = nnx.Variable(jnp.zeros(()), axes=(), units=())
+        return model
+
+    state = new_state(build=build)
+    held = jax.tree.map(np.asarray, state)
+    after, _ = jax.jit(make_step(graph_of(build), writes, SGD, n_microbatches=2))(state, batch_of(1))
+    assert float(after.model_state["seen"][...]) == 0  # only ``after_step`` returns what is not trained
+    model = merge_model(graph_of(build), state)
+    model.norm.scale[...] = jnp.zeros(8)
+    model.seen[...] = jnp.ones(())
+    jax.tree.map(np.testing.assert_array_equal, state, held)
 
 
 def test_the_reported_learning_rate_is_the_one_that_was_used(graph):
