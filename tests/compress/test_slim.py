@@ -485,7 +485,10 @@ def test_candidates_have_the_share_that_is_asked_for(name, by, way):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep": 0.01}, r"keep is 0\.01, and way 'width' leaves at least 0\.\d+ of the parameters; keep more"),
+        (
+            {"keep": 0.01},
+            r"keep is 0\.01, and way 'width' leaves at least 0\.\d+ of the parameters; keep more \(--slim",
+        ),
         ({"keep": 0.01, "way": "any"}, r"keep is 0\.01, and way 'any' leaves at least"),
         ({"keep": 0.2, "way": "depth"}, r"way 'depth' leaves at least 0\.\d+"),
         ({"keep": 1.0}, "keep is 1.0; give a share between 0 and 1"),

@@ -150,7 +150,7 @@ def test_corpora_with_different_tokenizers_are_not_mixed(tmp_path, corpus, confi
         ({"length": 10**6}, "use a shorter length"),
         ({"batch_size": 0}, "loader.batch_size"),
         ({"split": "dev"}, "no split 'dev'"),
-        ({"seed": -1}, "loader.seed"),
+        ({"seed": -1}, r"loader\.seed \(training\.seed of a recipe\)"),
         ({"corpora": ()}, "loader.corpora is empty"),
     ],
 )

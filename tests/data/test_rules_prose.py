@@ -216,7 +216,7 @@ def test_a_preset_read_from_json_names_the_extra_too(monkeypatch):
 
 @pytest.mark.parametrize("make", [Gopher, StopWords])
 def test_unknown_language_names_the_known_ones(make):
-    with pytest.raises(ConfigError, match=r"language is 'xx'.*de, en, es, fr, it, nl, pt"):
+    with pytest.raises(ConfigError, match=r"language is 'xx'.*de, en, es, fr, it, nl, pt, or rules without StopWords"):
         make(language="xx")
 
 

@@ -128,7 +128,7 @@ def test_a_corpus_of_something_else_is_never_overwritten_silently(copy, document
         next(folder.rglob("*.txt")).write_text("changed")
     config = config_for(folder, vocabulary=290 if what == "parameters" else 300)
     message = r"parameters\.vocabulary: 300 -> 290" if what == "parameters" else r"inputs\[0\]"
-    with pytest.raises(CorpusError, match=message + ".*--overwrite"):
+    with pytest.raises(CorpusError, match=message + ".*choose another folder, delete this one, or .*--overwrite"):
         data.build(config, copy)
     assert file_digest(copy / "manifest.json") == before
     assert data.build(config, copy, overwrite=True).manifest["parameters"]["vocabulary"] == config.vocabulary
