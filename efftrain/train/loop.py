@@ -224,7 +224,8 @@ def fit(
             return _fitted(program.graph, state, run)
         if hosts.process_index() == 0:
             keep_lost_rows(run.path, after_step=start, expected=2 * config.checkpoint_every)
-        run.begin(start + 1)
+        if start < config.steps:
+            run.begin(start + 1)
         frozen = program.frozen(mesh, rules)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None
