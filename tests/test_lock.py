@@ -65,17 +65,27 @@ def test_a_child_that_outlives_its_parent_does_not_hold_it(tmp_path, hold, child
     take(tmp_path).release()
 
 
-def test_a_forked_child_that_ends_does_not_release_the_lock_of_its_parent(tmp_path):
-    lock = take(tmp_path)
-    child = os.fork()
-    if not child:
-        lock.release()
-        os._exit(0)
-    os.waitpid(child, 0)
-    with pytest.raises(AssertionError, match=f"process {os.getpid()} on {HOST}"):
-        take_in_another_process(tmp_path)
+FORKS = """
+import os, sys, pathlib
+from efftrain.lock import Lock
+lock = Lock(pathlib.Path(sys.argv[1], "lock"), pathlib.Path("x"))
+if not os.fork():
     lock.release()
-    take_in_another_process(tmp_path)
+    sys.exit()
+os.wait()
+print(pathlib.Path(sys.argv[1], "lock").read_text().split()[0] == str(os.getpid()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_forked_child_that_ends_does_not_release_the_lock_of_its_parent(tmp_path):
+    command = [sys.executable, "-c", FORKS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "True\n"  # the child removed nothing
+        with pytest.raises(InUseError, match=f"process {parent.pid} on {HOST}"):
+            take(tmp_path)
+        parent.stdin.close()
+    take(tmp_path).release()
 
 
 def take_in_another_process(folder: Path) -> None:
