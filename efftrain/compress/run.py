@@ -223,8 +223,7 @@ def _prune(run: Path, config: ModelConfig, options: Compression, text: Text) -> 
         quantization=quantization,
         layers=options.layers,
     )
-    changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
-    return model, changes | _quality(run, model, options, text)
+    return model, report.as_json() | _quality(run, model, options, text)
 
 
 def _quality(run: Path, model: Decoder, options: Compression, text: Text) -> dict[str, Any]:
@@ -256,8 +255,7 @@ def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, 
     model, report = convert(
         Pieces.read(run), quantization, method=method, calibration=calibration, unrolled=chosen is not None
     )
-    changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
-    return model, changes | ({"choice": chosen.as_json()} if chosen else {})
+    return model, report.as_json() | ({"choice": chosen.as_json()} if chosen else {})
 
 
 def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule, ...]:

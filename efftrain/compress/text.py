@@ -10,6 +10,7 @@ from efftrain import data
 from efftrain.compress.observe import Calibration
 from efftrain.errors import ConfigError
 from efftrain.measure.evaluate import Evaluator
+from efftrain.progress import console
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,22 @@ class Text:
         return Evaluator(lambda: self._batches("validation"), opened.token_bytes(), max_batches=max_batches)
 
     def calibration(self, rows: int) -> Calibration:
-        """Rows of the training split."""
+        """Rows of the training split; says where there are fewer than asked for."""
         batches = list(itertools.islice(self._batches("train"), -(-rows // 8)))
         if not batches:
             raise ConfigError(f"{self.corpus}: the training split is shorter than one row of {self.length} tokens")
         names = ("tokens", "segments", "positions")
-        return Calibration(*(np.concatenate([b[name] for b in batches])[:rows] for name in names))
+        arrays = [np.concatenate([b[name] for b in batches])[:rows] for name in names]
+        valid = (arrays[1] > 0).any(1)  # the last batch is filled up with padding
+        found = Calibration(*(array[valid] for array in arrays), rows_asked=rows)
+        if found.size.rows < rows:
+            console.print(
+                f"warning: {self.corpus}: the training split has {found.size.rows} rows of {self.length} tokens and "
+                f"{rows} were asked for; calibrating on these, {found.size.tokens:,} tokens",
+                style="yellow",
+                markup=False,
+            )
+        return found
 
     def _batches(self, split: str):
         loader = data.LoaderConfig(
