@@ -1,7 +1,7 @@
 """How much each part of a model does on calibration text: units, heads, hidden channels, experts, layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.observe import Calibration, inputs_of
+from efftrain.compress.observe import Calibration, CalibrationSize, Tap, inputs_of, keep_saliency
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.shape import head_parts
 from efftrain.errors import ConfigError
@@ -42,6 +42,7 @@ class Importance:
       cosines: (n_layers + 1, n_layers + 1), the mean over tokens of the cosine between the residual stream before the
         layers i and j; the last one is behind all.
       length: of the calibration's rows, in tokens.
+      calibration: how much text it was.
 
     Source: Muralidharan et al. 2024 (Minitron), section 2.2; experts: Lasby et al. 2025 (REAP), there divided by the
     tokens of the expert.
@@ -54,6 +55,7 @@ class Importance:
     moments: Mapping[str, np.ndarray]
     cosines: np.ndarray
     length: int
+    calibration: CalibrationSize
 
     def block_influence(self, first: int, n: int) -> float:
         """How far ``n`` layers from ``first`` on turn the residual stream: 1 - mean cosine. Men et al. 2024 (ShortGPT),
@@ -73,7 +75,7 @@ def importance(pieces: Pieces, calibration: Calibration) -> Importance:
     """
     check_prunable(pieces.config)
     x_ntd = np.array(inputs_of(pieces.outer, calibration))  # each layer writes its output over its input
-    n_tokens = int((calibration.segments > 0).sum())
+    n_tokens = calibration.size.tokens
     sample = _sample(calibration)
     directions = [_directions(x_ntd, sample)]
     ffn, heads, experts, hidden, moments = [], [], [], np.zeros(x_ntd.shape[-1]), {}
@@ -97,6 +99,7 @@ def importance(pieces: Pieces, calibration: Calibration) -> Importance:
         moments=moments | {"norm": last["squares"] / n_tokens},
         cosines=np.array([[np.vdot(a, b) / len(sample) for b in directions] for a in directions]),
         length=calibration.tokens.shape[1],
+        calibration=calibration.size,
     )
 
 
@@ -117,39 +120,21 @@ def check_prunable(config: ModelConfig) -> None:
             )
 
 
-class _Tap:
-    """Stands in the place of a module and keeps what that reads and gives, for padding zero.
-
-    What follows reads these zeros too, so that experts get nothing from padding.
-    """
-
-    def __init__(self, holder: nnx.Module, name: str, real_bt: Array):
-        self.module, self.real_bt1 = getattr(holder, name), real_bt[..., None]
-        setattr(holder, name, self)
-
-    def __call__(self, x_btd: Array) -> Array:
-        self.read_btd = jnp.where(self.real_bt1, x_btd, 0)
-        self.given_btd = jnp.where(self.real_bt1, self.module(x_btd), 0)
-        return self.given_btd
-
-
 @partial(jax.jit, static_argnums=0)
 def _observe(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dict]:
     """A layer's output, and its sums over rows."""
-    layer, real_bt = nnx.merge(graph, state), segments_bt > 0
-    norms = {name: _Tap(layer, name, real_bt) for name in NORMS}
-    out, down = _Tap(layer.attention, "out", real_bt), None
+    layer, valid_bt = nnx.merge(graph, state), segments_bt > 0
+    norms = {name: Tap(layer, name, valid_bt) for name in NORMS}
+    out, down = Tap(layer.attention, "out", valid_bt), None
     if isinstance(layer.mlp, SwiGLU):
-        down = _Tap(layer.mlp, "down", real_bt)
+        down = Tap(layer.mlp, "down", valid_bt)
     elif isinstance(layer.mlp, RoutedExperts):
-        config = layer.mlp.config
-        dispatch = "auto" if config.dispatch == "reference" else config.dispatch  # it has no saliency
-        layer.mlp.config = replace(config, saliency=True, dispatch=dispatch)
+        keep_saliency(layer.mlp)
     x_btd, metrics = layer(x_btd, positions_bt, segments_bt)
-    sums = {name: _norm_sums(tap, real_bt) for name, tap in norms.items()}
-    sums["heads"] = _row_means(out.read_btd, real_bt)
+    sums = {name: _norm_sums(tap, valid_bt) for name, tap in norms.items()}
+    sums["heads"] = _row_means(out.read_btd, valid_bt)
     if down is not None:
-        sums["ffn"] = _row_means(down.read_btd, real_bt)
+        sums["ffn"] = _row_means(down.read_btd, valid_bt)
     if isinstance(layer.mlp, RoutedExperts):
         sums["experts"] = metrics["statistics"]["saliency"]
     return x_btd, sums
@@ -159,18 +144,18 @@ def _observe(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dic
 def _observe_norm(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dict]:
     holder = nnx.Module()
     holder.norm = nnx.merge(graph, state)
-    tap = _Tap(holder, "norm", segments_bt > 0)
+    tap = Tap(holder, "norm", segments_bt > 0)
     return tap(x_btd), _norm_sums(tap, segments_bt > 0)
 
 
-def _norm_sums(tap: _Tap, real_bt: Array) -> dict[str, Array]:
+def _norm_sums(tap: Tap, valid_bt: Array) -> dict[str, Array]:
     squares_d = jnp.square(tap.read_btd.astype(jnp.float32)).sum((0, 1))
-    return {"rows": _row_means(tap.given_btd, real_bt), "squares": squares_d}
+    return {"rows": _row_means(tap.given_btd, valid_bt), "squares": squares_d}
 
 
-def _row_means(a_btd: Array, real_bt: Array) -> Array:
+def _row_means(a_btd: Array, valid_bt: Array) -> Array:
     """(d,) the sum over rows of the square of the mean over tokens of |a|; a is zero for padding."""
-    n_b1 = jnp.maximum(real_bt.sum(-1, keepdims=True), 1)
+    n_b1 = jnp.maximum(valid_bt.sum(-1, keepdims=True), 1)
     return jnp.square(jnp.abs(a_btd.astype(jnp.float32)).sum(1) / n_b1).sum(0)
 
 

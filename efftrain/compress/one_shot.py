@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.observe import Calibration, relative_error
+from efftrain.compress.observe import Calibration, grams, idle_experts, relative_error, unreached
 from efftrain.compress.pieces import Pieces, abstract_variables, assemble
 from efftrain.compress.quantize import Converted, Report, stored_bytes
-from efftrain.compress.second_order import sparse_gpt
+from efftrain.compress.second_order import damped, sparse_gpt
 from efftrain.errors import ConfigError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
+from efftrain.models.moe import RoutedExperts
 from efftrain.models.quantization import Packed, Quantization, give_rules, matrices, rule_of, store
 from efftrain.ops.masks import Blocks, Structure, Unstructured, count_zeros, keep_highest, kept_units
 from efftrain.ops.number_formats import format_name
@@ -69,25 +70,28 @@ def prune(
         config = config.replace(quantization=replace(quantization, stored=True))
         _check_rules(config)
 
-    rows, states = [], []
+    rows, states, all_idle = [], [], {}
     n_positions = len(config.pattern)
-    for number, layer, products in pieces.walk("prune", None if method == "magnitude" else calibration):
+    text = None if method == "magnitude" else calibration
+    for number, layer, inputs in pieces.walk("prune", text):
         place = f"blocks/{number % n_positions}/"
         if quantization is not None:
             give_rules(layer, quantization, place)
-        found = products()
+        found = {} if inputs is None else grams(layer, *inputs)
+        idle = () if inputs is None else idle_experts(layer, *inputs)
+        if idle:
+            all_idle[f"blocks/{number}/mlp"] = idle
         for name, module, attribute in list(matrices(layer)):
             gram = found.pop(name, None)
             how = method if gram is not None else "magnitude"
             chosen = bool(re.fullmatch(layers, place + name))
             rule = rule_of(getattr(module, attribute)) if quantization is not None else None
             format = rule.weights if rule is not None else None
-            rows.append(
-                _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, gram, chosen)
-            )
+            row = _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, gram, chosen)
+            rows.append(replace(row, why=row.why + unreached(idle)) if isinstance(module, RoutedExperts) else row)
             del gram
         states.append(nnx.state(layer))
-    return assemble(config, pieces.outer, states), Report(tuple(rows))
+    return assemble(config, pieces.outer, states), Report(tuple(rows), None if text is None else text.size, all_idle)
 
 
 def mask_by_magnitude(w: Array, structure: Structure) -> Array:
@@ -126,11 +130,12 @@ def _check_rules(config: ModelConfig) -> None:
 
 def _prune(name, module, attribute, structure, format, how: str, asked: str, gram: Array | None, chosen) -> Converted:
     variable = getattr(module, attribute)
-    before = variable[...]
+    before, damping = variable[...], None
     if not chosen:
         after, how, why = before, "none", "--layers does not match it"
     elif how == "sparsegpt":
-        after, why = sparse_gpt(before, gram, structure, format), ""
+        after, damping = sparse_gpt(before, gram, structure, format)
+        why = damped(damping)
     else:
         mask = mask_by_inputs(before, gram, structure) if how == "wanda" else mask_by_magnitude(before, structure)
         after, why = (
@@ -159,4 +164,5 @@ def _prune(name, module, attribute, structure, format, how: str, asked: str, gra
         weight_error,
         output_error,
         count_zeros(after) / after.size,
+        damping,
     )

@@ -1,17 +1,17 @@
 """A model taken apart into its layers, so that each can be changed and let go before the next."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from efftrain.compress.observe import Calibration, forward, grams, inputs_of
+from efftrain.compress.observe import Calibration, forward, inputs_of
 from efftrain.models.block import Block
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
@@ -75,7 +75,7 @@ class Pieces:
 
     def walk(
         self, title: str, calibration: Calibration | None = None
-    ) -> Iterator[tuple[int, nnx.Module, Callable[[], dict[str, Array]]]]:
+    ) -> Iterator[tuple[int, nnx.Module, tuple[np.ndarray, Calibration] | None]]:
         """Every layer, to be changed, first to last; they are gone afterwards.
 
         Args:
@@ -83,8 +83,8 @@ class Pieces:
           calibration: text that goes through the layers as they are changed. None: none does.
 
         Yields:
-          The number of the layer, the layer, and what gives ``observe.grams`` of its inputs behind the layers before
-          it: empty without text, and for layers that are no plain blocks.
+          The number of the layer, the layer, and what it reads after the layers before it were changed, with the text
+          that this is of, as ``observe.grams`` takes them. None without text, and for layers that are no plain blocks.
         """
         x_ntd = None if calibration is None else inputs_of(self.outer, calibration)
         n = len(self.layers)
@@ -92,7 +92,7 @@ class Pieces:
             for number in range(n):
                 layer = self.layers.pop(0)
                 observe = calibration is not None and isinstance(layer, Block)
-                yield number, layer, partial(grams, layer, x_ntd, calibration) if observe else dict
+                yield number, layer, (x_ntd, calibration) if observe else None
                 if calibration is not None and number + 1 < n:
                     x_ntd = forward(layer, x_ntd, calibration)
                 progress.advance()

@@ -2,20 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.awq import scale_inputs
-from efftrain.compress.observe import Calibration, relative_error
+from efftrain.compress.awq import clipped, is_clipped, scale_inputs
+from efftrain.compress.observe import Calibration, CalibrationSize, grams, idle_experts, relative_error, unreached
 from efftrain.compress.pieces import Pieces, abstract_variables, assemble
-from efftrain.compress.second_order import gptq
+from efftrain.compress.second_order import damped, gptq
 from efftrain.errors import ConfigError
 from efftrain.models.block import Block
 from efftrain.models.decoder import Decoder
+from efftrain.models.moe import RoutedExperts
 from efftrain.models.quantization import Quantization, give_rules, matrices, quantized, rule_of, store
 from efftrain.ops.masks import count_zeros
 from efftrain.ops.number_formats import format_name
@@ -37,6 +38,7 @@ class Converted:
       weight_error: root mean squared change over that of the weights.
       output_error: the same of its outputs on the calibration's text; None where that was not observed.
       sparsity: share of the stored numbers that are zero, by pruning or by rounding.
+      damping: of "gptq" and "sparsegpt", see ``second_order.inverse_factor``.
     """
 
     name: str
@@ -48,13 +50,23 @@ class Converted:
     weight_error: float
     output_error: float | None
     sparsity: float
+    damping: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, matrix by matrix."""
+    """What a conversion did, matrix by matrix.
+
+    Attributes:
+      matrices: in the order of the model.
+      calibration: how much text it looked at; None where it did not look at any.
+      idle_experts: for each layer of experts, such as ``blocks/3/mlp``, the numbers of those that no token of that text
+        reached.
+    """
 
     matrices: tuple[Converted, ...]
+    calibration: CalibrationSize | None = None
+    idle_experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def bytes_share(self) -> float | None:
@@ -62,8 +74,8 @@ class Report:
         changed = [m for m in self.matrices if m.method != "none"]
         return sum(m.bytes_after for m in changed) / sum(m.bytes_before for m in changed) if changed else None
 
-    def as_json(self) -> list[dict[str, Any]]:
-        return [dataclasses.asdict(matrix) for matrix in self.matrices]
+    def as_json(self) -> dict[str, Any]:
+        return {"bytes_share": self.bytes_share} | dataclasses.asdict(self)
 
 
 def convert(
@@ -106,21 +118,28 @@ def convert(
     abstract_variables(config)  # refuses rules that do not fit before anything is computed
 
     rows: list[Converted] = []
+    all_idle: dict[str, tuple[int, ...]] = {}
     outer = pieces.outer
     give_rules(outer, quantization)
     observe = method != "nearest"
     n_positions, states = len(config.pattern), []
-    for number, layer, products in pieces.walk("convert", calibration if observe else None):
+    for number, layer, inputs in pieces.walk("convert", calibration if observe else None):
         give_rules(layer, quantization, f"blocks/{number % n_positions}/")
-        plain, found = isinstance(layer, Block), products()
-        factors = scale_inputs(layer, found) if method == "awq" and plain else {}
+        plain, found = isinstance(layer, Block), {} if inputs is None else grams(layer, *inputs)
+        idle = () if inputs is None else idle_experts(layer, *inputs)
+        if idle:
+            all_idle[f"blocks/{number}/mlp"] = idle
+        factors = scale_inputs(layer, *inputs, found) if method == "awq" and plain else {}
         observed = found.keys() & {name for name, _, _ in matrices(layer)}
         for name, module, attribute in list(matrices(layer)):
-            how = _how(name, getattr(module, attribute), method, plain, observed, factors)
+            how, why = _how(name, getattr(module, attribute), method, plain, observed, factors)
+            if isinstance(module, RoutedExperts):
+                why += unreached(idle)
             gram = found.pop(name, None)
             if name in factors:  # of the inputs as they are now
                 gram = gram / jnp.outer(factors[name], factors[name])
-            rows.append(_convert(f"blocks/{number}/{name}", module, attribute, *how, gram))
+            clip = how == "awq" and is_clipped(name)
+            rows.append(_convert(f"blocks/{number}/{name}", module, attribute, how, why, gram, clip=clip))
             del gram  # before the next one is made from its inputs
         states.append(nnx.state(layer))
         each_layer(number + 1)
@@ -128,7 +147,8 @@ def convert(
         if not name.startswith("blocks/"):
             why = f"{method} is for the products of blocks" if observe else ""
             rows.append(_convert(name, module, attribute, "nearest", why, None))
-    return assemble(config, outer, states), Report(tuple(rows))
+    size = calibration.size if observe and calibration is not None else None
+    return assemble(config, outer, states), Report(tuple(rows), size, all_idle)
 
 
 def _how(
@@ -145,17 +165,25 @@ def _how(
     if rule is not None and rule.learned_step:
         return "nearest", "its steps were learned"
     if method == "awq" and name not in factors:
-        return "nearest", "its inputs cannot be scaled: nothing before it, or a product beside it that stays as it is"
+        why = "its inputs cannot be scaled: nothing before it, or a product beside it that stays as it is"
+        return (method, f"clipped alone; {why}") if is_clipped(name) else ("nearest", why)
     return method, ""
 
 
-def _convert(name: str, module: nnx.Module, attribute: str, method: str, why: str, gram: Array | None) -> Converted:
+def _convert(
+    name: str, module: nnx.Module, attribute: str, method: str, why: str, gram: Array | None, *, clip: bool = False
+) -> Converted:
     variable = getattr(module, attribute)
     rule, before, n_bytes = rule_of(variable), variable[...], variable.size * variable.dtype.itemsize
     if rule is None or rule.weights is None:
         zeros, why = count_zeros(before) / before.size, "no rule has weights for it"
         return Converted(name, str(variable.dtype), "none", why, n_bytes, n_bytes, 0.0, None, zeros)
-    value = gptq(before, gram, rule.weights) if method == "gptq" else quantized(module, attribute)
+    damping = None
+    if method == "gptq":
+        value, damping = gptq(before, gram, rule.weights)
+        why = damped(damping)
+    else:
+        value = clipped(before, gram, rule.weights) if clip else quantized(module, attribute)
     after = value.dequantize()
     change = after - before
     weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
@@ -163,7 +191,16 @@ def _convert(name: str, module: nnx.Module, attribute: str, method: str, why: st
     store(module, attribute, value)
     zeros = count_zeros(after) / after.size
     return Converted(
-        name, format_name(rule.weights), method, why, n_bytes, stored_bytes(value), weight_error, output_error, zeros
+        name,
+        format_name(rule.weights),
+        method,
+        why,
+        n_bytes,
+        stored_bytes(value),
+        weight_error,
+        output_error,
+        zeros,
+        damping,
     )
 
 

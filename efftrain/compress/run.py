@@ -258,8 +258,7 @@ def _prune(run: Path, config: ModelConfig, options: Compression, text: Text) -> 
         quantization=quantization,
         layers=options.layers,
     )
-    changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
-    return model, changes | _quality(run, model, options, text)
+    return model, report.as_json() | _quality(run, model, options, text)
 
 
 def _quality(run: Path, model: Decoder, options: Compression, text: Text) -> dict[str, Any]:
@@ -293,7 +292,7 @@ def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, 
     model, report = convert(
         Pieces.read(run), quantization, method=method, calibration=calibration, unrolled=chosen is not None
     )
-    changes = {"bytes_share": report.bytes_share, "matrices": report.as_json()}
+    changes = report.as_json()
     if chosen is not None:
         changes["choice"] = chosen.as_json() | {"split": CHOICES, "rows": options.rows}
     return model, changes

@@ -18,15 +18,21 @@ from efftrain.ops.masks import NofM, Unstructured, keep_highest
 from efftrain.ops.number_formats import Format
 from efftrain.ops.quantize import QuantizedArray, group_size, quantize, step_of, stored_scale
 
-BLOCK = 128  # rows whose making-up reaches the rows behind them together
+BLOCK = 128  # rows, at most, whose making-up reaches the rows after them together
 DAMPING = 0.01  # of the mean of the diagonal
 MOST_DAMPING = 1e3
 
 
-def inverse_factor(gram_dd: Array, damping: float = DAMPING) -> Array:
+def inverse_factor(gram_dd: Array, damping: float = DAMPING) -> tuple[Array, float]:
     """The upper Cholesky factor U of the inverse of a damped Gram matrix, ``inverse = U^T U``, float32.
 
-    Where rounding leaves no positive matrix, the damping grows tenfold until there is one.
+    Args:
+      gram_dd: sum of ``x x^T``.
+      damping: added to the diagonal, as a share of its mean. Where rounding leaves no positive matrix, it grows tenfold
+        until there is one.
+
+    Returns:
+      U and the damping that was needed.
 
     Raises:
       ConfigError: the matrix is not finite.
@@ -46,9 +52,14 @@ def inverse_factor(gram_dd: Array, damping: float = DAMPING) -> Array:
         if not failed:
             matrix, failed = potrf(matrix, overwrite_a=True)
         if not failed and np.isfinite(matrix).all():
-            return jnp.asarray(np.triu(matrix))
+            return jnp.asarray(np.triu(matrix)), damping
         damping *= 10
     raise ConfigError("the products of the calibration's inputs cannot be inverted; give more calibration rows")
+
+
+def damped(damping: float) -> str:
+    """For a report: empty where the usual damping was enough."""
+    return f"damped by {damping:g} of the mean square of its inputs" if damping > DAMPING else ""
 
 
 def compensated(
@@ -67,11 +78,17 @@ def compensated(
       project: (row (f,), its number () int32) -> (f,): the nearest that is allowed. Traced.
       select: (rows (g, f) of a group, diagonal of the factor (g,), number of the first row) -> (g, f) bool: False where
         a number becomes zero. Decided when the first row is reached; the rows have by then made up for those before.
-      group: rows; divides d. None: a block, of at most ``BLOCK`` rows.
+      group: rows; divides d. None: a block.
+
+    Blocks have equally many rows, ``BLOCK`` at most (but for whole groups); rows of zeros fill up the last one.
     """
     d, f = w_df.shape
-    size = next(n for n in range(max(min(BLOCK, d), group or 1), 0, -1) if d % n == 0 and n % (group or 1) == 0)
-    group = group or size
+    size = -(-d // -(-d // BLOCK))
+    size = -(-size // (group or 1)) * (group or 1)
+    group, filling = group or size, -d % size
+    if filling:
+        w_df = jnp.pad(w_df, ((0, filling), (0, 0)))
+        factor_dd = jax.scipy.linalg.block_diag(factor_dd, jnp.eye(filling, dtype=factor_dd.dtype))
 
     def block(w_df: Array, first: Array) -> tuple[Array, Array]:
         rows_bf = jax.lax.dynamic_slice_in_dim(w_df, first, size)
@@ -101,10 +118,10 @@ def compensated(
             to_all_bd.T, error_bf, precision="highest"
         ), out_bf  # rows of this block are not read again
 
-    return jax.lax.scan(block, w_df, jnp.arange(0, d, size))[1].reshape(d, f)
+    return jax.lax.scan(block, w_df, jnp.arange(0, d, size))[1].reshape(-1, f)[:d]
 
 
-def gptq(w_df: Array, gram_dd: Array, format: Format) -> QuantizedArray:
+def gptq(w_df: Array, gram_dd: Array, format: Format) -> tuple[QuantizedArray, float]:
     """The matrix quantised so that its products with the calibration's inputs change least.
 
     Rows of large inputs come first; scales are those of the matrix as it was, so that groups stay where they are.
@@ -113,18 +130,23 @@ def gptq(w_df: Array, gram_dd: Array, format: Format) -> QuantizedArray:
       w_df: (d_in, d_out).
       gram_dd: ``observe.grams`` of its inputs.
       format: of the result.
+
+    Returns:
+      The matrix, and the damping that ``inverse_factor`` needed.
     """
     order_d = jnp.argsort(-jnp.diag(gram_dd))
-    factor_dd = inverse_factor(gram_dd[jnp.ix_(order_d, order_d)])
+    factor_dd, damping = inverse_factor(gram_dd[jnp.ix_(order_d, order_d)])
     scale_gf = stored_scale(step_of(w_df, format), format)
     nearest_df = _gptq(w_df.astype(jnp.float32), factor_dd, scale_gf, order_d, format)
-    return quantize(nearest_df, format, scale=scale_gf)
+    return quantize(nearest_df, format, scale=scale_gf), damping
 
 
-def sparse_gpt(w_df: Array, gram_dd: Array, structure: Unstructured | NofM, format: Format | None = None) -> Array:
-    """The matrix with zeros so that its products with the calibration's inputs change least, float32.
+def sparse_gpt(
+    w_df: Array, gram_dd: Array, structure: Unstructured | NofM, format: Format | None = None
+) -> tuple[Array, float]:
+    """The matrix with zeros so that its products with the calibration's inputs change least.
 
-    In each block of rows the numbers go that cost least by the second derivative, ``w^2 / U_jj^2``; the rows behind
+    In each block of rows the numbers go that cost least by the second derivative, ``w^2 / U_jj^2``; the rows after it
     make up for them.
 
     Args:
@@ -132,12 +154,16 @@ def sparse_gpt(w_df: Array, gram_dd: Array, structure: Unstructured | NofM, form
       structure: which numbers go.
       format: what stays is of this format too; its scales are those of the matrix as it was.
 
+    Returns:
+      The matrix, float32, and the damping that ``inverse_factor`` needed.
+
     Source: Frantar and Alistarh 2023 (SparseGPT), algorithm 1.
     """
     live_d = jnp.diag(gram_dd) > 0  # what reads an input that is always zero is of no use
     w_df = jnp.where(live_d[:, None], w_df.astype(jnp.float32), 0)
     scale_gf = None if format is None else stored_scale(step_of(w_df, format), format).astype(jnp.float32)
-    return _sparse_gpt(w_df, inverse_factor(gram_dd), scale_gf, structure, format)
+    factor_dd, damping = inverse_factor(gram_dd)
+    return _sparse_gpt(w_df, factor_dd, scale_gf, structure, format), damping
 
 
 @partial(jax.jit, static_argnames=("structure", "format"))
@@ -151,13 +177,15 @@ def _sparse_gpt(
         return format.nearest(row_f / scale_f) * scale_f
 
     # Of every block, so that the whole has exactly its share.
-    kept_before = np.round(np.arange(len(w_df) + 1) * w_df.shape[1] * (1 - structure.sparsity)).astype(np.int32)
+    kept_before = np.round(np.arange(len(w_df) + 1) * w_df.shape[1] * (1 - structure.sparsity)).astype(np.int64)
 
     def select(rows_gf: Array, diagonal_g: Array, first: Array) -> Array:
         cost_gf = (rows_gf / diagonal_g[:, None]) ** 2
         if isinstance(structure, NofM):
             return keep_highest(cost_gf.T, structure.n).T
-        n_keep = jnp.asarray(kept_before)[first + len(rows_gf)] - jnp.asarray(kept_before)[first]
+        starts = np.arange(len(w_df))
+        ends = np.minimum(starts + len(rows_gf), len(w_df))  # of rows that fill up the last block, none is kept
+        n_keep = jnp.asarray(kept_before[ends] - kept_before[starts], jnp.int32)[first]
         return keep_highest(cost_gf.reshape(-1), n_keep).reshape(cost_gf.shape)
 
     group = structure.m if isinstance(structure, NofM) else None

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from efftrain.compress.importance import NORMS, Importance, check_prunable
+from efftrain.compress.observe import CalibrationSize, idle
 from efftrain.compress.pieces import Pieces, abstract_variables, assemble
 from efftrain.compress.shape import Shape, check_fits, shaped
 from efftrain.errors import ConfigError
@@ -26,12 +27,16 @@ from efftrain.train.checkpoints import flatten
 class LayerCut:
     """What is left of a layer: its number in the whole model, and there the kept units, heads and experts.
 
-    ``heads`` are KV groups, or of a layer with one group its query heads. None where it has no such parts."""
+    ``heads`` are KV groups, or of a layer with one group its query heads. None where it has no such parts.
+    ``idle_experts``: those of the whole layer, kept or not, that no calibration token reached; their importance is 0,
+    so that they go first.
+    """
 
     layer: int
     ffn: tuple[int, ...] | None
     heads: tuple[int, ...]
     experts: tuple[int, ...] | None
+    idle_experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class SlimReport:
       dropped: the numbers of those that are not.
       length: tokens of a row, for which FLOPs are counted.
       before, after: sizes.
+      calibration: from how much text the importance is.
     """
 
     hidden: tuple[int, ...]
@@ -65,6 +71,7 @@ class SlimReport:
     length: int
     before: Size
     after: Size
+    calibration: CalibrationSize
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -115,6 +122,7 @@ def slim(pieces: Pieces, shape: Shape, importance: Importance) -> tuple[Decoder,
         length=length,
         before=Size.of(abstract_variables(config), length),
         after=Size.of(model, length),
+        calibration=importance.calibration,
     )
     return model, report
 
@@ -160,6 +168,7 @@ def _choose(importance: Importance, number: int, block: BlockConfig, one_group: 
         ffn=places(importance.ffn[number], mlp.d_ff) if isinstance(mlp, Dense) else None,
         heads=places(importance.heads[number], n_heads),
         experts=places(importance.experts[number], mlp.n_experts) if isinstance(mlp, MoE) else None,
+        idle_experts=idle(importance.experts[number]) if isinstance(mlp, MoE) else (),
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from efftrain.compress.observe import Calibration
 from efftrain.errors import ConfigError
 from efftrain.measure.held_out import HeldOut, choosing, reporting
+from efftrain.progress import console
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,20 @@ class Text:
         return reporting(self.corpus, self.length, rows, chosen=chosen)
 
     def calibration(self, rows: int) -> Calibration:
-        """Rows of the training split."""
+        """Rows of the training split; says where there are fewer than asked for."""
         held = HeldOut(corpus=self.corpus, length=self.length, split="train", rows=rows)
         batches = list(held.batches())
         if not batches:
             raise ConfigError(f"{self.corpus}: the training split is shorter than one row of {self.length} tokens")
         names = ("tokens", "segments", "positions")
-        return Calibration(*(np.concatenate([b[name] for b in batches])[:rows] for name in names))
+        arrays = [np.concatenate([b[name] for b in batches])[:rows] for name in names]
+        valid = (arrays[1] > 0).any(1)  # the last batch is filled up with padding
+        found = Calibration(*(array[valid] for array in arrays), rows_asked=rows)
+        if found.size.rows < rows:
+            console.print(
+                f"warning: {self.corpus}: the training split has {found.size.rows} rows of {self.length} tokens and "
+                f"{rows} were asked for; calibrating on these, {found.size.tokens:,} tokens",
+                style="yellow",
+                markup=False,
+            )
+        return found

@@ -25,7 +25,8 @@ from efftrain.data.tokenizer import vocabulary_size
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.lock import Lock, beside
 from efftrain.models.decoder import Decoder
-from efftrain.ops.cross_entropy import choose_chunks, token_nll
+from efftrain.ops.cross_entropy import token_nll
+from efftrain.ops.head_loss import choose_chunks, over_chunks
 from efftrain.progress import track
 from efftrain.train.objective import Batch
 
@@ -253,10 +254,14 @@ def _add(nats: np.ndarray, computed: tuple[Array, np.ndarray] | None) -> None:
 
 @partial(jax.jit, static_argnums=0)
 def _target_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
-    """Nats of each target, (batch, length) float32; rows in chunks, so that the logits of a batch never exist."""
+    """Nats of each target, (batch, length) float32, in chunks: the logits of a batch never exist."""
     model = nnx.merge(graph, state)
     hidden_btd, _ = model.hidden(batch["tokens"], segments_bt=batch["segments"], positions_bt=batch["positions"])
+
+    def chunk(carry: None, arrays: tuple[Array, Array]) -> tuple[None, Array]:
+        hidden, targets = arrays
+        return carry, token_nll(model.logits(hidden), targets)
+
     n_rows, length = batch["tokens"].shape
-    n_chunks = choose_chunks(n_rows, n_rows * length * model.config.vocab_size)
-    chunks = jax.tree.map(lambda x: x.reshape(n_chunks, -1, *x.shape[1:]), (hidden_btd, batch["targets"]))
-    return jax.lax.map(lambda chunk: token_nll(model.logits(chunk[0]), chunk[1]), chunks).reshape(n_rows, length)
+    n_chunks = choose_chunks(length, n_rows * length * model.config.vocab_size)
+    return over_chunks(chunk, None, (hidden_btd, batch["targets"]), n_chunks)[1]

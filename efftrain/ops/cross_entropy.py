@@ -23,7 +23,7 @@ def cross_entropy(
       kernel_dv: (d_model, vocab) head in x's dtype.
       targets_bt: (batch, length) integers.
       weights_bt: (batch, length) float32 or bool; 0 leaves a token out.
-      n_chunks: how many chunks, a divisor of the length. None: so that a chunk has at most ``CHUNK_ELEMENTS`` logits a
+      n_chunks: how many chunks, from 1 to the length. None: so that a chunk has at most ``CHUNK_ELEMENTS`` logits a
         shard.
       shards: over how many devices the tokens are divided, for that choice.
 

@@ -26,15 +26,17 @@ def head_loss(
     """The sum over tokens of a loss on ``x @ kernel``, and sums of other figures.
 
     The gradient is formed in the forward pass, chunk by chunk, so nothing is computed twice. A chunk takes every n-th
-    token of each row, which leaves the sharding of batch and length as it is.
+    token of each row, which leaves the sharding of batch and length as it is. Where that does not go out even, rows are
+    filled up with tokens of zeros.
 
     Args:
-      loss_of: hashable; what it minimises is () float32, the other sums a pytree of () float32.
+      loss_of: hashable; what it minimises is () float32, the other sums a pytree of () float32. A token whose arrays
+        are all zero (its weight too) adds nothing to any of them.
       x_btd: (batch, length, d_model) hidden states, any float dtype.
       kernel_dv: (d_model, vocab) head in x's dtype.
       arrays: (batch, length, ...) each; not differentiated.
       constants: a pytree that all chunks see, such as the head of a teacher; not differentiated.
-      n_chunks: how many, a divisor of the length; see ``choose_chunks``.
+      n_chunks: how many, from 1 to the length; see ``choose_chunks``.
 
     Returns:
       () float32 and the other sums. Differentiable in x and the kernel; the other sums are not.
@@ -45,9 +47,13 @@ def head_loss(
 
 
 def choose_chunks(length: int, elements: int) -> int:
-    """The smallest divisor of ``length`` that brings ``elements`` logits under ``CHUNK_ELEMENTS`` a chunk."""
-    divisors = [n for n in range(1, length + 1) if length % n == 0]
-    return next((n for n in divisors if elements <= n * CHUNK_ELEMENTS), length)
+    """How many chunks of a length bring ``elements`` logits under ``CHUNK_ELEMENTS`` a chunk, of one token at least.
+
+    As few as can be, or up to twice as many where these divide the length, so that nothing is filled up.
+    """
+    longest = max(length * CHUNK_ELEMENTS // max(elements, 1), 1)
+    fewest = -(-length // longest)
+    return next((n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0), fewest)
 
 
 def logits_of(x: Array, kernel_dv: Array) -> Array:
@@ -95,7 +101,7 @@ _head_loss.defvjp(_forward, _backward)
 
 def _zeros(loss_of, n_chunks, x_btd, kernel_dv, arrays, constants):
     def first(x, kernel_dv, arrays, constants):
-        part = [a[:, : a.shape[1] // n_chunks] for a in (x, *arrays)]
+        part = [a[:, : -(-a.shape[1] // n_chunks)] for a in (x, *arrays)]
         return loss_of(logits_of(part[0], kernel_dv), tuple(part[1:]), constants)
 
     shapes = jax.eval_shape(first, x_btd, kernel_dv, arrays, constants)
@@ -105,15 +111,24 @@ def _zeros(loss_of, n_chunks, x_btd, kernel_dv, arrays, constants):
 def over_chunks(step, carry, arrays, n_chunks):
     """``lax.scan`` of ``step`` over chunks of the length axis; outputs come back in the order of the length.
 
+    Where ``n_chunks`` does not divide the length, zeros fill it up; their outputs are left out.
+
     An output is None, or a pytree of arrays (batch, tokens of the chunk, ...).
     """
     if n_chunks == 1:
         return step(carry, arrays)
-    chunks = [jnp.moveaxis(a.reshape(a.shape[0], a.shape[1] // n_chunks, n_chunks, *a.shape[2:]), 2, 0) for a in arrays]
-    carry, out = jax.lax.scan(step, carry, chunks)
+    length = arrays[0].shape[1]
+    filling = -length % n_chunks
+
+    def apart(a: Array) -> Array:
+        if filling:
+            a = jnp.pad(a, ((0, 0), (0, filling), *((0, 0),) * (a.ndim - 2)))
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, n_chunks, *a.shape[2:]), 2, 0)
+
+    carry, out = jax.lax.scan(step, carry, [apart(a) for a in arrays])
 
     def in_order(chunks: Array) -> Array:
         a = jnp.moveaxis(chunks, 0, 2)
-        return a.reshape(a.shape[0], -1, *a.shape[3:])
+        return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :length]
 
     return carry, jax.tree.map(in_order, out)

@@ -43,8 +43,9 @@ def value_and_gradients(x, kernel, targets, weights, **options):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, kernel, targets, weights)
 
 
-@pytest.mark.parametrize("n_chunks", [1, 2, 8, None])
+@pytest.mark.parametrize("n_chunks", [1, 2, 3, 5, 8, None])
 def test_value_and_gradients(n_chunks):
+    """3 and 5 do not divide the 8 tokens of a row."""
     given = draw()
     chex.assert_trees_all_close(value_and_gradients(*given, n_chunks=n_chunks), truth(*given), rtol=1e-5, atol=2e-6)
     without_gradient = jax.jit(partial(cross_entropy, n_chunks=n_chunks))(*given)
@@ -141,13 +142,20 @@ def test_the_logits_of_the_batch_never_exist(differentiate):
     assert temporary(64) < full / 10
 
 
-@pytest.mark.parametrize("length", [1, 12, 13, 64])
+@pytest.mark.parametrize("length", [1, 12, 13, 64, 4093, 4096])
 @pytest.mark.parametrize("ratio", [0.01, 1, 1.01, 5, 12, 1000])
 def test_the_chosen_chunks_are_the_fewest_that_fit(length, ratio):
+    """Of any length, and the fewest that divide it where there are some among the next ones."""
     elements = int(ratio * module.CHUNK_ELEMENTS)
     chosen = choose_chunks(length, elements)
-    fitting = [n for n in range(1, length + 1) if length % n == 0 and elements / n <= module.CHUNK_ELEMENTS]
-    assert chosen == (fitting[0] if fitting else length)
+
+    def fits(n):
+        return -(-length // n) * elements / length <= module.CHUNK_ELEMENTS
+
+    fewest = next((n for n in range(1, length + 1) if fits(n)), length)
+    even = [n for n in range(1, length + 1) if length % n == 0 and fits(n)]
+    assert fits(chosen) or chosen == length
+    assert chosen == (even[0] if even and even[0] <= 2 * fewest else fewest)
 
 
 def test_shards_need_fewer_chunks(monkeypatch):
