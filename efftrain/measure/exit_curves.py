@@ -212,9 +212,9 @@ def routed_depths(model: Decoder, rows: Rows, text: Text) -> dict[str, Any]:
         layers_bt = jnp.zeros(row["tokens"].shape, jnp.int32)
         for layer in causal.layers():
             if isinstance(layer, RoutedDepth):
-                x_btd, more_bt = layer.depths(x_btd, row["positions"], row["segments"])
+                x_btd, more_bt = layer.depths(x_btd, row["positions"], row["segments"], row["tokens"])
             else:
-                (x_btd, _), more_bt = layer(x_btd, row["positions"], row["segments"]), 1
+                (x_btd, _), more_bt = layer(x_btd, row["positions"], row["segments"], row["tokens"]), 1
             layers_bt += more_bt
         return _histogram(layers_bt, classes_v[row["targets"]], row["mask"], most)
 

@@ -10,10 +10,9 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.models.cache import Cache, empty_cache
+from efftrain.models.cache import Cache, RoutedCache, empty_cache
 from efftrain.models.decoder import Decoder
 from efftrain.models.early_exit import ConfidenceExit, Probe, advance, check_layers, extend_until_sure
-from efftrain.models.routed_depth import RoutedCache
 from efftrain.models.sampling import GREEDY, Sampling, sample
 from efftrain.models.self_speculation import SelfSpeculation, extra_slots, speculate
 
@@ -176,7 +175,9 @@ def draw_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_t
         by = partial(advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, limit_b=limit_b)
         x_btd, positions_bt = model.embedding(token_b[:, None]), cache.lengths_b[:, None]
         ended_bt = ~goes_on(token_b)[:, None]
-        found, after = extend_until_sure(model, layers, x_btd, positions_bt, cache.layers, by, ended_bt)
+        found, after = extend_until_sure(
+            model, layers, x_btd, positions_bt, cache.layers, by, ended_bt, tokens_bt=token_b[:, None]
+        )
         return model.exit_logits(found.x_btd[:, 0]), Cache(after, cache.lengths_b + 1), found.layers_bt[:, 0]
 
     def unfinished(carry):
