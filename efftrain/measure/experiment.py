@@ -1,7 +1,7 @@
 """What recipes share: one run on a corpus from its batches to its scorecard."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.sharding import hosts
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
+from efftrain.train.metric_sink import MetricSink
 from efftrain.train.objective import Objective
 from efftrain.train.program import Wrap
 from efftrain.train.run import Run, read_json
@@ -52,6 +53,7 @@ def train_and_score(
     extra_flops: float = 0.0,
     evaluated_rows: int | None = None,
     script: Path | None = None,
+    sinks: Sequence[MetricSink] = (),
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
@@ -64,6 +66,7 @@ def train_and_score(
       evaluated_rows: of the validation split. None: all.
       script: see ``Run``.
       extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
+      sinks: see ``fit``.
 
     Raises:
       EfftrainError: what ``fit``, ``Run`` and ``data`` refuse.
@@ -104,6 +107,7 @@ def train_and_score(
             lambda: data.batches(held_out, *mine, verify=False), corpus.token_bytes(), max_batches=max_batches
         ),
         flops_per_token=flops_per_token,
+        sinks=sinks,
     )
     card = score(
         fitted.model,

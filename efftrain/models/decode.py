@@ -15,6 +15,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.early_exit import ConfidenceExit, Probe, advance, check_layers, extend_until_sure
 from efftrain.models.sampling import GREEDY, Sampling, sample
 from efftrain.models.self_speculation import SelfSpeculation, extra_slots, speculate
+from efftrain.models.unrolled import unrolled
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def generate(
     """Continues each prompt by ``n_new`` tokens.
 
     Args:
+      model: one with stacked layers is taken apart for the call, which holds its layers twice until it returns. For
+        several calls, or where memory is short, do that once: ``unrolled(model, donate=True)``.
       prompts_bp: (batch, longest prompt) int32, padded on the right with anything.
       prompt_lengths_b: (batch,) tokens of each prompt, at least 1.
       n_new: how many tokens to draw.
@@ -98,7 +101,7 @@ def generate_report(
 ) -> Generated:
     """``generate``, with the depth that it took."""
     _check(model, prompts_bp.shape[1], n_new, sampling, key)
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(unrolled(model))
     key = jax.random.key(0) if key is None else key
     extra = 0
     if isinstance(depth, SelfSpeculation):

@@ -171,7 +171,10 @@ class Decoder(nnx.Module):
         return figures
 
     def layers(self) -> list[nnx.Module]:
-        """The blocks of the stack as single modules, first to last."""
+        """The blocks of the stack as single modules, first to last.
+
+        Their parameters are views of an ``unrolled`` model's, and copies of those of a model with stacked layers.
+        """
         split = [nnx.split(stack) for stack in self.blocks]
         states = [unstack(state, self.config.n_repeats) for _, state in split]
         return [

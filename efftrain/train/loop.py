@@ -21,13 +21,14 @@ from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
 from efftrain.train.branch import branch_from, parse_branch
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.interruption import Interruption
+from efftrain.train.metric_sink import MetricSink
 from efftrain.train.objective import Metrics, Objective
-from efftrain.train.optimizers import AdamW, Muon
+from efftrain.train.optimizers import AdamW, OptimizerConfig
 from efftrain.train.profile import Profiler, parse_steps
 from efftrain.train.program import Program, Wrap, batch_sharding, make_program
 from efftrain.train.recorder import VOTES, Recorder, read_figures
 from efftrain.train.run import Run, read_metrics
-from efftrain.train.schedules import Cosine, WarmupStableDecay
+from efftrain.train.schedules import ScheduleConfig, WarmupStableDecay
 from efftrain.train.state import TrainState, merge_model, split_model
 from efftrain.train.step import Step
 from efftrain.train.supervise import report_checkpoint
@@ -76,8 +77,8 @@ class Training:
     steps: int
     batch_size: int
     length: int
-    optimizer: AdamW | Muon = field(default_factory=AdamW)
-    schedule: WarmupStableDecay | Cosine = field(default_factory=WarmupStableDecay)
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
+    schedule: ScheduleConfig = field(default_factory=WarmupStableDecay)
     n_microbatches: int = 1
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
@@ -151,6 +152,7 @@ def fit(
     initial: Callable[[], nnx.Module] | None = None,
     evaluate: Callable[[nnx.Module], dict[str, float]] | None = None,
     flops_per_token: float | None = None,
+    sinks: Sequence[MetricSink] = (),
     rules: ShardingRules = DEFAULT_RULES,
     devices: Sequence[jax.Device] | None = None,
 ) -> Fitted:
@@ -167,6 +169,7 @@ def fit(
         called where a checkpoint is found.
       evaluate: model -> figures on held-out text, written to the metrics.
       flops_per_token: model FLOPs of a training token, for MFU.
+      sinks: get every row that is written to the metrics, on the first of several processes.
       rules: which mesh axis splits which logical axis.
       devices: that the mesh is made of; by default all.
 
@@ -199,7 +202,9 @@ def fit(
         compiled = None
         chosen = config.profile and parse_steps(config.profile, config.steps)
         with (
-            Recorder(run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps) as recorder,
+            Recorder(
+                run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps, sinks=sinks
+            ) as recorder,
             config.watchdog.watch(timing, run.path),
             Profiler(chosen, run.path / "profile", recorder, start=start) as profiler,
         ):

@@ -11,7 +11,18 @@ from efftrain.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupStableDecay:
+class ScheduleConfig:
+    """Base of every schedule of the learning rate, those of forks too.
+
+    ``build`` returns a function from the step, which may be traced, to the factor in [0, 1] of the peak.
+    """
+
+    def build(self, n_steps: int) -> optax.Schedule:
+        raise TypeError(f"{type(self).__name__} has no build method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay(ScheduleConfig):
     """Linear warm-up, constant, then ``1 - sqrt`` decay to ``final``. Hu et al. 2024 (MiniCPM); Haegele et al. 2024.
 
     Attributes:
@@ -43,7 +54,7 @@ class WarmupStableDecay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(ScheduleConfig):
     """Linear warm-up, then half a cosine down to ``final``. Loshchilov and Hutter 2017."""
 
     warmup: float = 0.02
