@@ -12,7 +12,7 @@ from efftrain.models.decoder import Decoder
 def unrolled(model: Decoder, *, donate: bool = False) -> Decoder:
     """The same function of the same parameters, with every layer in the pattern and one repeat.
 
-    A program that decodes with it reads the layers where they lie. One that gets stacked layers holds all of them twice.
+    A program that decodes with it reads the layers where they lie; one that gets stacked layers holds them twice.
 
     Args:
       model: stays as it is, or is used up. Returned as it is where nothing is stacked.
