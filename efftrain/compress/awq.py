@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from efftrain.compress.observe import Grams
+from efftrain.models.attention import SelfAttention
 from efftrain.models.block import Block
 from efftrain.models.mlp import SwiGLU
 from efftrain.models.quantization import rule_of
@@ -32,10 +33,12 @@ class Shared:
 
 def shared_inputs(block: Block) -> list[Shared]:
     """What can be scaled in a plain block, in the order in which it is to be done."""
-    found = [Shared("attention_norm/scale", ("attention/query", "attention/key", "attention/value"))]
-    config = block.attention.config
-    if config.n_heads == config.n_kv_heads:  # else several heads read one value
-        found.append(Shared("attention/value/kernel", ("attention/out",)))
+    found = []
+    if isinstance(block.attention, SelfAttention):
+        found.append(Shared("attention_norm/scale", ("attention/query", "attention/key", "attention/value")))
+        config = block.attention.config
+        if config.n_heads == config.n_kv_heads:  # else several heads read one value
+            found.append(Shared("attention/value/kernel", ("attention/out",)))
     if isinstance(block.mlp, SwiGLU):
         found.append(Shared("mlp/up/kernel", ("mlp/down",)))
         found.append(Shared("mlp_norm/scale", ("mlp/gate", "mlp/up")))

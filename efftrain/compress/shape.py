@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from efftrain.errors import ConfigError
-from efftrain.models.config import BlockConfig, Dense, ModelConfig
+from efftrain.models.config import BlockConfig, Dense, ModelConfig, standard_attention
 from efftrain.models.moe import MoE
 
 
@@ -81,7 +81,7 @@ def check_fits(config: ModelConfig, shape: Shape) -> None:
 
 def cut_block(block: BlockConfig, shape: Shape, multiple: int, name: str) -> BlockConfig:
     """A block with the shape's shares; ``name`` is for errors, see ``shaped``."""
-    attention, mlp = block.attention, block.mlp
+    attention, mlp = standard_attention(block, "a smaller shape"), block.mlp
     groups = _not_empty(name, "heads", "KV groups", shape.heads, attention.n_kv_heads, 1)
     queries = attention.n_heads // attention.n_kv_heads
     if isinstance(mlp, Dense):

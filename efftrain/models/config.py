@@ -228,6 +228,20 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
 
+def standard_attention(block: BlockConfig, technique: str) -> Attention:
+    """The attention of a block, for a technique that reads its heads.
+
+    Raises:
+      ConfigError: it is a fork's own.
+    """
+    if not isinstance(block.attention, Attention):
+        raise ConfigError(
+            f"{technique} reads the heads of efftrain's Attention, and the model has {type(block.attention).__name__}; "
+            f"use a model with Attention, or leave {technique} out"
+        )
+    return block.attention
+
+
 def llama(
     *,
     vocab_size: int,
