@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.models.config import Full, ModelConfig
+from efftrain.models.config import Full, ModelConfig, standard_attention
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Linear
 from efftrain.ops.norm import rms_norm
@@ -108,7 +108,7 @@ class Relations:
         block = config.layers[layer]
         if not isinstance(block.depth, Full):
             raise ConfigError(f"features.{whose}_layer is {given}, a layer of routed depth; choose another one")
-        attention = block.attention
+        attention = standard_attention(block, "features.Relations")
         for name, n in (("query", attention.n_heads), ("key", attention.n_kv_heads)):
             if n * attention.d_head % self.heads:
                 raise ConfigError(

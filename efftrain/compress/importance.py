@@ -14,9 +14,10 @@ from efftrain.compress.observe import Calibration, CalibrationSize, Tap, inputs_
 from efftrain.compress.pieces import Pieces
 from efftrain.compress.shape import head_parts
 from efftrain.errors import ConfigError
-from efftrain.models.config import Full, ModelConfig
+from efftrain.models.config import Attention, BlockConfig, Full, ModelConfig, PreNorm
 from efftrain.models.mlp import SwiGLU
 from efftrain.models.moe import RoutedExperts
+from efftrain.models.positions import Rotary
 from efftrain.progress import Progress
 
 SAMPLE = 8192  # tokens whose residual stream is compared between layers
@@ -113,11 +114,25 @@ def check_prunable(config: ModelConfig) -> None:
             "and train the smaller one for quantisation"
         )
     for i, block in enumerate(config.layers):
+        check_standard(block, i)
         if block.depth != Full():
             raise ConfigError(
                 f"layer {i} has the depth policy {type(block.depth).__name__}; prune a model that every token passes "
                 "whole (Full)"
             )
+
+
+def check_standard(block: BlockConfig, i: int) -> None:
+    """Raises ``ConfigError`` where a fork has replaced attention, its positions or scores, or the form of the block."""
+    attention = block.attention
+    parts = [attention, block.residual, *([attention.position] if type(attention) is Attention else [])]
+    own = [part for part, kind in zip(parts, (Attention, PreNorm, Rotary), strict=False) if type(part) is not kind]
+    own += [attention.score_mod] if type(attention) is Attention and attention.score_mod is not None else []
+    if own:
+        raise ConfigError(
+            f"layer {i} has {type(own[0]).__name__}, whose heads and channels cannot be cut; prune a model with the "
+            "attention and the blocks of efftrain"
+        )
 
 
 @partial(jax.jit, static_argnums=0)

@@ -13,6 +13,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.decode import AllLayers, draw_tokens, read_prompts
 from efftrain.models.decoder import Decoder
 from efftrain.models.sampling import Sampling
+from efftrain.models.unrolled import unrolled
 from efftrain.ops.platform import conditional
 from efftrain.sharding.rules import constrain, shard_count
 
@@ -103,7 +104,7 @@ class OnPolicy:
 
     def _draw(self, model: Decoder, prompts_bp: Array, lengths_b: Array, key: Array) -> Array:
         """(batch, n_new) tokens. All of them, as an early end would make the loop's length depend on the rows."""
-        graph, state = nnx.split(model)
+        graph, state = nnx.split(unrolled(model))
         state = jax.tree.map(jax.lax.stop_gradient, state)
         prompts_bp = constrain(prompts_bp, "batch", None)
         sampling = Sampling(temperature=self.temperature)

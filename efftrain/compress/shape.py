@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from efftrain.errors import ConfigError
-from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
+from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig, standard_attention
 from efftrain.models.moe import MoE
 
 
@@ -89,7 +89,7 @@ def check_fits(config: ModelConfig, shape: Shape) -> None:
 
 def cut_block(block: BlockConfig, shape: Shape, multiple: int) -> BlockConfig:
     """A block with the shape's shares, which fit it."""
-    attention, mlp = block.attention, block.mlp
+    attention, mlp = standard_attention(block, "a smaller shape"), block.mlp
     heads = _parts(block, "heads", multiple).left(shape.heads)
     if attention.n_kv_heads > 1:
         queries = attention.n_heads // attention.n_kv_heads

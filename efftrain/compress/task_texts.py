@@ -15,6 +15,7 @@ from efftrain.measure.task_scores import log_softmax
 from efftrain.models.decode import generate
 from efftrain.models.decoder import Decoder
 from efftrain.models.sampling import GREEDY, Sampling
+from efftrain.models.unrolled import unrolled
 from efftrain.progress import Progress
 
 ROWS = 256  # that are drawn together
@@ -169,6 +170,7 @@ def _draw(
         row[: len(prompt)] = prompt
     lengths = np.pad(lengths, (0, len(padded) - len(lengths)), constant_values=1)
     found: list[np.ndarray] = []
+    model = unrolled(model)
     with Progress("drawing", len(prompts), unit="texts") as progress:
         for start in range(0, len(padded), ROWS):
             here = slice(start, start + ROWS)

@@ -17,6 +17,7 @@ from efftrain.measure.aot_warnings import loop_warnings, parameter_warnings
 from efftrain.measure.flops import FORWARD_AND_BACKWARD, attention_flops, mean_visible_keys, training_flops
 from efftrain.measure.hlo import ProgramText
 from efftrain.measure.mesh_estimate import estimate
+from efftrain.models.config import BlockConfig
 from efftrain.recipe import import_script
 from efftrain.sharding.layout import layout
 from efftrain.sharding.mesh import MeshConfig, make_mesh
@@ -200,10 +201,12 @@ def _kernel_flops(
     tokens = training.batch_size * training.length / mesh.size
     layers = [(layer, passes) for layer in model.config.layers]
     layers += [(layer, 1) for layer in teacher.config.layers] if teacher is not None else []
-    return flops + tokens * sum(
-        n * attention_flops(layer.attention, mean_visible_keys(training.length, layer.attention.window))
-        for layer, n in layers
-    )
+
+    def attention(layer: BlockConfig) -> float:
+        window = getattr(layer.attention, "window", None)
+        return attention_flops(layer.attention, mean_visible_keys(training.length, window))
+
+    return flops + tokens * sum(n * attention(layer) for layer, n in layers)
 
 
 def _memory(analysis: Any, state: Any, batch: Any, frozen: Any, topology: Topology) -> Memory:

@@ -20,6 +20,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.early_exit import ConfidenceExit, Probe, confidence, exit_states, fit_probe
 from efftrain.models.routed_depth import RoutedDepth, causally_routed
 from efftrain.models.sampling import GREEDY
+from efftrain.models.unrolled import unrolled
 from efftrain.ops.cross_entropy import token_nll
 from efftrain.progress import Progress
 
@@ -180,7 +181,7 @@ def measure_seconds(
       n_new: tokens behind each prompt.
       rounds: beyond one that warms up; the median counts.
     """
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(unrolled(model))
     key, exits = jax.random.key(0), ConfidenceExit().places(model.config.n_layers)
     lengths = np.full(len(prompt_bp), prompt_bp.shape[1], np.int32)
     first, cache = read_prompts(graph, state, prompt_bp, lengths, key, n_new, GREEDY)
@@ -212,9 +213,9 @@ def routed_depths(model: Decoder, rows: Rows, text: Text) -> dict[str, Any]:
         layers_bt = jnp.zeros(row["tokens"].shape, jnp.int32)
         for layer in causal.layers():
             if isinstance(layer, RoutedDepth):
-                x_btd, more_bt = layer.depths(x_btd, row["positions"], row["segments"])
+                x_btd, more_bt = layer.depths(x_btd, row["positions"], row["segments"], row["tokens"])
             else:
-                (x_btd, _), more_bt = layer(x_btd, row["positions"], row["segments"]), 1
+                (x_btd, _), more_bt = layer(x_btd, row["positions"], row["segments"], row["tokens"]), 1
             layers_bt += more_bt
         return _histogram(layers_bt, classes_v[row["targets"]], row["mask"], most)
 

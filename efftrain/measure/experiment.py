@@ -1,7 +1,7 @@
 """What recipes share: one run on a corpus from its batches to its scorecard."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from efftrain.sharding.mesh import make_mesh
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training, batch_part, fit
+from efftrain.train.metric_sink import MetricSink
 from efftrain.train.objective import Objective
 from efftrain.train.program import Wrap
 from efftrain.train.run import Run, checkpoint_directory, has_begun, load_model_config, load_variables, read_json
@@ -68,6 +69,7 @@ def train_and_score(
     evaluated_rows: int | None = None,
     script: Path | None = None,
     rules: ShardingRules = DEFAULT_RULES,
+    sinks: Sequence[MetricSink] = (),
 ) -> tuple[Decoder, Scorecard]:
     """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
 
@@ -85,6 +87,7 @@ def train_and_score(
       script: see ``Run``.
       rules: see ``fit``.
       extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
+      sinks: see ``fit``.
 
     Raises:
       EfftrainError: what ``fit``, ``Run`` and ``data`` refuse.
@@ -128,6 +131,7 @@ def train_and_score(
         evaluate=evaluate,
         flops_per_token=flops_per_token,
         rules=rules,
+        sinks=sinks,
     )
     card = score(
         fitted.model,

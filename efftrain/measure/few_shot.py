@@ -17,6 +17,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache
 from efftrain.models.decode import prefill
 from efftrain.models.decoder import Decoder
+from efftrain.models.unrolled import unrolled
 from efftrain.ops.cross_entropy import token_nll
 
 NO_CONTENT = "N/A"  # stands for a question when the prior of the labels is asked
@@ -79,7 +80,7 @@ def few_shot(
         if len(prompt) - 1 + len(more) > room:
             break
         prompt, n_shown = prompt + more, n_shown + 1
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(unrolled(model))
     longest = max(map(len, names))
     names_lt = np.array([name + [0] * (longest - len(name)) for name in names], np.int32)
     lengths_l = np.array([len(name) for name in names], np.int32)

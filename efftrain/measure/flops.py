@@ -9,18 +9,21 @@ Conventions, printed wherever a figure is:
 - attention in training and prefill counts the keys that the causal mask and the window leave visible, on average
   (length + 1) / 2 without a window: the usual "causal halved". Rows count as one document each, so that packing
   changes nothing;
+- a component of a fork states its other products, or they are counted from its trace, masked pairs included;
 - the backward pass costs twice the forward pass (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
 
 *Model* FLOPs are what the mathematics needs (for MFU); *hardware* FLOPs are what the program computes (for HFU).
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 from flax import nnx
 
-from efftrain.measure.parameters import HEAD, active_size, embedding_paths, parameters, passes
-from efftrain.models.config import Attention, ModelConfig
+from efftrain.errors import ConfigError
+from efftrain.measure.layer_flops import matrix_flops, other_flops
+from efftrain.models.config import AttentionConfig, BlockConfig, ModelConfig
 from efftrain.models.depth import mean_kept
 
 FORWARD_AND_BACKWARD = 3  # in forward passes
@@ -47,7 +50,7 @@ def training_hardware_flops(model: nnx.Module, length: int) -> float:
     outside of remat.
     """
     config = model.config
-    attention = _attention_flops(config, length, lambda seen, a: mean_computed_keys(seen, a.window, a.n_blocks))
+    attention = _attention_flops(config, length, _computed_keys)
     again = {"none": 0.0, "dots": attention, "full": matrix_flops(model) + attention}[config.remat]
     return FORWARD_AND_BACKWARD * (matrix_flops(model) + head_flops(model) + attention) + again
 
@@ -62,21 +65,8 @@ def decode_flops(model: nnx.Module, context: int) -> float:
 
     The program computes a score for every slot of the cache, seen or not.
     """
-    attention = _attention_flops(model.config, context, lambda seen, a: min(seen, a.window or seen))
+    attention = _attention_flops(model.config, context, lambda seen, a: min(seen, _window(a) or seen))
     return matrix_flops(model) + head_flops(model) + attention
-
-
-def matrix_flops(model: nnx.Module) -> float:
-    """FLOPs of one token through all parameter matrices but the head, forward.
-
-    A parameter is a matrix where it has two axes or more beside ``layers``.
-    """
-    free = embedding_paths(model) | {HEAD}
-    return sum(
-        2.0 * active_size(variable) * max(passes(variable), 1.0)
-        for path, variable in parameters(model)
-        if path[:-1] not in free and _is_matrix(variable)
-    )
 
 
 def head_flops(model: nnx.Module) -> float:
@@ -84,9 +74,16 @@ def head_flops(model: nnx.Module) -> float:
     return 2.0 * model.config.d_model * model.config.vocab_size
 
 
-def attention_flops(attention: Attention, keys: float) -> float:
-    """FLOPs of one token's scores and weighted values against ``keys`` keys in one layer, forward."""
-    return 4.0 * attention.n_heads * attention.d_head * keys
+def attention_flops(attention: AttentionConfig, keys: float) -> float:
+    """FLOPs of one token's scores and weighted values against ``keys`` keys in one layer, forward, as it states them.
+
+    Raises:
+      ConfigError: it does not state them.
+    """
+    stated = attention.score_flops(keys)
+    if stated is None:
+        raise ConfigError(f"{type(attention).__name__} does not state its FLOPs; give it a method score_flops")
+    return stated
 
 
 def mean_visible_keys(length: int, window: int | None) -> float:
@@ -106,19 +103,28 @@ def mean_computed_keys(length: int, window: int | None, n_blocks: int) -> float:
     return pairs / length
 
 
+def _computed_keys(length: int, attention: AttentionConfig) -> float:
+    return mean_computed_keys(length, _window(attention), getattr(attention, "n_blocks", 1))
+
+
 def _visible_attention_flops(model: nnx.Module, length: int) -> float:
-    return _attention_flops(model.config, length, lambda seen, a: mean_visible_keys(seen, a.window))
+    return _attention_flops(model.config, length, lambda seen, a: mean_visible_keys(seen, _window(a)))
 
 
-def _attention_flops(config: ModelConfig, length: int, keys: Callable[[int, Attention], float]) -> float:
-    """Of a token, in all layers; where a share of a row passes a layer, its tokens see each other only."""
+def _attention_flops(config: ModelConfig, length: int, keys: Callable[[int, AttentionConfig], float]) -> float:
+    """Of a token, in all layers, and of what else they compute beside matrices; where a share of a row passes a layer,
+    its tokens see each other only."""
+
+    @functools.cache
+    def of_layer(layer: BlockConfig, seen: int) -> float:
+        return other_flops(layer, config, seen, keys(seen, layer.attention))
+
     return sum(
-        share * attention_flops(layer.attention, keys(max(round(share * length), 1), layer.attention))
+        share * of_layer(layer, max(round(share * length), 1))
         for layer in config.layers
         for share in layer.depth.passes()
     )
 
 
-def _is_matrix(variable: nnx.Variable) -> bool:
-    axes = variable.get_metadata().get("axes", ())
-    return variable.ndim - ("layers" in axes) >= 2 and "groups" not in axes
+def _window(attention: AttentionConfig) -> int | None:
+    return getattr(attention, "window", None)

@@ -21,6 +21,7 @@ from efftrain.models.cache import Cache
 from efftrain.models.decode import prefill
 from efftrain.models.decoder import Decoder
 from efftrain.models.sampling import GREEDY, sample
+from efftrain.models.unrolled import unrolled
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def measure_latency(
             f"latency: prompt and new tokens are {prompt_length + n_new} together and model.max_length is "
             f"{model.config.max_length}; shorten the prompt or draw fewer"
         )
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(unrolled(model))
     read = (graph, state, _prompts(model, batch, prompt_length), prompt_length + n_new)
     (first_b, cache), *prefill_times = _time(_prefill, read, rounds)
     _, *decode_times = _time(draw, (graph, state, first_b, cache, n_new), rounds)

@@ -20,7 +20,7 @@ from efftrain.measure.flops import (
     training_hardware_flops,
 )
 from efftrain.measure.parameters import count_parameters, parameters
-from efftrain.models.config import MlpConfig, ModelConfig
+from efftrain.models.config import MlpConfig, ModelConfig, standard_attention
 from efftrain.models.moe import MoE
 from efftrain.ops.head_loss import CHUNK_ELEMENTS
 from efftrain.sharding.roofline import Roofline, axis_bandwidth, sent_bytes
@@ -110,7 +110,8 @@ def axis_traffic(
     scatter = sent_bytes("reduce-scatter", (others + experts) * width, fsdp)
     tokens = training.batch_size * training.length / (sizes["replica"] * fsdp * expert)
     stream = tokens / context * config.d_model * width
-    kv = sum(2 * layer.attention.n_kv_heads * layer.attention.d_head for layer in config.layers) * tokens * width
+    attentions = [standard_attention(layer, "the estimate of a mesh") for layer in config.layers]
+    kv = sum(2 * a.n_kv_heads * a.d_head for a in attentions) * tokens * width
     rows = sum(_rows_per_token(layer.mlp, expert) for layer in config.layers)
     copies = sizes["replica"] * context
     return {
@@ -142,8 +143,9 @@ def _temporaries(config: ModelConfig, training: Training, state: Any, tokens: fl
 
 
 def _scores(config: ModelConfig, training: Training, tokens: float, layer: Any, tensor: int) -> float:
-    keys = mean_computed_keys(training.length, layer.attention.window, layer.attention.n_blocks)
-    return tokens * layer.attention.n_heads / tensor * keys * 4
+    attention = standard_attention(layer, "the estimate of a mesh")
+    keys = mean_computed_keys(training.length, attention.window, attention.n_blocks)
+    return tokens * attention.n_heads / tensor * keys * 4
 
 
 def _hbm_bytes(model: nnx.Module, training: Training, state: Any, tokens: float, tensor: int, width: int) -> float:

@@ -15,6 +15,7 @@ from efftrain.models.decode import AllLayers, draw_tokens, read_prompts
 from efftrain.models.decoder import Decoder
 from efftrain.models.sampling import GREEDY
 from efftrain.models.self_speculation import SelfSpeculation, extra_slots, speculate
+from efftrain.models.unrolled import unrolled
 
 
 def measure_speculation(
@@ -31,7 +32,7 @@ def measure_speculation(
       ``speedup``: median over prompts and rounds of the ratio of the times; ``tokens_per_s`` and
       ``plain_tokens_per_s`` of a row; ``acceptance``; and whether all tokens were ``identical``.
     """
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(unrolled(model))
     key = jax.random.key(0)
     times, identical, accepted, drafted = [], True, 0, 0
     for number, prompt in enumerate(prompts * rounds):

@@ -1,6 +1,7 @@
-"""The attention part of a block: projections, rotary positions, and the two ways to attend."""
+"""The attention part of a block: projections, positions, and the two ways to attend."""
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,31 +9,53 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import LayerCache
-from efftrain.models.config import Attention
+from efftrain.models.config import Attention, ModelConfig
 from efftrain.models.linear import Linear, RMSNorm
-from efftrain.ops.attention import cached_attention
+from efftrain.ops.attention import cached_attention, causal_attention
 from efftrain.ops.attention_backends import attention, choose_backend
-from efftrain.ops.number_formats import AnyFormat
 from efftrain.ops.quantize import fake_quantize, group_size
-from efftrain.ops.rope import apply_rope, rope_angles
-from efftrain.sharding.context import attend_on_mesh
+from efftrain.sharding.context import ScoreInputs, attend_on_mesh
 from efftrain.sharding.rules import constrain, shard_count
 
 
-class SelfAttention(nnx.Module):
+class AttentionModule(nnx.Module):
+    """What ``AttentionConfig.build`` returns: the calls of an attention part, those of forks too.
+
+    ``x_btd`` is normalised, (batch, tokens, d_model). A cache is what ``AttentionConfig.empty_cache`` makes. Its
+    entries count by their slots: a slot after those of a row's tokens may hold anything, and is written before it is
+    seen.
+    """
+
+    def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> Array:
+        """Training: every token sees the earlier tokens of its segment. (batch, tokens, d_model)."""
+        raise NotImplementedError
+
+    def remember(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
+        """The cache with new tokens.
+
+        Args:
+          x_btd: (batch, new tokens, d_model).
+          positions_bt: (batch, new tokens).
+          cache: this layer's.
+          slots_bt: (batch, new tokens) where they stand in the cache, consecutive; those of several tokens that are
+            after the last slot are dropped. None: at their positions. See ``cache.store_tokens``.
+        """
+        raise NotImplementedError
+
+    def recall(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Array:
+        """What new tokens that the cache already has see in it; arguments as in ``remember``."""
+        raise NotImplementedError
+
+    def read(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> tuple[Array, Any]:
+        """Decoding, where the cache is empty: the new tokens see each other, and the cache keeps them."""
+        return self(x_btd, positions_bt), self.remember(x_btd, positions_bt, cache, slots_bt)
+
+
+class SelfAttention(AttentionModule):
     """Grouped-query self-attention on (batch, length, d_model)."""
 
-    def __init__(
-        self,
-        config: Attention,
-        d_model: int,
-        *,
-        n_layers: int,
-        norm_eps: float,
-        dtype: str,
-        cache: AnyFormat | None = None,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: Attention, model: ModelConfig, *, rngs: nnx.Rngs):
+        d_model, n_layers, dtype, cache = model.d_model, model.n_layers, model.dtype, model.quantization.cache
         self.config, self.cache_format = config, cache
         if cache is not None:
             try:
@@ -59,45 +82,35 @@ class SelfAttention(nnx.Module):
             gain=(2 * n_layers) ** -0.5,
         )
         if config.qk_norm:
-            self.query_norm = RMSNorm(d_head, eps=norm_eps, axis="head_dim")
-            self.key_norm = RMSNorm(d_head, eps=norm_eps, axis="head_dim")
+            self.query_norm = RMSNorm(d_head, eps=model.norm_eps, axis="head_dim")
+            self.key_norm = RMSNorm(d_head, eps=model.norm_eps, axis="head_dim")
+        self.position = config.position.build(config, model, rngs=rngs)
+        if config.score_mod is not None:
+            self.score_mod = config.score_mod.build(config, model, rngs=rngs)
 
     def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> Array:
-        """Training: every token sees the earlier tokens of its segment."""
-        return self._attend_fresh(x_btd, *self._project(x_btd, positions_bt), segments_bt)
+        return self._attend_fresh(*self._project(x_btd, positions_bt), positions_bt, segments_bt)
 
     def read(
         self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
     ) -> tuple[Array, LayerCache]:
-        """Decoding, where the cache is empty: the new tokens see each other, and the cache keeps them.
-
-        Args:
-          x_btd: (batch, new tokens, d_model).
-          positions_bt: (batch, new tokens) for the rotary embedding.
-          cache: this layer's.
-          slots_bt: (batch, new tokens) where they stand in the cache, consecutive. None: at their positions.
-        """
         q_bthd, k_btkd, v_btkd = self._project(x_btd, positions_bt)
-        cache = cache.write(k_btkd, v_btkd, (positions_bt if slots_bt is None else slots_bt)[:, 0])
-        return self._attend_fresh(x_btd, q_bthd, k_btkd, v_btkd, None), cache
+        cache = cache.store(k_btkd, v_btkd, positions_bt, slots_bt, consecutive=True)
+        return self._attend_fresh(q_bthd, k_btkd, v_btkd, positions_bt, None), cache
 
     def remember(
         self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
     ) -> LayerCache:
-        """The cache with the keys and values of new tokens; arguments as in ``read``.
-
-        Of several tokens with slots of their own, those behind the last slot are left out.
-        """
-        k_btkd, v_btkd = self._keys_and_values(x_btd, positions_bt)
-        if slots_bt is not None and x_btd.shape[1] > 1:
-            return cache.scatter(k_btkd, v_btkd, slots_bt)
-        return cache.write(k_btkd, v_btkd, (positions_bt if slots_bt is None else slots_bt)[:, 0])
+        return cache.store(*self._keys_and_values(x_btd, positions_bt), positions_bt, slots_bt)
 
     def recall(self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None) -> Array:
-        """What new tokens that the cache already has see in it; arguments as in ``read``."""
         slots_bt = positions_bt if slots_bt is None else slots_bt
         q_bthd = self._queries(x_btd, positions_bt)
-        out = cached_attention(q_bthd, cache.k_bksd, cache.v_bksd, slots_bt, window=self.config.window)
+        mod = None
+        if self.config.score_mod is not None:
+            modify = partial(_modify, self.score_mod, jnp.arange(self.config.n_heads))
+            mod = modify, positions_bt, cache.positions_bs
+        out = cached_attention(q_bthd, cache.k_bksd, cache.v_bksd, slots_bt, window=self.config.window, score_mod=mod)
         return self.out(out.reshape(*x_btd.shape[:2], -1))
 
     def _project(self, x_btd: Array, positions_bt: Array) -> tuple[Array, Array, Array]:
@@ -107,33 +120,47 @@ class SelfAttention(nnx.Module):
         q_bthd = self._heads(self.query(x_btd), "heads")
         if self.config.qk_norm:
             q_bthd = self.query_norm(q_bthd)
-        return apply_rope(q_bthd, *self._angles(positions_bt))
+        return self.position.queries(q_bthd, positions_bt)
 
     def _keys_and_values(self, x_btd: Array, positions_bt: Array) -> tuple[Array, Array]:
         k_btkd = self._heads(self.key(x_btd), "kv_heads")
         if self.config.qk_norm:
             k_btkd = self.key_norm(k_btkd)
-        return apply_rope(k_btkd, *self._angles(positions_bt)), self._heads(self.value(x_btd), "kv_heads")
+        return self.position.keys(k_btkd, positions_bt), self._heads(self.value(x_btd), "kv_heads")
 
     def _heads(self, y: Array, axis: str) -> Array:
         return constrain(y.reshape(*y.shape[:2], -1, self.config.d_head), "batch", "length", axis, None)
 
-    def _angles(self, positions_bt: Array) -> tuple[Array, Array]:
-        return rope_angles(positions_bt, self.config.d_head, self.config.rope_theta)
-
-    def _attend_fresh(self, x_btd, q_bthd, k_btkd, v_btkd, segments_bt) -> Array:
+    def _attend_fresh(self, q_bthd, k_btkd, v_btkd, positions_bt: Array, segments_bt: Array | None) -> Array:
         config = self.config
         if self.cache_format is not None:  # what later tokens will find in the cache
             k_btkd, v_btkd = (fake_quantize(a, self.cache_format, -1) for a in (k_btkd, v_btkd))
-        length = q_bthd.shape[1] // shard_count("length")
-        backend = choose_backend(config.backend, q_bthd.dtype, config.d_head, length)
+        if config.score_mod is None:
+            length = q_bthd.shape[1] // shard_count("length")
+            backend = choose_backend(config.backend, q_bthd.dtype, config.d_head, length)
+            attend = partial(attention, window=config.window, backend=backend, n_blocks=config.n_blocks)
+            scores = None
+        else:  # kernels compute scores of their own
+            backend, mod = "xla", nnx.split(self.score_mod)
+            attend = partial(_attend_modified, mod[0], window=config.window, n_blocks=config.n_blocks)
+            scores = ScoreInputs(positions_bt, jnp.arange(config.n_heads), mod[1])
         out_bthd = attend_on_mesh(
-            partial(attention, window=config.window, backend=backend, n_blocks=config.n_blocks),
+            attend,
             q_bthd,
             k_btkd,
             v_btkd,
             segments_bt,
             window=config.window,
             per_device=backend != "xla",
+            scores=scores,
         )
-        return self.out(jnp.reshape(out_bthd, (*x_btd.shape[:2], -1)))
+        return self.out(jnp.reshape(out_bthd, (*out_bthd.shape[:2], -1)))
+
+
+def _attend_modified(graph: nnx.GraphDef, q_bthd, k_bskd, v_bskd, *, scores: ScoreInputs, **how: Any) -> Array:
+    modify = partial(_modify, nnx.merge(graph, scores.state), scores.heads_h)
+    return causal_attention(q_bthd, k_bskd, v_bskd, score_mod=modify, positions_bs=scores.positions_bs, **how)
+
+
+def _modify(module: nnx.Module, heads_h: Array, scores_bhts: Array, queries_bt: Array, keys_bs: Array) -> Array:
+    return module(scores_bhts, heads_h, queries_bt, keys_bs)

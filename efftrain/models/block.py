@@ -1,81 +1,120 @@
-"""One pre-norm transformer block."""
+"""One transformer block."""
+
+from typing import Any
 
 from flax import nnx
 from jax import Array
 
-from efftrain.models.attention import SelfAttention
-from efftrain.models.cache import LayerCache
+from efftrain.errors import ConfigError
 from efftrain.models.config import BlockConfig, ModelConfig
 from efftrain.models.linear import RMSNorm
 from efftrain.sharding.rules import constrain
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then the feed-forward part that its configuration builds.
+    """Residual block of the attention and the feed-forward part that its configuration builds, pre-norm.
+
+    A subclass that replaces ``join`` is another kind of block, in training and in decoding.
 
     Decoding falls in two parts for those who skip the second: ``remember`` puts the keys and values of new tokens into
     the cache, which later tokens need from every token, and ``recall`` computes the block.
     """
 
     def __init__(self, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        d_model, n_layers, dtype = model.d_model, model.n_layers, model.dtype
-        self.attention_norm = RMSNorm(d_model, eps=model.norm_eps)
-        self.attention = SelfAttention(
-            block.attention,
-            d_model,
-            n_layers=n_layers,
-            norm_eps=model.norm_eps,
-            dtype=dtype,
-            cache=model.quantization.cache,
-            rngs=rngs,
-        )
-        self.mlp_norm = RMSNorm(d_model, eps=model.norm_eps)
-        self.mlp = block.mlp.build(d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)
+        self.attention_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.attention = block.attention.build(model, rngs=rngs)
+        self.mlp_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.mlp = block.mlp.build(model.d_model, n_layers=model.n_layers, dtype=model.dtype, rngs=rngs)
+        self.reads_tokens = block.mlp.reads_tokens
 
-    def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> tuple[Array, dict]:
-        x_btd += self.attention(self.attention_norm(x_btd), positions_bt, segments_bt)
-        return self._feed_forward(x_btd)
+    def __call__(
+        self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None, tokens_bt: Array | None = None
+    ) -> tuple[Array, dict]:
+        """Training: (batch, length, d_model) and metrics.
+
+        Args:
+          x_btd: (batch, length, d_model).
+          positions_bt: (batch, length).
+          segments_bt: (batch, length); no token sees another segment. None: one segment a row.
+          tokens_bt: (batch, length) ids, for a feed-forward part that reads them.
+        """
+        return self._join(x_btd, self.attention(self.attention_norm(x_btd), positions_bt, segments_bt), tokens_bt)
+
+    def join(self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None) -> tuple[Array, dict]:
+        """The stream after the block, and metrics, from the stream before it and what attention made of that."""
+        x_btd += attended_btd
+        out_btd, metrics = self.feed_forward(self.mlp_norm(x_btd), tokens_bt)
+        return x_btd + out_btd, metrics
+
+    def feed_forward(self, x_btd: Array, tokens_bt: Array | None) -> tuple[Array, dict]:
+        """The feed-forward part, with the token ids where it reads them."""
+        if not self.reads_tokens:
+            return self.mlp(x_btd)
+        if tokens_bt is None:
+            raise ConfigError(
+                f"{type(self.mlp).__name__} reads token ids, and this computation of single layers does not have them; "
+                "use the whole model, or a feed-forward part that does not read them"
+            )
+        return self.mlp(x_btd, tokens_bt)
 
     def extend(
-        self, x_btd: Array, positions_bt: Array, cache: LayerCache, *, fresh: bool, real_bt: Array | None = None
-    ) -> tuple[Array, LayerCache]:
-        """New tokens behind those in the cache.
+        self,
+        x_btd: Array,
+        positions_bt: Array,
+        cache: Any,
+        *,
+        fresh: bool,
+        real_bt: Array | None = None,
+        tokens_bt: Array | None = None,
+    ) -> tuple[Array, Any]:
+        """New tokens after those in the cache.
 
         Args:
           x_btd: (batch, new tokens, d_model).
           positions_bt: (batch, new tokens), consecutive in each row.
           cache: this layer's.
           fresh: the cache is empty, so the new tokens see only each other.
-          real_bt: (batch, new tokens) bool, False behind the end of a shorter row. Of no concern here: what such a
+          real_bt: (batch, new tokens) bool, False after the end of a shorter row. Of no concern here: what such a
             token leaves in the cache is overwritten before it is seen.
+          tokens_bt: as in the call.
         """
         if not fresh:
             cache = self.remember(x_btd, positions_bt, cache)
-            return self.recall(x_btd, positions_bt, cache), cache
-        return self.read(x_btd, positions_bt, cache)
+            return self.recall(x_btd, positions_bt, cache, tokens_bt=tokens_bt), cache
+        return self.read(x_btd, positions_bt, cache, tokens_bt=tokens_bt)
 
     def read(
-        self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
-    ) -> tuple[Array, LayerCache]:
+        self,
+        x_btd: Array,
+        positions_bt: Array,
+        cache: Any,
+        slots_bt: Array | None = None,
+        tokens_bt: Array | None = None,
+    ) -> tuple[Array, Any]:
         """``remember`` and ``recall`` for an empty cache: the slots are not read."""
         out_btd, cache = self.attention.read(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
-        return self._feed_forward(x_btd + out_btd)[0], cache
+        return self._join(x_btd, out_btd, tokens_bt)[0], cache
 
-    def remember(
-        self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
-    ) -> LayerCache:
+    def remember(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
         """The cache with the new tokens; ``slots_bt``: where, consecutive. None: at their positions."""
         return self.attention.remember(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
 
-    def recall(self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None) -> Array:
-        """What the block makes of new tokens whose keys and values the cache has; arguments as in ``remember``."""
+    def recall(
+        self,
+        x_btd: Array,
+        positions_bt: Array,
+        cache: Any,
+        slots_bt: Array | None = None,
+        tokens_bt: Array | None = None,
+    ) -> Array:
+        """What the block makes of new tokens whose keys and values the cache has; arguments as in ``read``."""
         out_btd = self.attention.recall(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
-        return self._feed_forward(x_btd + out_btd)[0]
+        return self._join(x_btd, out_btd, tokens_bt)[0]
 
     def after_step(self, statistics: dict) -> dict:
         """See ``Decoder.after_step``."""
         return self.mlp.after_step(statistics)
 
-    def _feed_forward(self, x_btd: Array) -> tuple[Array, dict]:
-        out_btd, metrics = self.mlp(self.mlp_norm(x_btd))
-        return constrain(x_btd + out_btd, "batch", "length", None), metrics
+    def _join(self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None) -> tuple[Array, dict]:
+        x_btd, metrics = self.join(x_btd, attended_btd, tokens_bt)
+        return constrain(x_btd, "batch", "length", None), metrics

@@ -1,7 +1,6 @@
 """Keys and values of the tokens seen so far, in static shapes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,40 +14,58 @@ from efftrain.ops.quantize import QuantizedArray, quantize
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer: slot i holds the key and value of the token at position i, quantised where the model says so."""
+    """Keys and values of one layer, a slot for each token, quantised where the model says so.
+
+    Attributes:
+      k_bksd: (batch, kv_heads, slots, d_head).
+      v_bksd: like k.
+      positions_bs: (batch, slots) int32, of the keys; of attention that modifies scores by positions, else None.
+    """
 
     k_bksd: Array | QuantizedArray
     v_bksd: Array | QuantizedArray
+    positions_bs: Array | None = None
 
-    def write(self, k_btkd: Array, v_btkd: Array, positions_b: Array) -> "LayerCache":
-        """Puts new tokens in the slots that start at ``positions_b`` (batch,) of each row."""
+    def store(
+        self,
+        k_btkd: Array,
+        v_btkd: Array,
+        positions_bt: Array,
+        slots_bt: Array | None = None,
+        *,
+        consecutive: bool = False,
+    ) -> "LayerCache":
+        """The cache with new tokens at ``positions_bt`` (batch, new tokens); slots as in ``store_tokens``."""
 
-        def put(cache_bksd: Array, new_bktd: Array) -> Array:
-            if len(cache_bksd) == 1:  # one plain slice update, which XLA does in place
-                return jax.lax.dynamic_update_slice(cache_bksd, new_bktd, (0, 0, positions_b[0], 0))
-            update = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
-            return update(cache_bksd, new_bktd, positions_b)
+        def put(stored: Array | QuantizedArray, new: Array) -> Array | QuantizedArray:
+            return store_tokens(stored, new, positions_bt, slots_bt, consecutive=consecutive)
 
-        return self._put(put, k_btkd, v_btkd)
+        positions_bs = self.positions_bs
+        if positions_bs is not None:
+            positions_bs = put(positions_bs[:, None, :, None], positions_bt[:, :, None, None])[:, 0, :, 0]
+        return LayerCache(put(self.k_bksd, k_btkd), put(self.v_bksd, v_btkd), positions_bs)
 
-    def scatter(self, k_btkd: Array, v_btkd: Array, slots_bt: Array) -> "LayerCache":
-        """Puts each new token in its slot (batch, new tokens); those behind the last slot are left out."""
 
-        def put(cache_bksd: Array, new_bktd: Array) -> Array:
-            return jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))(cache_bksd, new_bktd, slots_bt)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutedCache:
+    """A routed layer (``models.routed_depth``): keys and values of the tokens that passed.
 
-        return self._put(put, k_btkd, v_btkd)
+    Attributes:
+      levels: for each round, the cache of each of its layers; slot i holds the i-th token that passed.
+      rooms: for each round, how many tokens have a slot.
+      stored_lb: (rounds, batch) int32, how many passed.
+      refused_lb: (rounds, batch) int32, how many should have and found no room.
+    """
 
-    def _put(self, put: Callable[[Array, Array], Array], k_btkd: Array, v_btkd: Array) -> "LayerCache":
-        """New tokens as they are stored; levels and scales go to the same slots."""
+    levels: tuple[tuple[Any, ...], ...]
+    rooms: tuple[int, ...] = field(metadata={"static": True})
+    stored_lb: Array
+    refused_lb: Array
 
-        def change(cache_bksd: Array | QuantizedArray, new_btkd: Array) -> Array | QuantizedArray:
-            new_bktd = new_btkd.swapaxes(1, 2)
-            if isinstance(cache_bksd, QuantizedArray):
-                return jax.tree.map(put, cache_bksd, quantize(new_bktd, cache_bksd.format, -1))
-            return put(cache_bksd, new_bktd.astype(cache_bksd.dtype))
-
-        return LayerCache(change(self.k_bksd, k_btkd), change(self.v_bksd, v_btkd))
+    def passed_b(self) -> Array:
+        """(batch,) int32, layers that all tokens so far have passed here."""
+        return sum(stored_b * len(level) for stored_b, level in zip(self.stored_lb, self.levels, strict=True))
 
 
 @jax.tree_util.register_dataclass
@@ -70,10 +87,51 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
 
 def empty_layer_cache(attention: Attention, model: ModelConfig, batch: int, slots: int) -> LayerCache:
     """No tokens, room for ``slots`` a row, in the model's dtype or quantised."""
-    empty = jnp.zeros((batch, attention.n_kv_heads, slots, attention.d_head), model.dtype)
+    k_bksd, v_bksd = (empty_slots(model, batch, attention.n_kv_heads, slots, attention.d_head) for _ in "kv")
+    has_mod = attention.score_mod is not None
+    return LayerCache(k_bksd, v_bksd, jnp.zeros((batch, slots), jnp.int32) if has_mod else None)
+
+
+def empty_slots(model: ModelConfig, batch: int, heads: int, slots: int, size: int) -> Array | QuantizedArray:
+    """(batch, heads, slots, size) zeros in the model's dtype, or in the format of ``quantization.cache``."""
+    empty = jnp.zeros((batch, heads, slots, size), model.dtype)
     format = model.quantization.cache
-    if format is not None:
-        # Not quantised zeros: XLA would compute them while it compiles.
-        stored = jax.eval_shape(lambda: quantize(empty, format, -1))
-        return LayerCache(*(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stored) for _ in "kv"))
-    return LayerCache(empty, jnp.zeros_like(empty))
+    if format is None:
+        return empty
+    # Not quantised zeros: XLA would compute them while it compiles.
+    stored = jax.eval_shape(lambda: quantize(empty, format, -1))
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stored)
+
+
+def store_tokens(
+    stored_bksd: Array | QuantizedArray,
+    new_btkd: Array,
+    positions_bt: Array,
+    slots_bt: Array | None = None,
+    *,
+    consecutive: bool = False,
+) -> Array | QuantizedArray:
+    """Puts new tokens in their slots, as they are stored: levels and scales go to the same slots.
+
+    Args:
+      stored_bksd: (batch, heads, slots, size).
+      new_btkd: (batch, new tokens, heads, size), any float dtype.
+      positions_bt: (batch, new tokens) int32, consecutive: the slots where ``slots_bt`` is None.
+      slots_bt: (batch, new tokens) int32; a token after the last slot is dropped. None: at their positions.
+      consecutive: slots follow each other and exist, so that one slice is written.
+    """
+    at_bt = positions_bt if slots_bt is None else slots_bt
+    scattered = slots_bt is not None and new_btkd.shape[1] > 1 and not consecutive
+
+    def put(old_bksd: Array, new_bktd: Array) -> Array:
+        if scattered:
+            return jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))(old_bksd, new_bktd, at_bt)
+        if len(old_bksd) == 1:  # one plain slice update, which XLA does in place
+            return jax.lax.dynamic_update_slice(old_bksd, new_bktd, (0, 0, at_bt[0, 0], 0))
+        update = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
+        return update(old_bksd, new_bktd, at_bt[:, 0])
+
+    new_bktd = new_btkd.swapaxes(1, 2)
+    if isinstance(stored_bksd, QuantizedArray):
+        return jax.tree.map(put, stored_bksd, quantize(new_bktd, stored_bksd.format, -1))
+    return put(stored_bksd, new_bktd.astype(stored_bksd.dtype))

@@ -7,27 +7,40 @@ from typing import Any, ClassVar, Literal, get_args
 from flax import nnx
 
 from efftrain.errors import ConfigError
+from efftrain.models.components import (
+    AttentionConfig,
+    DepthConfig,
+    Dtype,
+    MlpConfig,
+    PositionConfig,
+    ResidualConfig,
+    ScoreModConfig,
+)
+from efftrain.models.positions import Rotary
 from efftrain.models.quantization import Quantization
 
-Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
 AttentionBackend = Literal["auto", "xla", "splash", "cudnn"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
+class Attention(AttentionConfig):
     """Grouped-query attention.
 
     Attributes:
       n_heads: query heads.
       n_kv_heads: key and value heads; divides n_heads.
-      d_head: size of a head, even.
+      d_head: size of a head; even for rotary positions.
       qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020): stable at high learning rates.
       window: how many tokens back a token sees, itself included; None sees all.
       rope_theta: base of the rotary frequencies.
       n_blocks: query blocks in training, see ``ops.attention``; of the backend "xla".
       backend: the kernel in training, see ``ops.attention_backends``: by the platform of the mesh, or always this one.
+      position: how queries and keys know their positions.
+      score_mod: modifies the scores; "auto" then takes the backend "xla". None: they stay as they are.
     """
+
+    quantizes_cache: ClassVar[bool] = True
 
     n_heads: int
     n_kv_heads: int
@@ -37,6 +50,8 @@ class Attention:
     rope_theta: float = 10_000.0
     n_blocks: int = 4
     backend: AttentionBackend = "auto"
+    position: PositionConfig = dataclasses.field(default_factory=Rotary)
+    score_mod: ScoreModConfig | None = None
 
     def __post_init__(self):
         for name in ("n_heads", "n_kv_heads", "d_head", "n_blocks"):
@@ -46,30 +61,32 @@ class Attention:
                 f"attention.n_heads is {self.n_heads}, which attention.n_kv_heads {self.n_kv_heads} does not divide; "
                 "make it a multiple"
             )
-        if self.d_head % 2:
+        if self.d_head % 2 and isinstance(self.position, Rotary):
             raise ConfigError(
                 f"attention.d_head is {self.d_head}; rotary embedding needs an even number, use {self.d_head + 1}"
             )
         if self.window is not None:
             _positive("attention.window", self.window)
         _one_of("attention.backend", self.backend, AttentionBackend)
+        if self.score_mod is not None and self.backend not in ("auto", "xla"):
+            raise ConfigError(
+                f"attention.backend is {self.backend!r}, a kernel that cannot take attention.score_mod "
+                f"({type(self.score_mod).__name__}); use 'auto' or 'xla'"
+            )
 
+    def build(self, model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+        from efftrain.models.attention import SelfAttention
 
-@dataclass(frozen=True, kw_only=True)
-class MlpConfig:
-    """Base of every feed-forward configuration, those of forks too.
+        return SelfAttention(self, model, rngs=rngs)
 
-    ``build`` returns a module whose call takes and returns (batch, length, d_model), and beside it a dict of
-    (sum, count) metrics, empty where there is nothing to say.
-    """
+    def empty_cache(self, model: "ModelConfig", batch: int, slots: int) -> Any:
+        from efftrain.models.cache import empty_layer_cache
 
-    @property
-    def independent_tokens(self) -> bool:
-        """What becomes of a token does not depend on which others are computed with it."""
-        return True
+        return empty_layer_cache(self, model, batch, slots)
 
-    def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
-        raise TypeError(f"{type(self).__name__} has no build method")
+    def score_flops(self, keys: float) -> float:
+        """Of scores and weighted values; positions and ``score_mod`` state their own."""
+        return 4.0 * self.n_heads * self.d_head * keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,31 +103,8 @@ class Dense(MlpConfig):
 
         return SwiGLU(d_model, self.d_ff, n_layers=n_layers, dtype=dtype, rngs=rngs)
 
-
-@dataclass(frozen=True, kw_only=True)
-class DepthConfig:
-    """Base of every depth policy of a block, those of forks too: which tokens pass the block, and how often.
-
-    ``build`` returns a module with the calls of ``models.block.Block``.
-
-    Attributes:
-      every_token: every token passes, once, a plain ``Block``: what exits and drafts need of a stack.
-    """
-
-    every_token: ClassVar[bool] = False
-
-    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
-        raise TypeError(f"{type(self).__name__} has no build method")
-
-    def passes(self) -> tuple[float, ...]:
-        """The share of a row's tokens that each layer which a token may pass here computes, in order."""
-        return (1.0,)
-
-    def empty_cache(self, block: "BlockConfig", model: "ModelConfig", batch: int, slots: int) -> Any:
-        """What the block keeps in decoding, for ``slots`` tokens a row; a pytree."""
-        from efftrain.models.cache import empty_layer_cache
-
-        return empty_layer_cache(block.attention, model, batch, slots)
+    def other_flops(self) -> float:
+        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,18 +114,30 @@ class Full(DepthConfig):
     every_token: ClassVar[bool] = True
 
     def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+        return block.residual.build(block, model, rngs=rngs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreNorm(ResidualConfig):
+    """Attention, then the feed-forward part, each on the normalised stream and added to it."""
+
+    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
         from efftrain.models.block import Block
 
         return Block(block, model, rngs=rngs)
 
+    def other_flops(self) -> float:
+        return 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One pre-norm transformer block."""
+    """One transformer block: its parts, how they join the residual stream, and which tokens pass it."""
 
-    attention: Attention
+    attention: AttentionConfig
     mlp: MlpConfig
     depth: DepthConfig = Full()
+    residual: ResidualConfig = PreNorm()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +207,12 @@ class ModelConfig:
             raise ConfigError("model.pattern is empty; give it at least one BlockConfig")
         _one_of("model.dtype", self.dtype, Dtype)
         _one_of("model.remat", self.remat, Remat)
+        for block in self.pattern:
+            if self.quantization.cache is not None and not block.attention.quantizes_cache:
+                raise ConfigError(
+                    f"quantization.cache is set, and {type(block.attention).__name__} keeps its cache in its own way; "
+                    "leave quantization.cache None, or let its cache follow it and set quantizes_cache"
+                )
 
     @property
     def n_layers(self) -> int:
@@ -214,6 +226,20 @@ class ModelConfig:
 
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
+
+
+def standard_attention(block: BlockConfig, technique: str) -> Attention:
+    """The attention of a block, for a technique that reads its heads.
+
+    Raises:
+      ConfigError: it is a fork's own.
+    """
+    if not isinstance(block.attention, Attention):
+        raise ConfigError(
+            f"{technique} reads the heads of efftrain's Attention, and the model has {type(block.attention).__name__}; "
+            f"use a model with Attention, or leave {technique} out"
+        )
+    return block.attention
 
 
 def llama(

@@ -10,13 +10,13 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.models.cache import Cache, empty_cache
+from efftrain.models.cache import Cache, RoutedCache, empty_cache
 from efftrain.models.decoder import Decoder
 from efftrain.models.early_exit import ConfidenceExit, Probe, advance, check_layers, extend_until_sure
 from efftrain.models.prompts import Prompts, padded
-from efftrain.models.routed_depth import RoutedCache
 from efftrain.models.sampling import GREEDY, Sampling, sample
 from efftrain.models.self_speculation import SelfSpeculation, extra_slots, speculate
+from efftrain.models.unrolled import unrolled
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def generate(
     """Continues each prompt by ``n_new`` tokens.
 
     Args:
+      model: one with stacked layers is taken apart for the call, which holds its layers twice until it returns. For
+        several calls, or where memory is short, do that once: ``unrolled(model, donate=True)``.
       prompts_bp: (batch, longest prompt) int32, padded on the right with anything; or a list of token ids for each row.
       prompt_lengths_b: (batch,) tokens of each prompt, at least 1. None: those of the lists, or the width of the array.
       n_new: how many tokens to draw.
@@ -101,7 +103,7 @@ def generate_report(
     """``generate``, with the depth that it took."""
     prompts_bp, prompt_lengths_b = padded(prompts_bp, prompt_lengths_b)
     _check(model, prompts_bp.shape[1], n_new, sampling, key)
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(unrolled(model))
     key = jax.random.key(0) if key is None else key
     extra = 0
     if isinstance(depth, SelfSpeculation):
@@ -178,7 +180,9 @@ def draw_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_t
         by = partial(advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, limit_b=limit_b)
         x_btd, positions_bt = model.embedding(token_b[:, None]), cache.lengths_b[:, None]
         ended_bt = ~goes_on(token_b)[:, None]
-        found, after = extend_until_sure(model, layers, x_btd, positions_bt, cache.layers, by, ended_bt)
+        found, after = extend_until_sure(
+            model, layers, x_btd, positions_bt, cache.layers, by, ended_bt, tokens_bt=token_b[:, None]
+        )
         return model.exit_logits(found.x_btd[:, 0]), Cache(after, cache.lengths_b + 1), found.layers_bt[:, 0]
 
     def unfinished(carry):

@@ -97,7 +97,7 @@ class Decoder(nnx.Module):
         x_btd, exit_ebtd, metrics = run_layers(
             self.blocks,
             x_btd,
-            lambda block, x: block(x, positions_bt, segments_bt),
+            lambda block, x: block(x, positions_bt, segments_bt, tokens_bt),
             n_repeats=self.config.n_repeats,
             scan=self.config.scan,
             remat=self.config.remat,
@@ -150,6 +150,7 @@ class Decoder(nnx.Module):
             cache.layers,
             fresh=fresh,
             real_bt=jnp.arange(length) < n_real_b[:, None],
+            tokens_bt=tokens_bt,
         )
         return self.norm(x_btd), Cache(layers=layer_caches, lengths_b=cache.lengths_b + n_real_b)
 
@@ -170,7 +171,10 @@ class Decoder(nnx.Module):
         return figures
 
     def layers(self) -> list[nnx.Module]:
-        """The blocks of the stack as single modules, first to last."""
+        """The blocks of the stack as single modules, first to last.
+
+        Their parameters are views of an ``unrolled`` model's, and copies of those of a model with stacked layers.
+        """
         split = [nnx.split(stack) for stack in self.blocks]
         states = [unstack(state, self.config.n_repeats) for _, state in split]
         return [
@@ -208,10 +212,13 @@ def extend_layers(
     *,
     fresh: bool = False,
     real_bt: Array | None = None,
+    tokens_bt: Array | None = None,
 ) -> tuple[Array, tuple[Any, ...]]:
     """Some consecutive layers on new tokens; arguments as in ``Block.extend``. The stream and the layers' caches."""
     after = []
     for layer, layer_cache in zip(layers, caches, strict=True):
-        x_btd, layer_cache = layer.extend(x_btd, positions_bt, layer_cache, fresh=fresh, real_bt=real_bt)
+        x_btd, layer_cache = layer.extend(
+            x_btd, positions_bt, layer_cache, fresh=fresh, real_bt=real_bt, tokens_bt=tokens_bt
+        )
         after.append(layer_cache)
     return x_btd, tuple(after)

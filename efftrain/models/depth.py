@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efftrain.errors import ConfigError
 from efftrain.models.config import LayerDropout
 from efftrain.ops.platform import conditional
 
@@ -34,8 +35,13 @@ def stack_layers(build: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs
 def _with_layer_axis(n: int):
     def add(variable: nnx.Variable) -> nnx.Variable:
         metadata = variable.get_metadata()
-        axes, units = metadata["axes"], metadata["units"]
-        return variable.replace(axes=("layers", *axes), units=(n, *units))
+        if "axes" not in metadata:
+            raise ConfigError(
+                f"a {type(variable).__name__} of shape {variable.shape[1:]} of a layer does not name its axes; make it "
+                "nnx.Param(value, axes=(...)), with a logical axis or None for each dimension"
+            )
+        units = metadata.get("units", variable.shape[1:])
+        return variable.replace(axes=("layers", *metadata["axes"]), units=(n, *units))
 
     return add
 

@@ -177,7 +177,7 @@ def exit_states(
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
     state = start(model.embedding(tokens_bt))
     for i, layer in enumerate(model.layers()):
-        y_btd, _ = layer(state.x_btd, positions_bt, segments_bt)
+        y_btd, _ = layer(state.x_btd, positions_bt, segments_bt, tokens_bt)
         state = advance(model, exits, exit.rule, state, y_btd, i + 1, threshold=threshold, probe=probe)
     return state
 
@@ -190,6 +190,7 @@ def extend_until_sure(
     caches: Sequence[Any],
     advance_by: partial,
     done_bt: Array | None = None,
+    tokens_bt: Array | None = None,
 ) -> tuple[ExitState, tuple[Any, ...]]:
     """New tokens through the layers until all of them are done; later layers only remember them.
 
@@ -199,6 +200,7 @@ def extend_until_sure(
       caches: of the layers.
       advance_by: ``advance`` but for the state, what the layer made of it, and the number of layers.
       done_bt: tokens for which nothing is to be computed. None: none.
+      tokens_bt: (batch, new tokens) ids, for layers that read them.
     """
     state, after = start(x_btd, done_bt), []
     for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
@@ -207,7 +209,7 @@ def extend_until_sure(
         after.append(cache)
 
         def compute(state: ExitState, layer=layer, cache=cache, n=i + 1) -> ExitState:
-            return advance_by(state, layer.recall(state.x_btd, positions_bt, cache), n)
+            return advance_by(state, layer.recall(state.x_btd, positions_bt, cache, tokens_bt=tokens_bt), n)
 
         state = jax.lax.cond(state.done_bt.all(), lambda state: state, compute, state)
     return state, tuple(after)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.models.config import Dtype, MlpConfig
+from efftrain.models.components import Dtype, MlpConfig, RouterConfig
 from efftrain.models.expert_parallel import ExpertRun, Experts, experts_on_mesh
 from efftrain.models.mlp import SwiGLU
 from efftrain.models.quantization import Matrix, read
@@ -60,6 +60,7 @@ class MoE(MlpConfig):
         dropped and counted. None: room for every row, which takes memory for as many times the rows as there are
         devices.
       saliency: keep gate x output norm of each expert beside its load, for pruning.
+      router: what chooses experts and gates in place of the learned matrix and ``scores``. None: that matrix.
     """
 
     n_experts: int = 8
@@ -75,6 +76,7 @@ class MoE(MlpConfig):
     capacity_factor: float = 1.25
     exchange_factor: float | None = None
     saliency: bool = False
+    router: RouterConfig | None = None
 
     def __post_init__(self):
         for name in ("n_experts", "top_k", "d_expert"):
@@ -98,6 +100,15 @@ class MoE(MlpConfig):
             raise ConfigError(f"moe.dispatch is {self.dispatch!r}; use one of {', '.join(names)}")
         if self.saliency and self.dispatch == "reference":
             raise ConfigError("moe.saliency needs rows, which dispatch 'reference' does not make; use auto")
+        if self.router is not None and self.z_loss:
+            raise ConfigError(
+                f"moe.z_loss is {self.z_loss}, of the logits of the learned router, and moe.router is "
+                f"{type(self.router).__name__}; set z_loss to 0"
+            )
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self.router is not None
 
     @property
     def independent_tokens(self) -> bool:
@@ -105,6 +116,10 @@ class MoE(MlpConfig):
 
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
         return RoutedExperts(self, d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)
+
+    def other_flops(self) -> float:
+        """Of the experts; ``router`` states its own."""
+        return 0.0
 
     @property
     def gates_sum_to_one(self) -> bool:
@@ -130,11 +145,14 @@ class RoutedExperts(nnx.Module):
         self.config, self.dtype = config, dtype
         n, f = config.n_experts, config.d_expert
         # float32: bf16 scores tie often enough to unbalance the experts.
-        self.router = nnx.Param(
-            nnx.initializers.truncated_normal(0.02)(rngs.params(), (d_model, n)),
-            axes=("embed", "choices"),
-            units=(d_model, n),
-        )
+        if config.router is None:
+            self.router = nnx.Param(
+                nnx.initializers.truncated_normal(0.02)(rngs.params(), (d_model, n)),
+                axes=("embed", "choices"),
+                units=(d_model, n),
+            )
+        else:
+            self.router = config.router.build(config, d_model, rngs=rngs)
 
         def experts(d_in: int, d_out: int, axes: tuple[str, str], gain: float = 1.0) -> Matrix:
             # The expert axis is a batch axis: counted into the fan, it would shrink every expert.
@@ -156,16 +174,19 @@ class RoutedExperts(nnx.Module):
         if config.n_shared:
             self.shared = SwiGLU(d_model, config.n_shared * f, n_layers=n_layers, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_btd: Array) -> tuple[Array, dict]:
+    def __call__(self, x_btd: Array, tokens_bt: Array | None = None) -> tuple[Array, dict]:
         config, n = self.config, x_btd.shape[0] * x_btd.shape[1]
-        logits_ne = router_logits(x_btd.reshape(n, -1), self.router[...])
-        routing = route(
-            logits_ne,
-            self.bias[...],
-            top_k=config.top_k,
-            scores=config.scores,
-            renormalize=config.gates_sum_to_one,
-        )
+        if config.router is None:
+            logits_ne = router_logits(x_btd.reshape(n, -1), self.router[...])
+            routing = route(
+                logits_ne,
+                self.bias[...],
+                top_k=config.top_k,
+                scores=config.scores,
+                renormalize=config.gates_sum_to_one,
+            )
+        else:
+            routing = self.router(x_btd, tokens_bt, self.bias[...])
         found = self._experts(x_btd, routing)
         y_btd = found.y.astype(x_btd.dtype)
         if config.n_shared:
@@ -176,9 +197,9 @@ class RoutedExperts(nnx.Module):
             "statistics": {"loads": found.loads_e} | ({"saliency": found.saliency_e} if config.saliency else {}),
         }
         if config.auxiliary_loss or config.z_loss:
-            metrics["auxiliary"] = config.auxiliary_loss * balance_loss(
-                found.loads_e, routing.probabilities_ne
-            ) + config.z_loss * z_loss(logits_ne)
+            metrics["auxiliary"] = config.auxiliary_loss * balance_loss(found.loads_e, routing.probabilities_ne)
+            if config.router is None:
+                metrics["auxiliary"] += config.z_loss * z_loss(logits_ne)
         return y_btd, metrics
 
     def _experts(self, x_btd: Array, routing: Routing) -> Experts:

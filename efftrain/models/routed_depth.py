@@ -9,6 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,11 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.models.block import Block
-from efftrain.models.cache import LayerCache, empty_layer_cache
+from efftrain.models.cache import RoutedCache
 from efftrain.models.config import BlockConfig, DepthConfig, ModelConfig
 from efftrain.models.depth import add_metrics
 from efftrain.models.depth_router import Causal, Choice, Router, best, causal_metrics, first, mark
-from efftrain.sharding.rules import constrain, shard_count
-
-TILE, MANY_TILES = 128, 8  # in rows of so many tiles, whole tiles pass
+from efftrain.models.routed_tokens import Tokens, divisible, gated, put, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +69,15 @@ class RoutedDepthConfig(DepthConfig):
         return tokens if capacity == 1 else min(tokens, math.ceil(self.room * capacity * tokens))
 
     def empty_cache(self, block: BlockConfig, model: ModelConfig, batch: int, slots: int) -> "RoutedCache":
-        def layer(level: int) -> LayerCache:
-            room = min(slots, self.expected(level, model.max_length))
-            # One slot more: where a token that does not pass is written when all others are taken.
-            return empty_layer_cache(block.attention, model, batch, room + 1)
-
         levels = range(len(self.capacities()))
+        rooms = tuple(min(slots, self.expected(level, model.max_length)) for level in levels)
         return RoutedCache(
-            levels=tuple(tuple(layer(level) for _ in range(self.layers_of_a_round())) for level in levels),
+            # One slot more: where a token that does not pass is written when all others are taken.
+            levels=tuple(
+                tuple(block.attention.empty_cache(model, batch, room + 1) for _ in range(self.layers_of_a_round()))
+                for room in rooms
+            ),
+            rooms=rooms,
             stored_lb=jnp.zeros((len(levels), batch), jnp.int32),
             refused_lb=jnp.zeros((len(levels), batch), jnp.int32),
         )
@@ -141,42 +140,6 @@ class Recursion(RoutedDepthConfig):
         return self.n_layers
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RoutedCache:
-    """Keys and values of the tokens that passed.
-
-    Attributes:
-      levels: for each round, the cache of each of its layers; slot i holds the i-th token that passed.
-      stored_lb: (rounds, batch) int32, how many passed.
-      refused_lb: (rounds, batch) int32, how many should have and found no room.
-    """
-
-    levels: tuple[tuple[LayerCache, ...], ...]
-    stored_lb: Array
-    refused_lb: Array
-
-    def passed_b(self) -> Array:
-        """(batch,) int32, layers that all tokens so far have passed here."""
-        return sum(stored_b * len(level) for stored_b, level in zip(self.stored_lb, self.levels, strict=True))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens on their way: the real ones of a row are its first.
-
-    Attributes:
-      x_btd, positions_bt, segments_bt: as in ``Block``.
-      real_bt: bool.
-    """
-
-    x_btd: Array
-    positions_bt: Array
-    segments_bt: Array
-    real_bt: Array
-
-
 class RoutedDepth(nnx.Module):
     """Rounds of layers; between rounds, and before the first where it is not for all tokens, a router.
 
@@ -186,7 +149,8 @@ class RoutedDepth(nnx.Module):
 
     def __init__(self, config: RoutedDepthConfig, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config, self.max_length, self.look_ahead = config, model.max_length, True
-        self.layers = nnx.List(Block(block, model, rngs=rngs) for _ in range(config.layers_of_a_round()))
+        self.layers = nnx.List(block.residual.build(block, model, rngs=rngs) for _ in range(config.layers_of_a_round()))
+        self.reads_tokens = block.mlp.reads_tokens
         capacities = config.capacities()
         for _, variable in nnx.to_flat_state(nnx.state(self.layers, nnx.Param)):
             variable.set_metadata(passes=sum(capacities))
@@ -198,43 +162,50 @@ class RoutedDepth(nnx.Module):
             }
         )
 
-    def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> tuple[Array, dict]:
+    def __call__(
+        self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None, tokens_bt: Array | None = None
+    ) -> tuple[Array, dict]:
         """Training and evaluation; see ``Block``."""
         if segments_bt is None:
             segments_bt = jnp.ones(x_btd.shape[:2], jnp.int32)
         # Padding behind the documents of a row is in segment 0.
-        tokens = Tokens(x_btd, positions_bt, segments_bt, segments_bt != 0)
+        tokens = self._tokens(x_btd, positions_bt, segments_bt, segments_bt != 0, tokens_bt)
         x_btd, layers_bt, metrics = self._rounds(0, tokens, length=x_btd.shape[1])
         n = tokens.real_bt.sum(dtype=jnp.float32)
         return x_btd, metrics | {"depth/passes": (layers_bt.sum(dtype=jnp.float32), n)}
 
-    def depths(self, x_btd: Array, positions_bt: Array, segments_bt: Array) -> tuple[Array, Array]:
+    def depths(
+        self, x_btd: Array, positions_bt: Array, segments_bt: Array, tokens_bt: Array | None = None
+    ) -> tuple[Array, Array]:
         """As the call, with the layers that each token passes (batch, length) int32 in place of metrics."""
-        tokens = Tokens(x_btd, positions_bt, segments_bt, segments_bt != 0)
+        tokens = self._tokens(x_btd, positions_bt, segments_bt, segments_bt != 0, tokens_bt)
         return self._rounds(0, tokens, length=x_btd.shape[1])[:2]
+
+    def _tokens(self, x_btd, positions_bt, segments_bt, real_bt, tokens_bt: Array | None) -> Tokens:
+        return Tokens(x_btd, positions_bt, segments_bt, real_bt, tokens_bt if self.reads_tokens else None)
 
     def _rounds(self, level: int, tokens: Tokens, *, length: int) -> tuple[Array, Array, dict]:
         """A round and those behind it: what the tokens become, the layers that they pass, and metrics."""
         if level == len(self.config.capacities()):
             return tokens.x_btd, jnp.zeros(tokens.real_bt.shape, jnp.int32), {}
         choice, metrics = self._choose(level, tokens, length)
-        inner = tokens if choice is None else _take(tokens, choice)
+        inner = tokens if choice is None else take(tokens, choice)
         y_bnd, statistics = inner.x_btd, []
         for layer in self.layers:
-            y_bnd, more = layer(y_bnd, inner.positions_bt, inner.segments_bt)
+            y_bnd, more = layer(y_bnd, inner.positions_bt, inner.segments_bt, inner.ids_bt)
             statistics.append(more.pop("statistics", {}))
             metrics = add_metrics(metrics, more)
         if any(statistics):
             metrics["statistics"] = {str(i): found for i, found in enumerate(statistics)}
         if choice is not None:
-            y_bnd = _gated(inner.x_btd, y_bnd, choice)
+            y_bnd = gated(inner.x_btd, y_bnd, choice)
         y_bnd, layers_bn, more = self._rounds(level + 1, replace(inner, x_btd=y_bnd), length=length)
         layers_bn += inner.real_bt * len(self.layers)
         metrics = _add(metrics, more)
         if choice is None:
             return y_bnd, layers_bn, metrics
         none_bt = jnp.zeros(tokens.real_bt.shape, jnp.int32)
-        return _put(tokens.x_btd, y_bnd, choice), _put(none_bt, layers_bn, choice), metrics
+        return put(tokens.x_btd, y_bnd, choice), put(none_bt, layers_bn, choice), metrics
 
     def _choose(self, level: int, tokens: Tokens, length: int) -> tuple[Choice | None, dict]:
         if str(level) not in self.routers:
@@ -243,20 +214,27 @@ class RoutedDepth(nnx.Module):
         scores_bt, n = router(tokens.x_btd), tokens.x_btd.shape[1]
         if not self.look_ahead:
             wanted_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt
-            return first(wanted_bt, scores_bt, _divisible(self.config.expected(level, self.max_length), n)), {}
+            return first(wanted_bt, scores_bt, divisible(self.config.expected(level, self.max_length), n)), {}
         count = math.ceil(round(self.config.capacities()[level] * length, 6))
-        choice = best(jnp.where(tokens.real_bt, scores_bt, -jnp.inf), _divisible(count, n))
+        choice = best(jnp.where(tokens.real_bt, scores_bt, -jnp.inf), divisible(count, n))
         if router.causal == "none":
             return choice, {}
         chosen_bt = mark(choice.places_bn, n)
         return choice, causal_metrics(router.predict(tokens.x_btd), chosen_bt, tokens.real_bt, self.config.causal_loss)
 
     def extend(
-        self, x_btd: Array, positions_bt: Array, cache: RoutedCache, *, fresh: bool, real_bt: Array | None = None
+        self,
+        x_btd: Array,
+        positions_bt: Array,
+        cache: RoutedCache,
+        *,
+        fresh: bool,
+        real_bt: Array | None = None,
+        tokens_bt: Array | None = None,
     ) -> tuple[Array, RoutedCache]:
         """Decoding, and reading prompts; see ``Block.extend``."""
         real_bt = jnp.ones(x_btd.shape[:2], bool) if real_bt is None else real_bt
-        tokens = Tokens(x_btd, positions_bt, real_bt.astype(jnp.int32), real_bt)
+        tokens = self._tokens(x_btd, positions_bt, real_bt.astype(jnp.int32), real_bt, tokens_bt)
         return self._extend_rounds(0, tokens, cache, fresh)
 
     def _extend_rounds(self, level: int, tokens: Tokens, cache: RoutedCache, fresh: bool) -> tuple[Array, RoutedCache]:
@@ -265,7 +243,7 @@ class RoutedDepth(nnx.Module):
         if str(level) not in self.routers:
             return self._extend_round(level, tokens, cache, fresh)
         router, n = self.routers[str(level)], tokens.x_btd.shape[1]
-        room = cache.levels[level][0].k_bksd.shape[2] - 1
+        room = cache.rooms[level]
         wanted_bt, scores_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt, router(tokens.x_btd)
         allowed_bt = wanted_bt & (jnp.cumsum(wanted_bt, axis=1) <= room - cache.stored_lb[level][:, None])
         refused_b = (wanted_bt & ~allowed_bt).sum(1, dtype=jnp.int32)
@@ -273,8 +251,8 @@ class RoutedDepth(nnx.Module):
 
         def pass_some(count: int, cache: RoutedCache) -> tuple[Array, RoutedCache]:
             choice = first(allowed_bt, scores_bt, count)
-            y_bnd, cache = self._extend_round(level, _take(tokens, choice), cache, fresh, choice)
-            return _put(tokens.x_btd, y_bnd, choice), cache
+            y_bnd, cache = self._extend_round(level, take(tokens, choice), cache, fresh, choice)
+            return put(tokens.x_btd, y_bnd, choice), cache
 
         most, few = min(n, room), min(room, self.config.expected(level, n))
         if not fresh or few == most:
@@ -289,7 +267,7 @@ class RoutedDepth(nnx.Module):
         """The layers on the tokens that pass, and the rounds behind it."""
         y_bnd, layers = self._extend_layers(tokens, cache.levels[level], cache.stored_lb[level], fresh)
         if choice is not None:
-            y_bnd = _gated(tokens.x_btd, y_bnd, choice)
+            y_bnd = gated(tokens.x_btd, y_bnd, choice)
         cache = replace(
             cache,
             levels=(*cache.levels[:level], layers, *cache.levels[level + 1 :]),
@@ -298,21 +276,21 @@ class RoutedDepth(nnx.Module):
         return self._extend_rounds(level + 1, replace(tokens, x_btd=y_bnd), cache, fresh)
 
     def _extend_layers(
-        self, tokens: Tokens, caches: tuple[LayerCache, ...], stored_b: Array, fresh: bool
-    ) -> tuple[Array, tuple[LayerCache, ...]]:
-        x_bnd, positions_bn = tokens.x_btd, tokens.positions_bt
+        self, tokens: Tokens, caches: tuple[Any, ...], stored_b: Array, fresh: bool
+    ) -> tuple[Array, tuple[Any, ...]]:
+        x_bnd, positions_bn, ids_bn = tokens.x_btd, tokens.positions_bt, tokens.ids_bt
         slots_bn = stored_b[:, None] + jnp.arange(x_bnd.shape[1])
         after, needed = [], tokens.real_bt.any()
         for layer, cache in zip(self.layers, caches, strict=True):
             if fresh:
-                x_bnd, cache = layer.read(x_bnd, positions_bn, cache, slots_bn)
+                x_bnd, cache = layer.read(x_bnd, positions_bn, cache, slots_bn, ids_bn)
             else:
                 # The write stands outside of the condition, in which XLA would copy the cache. Of a token that does not
                 # pass, it fills the next free slot, which the next token overwrites.
                 cache = layer.remember(x_bnd, positions_bn, cache, slots_bn)
 
                 def recall(x_bnd: Array, layer=layer, cache=cache) -> Array:
-                    return layer.recall(x_bnd, positions_bn, cache, slots_bn)
+                    return layer.recall(x_bnd, positions_bn, cache, slots_bn, ids_bn)
 
                 x_bnd = jax.lax.cond(needed, recall, lambda x_bnd: x_bnd, x_bnd)
             after.append(cache)
@@ -345,42 +323,6 @@ def has_routed_depth(model: nnx.Module) -> bool:
 def routes_causally(model: nnx.Module) -> bool:
     """Whether the model can choose tokens without looking ahead."""
     return all(module.causal != "none" for _, module in nnx.iter_modules(model) if isinstance(module, Router))
-
-
-def _gated(x_bnd: Array, y_bnd: Array, choice: Choice) -> Array:
-    return x_bnd + (y_bnd - x_bnd) * choice.gates_bn[..., None].astype(x_bnd.dtype)
-
-
-def _take(tokens: Tokens, choice: Choice) -> Tokens:
-    if tokens.x_btd.shape[1] == 1:  # decoding: there is nothing to gather, and to scatter
-        return replace(tokens, real_bt=choice.real_bn)
-
-    def pick(a_bt: Array) -> Array:
-        return jnp.take_along_axis(a_bt, choice.places_bn, axis=1)
-
-    x_bnd = jax.vmap(lambda x, places: x[places])(tokens.x_btd, choice.places_bn)
-    # What is not real is in a segment of its own, that of padding.
-    return Tokens(
-        constrain(x_bnd, "batch", "length", None),
-        pick(tokens.positions_bt),
-        jnp.where(choice.real_bn, pick(tokens.segments_bt), 0),
-        choice.real_bn,
-    )
-
-
-def _put(x_btd: Array, y_bnd: Array, choice: Choice) -> Array:
-    """x (batch, length, ...) with the real ones of the chosen tokens replaced."""
-    if x_btd.shape[1] == 1:
-        return jnp.where(choice.real_bn.reshape(-1, *[1] * (x_btd.ndim - 1)), y_bnd, x_btd)
-    places_bn = jnp.where(choice.real_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
-    put = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
-    return constrain(put(x_btd, places_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))
-
-
-def _divisible(count: int, length: int) -> int:
-    """So many of a row's tokens, or a few more: for the mesh that splits the row, and the tiles of kernels."""
-    step = shard_count("length") * (TILE if length >= MANY_TILES * TILE else 1)
-    return min(length, -(-count // step) * step)
 
 
 def _add(left: dict, right: dict) -> dict:

@@ -112,7 +112,8 @@ def speculate(
         draft_key, accept_key = jax.random.split(jax.random.fold_in(key, i))
         drafts_bk, q_bkv, states_bkd, early = _draft(model, layers[:e], token_b, cache, k, sampling, draft_key)
         positions_bk = cache.lengths_b[:, None] + jnp.arange(k + 1)
-        x_bkd, late = extend_layers(layers[e:], states_bkd, positions_bk, cache.layers[e:])
+        tokens_bk = jnp.concatenate([token_b[:, None], drafts_bk], axis=1)
+        x_bkd, late = extend_layers(layers[e:], states_bkd, positions_bk, cache.layers[e:], tokens_bt=tokens_bk)
         new_bk, n_accepted_b = accept(model.exit_logits(x_bkd), drafts_bk, q_bkv, sampling, accept_key)
 
         n_new_b = jnp.where(done_b, 0, n_accepted_b + 1)
@@ -151,7 +152,8 @@ def _draft(
     batch = len(token_b)
 
     def pass_layers(token_b: Array, j: Array | int, caches: tuple) -> tuple[Array, tuple]:
-        return extend_layers(layers, model.embedding(token_b[:, None]), cache.lengths_b[:, None] + j, caches)
+        token_b1, positions_b1 = token_b[:, None], cache.lengths_b[:, None] + j
+        return extend_layers(layers, model.embedding(token_b1), positions_b1, caches, tokens_bt=token_b1)
 
     def one(j: Array, carry: tuple) -> tuple:
         token_b, caches, states_bkd, drafts_bk, q_bkv = carry

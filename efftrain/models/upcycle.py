@@ -74,7 +74,7 @@ def _fill(stack: Block, layers: list[Block]) -> None:
     """Writes single layers into a stacked block."""
     routed = isinstance(stack.mlp, RoutedExperts)
     for path, variable in nnx.to_flat_state(nnx.state(stack, nnx.Param)):
-        if path == ("mlp", "router"):
+        if path[:2] == ("mlp", "router"):
             continue
         expert = routed and path[0] == "mlp"
         source = (*path, "kernel") if expert else path

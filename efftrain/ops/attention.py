@@ -1,10 +1,15 @@
 """Causal attention with grouped heads, segments and windows, for training and for a cache."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from efftrain.ops.quantize import QuantizedArray
+
+# Scores (batch, heads, t, s) float32, and positions of queries (batch, t) and keys (batch, s), to scores.
+ScoreMod = Callable[[Array, Array, Array], Array]
 
 
 def causal_attention(
@@ -15,6 +20,8 @@ def causal_attention(
     segments_bs: Array | None = None,
     window: int | None = None,
     n_blocks: int = 4,
+    score_mod: ScoreMod | None = None,
+    positions_bs: Array | None = None,
 ) -> Array:
     """Softmax attention of each token to itself and earlier tokens of its segment.
 
@@ -31,6 +38,8 @@ def causal_attention(
       segments_bs: (batch, s) integers; tokens see only their own segment. None: one segment a row.
       window: how many tokens back a token sees, itself included. None: all.
       n_blocks: query blocks; any number, the last block may be shorter.
+      score_mod: changes scores before they are masked. None: they stay as they are.
+      positions_bs: (batch, s) integers, which ``score_mod`` reads.
 
     Returns:
       (batch, t, heads, d_head) in q's dtype; scores and sums are float32.
@@ -50,7 +59,9 @@ def causal_attention(
         if segments_bs is not None:
             same = segments_bs[:, low:high, None] == segments_bs[:, None, first:high]
             mask = (mask & same)[:, None, None]
-        outs.append(_attend(q_bkgtd[:, :, :, start:stop], k_bksd[:, :, first:high], v_bksd[:, :, first:high], mask))
+        mod = None if score_mod is None else (score_mod, positions_bs[:, low:high], positions_bs[:, first:high])
+        block = q_bkgtd[:, :, :, start:stop], k_bksd[:, :, first:high], v_bksd[:, :, first:high]
+        outs.append(_attend(*block, mask, mod))
     return _ungroup(jnp.concatenate(outs, axis=3) if len(outs) > 1 else outs[0])
 
 
@@ -61,6 +72,7 @@ def cached_attention(
     positions_bt: Array,
     *,
     window: int | None = None,
+    score_mod: tuple[ScoreMod, Array, Array] | None = None,
 ) -> Array:
     """Attention of a few new tokens to a cache in which slot i holds the token at position i.
 
@@ -71,6 +83,7 @@ def cached_attention(
       v_bksd: like k.
       positions_bt: (batch, new tokens) position of each query; slots behind it are not seen, whatever they hold.
       window: as in ``causal_attention``.
+      score_mod: as there, with the positions of the queries (batch, new tokens) and of all slots (batch, slots).
 
     Returns:
       (batch, new tokens, heads, d_head).
@@ -79,7 +92,7 @@ def cached_attention(
     mask = slots <= positions_bt[..., None]
     if window:
         mask &= positions_bt[..., None] - slots < window
-    return _ungroup(_attend(_group(q_bthd, k_bksd.shape[1]), k_bksd, v_bksd, mask[:, None, None]))
+    return _ungroup(_attend(_group(q_bthd, k_bksd.shape[1]), k_bksd, v_bksd, mask[:, None, None], score_mod))
 
 
 def _group(q_bthd: Array, kv_heads: int) -> Array:
@@ -92,11 +105,21 @@ def _ungroup(out_bkgtd: Array) -> Array:
     return out_bkgtd.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, d_head)
 
 
-def _attend(q_bkgtd: Array, k_bksd: Array | QuantizedArray, v_bksd: Array | QuantizedArray, mask: Array) -> Array:
+def _attend(
+    q_bkgtd: Array,
+    k_bksd: Array | QuantizedArray,
+    v_bksd: Array | QuantizedArray,
+    mask: Array,
+    score_mod: tuple[ScoreMod, Array, Array] | None,
+) -> Array:
     scale = q_bkgtd.shape[-1] ** -0.5
     k_bksd, k_scale = _levels_and_scale(k_bksd, q_bkgtd.dtype)
     v_bksd, v_scale = _levels_and_scale(v_bksd, q_bkgtd.dtype)
     scores = jnp.einsum("bkgtd,bksd->bkgts", q_bkgtd * scale, k_bksd, preferred_element_type=jnp.float32) * k_scale
+    if score_mod is not None:
+        change, positions_bt, positions_bs = score_mod
+        batch, _, _, *ts = scores.shape
+        scores = change(scores.reshape(batch, -1, *ts), positions_bt, positions_bs).reshape(scores.shape)
     # jax.nn.softmax and not exp and sum: its own derivative is a third cheaper than that of the parts.
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1) * v_scale
     out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v_bksd.dtype), v_bksd, preferred_element_type=jnp.float32)

@@ -8,6 +8,8 @@ values in a ring and to merge partial softmaxes, Liu et al. 2023, needs less mem
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,22 @@ from efftrain.sharding.rules import activation_axes, activation_spec, shard_coun
 BEFORE_THE_ROW = np.iinfo(np.int32).min  # a segment that no token has
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What an ``attend`` that modifies scores reads beside queries, keys and values.
+
+    Attributes:
+      positions_bs: (batch, s) integers, of the keys; the queries are the last t of them.
+      heads_h: (heads,) int32, numbers of the query heads among all.
+      state: a pytree of arrays, whole on every device.
+    """
+
+    positions_bs: Array
+    heads_h: Array
+    state: Any
+
+
 def attend_on_mesh(
     attend: Callable[..., Array],
     q_bthd: Array,
@@ -29,6 +47,7 @@ def attend_on_mesh(
     *,
     window: int | None,
     per_device: bool,
+    scores: ScoreInputs | None = None,
 ) -> Array:
     """Causal self-attention of whole rows, whatever the mesh splits: rows, heads and tokens.
 
@@ -42,6 +61,7 @@ def attend_on_mesh(
       window: that ``attend`` applies; keys that no query of a device sees are not fetched.
       per_device: ``attend`` is a kernel that the compiler cannot divide: call it on each device even where rows and
         heads alone are split.
+      scores: of the whole row; ``attend`` gets a device's part of it as ``scores=...``. None: it does not.
 
     Raises:
       ConfigError: a dimension that the mesh cannot split, see ``ShardingRules.resolve``.
@@ -49,35 +69,50 @@ def attend_on_mesh(
     context = activation_axes("length")
     q_spec = activation_spec(q_bthd.shape, "batch", "length", "heads", None)
     if q_spec is None or not (context or per_device):
-        return attend(q_bthd, k_btkd, v_btkd, segments_bs=segments_bt)
+        return _call(attend, q_bthd, k_btkd, v_btkd, segments_bt, scores)
     k_btkd, v_btkd = (_one_for_each_shard(a) for a in (k_btkd, v_btkd))
     k_spec = activation_spec(k_btkd.shape, "batch", "length", "heads", None)
     if context and segments_bt is None:
         segments_bt = jnp.zeros(q_bthd.shape[:2], jnp.int32)
-    arrays, specs = [q_bthd, k_btkd, v_btkd], [q_spec, k_spec, k_spec]
+    rows = _over_all_axes(activation_spec(q_bthd.shape[:2], "batch", "length"))
+    specs = [_over_all_axes(q_spec), _over_all_axes(k_spec), _over_all_axes(k_spec), rows, None]
     if segments_bt is not None:
-        arrays.append(segments_bt.astype(jnp.int32))
-        specs.append(activation_spec(segments_bt.shape, "batch", "length"))
+        segments_bt = segments_bt.astype(jnp.int32)
+    if scores is not None:
+        specs[-1] = ScoreInputs(rows, activation_spec(scores.heads_h.shape, "heads"), PartitionSpec())
 
-    def on_one_device(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
+    def on_one_device(q: Array, k: Array, v: Array, segments: Array | None, scores: ScoreInputs | None) -> Array:
         if context:
             with jax.named_scope("context"):
-                k, v, segments = fetch_earlier(k, v, segments, context, window)
-        return attend(q, k, v, segments_bs=segments)
+                more = () if scores is None else (scores.positions_bs,)
+                k, v, segments, *more = fetch_earlier(k, v, segments, *more, axes=context, window=window)
+                scores = replace(scores, positions_bs=more[0]) if more else None
+        return _call(attend, q, k, v, segments, scores)
 
-    specs = [_over_all_axes(spec) for spec in specs]
     # Kernels do not say how their results vary over the mesh, so this cannot be checked (check_vma).
-    return jax.shard_map(on_one_device, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
+    return jax.shard_map(on_one_device, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(
+        q_bthd, k_btkd, v_btkd, segments_bt, scores
+    )
+
+
+def _call(attend: Callable[..., Array], q, k, v, segments: Array | None, scores: ScoreInputs | None) -> Array:
+    return attend(q, k, v, segments_bs=segments, **({} if scores is None else {"scores": scores}))
 
 
 def fetch_earlier(
-    k_btkd: Array, v_btkd: Array, segments_bt: Array, axes: tuple[str, ...], window: int | None
-) -> tuple[Array, Array, Array]:
+    k_btkd: Array, v_btkd: Array, segments_bt: Array, *others: Array, axes: tuple[str, ...], window: int | None
+) -> tuple[Array, ...]:
     """Inside ``shard_map``: keys, values and segments of the tokens before a device's own, and then its own.
 
+    Args:
+      k_btkd, v_btkd, segments_bt: of the device's tokens.
+      others: (batch, length, ...) of these tokens, to be fetched too.
+      axes: mesh axes that split the row.
+      window: how many tokens back a token sees.
+
     Returns:
-      (batch, s, ...) each; s is the same on all devices, the length of the row or what the window reaches. What would
-      lie before the row has the segment ``BEFORE_THE_ROW``.
+      (batch, s, ...) of each argument; s is the same on all devices, the length of the row or what the window reaches.
+      What would lie before the row has the segment ``BEFORE_THE_ROW``.
     """
     n, length = jax.lax.axis_size(axes), k_btkd.shape[1]
     index = jax.lax.axis_index(axes)
@@ -96,7 +131,7 @@ def fetch_earlier(
         return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], -1, *parts.shape[3:])
 
     segments = jnp.where(chunk[:, None, None] < 0, BEFORE_THE_ROW, fetch(segments_bt))
-    return join(fetch(k_btkd)), join(fetch(v_btkd)), join(segments)
+    return join(fetch(k_btkd)), join(fetch(v_btkd)), join(segments), *(join(fetch(a)) for a in others)
 
 
 def _over_all_axes(spec: PartitionSpec) -> PartitionSpec:

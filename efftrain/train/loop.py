@@ -29,14 +29,15 @@ from efftrain.train.branch import (
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.evaluations import Evaluate, Evaluations
 from efftrain.train.interruption import Interruption, with_votes
+from efftrain.train.metric_sink import MetricSink
 from efftrain.train.metrics_log import keep_lost_rows, read_metrics
 from efftrain.train.objective import Objective
-from efftrain.train.optimizers import AdamW, Muon
+from efftrain.train.optimizers import AdamW, OptimizerConfig
 from efftrain.train.profile import Profiler, parse_steps
 from efftrain.train.program import Program, Wrap, batch_sharding, make_program
 from efftrain.train.recorder import Recorder, read_figures
 from efftrain.train.run import Run, load
-from efftrain.train.schedules import Cosine, WarmupStableDecay
+from efftrain.train.schedules import ScheduleConfig, WarmupStableDecay
 from efftrain.train.start import start_from
 from efftrain.train.state import TrainState, merge_model
 from efftrain.train.supervise import report_checkpoint
@@ -91,8 +92,8 @@ class Training:
     steps: int
     batch_size: int
     length: int
-    optimizer: AdamW | Muon = field(default_factory=AdamW)
-    schedule: WarmupStableDecay | Cosine = field(default_factory=WarmupStableDecay)
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
+    schedule: ScheduleConfig = field(default_factory=WarmupStableDecay)
     n_microbatches: int = 1
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
@@ -172,6 +173,7 @@ def fit(
     initial: Callable[[], nnx.Module] | None = None,
     evaluate: Evaluate | None = None,
     flops_per_token: float | None = None,
+    sinks: Sequence[MetricSink] = (),
     rules: ShardingRules = DEFAULT_RULES,
     devices: Sequence[jax.Device] | None = None,
 ) -> Fitted:
@@ -189,6 +191,7 @@ def fit(
       evaluate: model -> figures on held-out text, written to the metrics. A checkpoint of the same step is saved before
         it. A signal ends an evaluation; the next process makes up for it.
       flops_per_token: model FLOPs of a training token, for MFU.
+      sinks: get every row that is written to the metrics, on the first of several processes.
       rules: which mesh axis splits which logical axis.
       devices: that the mesh is made of; by default all.
 
@@ -231,7 +234,9 @@ def fit(
         compiled = None
         chosen = config.profile and parse_steps(config.profile, config.steps)
         with (
-            Recorder(run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps) as recorder,
+            Recorder(
+                run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps, sinks=sinks
+            ) as recorder,
             config.watchdog.watch(timing, run.path),
             Profiler(chosen, run.path / "profile", recorder, start=start) as profiler,
         ):

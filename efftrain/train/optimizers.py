@@ -13,7 +13,21 @@ from efftrain.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class OptimizerConfig:
+    """Base of every optimizer, those of forks too.
+
+    ``build`` takes the schedule, a factor in [0, 1] of ``peak_lr`` at each step, and returns the transformation; the
+    loop puts the clip of the gradient norm before it, and reports ``peak_lr`` times the factor as ``lr``.
+    """
+
+    peak_lr: float = 3e-3
+
+    def build(self, factor: optax.Schedule) -> optax.GradientTransformation:
+        raise TypeError(f"{type(self).__name__} has no build method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(OptimizerConfig):
     """Adam with decoupled weight decay on matrices. Loshchilov and Hutter 2019."""
 
     peak_lr: float = 3e-3
@@ -37,7 +51,7 @@ class AdamW:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon:
+class Muon(OptimizerConfig):
     """Orthogonalised momentum for the matrices of the layers, AdamW for the rest (tables, head, norms).
 
     Updates are scaled to the size of Adam's (``consistent_rms``), so one learning rate serves both.

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from efftrain.errors import RunError
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.train.alarms import Alarms
+from efftrain.train.metric_sink import MetricSink
 from efftrain.train.metrics_log import MetricsLog
 from efftrain.train.objective import Metrics
 from efftrain.train.run import Run, read_json
@@ -32,11 +33,24 @@ class Recorder:
       start: the step that was restored, 0 for a new run.
       steps: the last one.
       max_bad_steps: see ``Training``.
+      sinks: see ``fit``.
     """
 
-    def __init__(self, run: Run, timing: Timing, *, start: int, steps: int, max_bad_steps: int):
+    def __init__(
+        self,
+        run: Run,
+        timing: Timing,
+        *,
+        start: int,
+        steps: int,
+        max_bad_steps: int,
+        sinks: Sequence[MetricSink] = (),
+    ):
         self._run, self._timing, self._max_bad_steps = run, timing, max_bad_steps
         self._log = MetricsLog(run.path, after_step=start) if hosts.process_index() == 0 else None
+        self._sinks = sinks if self._log else ()
+        for sink in self._sinks:
+            sink.start(run.path, start)
         self._asked: tuple[int, str] | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._figures: dict[str, float] = {}
@@ -49,8 +63,9 @@ class Recorder:
 
     def __exit__(self, *exception: Any) -> None:
         self.progress.__exit__(*exception)
-        if self._log:
-            self._log.close()
+        with contextlib.ExitStack() as stack:  # all are closed, whichever fails
+            for end in [sink.close for sink in self._sinks] + ([self._log.close] if self._log else []):
+                stack.callback(end)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -110,7 +125,7 @@ class Recorder:
 
     def write_evaluation(self, number: int, values: dict[str, float]) -> None:
         if self._log:
-            self._log.write(number, values, split="validation")
+            self._write(number, values, "validation")
             self._log.flush()
         figures = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.progress.print(f"step {number}, validation: {figures}")
@@ -121,6 +136,11 @@ class Recorder:
         if hosts.process_index() == 0:
             self._run.write_json(FIGURES, figures)
         return figures
+
+    def _write(self, number: int, values: Mapping[str, float], split: str, arrays: Mapping[str, list] = {}) -> None:
+        self._log.write(number, values, split=split, arrays=arrays)
+        for sink in self._sinks:
+            sink.write(number, values, split)
 
     def _write_pending(self) -> None:
         if self._pending is None:
@@ -137,7 +157,7 @@ class Recorder:
         bad_steps = int(values.pop("bad_steps"))
         times = self._timing.step_arrived()
         if self._log:
-            self._log.write(number, values | times, arrays=arrays)
+            self._write(number, values | times, "train", arrays)
         for sentence in self._alarms.heard(values):
             self.progress.print(f"warning: step {number}: {sentence}")
         self.progress.advance()

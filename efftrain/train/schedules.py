@@ -11,7 +11,18 @@ from efftrain.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupStableDecay:
+class ScheduleConfig:
+    """Base of every schedule of the learning rate, those of forks too.
+
+    ``build`` returns a function from the step, which may be traced, to the factor in [0, 1] of the peak.
+    """
+
+    def build(self, n_steps: int) -> optax.Schedule:
+        raise TypeError(f"{type(self).__name__} has no build method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay(ScheduleConfig):
     """Linear warm-up, constant, then ``1 - sqrt`` decay to ``final``. Hu et al. 2024 (MiniCPM); Haegele et al. 2024.
 
     Attributes:
@@ -43,7 +54,7 @@ class WarmupStableDecay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(ScheduleConfig):
     """Linear warm-up, then half a cosine down to ``final``. Loshchilov and Hutter 2017."""
 
     warmup: float = 0.02
@@ -64,7 +75,7 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewarmed:
+class Rewarmed(ScheduleConfig):
     """A schedule once more, warm-up included, over the steps that a branch adds. Ibrahim et al. 2024, section 4.1.
 
     Attributes:
@@ -81,7 +92,7 @@ class Rewarmed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Capped:
+class Capped(ScheduleConfig):
     """A schedule that stays at ``factor`` of the peak where it would be above it, and so still decays at its end."""
 
     schedule: WarmupStableDecay | Cosine

@@ -1,0 +1,87 @@
+"""Attention with linear biases. Press et al. 2022 (ALiBi), section 3."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from efftrain.models.components import ScoreModConfig
+from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.train.loop import Fitted, Training, fit
+from efftrain.train.objective import next_token_loss
+from efftrain.train.optimizers import AdamW
+from efftrain.train.run import Run
+from efftrain.train.schedules import WarmupStableDecay
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALiBi(ScoreModConfig):
+    def build(self, attention, model, *, rngs):
+        return Slopes(attention.n_heads)
+
+
+class Slopes(nnx.Module):
+    def __init__(self, n_heads):
+        self.n_heads = n_heads
+
+    def __call__(self, scores_bhts, heads_h, queries_bt, keys_bs):
+        slopes_h = 2.0 ** (-8 * (heads_h + 1) / self.n_heads)
+        distance_bts = queries_bt[:, :, None] - keys_bs[:, None]
+        return scores_bhts - slopes_h[:, None, None] * distance_bts[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig
+    training: Training
+
+
+block = BlockConfig(
+    attention=Attention(n_heads=4, n_kv_heads=2, d_head=8, n_blocks=1, score_mod=ALiBi()),
+    mlp=Dense(d_ff=32),
+)
+config = Config(
+    model=ModelConfig(vocab_size=32, d_model=16, pattern=(block,), n_repeats=2, max_length=24),
+    training=Training(
+        steps=4,
+        batch_size=4,
+        length=16,
+        optimizer=AdamW(peak_lr=1e-2),
+        schedule=WarmupStableDecay(),
+        checkpoint_every=2,
+    ),
+)
+
+
+class Rows:
+    """The same rows in every step, each of two documents."""
+
+    def __next__(self):
+        tokens = np.random.default_rng(0).integers(0, 32, (4, 17)).astype(np.int32)
+        segments = np.repeat([1, 2], [6, 10])[None].repeat(4, 0).astype(np.int32)
+        positions = np.r_[:6, :10][None].repeat(4, 0).astype(np.int32)
+        rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions}
+        return rows | {"mask": segments > 0}
+
+    def get_state(self):
+        return None
+
+    def set_state(self, state):
+        pass
+
+
+def main(out: Path) -> Fitted:
+    run = Run(out, config, script=Path(__file__))
+
+    def build(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(config.model, rngs=rngs)
+
+    return fit(build, next_token_loss, Rows(), config.training, run, devices=jax.devices()[:1])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
