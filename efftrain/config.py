@@ -1,8 +1,8 @@
 """Frozen dataclasses to JSON and back, so that a run directory can rebuild any model.
 
 A choice between components is a union of dataclasses, so every object carries its type: ``{"type": "module:Class",
-"field": value, ...}``; a class that a script defines is ``script.py:Class``. Fields at their default are written too: a
-file made today means the same after a default changed.
+"field": value, ...}``; a class that a script defines is ``script.py:Class``. Fields at their default are written too
+(but ``LATER`` ones): a file made today means the same after a default changed.
 """
 
 import dataclasses
@@ -18,6 +18,9 @@ from typing import Any
 from efftrain.errors import ConfigError
 
 SCRIPT_PREFIX = "efftrain_script_"  # of the module names that ``recipe.import_script`` gives
+# Metadata of a field that came after configurations had been written: at its default, which is what they mean, it is
+# left out, so that older files, and digests of what was made from them, stay the same.
+LATER = {"later": True}
 
 
 def to_json(value: Any) -> Any:
@@ -28,7 +31,7 @@ def to_json(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"type": _class_name(type(value))} | {
-            f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)
+            f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if not _left_out(f, value)
         }
     if isinstance(value, Path):
         return str(value)
@@ -41,6 +44,13 @@ def to_json(value: Any) -> Any:
     raise ConfigError(
         f"{value!r} cannot be written to config.json; wrap the choice in a frozen dataclass with a build method"
     )
+
+
+def _left_out(field: dataclasses.Field, value: Any) -> bool:
+    if not field.metadata.get("later"):
+        return False
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(value, field.name) == default
 
 
 def from_json(value: Any, *, script: types.ModuleType | None = None) -> Any:
