@@ -1,8 +1,8 @@
 """Frozen dataclasses to JSON and back, so that a run directory can rebuild any model.
 
 A choice between components is a union of dataclasses, so every object carries its type: ``{"type": "Class", "field":
-value, ...}``, see ``class_names``. Fields at their default are written too: a file made today means the same after a
-default changed. A float that is not finite is a string, such as "inf".
+value, ...}``, see ``class_names``. Fields at their default are written too (but ``LATER`` ones): a file made today
+means the same after a default changed. A float that is not finite is a string, such as "inf".
 """
 
 import dataclasses
@@ -19,6 +19,9 @@ from efftrain.class_names import class_name, current_name, find_class
 from efftrain.errors import ConfigError
 
 NOT_FINITE = ("inf", "-inf", "nan")
+# Metadata of a field that came after configurations had been written: at its default, which is what they mean, it is
+# left out, so that older files, and digests of what was made from them, stay the same.
+LATER = {"later": True}
 
 
 def to_json(value: Any) -> Any:
@@ -29,7 +32,7 @@ def to_json(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"type": class_name(type(value))} | {
-            f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)
+            f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if not _left_out(f, value)
         }
     if isinstance(value, Path):
         return str(value)
@@ -44,6 +47,13 @@ def to_json(value: Any) -> Any:
     raise ConfigError(
         f"{value!r} cannot be written to config.json; wrap the choice in a frozen dataclass with a build method"
     )
+
+
+def _left_out(field: dataclasses.Field, value: Any) -> bool:
+    if not field.metadata.get("later"):
+        return False
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(value, field.name) == default
 
 
 def from_json(value: Any, *, script: types.ModuleType | None = None) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from flax import nnx
 
+from efftrain.config import LATER
 from efftrain.errors import ConfigError
 from efftrain.models.components import (
     AttentionConfig,
@@ -50,8 +51,8 @@ class Attention(AttentionConfig):
     rope_theta: float = 10_000.0
     n_blocks: int = 4
     backend: AttentionBackend = "auto"
-    position: PositionConfig = dataclasses.field(default_factory=Rotary)
-    score_mod: ScoreModConfig | None = None
+    position: PositionConfig = dataclasses.field(default_factory=Rotary, metadata=LATER)
+    score_mod: ScoreModConfig | None = dataclasses.field(default=None, metadata=LATER)
 
     def __post_init__(self):
         for name in ("n_heads", "n_kv_heads", "d_head", "n_blocks"):
@@ -137,7 +138,7 @@ class BlockConfig:
     attention: AttentionConfig
     mlp: MlpConfig
     depth: DepthConfig = Full()
-    residual: ResidualConfig = PreNorm()
+    residual: ResidualConfig = dataclasses.field(default=PreNorm(), metadata=LATER)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efftrain.config import LATER
 from efftrain.errors import ConfigError
 from efftrain.models.components import Dtype, MlpConfig, RouterConfig
 from efftrain.models.expert_parallel import ExpertRun, Experts, experts_on_mesh
@@ -76,7 +77,7 @@ class MoE(MlpConfig):
     capacity_factor: float = 1.25
     exchange_factor: float | None = None
     saliency: bool = False
-    router: RouterConfig | None = None
+    router: RouterConfig | None = field(default=None, metadata=LATER)
 
     def __post_init__(self):
         for name in ("n_experts", "top_k", "d_expert"):

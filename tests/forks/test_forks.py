@@ -8,7 +8,7 @@ import shutil
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -19,10 +19,12 @@ import tyro
 from flax import nnx
 
 import efftrain
+from efftrain.config import from_json, to_json
 from efftrain.measure.flops import decode_flops, mean_visible_keys, training_flops
 from efftrain.measure.parameters import abstract_decoder
 from efftrain.models.decode import generate, prefill
 from efftrain.models.decoder import Decoder
+from efftrain.models.moe import MoE
 from efftrain.models.routed_depth import causally_routed
 from efftrain.models.self_speculation import SelfSpeculation
 from efftrain.recipe import import_script
@@ -95,6 +97,16 @@ def test_a_fork_is_a_few_public_lines(name):
     text = (HERE / f"{name}.py").read_text()
     assert 0 < changed_lines((HERE / "base.py").read_text(), text) <= MOST_LINES
     assert not re.search(r"\b_[a-z]|\._(?!_)", text)
+
+
+def test_a_model_without_forks_is_written_as_before_there_were_seams():
+    """Or what was made from older models, by the digest of their configuration, would not be theirs any more."""
+    base = import_script(HERE / "base.py")
+    block = to_json(replace(base.block, mlp=MoE(d_expert=8)))
+    assert block.keys() == {"type", "attention", "mlp", "depth"}
+    assert not {"position", "score_mod"} & block["attention"].keys()
+    assert "router" not in block["mlp"]
+    assert from_json(to_json(base.config.model)) == base.config.model
 
 
 def test_it_trains(fork):
