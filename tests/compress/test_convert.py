@@ -119,7 +119,7 @@ def test_awq_changes_nothing_before_rounding():
     )
     before, found = forward(block, x, text), grams(block, x, text)
     give_rules(block, weights(INT4), "blocks/0/")
-    factors = scale_inputs(block, found)
+    factors = scale_inputs(block, x, text, found)
     give_rules(block, Quantization())
     assert len(factors) == 7
     assert max(np.abs(f - 1).max() for f in factors.values()) > 0.1
@@ -139,7 +139,10 @@ def test_products_of_inputs_are_those_of_the_text():
 
 def test_the_report_says_what_a_method_was_not_for():
     model = build(MODELS["experts, layers left out"])
+    bias = model.blocks[1].mlp.bias
+    bias[...] = jnp.zeros_like(bias[...])  # every expert is reached
     _, report = convert(Pieces.of(model), weights(INT4, ".*"), method="gptq", calibration=calibration())
+    assert report.idle_experts == {}
     rows = {m.name: m for m in report.matrices}
     assert (rows["blocks/0/mlp/up"].method, rows["blocks/0/mlp/up"].why) == ("gptq", "")
     assert (rows["blocks/1/mlp/gate"].method, rows["blocks/1/mlp/gate"].why) == (

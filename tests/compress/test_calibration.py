@@ -1,0 +1,115 @@
+"""Statistics of calibration text: from valid tokens alone, and reports that say from how many."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_models import PLAIN, build, config, tokens
+
+from efftrain.compress.importance import importance
+from efftrain.compress.observe import Calibration, CalibrationSize, grams, magnitudes
+from efftrain.compress.one_shot import prune
+from efftrain.compress.pieces import Pieces
+from efftrain.compress.quantize import convert
+from efftrain.compress.shape import Shape
+from efftrain.compress.slim import slim
+from efftrain.models.moe import MoE
+from efftrain.models.quantization import Quantization, QuantizationRule
+from efftrain.ops.masks import Unstructured
+from efftrain.ops.number_formats import Integer
+from efftrain.ops.routing import route
+
+INT4 = Quantization(rules=(QuantizationRule(weights=Integer(bits=4)),))
+N, LENGTH = 8, 16
+
+
+def padded(n: int = N, fillers: int = 8) -> Calibration:
+    """Two documents a row and padding after the second one, then rows of padding; tokens of padding are like others."""
+    place = np.arange(LENGTH)[None]
+    end, cut = 9 + np.arange(n)[:, None] % 8, 3 + np.arange(n)[:, None] % 4
+    segments = np.where(place >= end, 0, 1 + (place >= cut))
+    positions = np.where(place >= cut, place - cut, place)
+    filling = np.zeros((fillers, LENGTH), np.int32)
+    both = (np.concatenate([a, filling]).astype(np.int32) for a in (segments, positions))
+    return Calibration(tokens(n + fillers, LENGTH, seed=3), *both, rows_asked=n + fillers)
+
+
+def test_sums_over_inputs_are_those_of_the_valid_tokens():
+    """Of every product of a block, where padding is a thousand times as large as text."""
+    block, text = Pieces.of(build(config(pattern=(PLAIN,), n_repeats=1))).layers[0], padded()
+    valid = text.segments > 0
+    x = np.random.default_rng(0).normal(size=(*valid.shape, 16)).astype(np.float32)
+    x[~valid] *= 1000
+    found = grams(block, x, text), magnitudes(block, x, text)
+    read = block.attention_norm(x)
+    attended = block.attention(read, text.positions, text.segments)
+    inside = block.mlp_norm(x + attended)
+    out = block.attention.out.kernel[...]
+    block.attention.out.kernel[...] = jnp.eye(16)  # attention gives what its last product reads
+    heads = block.attention(read, text.positions, text.segments)
+    block.attention.out.kernel[...] = out
+    seen = {"mlp/down": jax.nn.silu(block.mlp.gate(inside)) * block.mlp.up(inside), "attention/out": heads}
+    seen |= {f"attention/{name}": read for name in ("query", "key", "value")}
+    seen |= {f"mlp/{name}": inside for name in ("gate", "up")}
+    assert found[0].keys() == found[1].keys() == seen.keys()
+    for name, inputs in seen.items():
+        of_text = np.asarray(inputs, np.float64)[valid]
+        expected = of_text.T @ of_text
+        np.testing.assert_allclose(found[0][name], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(found[1][name], np.abs(of_text).sum(0), rtol=1e-3)
+
+
+METHODS = {
+    "gptq": lambda model, text: convert(Pieces.of(model), INT4, method="gptq", calibration=text),
+    "awq": lambda model, text: convert(Pieces.of(model), INT4, method="awq", calibration=text),
+    "wanda": lambda model, text: prune(Pieces.of(model), Unstructured(), method="wanda", calibration=text),
+    "sparsegpt": lambda model, text: prune(Pieces.of(model), Unstructured(), method="sparsegpt", calibration=text),
+    "slim": lambda model, text: slim(
+        Pieces.of(model), replace(Shape.of(model.config), ffn=0.5), importance(Pieces.of(model), text)
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_padding_change_nothing_and_the_report_says_how_much_text_there_was(method):
+    model, text = build(config(pattern=(PLAIN,), n_repeats=1)), padded()
+    plain = Calibration(*(a[:N] for a in (text.tokens, text.segments, text.positions)))
+    (with_fillers, report), (without, other) = (METHODS[method](model, calibration) for calibration in (text, plain))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(with_fillers), nnx.state(without))
+    n_tokens = int((plain.segments > 0).sum())
+    assert report.calibration == CalibrationSize(rows=N, rows_asked=2 * N, tokens=n_tokens)
+    assert other.calibration == CalibrationSize(rows=N, rows_asked=None, tokens=n_tokens)
+    assert report.as_json()["calibration"] == {"rows": N, "rows_asked": 2 * N, "tokens": n_tokens}
+
+
+def test_experts_that_no_token_of_the_text_reached_are_named():
+    """By a router of 12 experts on the tokens of one row; padding would reach others."""
+    block = replace(PLAIN, mlp=MoE(n_experts=12, top_k=1, d_expert=8))
+    model, text = build(config(pattern=(block,), n_repeats=1)), padded(1, 7)
+    model.blocks[0].mlp.bias[...] = jnp.zeros((1, 12))
+    layer = Pieces.of(model).layers[0]
+    x = model.embedding(text.tokens)
+    read = layer.mlp_norm(x + layer.attention(layer.attention_norm(x), text.positions, text.segments))
+    logits = np.asarray(read) @ np.asarray(layer.mlp.router[...])
+    settings = {"top_k": 1, "scores": "softmax", "renormalize": False}
+    chosen = np.asarray(route(jnp.asarray(logits.reshape(-1, 12)), layer.mlp.bias[...], **settings).experts_nk)[:, 0]
+    valid = text.segments.reshape(-1) > 0
+    idle = tuple(sorted(set(range(12)) - set(chosen[valid].tolist())))
+    assert 0 < len(idle) < 12
+    assert not set(idle) <= set(range(12)) - set(chosen.tolist())  # padding is routed to some of them
+    _, converted = METHODS["gptq"](model, text)
+    _, pruned = METHODS["wanda"](model, text)
+    for report, how, method in ((converted, "nearest", "gptq"), (pruned, "magnitude", "wanda")):
+        assert report.idle_experts == {"blocks/0/mlp": idle}
+        row = next(m for m in report.matrices if m.name == "blocks/0/mlp/gate")
+        assert row.method == how
+        names = ", ".join(map(str, idle))
+        assert row.why.startswith(f"{method} is for dense products")
+        assert row.why.endswith(f"; no token of the calibration reached the experts {names}")
+        assert "reached" not in next(m for m in report.matrices if m.name == "blocks/0/attention/out").why
+    pieces = Pieces.of(model)
+    _, cut = slim(pieces, Shape.of(model.config), importance(pieces, text))
+    assert cut.layers[0].idle_experts == idle
