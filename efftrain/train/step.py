@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.sharding.rules import constrain
+from efftrain.train.averages import average_decay, averaged
 from efftrain.train.objective import Batch, Metrics, Objective
 from efftrain.train.state import TrainState, split_model
 from efftrain.train.teacher import Taught, objective_at
@@ -31,7 +32,7 @@ def make_step(
 ) -> Step:
     """The step as a pure function; the caller jits it, donating the state.
 
-    A step whose loss or gradient is not finite changes nothing but ``step``, ``bad_steps`` and ``skipped``.
+    If the loss or a gradient is not finite, the step changes nothing but ``step``, ``bad_steps`` and ``skipped``.
 
     Args:
       graph: static part of the model.
@@ -39,13 +40,13 @@ def make_step(
       optimizer: over ``TrainState.params``.
       n_steps: of the run, by which a ``Taught`` objective knows how far it is.
       n_microbatches: rows are taken in so many parts, one after the other; divides the batch.
-      ema_decay: of the averaged parameters, for a state that has them.
+      ema_decay: of the averaged parameters, for a state that has them; see ``averages.average_decay``.
       learning_rate: the one in ``optimizer``, to be reported.
 
     Returns:
       (state, batch, variables of the objective's teacher or None) -> (state, metrics as (sum, count) pairs). Metrics:
       ``loss``, those of the objective, ``grad_norm`` before clipping, ``lr``, ``skipped`` (1 for a step that was not
-      finite) and ``bad_steps`` (so many in a row).
+      finite) and ``bad_steps`` (how many of them in a row).
     """
 
     def step(state: TrainState, batch: Batch, frozen: nnx.State | None = None) -> tuple[TrainState, Metrics]:
@@ -60,7 +61,9 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema and _averaged(params, state.ema, ema_decay)
+        ema = state.ema
+        if ema is not None:
+            ema = averaged(params, ema, average_decay(ema_decay, state.step - state.skipped), opt_state)
 
         def keep(new, old):
             return jax.tree.map(partial(jnp.where, finite), new, old)
@@ -82,12 +85,6 @@ def make_step(
         return after, {"loss": (loss, count)} | metrics | figures | {name: (v, 1) for name, v in values.items()}
 
     return step
-
-
-def _averaged(params: Any, ema: Any, decay: float) -> Any:
-    """The averages after a step. A parameter that is exactly zero was pruned, and so is its average."""
-    averaged = optax.incremental_update(params, ema, 1 - decay)
-    return jax.tree.map(lambda new, average: jnp.where(new == 0, 0, average), params, averaged)
 
 
 def batch_axes(shape: tuple[int, ...], length: int) -> tuple[str | None, ...]:
