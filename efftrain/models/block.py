@@ -31,10 +31,11 @@ class Block(nnx.Module):
         )
         self.mlp_norm = RMSNorm(d_model, eps=model.norm_eps)
         self.mlp = block.mlp.build(d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)
+        self.mlp_reads_segments = block.mlp.reads_segments
 
     def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> tuple[Array, dict]:
         x_btd += self.attention(self.attention_norm(x_btd), positions_bt, segments_bt)
-        return self._feed_forward(x_btd)
+        return self._feed_forward(x_btd, segments_bt)
 
     def extend(
         self, x_btd: Array, positions_bt: Array, cache: LayerCache, *, fresh: bool, real_bt: Array | None = None
@@ -76,6 +77,7 @@ class Block(nnx.Module):
         """See ``Decoder.after_step``."""
         return self.mlp.after_step(statistics)
 
-    def _feed_forward(self, x_btd: Array) -> tuple[Array, dict]:
-        out_btd, metrics = self.mlp(self.mlp_norm(x_btd))
+    def _feed_forward(self, x_btd: Array, segments_bt: Array | None = None) -> tuple[Array, dict]:
+        read = {"segments_bt": segments_bt} if self.mlp_reads_segments else {}
+        out_btd, metrics = self.mlp(self.mlp_norm(x_btd), **read)
         return constrain(x_btd + out_btd, "batch", "length", None), metrics

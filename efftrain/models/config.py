@@ -60,13 +60,19 @@ class MlpConfig:
     """Base of every feed-forward configuration, those of forks too.
 
     ``build`` returns a module whose call takes and returns (batch, length, d_model), and beside it a dict of
-    (sum, count) metrics, empty where there is nothing to say.
+    (sum, count) metrics, empty where there is nothing to say. Where ``reads_segments``, the call also takes the
+    segments as ``segments_bt``: (batch, length) integers, 0 is padding; None: no token is padding.
     """
 
     @property
     def independent_tokens(self) -> bool:
         """What becomes of a token does not depend on which others are computed with it."""
         return True
+
+    @property
+    def reads_segments(self) -> bool:
+        """The module is called with the segments too, by which it knows padding."""
+        return False
 
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
         raise TypeError(f"{type(self).__name__} has no build method")
