@@ -13,7 +13,7 @@ from jax import Array
 
 from efftrain.sharding.rules import constrain
 from efftrain.train.averages import average_decay, averaged
-from efftrain.train.objective import Batch, Metrics, Objective
+from efftrain.train.objective import WHOLE, Batch, Metrics, Objective, Whole
 from efftrain.train.state import TrainState, split_model
 from efftrain.train.teacher import Taught, objective_at
 
@@ -96,7 +96,12 @@ def batch_axes(shape: tuple[int, ...], length: int) -> tuple[str | None, ...]:
 def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: int):
     """Sums over micro-batches of (loss, count, metrics, gradients), which together equal those of the whole batch.
 
-    Micro-batch i takes the rows i, i + n, i + 2n, ...: each device keeps the rows that it has.
+    Micro-batch i takes the rows i, i + n, i + 2n, ...: each device keeps the rows that it has. It holds the whole batch
+    and the step's key too, as ``objective.Whole``.
+
+    Not equal to those of the whole batch are what one micro-batch computes of its tokens together: the balance loss of
+    experts (a product of two means), what a fixed capacity drops, and draws with a key of its own (layer dropout,
+    answers of ``OnPolicy``).
     """
     if n_microbatches == 1:
         return gradient_of(batch, key)
@@ -108,11 +113,14 @@ def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: 
         a = a.reshape(a.shape[0] // n_microbatches, n_microbatches, *a.shape[1:])
         return constrain(jnp.swapaxes(a, 0, 1), None, *axes)
 
+    whole = {WHOLE: Whole(batch, key)}
+
     def add(total, inputs):
-        return jax.tree.map(jnp.add, total, gradient_of(*inputs)), None
+        rows, key = inputs
+        return jax.tree.map(jnp.add, total, gradient_of(rows | whole, key)), None
 
     micro, keys = jax.tree.map(part, dict(batch)), jax.random.split(key, n_microbatches)
-    shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a[0], micro), keys[0])
+    shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a[0], micro) | whole, keys[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, (micro, keys))[0]
 
