@@ -32,7 +32,8 @@ from efftrain.measure.exit_curves import (
 )
 from efftrain.measure.flops import decode_flops, head_flops
 from efftrain.measure.kept import Kept, write_json
-from efftrain.measure.risk import last_safe, p_value
+from efftrain.measure.risk import documents_needed, last_safe
+from efftrain.measure.row_documents import after_tuning, count_documents, with_documents
 from efftrain.measure.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard import Figure, Scorecard
 from efftrain.measure.speculation import measure_speculation
@@ -58,11 +59,11 @@ class Calibration:
     Attributes:
       exits: layers that draft. Empty: 1 up to half of the model's.
       drafts: lengths of a draft.
-      prompts: of the validation split, each continued alone.
+      prompts: rows of the validation split, each continued alone.
       prompt_length, n_new: tokens; the prompts are cut where both together are longer than ``max_length``.
-      rows: of the validation split, for the confidence curves: a third of them chooses thresholds and trains the probe,
-        the others tell what a threshold costs.
-      risk: the share of tokens that may differ from those of all layers.
+      rows: of the validation split, in its order, for the confidence curves: a third of them chooses thresholds and
+        trains the probe, the others tell what a threshold costs.
+      risk: the share of a document's tokens that may differ from those of all layers, on average over documents.
       error: the probability that the risk is larger than that.
     """
 
@@ -86,19 +87,10 @@ class Calibration:
                 raise ConfigError(f"calibration.{name} is {getattr(self, name)}; give a share between 0 and 1")
         if not self.drafts:
             raise ConfigError("calibration.drafts is empty; give at least one length, such as 3")
-        if (needed := self._rows_needed()) > self.rows:
-            raise ConfigError(
-                f"calibration.rows is {self.rows}, too few to show a risk of {self.risk} at an error of {self.error}; "
-                f"give at least {needed}, or a larger risk"
-            )
 
     @property
     def tuning_rows(self) -> int:
         return max(self.rows // 3, 1)
-
-    def _rows_needed(self) -> int:
-        held_out = next(n for n in itertools.count(1) if p_value([0.0] * n, self.risk) <= self.error)
-        return next(n for n in itertools.count(2) if n - max(n // 3, 1) >= held_out)
 
 
 @dataclass(frozen=True)
@@ -185,7 +177,7 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     opened = data.open(corpus_path)
     opened.check_model(model.config.vocab_size)
     length = settings["training"]["length"]
-    rows = _rows(corpus_path, length, options)
+    rows = _rows(corpus_path, length, options, opened.end_of_text_id)
     made_from = {"model": model_digest(model), "options": to_json(options), "corpus": content(corpus_path)}
     kept = Kept(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS))
     texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
@@ -208,15 +200,22 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     return result
 
 
-def _rows(corpus: Path, length: int, options: Calibration) -> list[dict[str, np.ndarray]]:
-    """Validation rows in batches: those for tuning, then the others.
+def _rows(corpus: Path, length: int, options: Calibration, end_of_text_id: int) -> list[dict[str, np.ndarray]]:
+    """Validation rows in batches, those for tuning, then the others; with ``documents``, see ``with_documents``.
+
+    In the order of the corpus, in which documents are shuffled: so few of them are cut.
 
     Raises:
       CorpusError: there are not so many.
     """
     size = next(n for n in (8, 4, 2, 1) if options.tuning_rows % n == options.rows % n == 0)
     loader = data.LoaderConfig(
-        corpora=(data.Part(path=corpus),), length=length, batch_size=size, split="validation", repeat=False
+        corpora=(data.Part(path=corpus),),
+        length=length,
+        batch_size=size,
+        split="validation",
+        shuffle=False,
+        repeat=False,
     )
     rows = list(itertools.islice(data.batches(loader, verify=False), options.rows // size))
     whole = [row for row in rows if np.asarray(row["mask"]).any(1).all()]
@@ -225,15 +224,29 @@ def _rows(corpus: Path, length: int, options: Calibration) -> list[dict[str, np.
             f"{corpus}: the validation split has {len(whole) * size} rows of {length} tokens and calibration.rows is "
             f"{options.rows}; give fewer --rows"
         )
-    return whole
+    return with_documents(whole, end_of_text_id)
 
 
 def _prompts(rows: Rows, options: Calibration, max_length: int) -> list[np.ndarray]:
     if options.n_new >= max_length:
         raise ConfigError(f"calibration.n_new is {options.n_new} and model.max_length {max_length}; draw fewer")
     length = min(options.prompt_length, rows[0]["tokens"].shape[1], max_length - options.n_new)
-    tokens = np.concatenate([row["tokens"] for row in rows])[: options.prompts, :length].astype(np.int32)
-    return [row[None] for row in tokens]
+    tokens = np.concatenate([row["tokens"] for row in rows])[:, :length].astype(np.int32)
+    spread = np.linspace(0, len(tokens) - 1, min(options.prompts, len(tokens))).astype(int)  # over the documents
+    return [row[None] for row in tokens[spread]]
+
+
+def _held_out(rows: Rows, n_tuning: int, options: Calibration) -> Rows:
+    """``after_tuning``; raises ConfigError where these rows hold too few documents."""
+    held_out = after_tuning(rows, n_tuning)
+    there, needed = count_documents(held_out), documents_needed(options.risk, options.error)
+    if there < needed:
+        raise ConfigError(
+            f"calibration.rows is {options.rows}, too few to show a risk of {options.risk} at an error of "
+            f"{options.error}: after those for tuning, {there} documents begin in them and {needed} are needed; give "
+            "more --rows, or a larger risk"
+        )
+    return held_out
 
 
 def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration, kept: Kept) -> dict[str, Any]:
@@ -257,7 +270,7 @@ def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration
 def _exits(model: Decoder, rows: Rows, text: Text, options: Calibration, kept: Kept) -> tuple[dict[str, Any], Probe]:
     """For each rule a curve over thresholds, the boldest one within the risk, and the one within 1 % of the quality."""
     n_tuning = options.tuning_rows // len(rows[0]["tokens"])
-    tuning, held_out = rows[:n_tuning], rows[n_tuning:]
+    tuning, held_out = rows[:n_tuning], _held_out(rows, n_tuning, options)
     tuned = kept.cell("tuned", lambda: tune(model, tuning))
     probe = Probe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
     full, found = full_choices(model, held_out), {}
@@ -290,17 +303,21 @@ def _seconds(
 
 
 def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
-    safe = last_safe([point["row_losses"] for point in points], options.risk, options.error)
+    safe = last_safe([point["document_losses"] for point in points], options.risk, options.error)
     full = points[0]["bpb"]
     good = [p for p in points if p["bpb"] <= full * (1 + QUALITY_LOSS)]
-    curve = [{k: v for k, v in point.items() if k != "row_losses"} for point in points]
+    curve = [_without_losses(point) for point in points]
     return {
         "threshold": points[safe]["threshold"] if safe else None,  # the first one is to leave out nothing
         "risk": options.risk,
         "error": options.error,
-        "within_quality_loss": {k: v for k, v in min(good, key=lambda p: p["mean_depth"]).items() if k != "row_losses"},
+        "within_quality_loss": _without_losses(min(good, key=lambda p: p["mean_depth"])),
         "curve": curve,
     }
+
+
+def _without_losses(point: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in point.items() if k != "document_losses"}
 
 
 def _write_probe(path: Path, probe: Probe) -> None:
