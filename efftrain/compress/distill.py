@@ -123,7 +123,7 @@ class FromTeacher:
             )
             loss += how.features.weight.at(progress) * far
             figures["loss/features"] = (far, count)
-        extra, metrics = auxiliary_loss(metrics, count)
+        extra, metrics = auxiliary_loss(metrics, batch)
         return loss + extra, count, figures | metrics
 
 
@@ -168,7 +168,7 @@ class FromCache:
             shards=shard_count("batch", "length"),
         )
         count = batch["mask"].sum(dtype=jnp.float32)
-        extra, metrics = auxiliary_loss(metrics, count)
+        extra, metrics = auxiliary_loss(metrics, batch)
         return loss + extra, count, {"loss": (nll, count), "loss/teacher": (divergence, count)} | metrics
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ from efftrain.compress.sparsity_schedules import (
     Shape,
     Uniform,
 )
+from efftrain.compress.sparsity_state import Mask, SparsifyState, is_variable, matrix_name, may_be_pruned
 from efftrain.errors import ConfigError
-from efftrain.models.quantization import Matrix
 from efftrain.ops.joint_ranking import keep_highest_together
 from efftrain.ops.masks import (
     NofM,
@@ -103,27 +103,6 @@ class Zeros:
 
 
 Score = Magnitude | Saliency | Regrow | Zeros
-
-
-class Mask(nnx.Variable):
-    """Bits of a matrix's mask, 1 where a weight is used: uint8, eight along the axis ``packed`` of its metadata."""
-
-
-class SparsifyState(NamedTuple):
-    """Attributes:
-    inner: state of the optimizer that is wrapped.
-    masks: by the names of matrices.
-    count: () int32 updates; of a run that branches off another one, with those of that one.
-    fresh: () bool, before the first update of this optimizer.
-    kept: arrays like the matrices, by their names: the dense weights of a straight-through score, or those to which a
-      schedule rewinds; else empty.
-    """
-
-    inner: Any
-    masks: dict[str, Mask]
-    count: Array
-    fresh: Array
-    kept: dict[str, nnx.Variable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,8 +299,8 @@ def _rewinds(sparsity: Sparsity) -> bool:
 
 def _prunable(tree: Any, sparsity: Sparsity) -> dict[str, nnx.Variable]:
     """The variables of a tree like the parameters whose matrices are pruned, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
-    named = {_name(path): leaf for path, leaf in leaves if _may_be_pruned(leaf)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    named = {matrix_name(path): leaf for path, leaf in leaves if may_be_pruned(leaf)}
     found = {name: leaf for name, leaf in named.items() if re.fullmatch(sparsity.layers, name)}
     if not found:
         raise ConfigError(
@@ -332,17 +311,13 @@ def _prunable(tree: Any, sparsity: Sparsity) -> dict[str, nnx.Variable]:
     return found
 
 
-def _may_be_pruned(leaf: Any) -> bool:
-    return isinstance(leaf, Matrix) and "vocab" not in _axes(leaf)
-
-
 def _replaced(tree: Any, arrays: Arrays, sparsity: Sparsity) -> Any:
     """The tree with other arrays in place of those of its matrices."""
 
     def replace(path: tuple, leaf: Any) -> Any:
-        return leaf.replace(arrays[_name(path)]) if _may_be_pruned(leaf) and _name(path) in arrays else leaf
+        return leaf.replace(arrays[matrix_name(path)]) if may_be_pruned(leaf) and matrix_name(path) in arrays else leaf
 
-    return jax.tree_util.tree_map_with_path(replace, tree, is_leaf=_is_variable)
+    return jax.tree_util.tree_map_with_path(replace, tree, is_leaf=is_variable)
 
 
 def _arrays(variables: Mapping[str, nnx.Variable]) -> Arrays:
@@ -369,11 +344,3 @@ def _with(values: tuple, i: int, value: Any) -> tuple:
 
 def _three(a: Array) -> Shape:
     return (a.size // (a.shape[-1] * a.shape[-2]), *a.shape[-2:])
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/kernel")
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)

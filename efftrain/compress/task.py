@@ -83,7 +83,7 @@ class TaskLoss:
         asked_bn, known_bn = batch["answers"] >= 0, (batch["answers"] >= 0) & (batch["labels"] >= 0)
         gold = jnp.where(known_bn, token_nll(logits_bnl, jnp.maximum(batch["labels"], 0)), 0.0).sum()
         right = (known_bn & (logits_bnl.argmax(-1) == batch["labels"])).sum(dtype=jnp.float32)
-        n_known, n_asked = known_bn.sum(dtype=jnp.float32), asked_bn.sum(dtype=jnp.float32)
+        n_known, n_asked = known_bn.sum(dtype=jnp.float32), n_questions(batch)
         found = {"loss/label": (gold, n_known), "accuracy": (right, n_known)}
         loss = (1 - self.alpha) * gold
         if self.alpha:
@@ -98,13 +98,18 @@ class TaskLoss:
             )  # fmt: skip
             loss += self.text_weight * text
             found["loss/text"] = (text, batch["weights"].sum())
-        extra, metrics = auxiliary_loss(metrics, n_asked)
+        extra, metrics = auxiliary_loss(metrics, batch, n_questions)
         return loss + extra, n_asked, found | metrics
 
     def label_logits(self, model: Decoder, hidden_btd: Array, answers_bn: Array) -> Array:
         """(batch, n, labels) float32 at the places of the answers."""
         at_bnd = jnp.take_along_axis(hidden_btd, jnp.maximum(answers_bn, 0)[..., None], axis=1)
         return model.logits(at_bnd)[..., self.first_label : self.first_label + self.n_labels]
+
+
+def n_questions(batch: Batch) -> Array:
+    """() float32 questions of a batch."""
+    return (batch["answers"] >= 0).sum(dtype=jnp.float32)
 
 
 def predict(model: Decoder, loss: TaskLoss, items: Sequence[Item], *, length: int, batch_size: int = 16) -> np.ndarray:

@@ -38,7 +38,7 @@ def epochs(weights: Sequence[float], sizes: Sequence[int], n_tokens: int) -> lis
 
 
 def mixture_table(config: "LoaderConfig", n_tokens: int) -> tuple[Table, list[str]]:
-    """The table of ``show_mixture`` and its warnings, one for each part that is repeated more than four times.
+    """The table of ``show_mixture`` and its warnings: parts repeated more than four times, parts of less than a row.
 
     Raises:
       CorpusError: a corpus is missing.
@@ -57,13 +57,21 @@ def mixture_table(config: "LoaderConfig", n_tokens: int) -> tuple[Table, list[st
     for part, weight, size, repeat in zip(config.corpora, weights, sizes, repeats, strict=True):
         share = weight / sum(weights)
         table.add_row(str(part.path), f"{share:.1%}", f"{repeat * size:,.0f}", f"{size:,}", f"{repeat:,.2f}")
-    return table, [
+    n_rows = [repeat * size / config.length for repeat, size in zip(repeats, sizes, strict=True)]
+    warnings = [
+        _too_few(part, rows, n_tokens // config.length)
+        for part, rows in zip(config.corpora, n_rows, strict=True)
+        if rows < 1
+    ]
+    return table, warnings + [
         _warning(part.path, repeat) for part, repeat in zip(config.corpora, repeats, strict=True) if repeat > REPEATS
     ]
 
 
 def show_mixture(config: "LoaderConfig", n_tokens: int) -> None:
-    """Prints share, tokens and epochs of each corpus, and a warning for each that is repeated more than four times.
+    """Prints share, tokens and epochs of each corpus, and warnings.
+
+    They are for each corpus that is repeated more than four times, and for each whose weight is less than a row.
 
     Args:
       config: of the loader; with ``repeat=False`` each corpus is read once, whatever the budget.
@@ -82,6 +90,13 @@ def show_mixture(config: "LoaderConfig", n_tokens: int) -> None:
 def _n_tokens(part: "Part", config: "LoaderConfig") -> int:
     n_tokens, n_rows = corpora.open(part.path, verify=False).n_tokens(config.split), part.n_rows()
     return n_tokens if n_rows is None else min(n_tokens, n_rows * config.length)
+
+
+def _too_few(part: "Part", rows: float, n_rows: int) -> str:
+    return (
+        f"warning: weight {part.weight:g} of {part.path} is {rows:.2g} of the run's {n_rows:,} rows, so that it may "
+        "give none; raise its weight, train on more tokens, or leave it out"
+    )
 
 
 def _warning(path: Path, repeats: float) -> str:

@@ -3,7 +3,6 @@
 Leaves ``depth.json`` in the run (and ``depth_probe.npz``), bound to the model that was measured.
 """
 
-import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from efftrain import data
 from efftrain.code_identity import code_identity
 from efftrain.config import to_json
 from efftrain.errors import ConfigError, CorpusError, RunError
-from efftrain.measure.depth_report import add_to_scorecard, flops_at, report_depth, rows_to_report, shuffled_rows
+from efftrain.measure.depth_report import add_to_scorecard, flops_at, report_depth, rows_to_report, whole_rows
 from efftrain.measure.exit_curves import (
     QUANTILES,
     RULES,
@@ -33,7 +32,8 @@ from efftrain.measure.exit_curves import (
 )
 from efftrain.measure.held_out import CHOICES, choosing, reporting
 from efftrain.measure.kept import Kept, write_json
-from efftrain.measure.risk import last_safe, p_value
+from efftrain.measure.risk import documents_needed, last_safe
+from efftrain.measure.row_documents import after_tuning, count_documents, with_documents
 from efftrain.measure.speculation import measure_speculation
 from efftrain.measure.token_classes import token_classes
 from efftrain.models.decoder import Decoder
@@ -58,11 +58,12 @@ class Calibration:
     Attributes:
       exits: layers that draft. Empty: 1 up to half of the model's.
       drafts: lengths of a draft.
-      prompts: of the validation split, each continued alone.
+      prompts: rows of the validation split, each continued alone.
       prompt_length, n_new: tokens; the prompts are cut where both together are longer than ``max_length``.
-      rows: of the validation split, for the confidence curves: a third of them trains the probe and says which
-        thresholds are tried, the others choose one. What that comes to is measured on other rows, see ``held_out``.
-      risk: the share of tokens that may differ from those of all layers.
+      rows: of the validation split, in its order, for the confidence curves: a third of them trains the probe and says
+        which thresholds are tried, the others choose one. What that comes to is measured on other rows, see
+        ``held_out``.
+      risk: the share of a document's tokens that may differ from those of all layers, on average over documents.
       error: the probability that the risk is larger than that.
     """
 
@@ -86,19 +87,10 @@ class Calibration:
                 raise ConfigError(f"calibration.{name} is {getattr(self, name)}; give a share between 0 and 1")
         if not self.drafts:
             raise ConfigError("calibration.drafts is empty; give at least one length, such as 3")
-        if (needed := self._rows_needed()) > self.rows:
-            raise ConfigError(
-                f"calibration.rows is {self.rows}, too few to show a risk of {self.risk} at an error of {self.error}; "
-                f"give at least {needed}, or a larger risk"
-            )
 
     @property
     def tuning_rows(self) -> int:
         return max(self.rows // 3, 1)
-
-    def _rows_needed(self) -> int:
-        held_out = next(n for n in itertools.count(1) if p_value([0.0] * n, self.risk) <= self.error)
-        return next(n for n in itertools.count(2) if n - max(n // 3, 1) >= held_out)
 
 
 @dataclass(frozen=True)
@@ -186,11 +178,13 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     opened.check_model(model.config.vocab_size)
     check_tokenizer(Path(run), corpus_path)
     length = settings["training"]["length"]
-    rows = _rows(corpus_path, length, options)
+    rows = _rows(corpus_path, length, options, opened.end_of_text_id)
     size = len(rows[0]["tokens"])
     chosen = 0 if has_routed_depth(model) else options.rows  # which depths a token takes, is no choice of ours
     held_out = reporting(corpus_path, length, chosen=chosen, batch_size=size)
-    report_on = rows_to_report(held_out, options.rows - options.tuning_rows, size, chosen=chosen)
+    report_on = with_documents(
+        rows_to_report(held_out, options.rows - options.tuning_rows, size), opened.end_of_text_id
+    )
     made_from = {"model": model_digest(model), "options": to_json(options), "corpus": content(corpus_path)}
     kept = Kept(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS))
     texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
@@ -217,28 +211,44 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     return result
 
 
-def _rows(corpus: Path, length: int, options: Calibration) -> list[dict[str, np.ndarray]]:
-    """Validation rows in batches: those for tuning, then the others.
+def _rows(corpus: Path, length: int, options: Calibration, end_of_text_id: int) -> list[dict[str, np.ndarray]]:
+    """Validation rows in batches, those for tuning, then the others; with ``documents``, see ``with_documents``.
+
+    In the order of the corpus, in which documents are shuffled: so few of them are cut.
 
     Raises:
       CorpusError: there are not so many.
     """
     size = next(n for n in (8, 4, 2, 1) if options.tuning_rows % n == options.rows % n == 0)
-    whole = shuffled_rows(choosing(corpus, length), options.rows, size)
+    whole = whole_rows(choosing(corpus, length), options.rows, size)
     if len(whole) < options.rows // size:
         raise CorpusError(
             f"{corpus}: the validation split has {len(whole) * size} rows of {length} tokens and calibration.rows is "
             f"{options.rows}; give fewer --rows"
         )
-    return whole
+    return with_documents(whole, end_of_text_id)
 
 
 def _prompts(rows: Rows, options: Calibration, max_length: int) -> list[np.ndarray]:
     if options.n_new >= max_length:
         raise ConfigError(f"calibration.n_new is {options.n_new} and model.max_length {max_length}; draw fewer")
     length = min(options.prompt_length, rows[0]["tokens"].shape[1], max_length - options.n_new)
-    tokens = np.concatenate([row["tokens"] for row in rows])[: options.prompts, :length].astype(np.int32)
-    return [row[None] for row in tokens]
+    tokens = np.concatenate([row["tokens"] for row in rows])[:, :length].astype(np.int32)
+    spread = np.linspace(0, len(tokens) - 1, min(options.prompts, len(tokens))).astype(int)  # over the documents
+    return [row[None] for row in tokens[spread]]
+
+
+def _held_out(rows: Rows, n_tuning: int, options: Calibration) -> Rows:
+    """``after_tuning``; raises ConfigError where these rows hold too few documents."""
+    held_out = after_tuning(rows, n_tuning)
+    there, needed = count_documents(held_out), documents_needed(options.risk, options.error)
+    if there < needed:
+        raise ConfigError(
+            f"calibration.rows is {options.rows}, too few to show a risk of {options.risk} at an error of "
+            f"{options.error}: after those for tuning, {there} documents begin in them and {needed} are needed; give "
+            "more --rows, or a larger risk"
+        )
+    return held_out
 
 
 def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration, kept: Kept) -> dict[str, Any]:
@@ -262,7 +272,7 @@ def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration
 def _exits(model: Decoder, rows: Rows, text: Text, options: Calibration, kept: Kept) -> tuple[dict[str, Any], Probe]:
     """For each rule a curve over thresholds, the boldest one within the risk, and the one within 1 % of the quality."""
     n_tuning = options.tuning_rows // len(rows[0]["tokens"])
-    tuning, held_out = rows[:n_tuning], rows[n_tuning:]
+    tuning, held_out = rows[:n_tuning], _held_out(rows, n_tuning, options)
     tuned = kept.cell("tuned", lambda: tune(model, tuning))
     probe = Probe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
     full, found = full_choices(model, held_out), {}
@@ -295,19 +305,23 @@ def _seconds(
 
 
 def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
-    safe = last_safe([point["row_losses"] for point in points], options.risk, options.error)
+    safe = last_safe([point["document_losses"] for point in points], options.risk, options.error)
     full = points[0]["bpb"]
     if full is None:
         raise RunError("the model has no finite bits per byte with all its layers; calibrate one that works")
     good = [p for p in points if p["bpb"] is not None and p["bpb"] <= full * (1 + QUALITY_LOSS)]
-    curve = [{k: v for k, v in point.items() if k != "row_losses"} for point in points]
+    curve = [_without_losses(point) for point in points]
     return {
         "threshold": points[safe]["threshold"] if safe else None,  # the first one is to leave out nothing
         "risk": options.risk,
         "error": options.error,
-        "within_quality_loss": {k: v for k, v in min(good, key=lambda p: p["mean_depth"]).items() if k != "row_losses"},
+        "within_quality_loss": _without_losses(min(good, key=lambda p: p["mean_depth"])),
         "curve": curve,
     }
+
+
+def _without_losses(point: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in point.items() if k != "document_losses"}
 
 
 def _write_probe(path: Path, probe: Probe) -> None:

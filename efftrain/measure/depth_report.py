@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from efftrain import data
 from efftrain.errors import CorpusError
 from efftrain.measure.exit_curves import Rows, Text, full_choices, measure_exit
 from efftrain.measure.flops import decode_flops, head_flops
-from efftrain.measure.held_out import CHOICES, HeldOut
+from efftrain.measure.held_out import HeldOut
 from efftrain.measure.kept import Kept
 from efftrain.measure.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard import Figure, Scorecard
@@ -24,31 +23,19 @@ from efftrain.models.self_speculation import SelfSpeculation
 from efftrain.progress import console
 
 
-def shuffled_rows(held_out: HeldOut, n: int, size: int, *, start: int = 0) -> list[dict[str, np.ndarray]]:
-    """Up to ``n`` rows of a split in a random order that is always the same, in whole batches of ``size``.
-
-    Args:
-      held_out: says corpus, split and length.
-      start: rows of that order that are left out; a multiple of ``size``.
-    """
-    loader = data.LoaderConfig(
-        corpora=(data.Part(path=held_out.corpus),),
-        length=held_out.length,
-        batch_size=size,
-        split=held_out.split,
-        repeat=False,
-    )
-    rows = itertools.islice(data.batches(loader, verify=False), start // size, (start + n) // size)
+def whole_rows(held_out: HeldOut, n: int, size: int) -> list[dict[str, np.ndarray]]:
+    """The first ``n`` of these rows, or fewer where there are not so many, in whole batches of ``size``."""
+    rows = itertools.islice(held_out.batches(size), n // size)
     return [row for row in rows if np.asarray(row["mask"]).any(1).all()]
 
 
-def rows_to_report(held_out: HeldOut, n: int, size: int, *, chosen: int) -> list[dict[str, np.ndarray]]:
-    """Rows of ``held_out.reporting``; of a corpus without a test split those after the ``chosen`` ones.
+def rows_to_report(held_out: HeldOut, n: int, size: int) -> list[dict[str, np.ndarray]]:
+    """As ``whole_rows``, of ``held_out.reporting``.
 
     Raises:
       CorpusError: there are none.
     """
-    rows = shuffled_rows(held_out, n, size, start=chosen if held_out.split == CHOICES else 0)
+    rows = whole_rows(held_out, n, size)
     if not rows:
         raise CorpusError(
             f"{held_out.corpus}: the {held_out.split} split has no {size} rows of {held_out.length} tokens to "
@@ -82,7 +69,7 @@ def report_depth(
             threshold = point["threshold"]
             measure = partial(measure_exit, model, rows, full, text, ConfidenceExit(rule=rule), threshold, probe)
             measured = kept.cell(f"report {rule} {threshold}", measure)
-            exits[rule][name] = {k: v for k, v in measured.items() if k != "row_losses"}
+            exits[rule][name] = {k: v for k, v in measured.items() if k != "document_losses"}
     best, drafts = chosen["self_speculation"], None
     if best["exit_layer"] is not None:
         pair = SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])

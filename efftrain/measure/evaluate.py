@@ -36,6 +36,9 @@ class Evaluator:
     Bits per byte are the nats of all counted targets / ln 2 / the bytes of text that these targets stand for. Special
     tokens have nats and no bytes: a model pays for the ends of documents.
 
+    A model that drops tokens because of others (``MlpConfig.independent_tokens``) is evaluated as it is; its figures
+    then depend on which rows are in a batch together, and on how many.
+
     Compiled once for each shape of batch and model, whatever the parameters. Of several processes each gives its part
     of every batch (``train.loop.batch_part``), within the ``fit`` that trains the model, and all get the same figures.
 

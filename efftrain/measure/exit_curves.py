@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from efftrain.measure.row_documents import Rows, losses_by_document
 from efftrain.measure.speculation import timed
 from efftrain.measure.token_classes import CLASSES
 from efftrain.models.decode import AllLayers, draw_tokens, read_prompts
@@ -30,7 +31,6 @@ QUANTILES = (0.999, 0.99, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
 
 MOST_PROBED = 20_000  # tokens that train the probes
 
-Rows = Sequence[Mapping[str, np.ndarray]]  # batches of (batch, length)
 ROW = ("tokens", "targets", "segments", "positions", "mask")
 
 
@@ -111,45 +111,46 @@ def measure_exit(
     """One point of a curve; as JSON.
 
     Args:
-      model, rows: measured on.
+      model, rows: measured on; rows also have ``documents``, see ``row_documents.with_documents``.
       full: ``full_choices`` of them.
       text: of the vocabulary.
       exit_, threshold, probe: see ``early_exit.exit_states``.
 
     Returns:
-      ``bpb``; ``differs``, the share of tokens that are not those of all layers, and ``row_losses``, the same for each
-      row; mean depth and histograms by class of the token that is predicted.
+      ``bpb``; ``document_losses``, for each document the share of tokens that are not those of all layers, and
+      ``differs``, their mean; mean depth and histograms by class of the token that is predicted.
     """
     graph, state = nnx.split(model)
-    totals, losses = None, []
+    totals, differs = None, []
     for row, full_bt in zip(rows, full, strict=True):
-        differs_b, *sums = _row_with_exits(
+        differs_bt, *sums = _row_with_exits(
             graph, state, {k: row[k] for k in ROW}, full_bt, exit_, threshold, probe, text.classes
         )
-        losses += np.asarray(differs_b).tolist()
+        differs.append(np.asarray(differs_bt))
         sums = [np.asarray(a, np.float64) for a in sums]
         totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
     nats, histogram_cl = totals
+    counted, documents = (np.concatenate([row[name] for row in rows]) for name in ("mask", "documents"))
+    losses = losses_by_document(np.concatenate(differs), counted, documents).tolist()
     n_bytes = sum(text.token_bytes[np.asarray(row["targets"])[np.asarray(row["mask"])]].sum() for row in rows)
     return {
         "threshold": threshold,
         "bpb": float(nats / math.log(2) / n_bytes),
         "differs": statistics.fmean(losses),
-        "row_losses": losses,
+        "document_losses": losses,
     } | _depths(histogram_cl)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _row_with_exits(graph, state, row, full_bt, exit_, threshold, probe, classes_v):
-    """Of each row the share of tokens that are not those of all layers; of all, nats and depths by class."""
+    """Which tokens are not those of all layers, (batch, length) bool; of all, nats and depths by class."""
     model = nnx.merge(graph, state)
     where = {"segments_bt": row["segments"], "positions_bt": row["positions"]}
     found = exit_states(model, row["tokens"], exit_, threshold, probe=probe, **where)
     logits, mask_bt = model.exit_logits(found.x_btd), row["mask"]
-    differs_b = ((logits.argmax(-1) != full_bt) & mask_bt).sum(1) / jnp.maximum(mask_bt.sum(1), 1)
     nats = jnp.where(mask_bt, token_nll(logits, row["targets"]), 0).sum()
     histogram = _histogram(found.layers_bt, classes_v[row["targets"]], mask_bt, model.config.n_layers)
-    return differs_b, nats, histogram
+    return logits.argmax(-1) != full_bt, nats, histogram
 
 
 def _histogram(layers_bt: Array, classes_bt: Array, mask_bt: Array, most: int) -> Array:

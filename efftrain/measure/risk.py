@@ -1,9 +1,19 @@
-"""How low a threshold may go, with a stated probability that a mean stays under its bound."""
+"""How low a threshold may go, with a stated probability that a mean stays under its bound.
 
+The bounds are for independent losses: those of documents (``row_documents``), and not of rows or tokens, of which a
+document has several that are alike.
+"""
+
+import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
+
+
+def documents_needed(bound: float, error: float) -> int:
+    """How many documents without any loss show that the mean is under ``bound``."""
+    return next(n for n in itertools.count(1) if p_value([0.0] * n, bound) <= error)
 
 
 def p_value(losses: Sequence[float], bound: float) -> float:
@@ -30,7 +40,7 @@ def last_safe(losses: Sequence[Sequence[float]], bound: float, error: float) -> 
     ``error``, however many there are.
 
     Args:
-      losses: of each setting, of the same independent samples (documents, rows), between 0 and 1.
+      losses: of each setting, of the same independent samples (documents), between 0 and 1.
       bound: on the mean.
       error: the probability that the answer is wrong.
 

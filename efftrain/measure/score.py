@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from efftrain.sharding.chips import find_chip
 from efftrain.train.run import environment
 
 LATENCY_BATCHES = (1, 8)
+DROPS = "experts drop what exceeds their capacity, so that it depends on the rows that are evaluated together"
 LOOKS_AHEAD = "the model chooses tokens by looking ahead, and cannot decode"
 
 
@@ -56,6 +58,8 @@ def score(
         they are cut to it; the figures say what was measured.
     """
     figures = quality_figures(quality, split, note)
+    if not all(block.mlp.independent_tokens for block in model.config.layers):
+        figures = {name: _noted(figure, DROPS) for name, figure in figures.items()}
     figures |= _size(model, checkpoint) | _flops(model, length, training_tokens, steps, extra_flops)
     figures |= _training(training_figures or {}, training_tokens)
     n_new = min(n_new, max(1, model.config.max_length // 2))
@@ -95,6 +99,11 @@ def quality_figures(values: Mapping[str, float] | None, split: str, note: str = 
     if "mean_depth" in values:
         figures["mean_depth"] = figure("mean_depth", "layers/token")
     return figures
+
+
+def _noted(figure: Figure, note: str) -> Figure:
+    """The figure with another note, where it has a value."""
+    return figure if figure.value is None else replace(figure, note="; ".join(filter(None, (figure.note, note))))
 
 
 def _size(model: Decoder, checkpoint: Path | None) -> dict[str, Figure]:

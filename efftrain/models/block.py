@@ -25,7 +25,7 @@ class Block(nnx.Module):
         self.attention = block.attention.build(model, rngs=rngs)
         self.mlp_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.mlp = block.mlp.build(model.d_model, n_layers=model.n_layers, dtype=model.dtype, rngs=rngs)
-        self.reads_tokens = block.mlp.reads_tokens
+        self.reads_tokens, self.reads_segments = block.mlp.reads_tokens, block.mlp.reads_segments
 
     def __call__(
         self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None, tokens_bt: Array | None = None
@@ -38,24 +38,28 @@ class Block(nnx.Module):
           segments_bt: (batch, length); no token sees another segment. None: one segment a row.
           tokens_bt: (batch, length) ids, for a feed-forward part that reads them.
         """
-        return self._join(x_btd, self.attention(self.attention_norm(x_btd), positions_bt, segments_bt), tokens_bt)
+        attended_btd = self.attention(self.attention_norm(x_btd), positions_bt, segments_bt)
+        return self._join(x_btd, attended_btd, tokens_bt, segments_bt)
 
-    def join(self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None) -> tuple[Array, dict]:
+    def join(
+        self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None, segments_bt: Array | None
+    ) -> tuple[Array, dict]:
         """The stream after the block, and metrics, from the stream before it and what attention made of that."""
         x_btd += attended_btd
-        out_btd, metrics = self.feed_forward(self.mlp_norm(x_btd), tokens_bt)
+        out_btd, metrics = self.feed_forward(self.mlp_norm(x_btd), tokens_bt, segments_bt)
         return x_btd + out_btd, metrics
 
-    def feed_forward(self, x_btd: Array, tokens_bt: Array | None) -> tuple[Array, dict]:
-        """The feed-forward part, with the token ids where it reads them."""
+    def feed_forward(self, x_btd: Array, tokens_bt: Array | None, segments_bt: Array | None) -> tuple[Array, dict]:
+        """The feed-forward part, with the token ids and the segments where it reads them."""
+        read = {"segments_bt": segments_bt} if self.reads_segments else {}
         if not self.reads_tokens:
-            return self.mlp(x_btd)
+            return self.mlp(x_btd, **read)
         if tokens_bt is None:
             raise ConfigError(
                 f"{type(self.mlp).__name__} reads token ids, and this computation of single layers does not have them; "
                 "use the whole model, or a feed-forward part that does not read them"
             )
-        return self.mlp(x_btd, tokens_bt)
+        return self.mlp(x_btd, tokens_bt, **read)
 
     def extend(
         self,
@@ -115,6 +119,8 @@ class Block(nnx.Module):
         """See ``Decoder.after_step``."""
         return self.mlp.after_step(statistics)
 
-    def _join(self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None) -> tuple[Array, dict]:
-        x_btd, metrics = self.join(x_btd, attended_btd, tokens_bt)
+    def _join(
+        self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None, segments_bt: Array | None = None
+    ) -> tuple[Array, dict]:
+        x_btd, metrics = self.join(x_btd, attended_btd, tokens_bt, segments_bt)
         return constrain(x_btd, "batch", "length", None), metrics

@@ -26,7 +26,8 @@ class MlpConfig:
 
     ``build`` returns a module whose call takes and returns (batch, length, d_model), and beside it a dict of
     (sum, count) metrics, empty where there is nothing to say. Where ``reads_tokens``, the call also takes the token ids
-    (batch, length).
+    (batch, length); where ``reads_segments``, the segments as ``segments_bt``: (batch, length) integers, 0 is padding;
+    None: no token is padding.
     """
 
     @property
@@ -37,6 +38,11 @@ class MlpConfig:
     @property
     def reads_tokens(self) -> bool:
         """The module is called with the ids of the tokens too."""
+        return False
+
+    @property
+    def reads_segments(self) -> bool:
+        """The module is called with the segments too, by which it knows padding."""
         return False
 
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:

@@ -70,7 +70,7 @@ def experts_on_mesh(x_btd: Array, experts_btk: Array, gates_btk: Array, weights:
 
     Args:
       x_btd: (batch, length, d_model).
-      experts_btk: (batch, length, k) int32.
+      experts_btk: (batch, length, k) int32; ``n_experts`` for an assignment to none, as of padding.
       gates_btk: (batch, length, k) float32.
       weights: gate and up (experts, d_model, hidden) and down (experts, hidden, d_model), in the dtype of x.
       run: how.
@@ -152,7 +152,8 @@ def _exchange(x_nd: Array, experts_nk: Array, local, run: ExpertRun, axes) -> tu
     there_r = jnp.where(sent.assignment_r >= 0, there_r, n_local)
     y_rd, where, dropped = local(swap(to_rows(x_nd, sent)), swap(there_r)[:, None], n_tokens=len(x_nd) * devices)
     back_rd = swap(from_rows(y_rd, jnp.ones(where.row_nk.shape), where).astype(x_nd.dtype))
-    return back_rd, sent, dropped + jnp.sum(sent.row_nk >= sent.n_rows, dtype=jnp.float32)
+    unsent = (experts_nk < run.n_experts) & (sent.row_nk >= sent.n_rows)
+    return back_rd, sent, dropped + jnp.sum(unsent, dtype=jnp.float32)
 
 
 def _saliency(y_rd: Array, where: Layout, experts_nk: Array, gates_nk: Array, n_experts: int) -> Array:

@@ -27,6 +27,7 @@ from efftrain.ops.routing import (
     max_violation,
     route,
     router_logits,
+    without_padding,
     z_loss,
 )
 from efftrain.progress import console
@@ -44,6 +45,8 @@ COLLAPSED = "moe/collapsed"  # the share of experts that have starved for STARVE
 class MoE(MlpConfig):
     """Routed SwiGLU experts. A token costs ``top_k + n_shared`` experts, memory holds all of them.
 
+    Padding (segment 0) goes to no routed expert: it takes no rows, and is in no load, loss or metric.
+
     Attributes:
       n_experts: routed experts.
       top_k: of which a token uses so many.
@@ -55,8 +58,9 @@ class MoE(MlpConfig):
       auxiliary_loss: weight of Switch's balance loss. It pulls against the main loss: small, or 0.
       z_loss: weight of the router's z-loss, 1e-3 where logits grow.
       dispatch: how rows reach their experts, see ``ops.grouped_matmul``. "auto": by platform, without dropping;
-        "capacity" drops, also in evaluation; "reference" computes every expert on every token, for tests.
-      capacity_factor: rows of an expert over the mean load, for "capacity".
+        "capacity" drops what does not fit, also in evaluation, whose figures then depend on which rows are computed
+        together; "reference" computes every expert on every token, for tests.
+      capacity_factor: rows of an expert over the mean load of a batch without padding, for "capacity".
       exchange_factor: of an expert-parallel mesh: rows that a device sends to another over the mean. Rows beyond it are
         dropped and counted. None: room for every row, which takes memory for as many times the rows as there are
         devices.
@@ -114,6 +118,10 @@ class MoE(MlpConfig):
     @property
     def independent_tokens(self) -> bool:
         return self.dispatch != "capacity" and self.exchange_factor is None
+
+    @property
+    def reads_segments(self) -> bool:
+        return True
 
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
         return RoutedExperts(self, d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)
@@ -175,7 +183,9 @@ class RoutedExperts(nnx.Module):
         if config.n_shared:
             self.shared = SwiGLU(d_model, config.n_shared * f, n_layers=n_layers, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_btd: Array, tokens_bt: Array | None = None) -> tuple[Array, dict]:
+    def __call__(
+        self, x_btd: Array, tokens_bt: Array | None = None, segments_bt: Array | None = None
+    ) -> tuple[Array, dict]:
         config, n = self.config, x_btd.shape[0] * x_btd.shape[1]
         if config.router is None:
             logits_ne = router_logits(x_btd.reshape(n, -1), self.router[...])
@@ -188,19 +198,23 @@ class RoutedExperts(nnx.Module):
             )
         else:
             routing = self.router(x_btd, tokens_bt, self.bias[...])
+        valid_n = jnp.ones(n, bool) if segments_bt is None else segments_bt.reshape(n) != 0
+        routing = without_padding(routing, valid_n)
         found = self._experts(x_btd, routing)
         y_btd = found.y.astype(x_btd.dtype)
         if config.n_shared:
             y_btd += self.shared(x_btd)[0]
+        n_valid = valid_n.sum(dtype=jnp.float32)
         metrics = {
-            "moe/entropy": (entropy(routing.probabilities_ne).sum(), jnp.float32(n)),
-            "moe/dropped": (found.dropped, jnp.float32(n * config.top_k)),
+            "moe/entropy": (jnp.where(valid_n, entropy(routing.probabilities_ne), 0).sum(), n_valid),
+            "moe/dropped": (found.dropped, n_valid * config.top_k),
             "statistics": {"loads": found.loads_e} | ({"saliency": found.saliency_e} if config.saliency else {}),
         }
         if config.auxiliary_loss or config.z_loss:
-            metrics["auxiliary"] = config.auxiliary_loss * balance_loss(found.loads_e, routing.probabilities_ne)
+            balance = balance_loss(found.loads_e, routing.probabilities_ne, valid_n)
+            metrics["auxiliary"] = config.auxiliary_loss * balance
             if config.router is None:
-                metrics["auxiliary"] += config.z_loss * z_loss(logits_ne)
+                metrics["auxiliary"] += config.z_loss * z_loss(logits_ne, valid_n)
         return y_btd, metrics
 
     def _experts(self, x_btd: Array, routing: Routing) -> Experts:

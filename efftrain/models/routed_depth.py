@@ -88,7 +88,8 @@ class MixtureOfDepths(RoutedDepthConfig):
     """A block that a share of each row's tokens passes; the others go around it.
 
     Attributes:
-      capacity: that share, from 0.125 (the paper's) to 1. Small models bear 0.25 to 0.5.
+      capacity: that share, from 0.125 (the paper's) to 1. Small models bear 0.25 to 0.5. In training it is a share of
+        a row with its padding, which passes only where tokens are lacking: of a short text a larger share passes.
 
     Source: Raposo et al. 2024. The gate is twice a sigmoid and not the raw score, so that an untrained router leaves
     the block as it is and a trained one cannot blow it up.

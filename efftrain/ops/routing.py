@@ -1,6 +1,10 @@
-"""Which experts a token goes to, and how evenly the tokens fall."""
+"""Which experts a token goes to, and how evenly the tokens fall.
 
-from dataclasses import dataclass
+Batches have padding, which is no token: functions that average over tokens take ``valid_n``, (tokens,) bool, and leave
+the others out. None: all are valid.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -60,22 +64,41 @@ def route(logits_ne: Array, bias_e: Array, *, top_k: int, scores: Scores, renorm
     return Routing(experts_nk.astype(jnp.int32), gates_nk, probabilities_ne)
 
 
-def balance_loss(loads_e: Array, probabilities_ne: Array) -> Array:
+def without_padding(routing: Routing, valid_n: Array) -> Routing:
+    """The routing with padding assigned to no expert, which is the number after the last one: no row, no load."""
+    n_experts = routing.probabilities_ne.shape[-1]
+    return replace(routing, experts_nk=jnp.where(valid_n[:, None], routing.experts_nk, n_experts))
+
+
+def balance_loss(loads_e: Array, probabilities_ne: Array, valid_n: Array | None = None) -> Array:
     """() float32, 1 where both the tokens and the probabilities are even, up to the number of experts.
 
+    A product of two means over the tokens that are computed together: those of a micro-batch, where a step is taken in
+    several, as in Switch.
+
     Args:
-      loads_e: (experts,) assignments of each expert, over the global batch; no gradient flows through them.
+      loads_e: (experts,) assignments of each expert, over all devices; no gradient flows through them.
       probabilities_ne: (tokens, experts).
+      valid_n: see above.
 
     Source: Fedus et al. 2022 (Switch), equation 4.
     """
-    shares_e = jax.lax.stop_gradient(loads_e / loads_e.sum())
-    return len(loads_e) * jnp.sum(shares_e * probabilities_ne.mean(0))
+    shares_e = jax.lax.stop_gradient(loads_e / jnp.maximum(loads_e.sum(), 1.0))
+    return len(loads_e) * jnp.sum(shares_e * _mean(probabilities_ne, valid_n))
 
 
-def z_loss(logits_ne: Array) -> Array:
+def z_loss(logits_ne: Array, valid_n: Array | None = None) -> Array:
     """() float32: mean squared log-partition of the router, which keeps its logits small. Zoph et al. 2022, 2.2."""
-    return jnp.mean(jax.nn.logsumexp(logits_ne, axis=-1) ** 2)
+    return _mean(jax.nn.logsumexp(logits_ne, axis=-1) ** 2, valid_n)
+
+
+def _mean(values: Array, valid_n: Array | None) -> Array:
+    """The mean over the valid tokens, the first axis; 0 where there is none."""
+    if valid_n is None:
+        return values.mean(0)
+    there = jnp.where(valid_n.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+    # The factor is exactly 1 where no token is padding.
+    return there.mean(0) * (len(valid_n) / jnp.maximum(valid_n.sum(dtype=jnp.float32), 1.0))
 
 
 def entropy(probabilities_ne: Array) -> Array:

@@ -68,7 +68,10 @@ class Training:
       schedule: of the learning rate.
       n_microbatches: a step's rows are taken in so many parts; saves memory, and time where memory is slow.
       clip_norm: largest global gradient norm. None: no clip.
-      ema_decay: keep averaged parameters, and evaluate and load those. None: do not.
+      ema_decay: keep an exponential moving average of the parameters, and evaluate and load that. The decay grows to
+        this with the updates, see ``averages.average_decay``. A run that was begun with a constant decay, as versions
+        before had it, goes on with the growing one, by which the initial parameters' part in its average fades. None:
+        no average.
       seed: of parameters and randomness; the data have their own.
       max_bad_steps: stop after so many consecutive steps that were not finite; each is skipped and counted.
       eval_every: steps between evaluations. None: only at the end.

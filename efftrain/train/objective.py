@@ -1,7 +1,7 @@
 """What a model is trained on: a function from a batch to sums.
 
 An objective returns sums and counts and never means, so that padding, accumulation and sharding change nothing: the
-step divides once, by the global count.
+step divides once, by the global count. What a sum cannot say, an objective takes from the ``Whole`` of its batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,8 @@ from efftrain.ops.divergence import distillation_loss
 from efftrain.ops.platform import conditional
 from efftrain.sharding.rules import shard_count
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Array]  # a micro-batch also has WHOLE
+WHOLE = "whole"  # the name under which a micro-batch holds the ``Whole`` that it is a part of
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count)
 AUXILIARY = "loss/auxiliary"  # the metric
 Weighting = Literal["depth", "equal"]
@@ -46,18 +47,62 @@ def next_token_loss(model: Decoder, batch: Batch, key: Array | None) -> tuple[Ar
         batch["tokens"], segments_bt=batch["segments"], positions_bt=batch["positions"], key=key
     )
     loss = _cross_entropy(model, hidden_btd, batch)
-    count = batch["mask"].sum(dtype=jnp.float32)
-    extra, metrics = auxiliary_loss(metrics, count)
+    count = n_targets(batch)
+    extra, metrics = auxiliary_loss(metrics, batch)
     return loss + extra, count, {"loss": (loss, count)} | metrics
 
 
-def auxiliary_loss(metrics: Metrics, count: Array) -> tuple[Array | float, Metrics]:
-    """What a model adds to the loss of so many targets (of routers, say), and the other metrics, with it by name."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Whole:
+    """What the micro-batches of a step share: for counts and draws that must not depend on how the step is split.
+
+    Attributes:
+      batch: all rows of the step.
+      key: of the step; each micro-batch has another one.
+    """
+
+    batch: Batch
+    key: Array | None
+
+
+def whole_of(batch: Batch, key: Array | None) -> Whole:
+    """The step's whole batch and its key; the batch itself where it is no micro-batch."""
+    return batch.get(WHOLE) or Whole(batch, key)
+
+
+def n_targets(batch: Batch) -> Array:
+    """() float32 targets that count."""
+    return batch["mask"].sum(dtype=jnp.float32)
+
+
+def auxiliary_loss(
+    metrics: Metrics, batch: Batch, count: Callable[[Batch], Array] = n_targets
+) -> tuple[Array | float, Metrics]:
+    """What a model adds to the loss (of routers, say), as a sum over targets, and the other metrics, with it by name.
+
+    A model's ``auxiliary`` is a mean over the tokens that it read. A micro-batch stands for its share of the tokens of
+    the whole batch, so that means over tokens are those of the whole batch, however it is split.
+
+    Args:
+      metrics: of the model.
+      batch: that the model read.
+      count: () float32 targets of a batch: what the loss is divided by.
+    """
     others = dict(metrics)
     if "auxiliary" not in others:
         return 0.0, others
-    extra = others.pop("auxiliary") * count
-    return extra, others | {AUXILIARY: (extra, count)}
+    if WHOLE in batch:
+        whole = batch[WHOLE].batch
+        weight = count(whole) * (_n_tokens(batch) / jnp.maximum(_n_tokens(whole), 1.0))
+    else:
+        weight = count(batch)
+    extra = others.pop("auxiliary") * weight
+    return extra, others | {AUXILIARY: (extra, weight)}
+
+
+def _n_tokens(batch: Batch) -> Array:
+    return (batch["segments"] != 0).sum(dtype=jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +143,8 @@ class SelfDistillation:
             alpha=self.weight / (1 + self.weight),
             shards=shard_count("batch", "length"),
         )
-        count = batch["mask"].sum(dtype=jnp.float32)
-        extra, metrics = auxiliary_loss(metrics, count)
+        count = n_targets(batch)
+        extra, metrics = auxiliary_loss(metrics, batch)
         figures = {"loss": (loss, count), "loss/divergence": (divergence, count)}
         return (1 + self.weight) * mixed + extra, count, figures | metrics
 
@@ -109,7 +154,8 @@ class EarlyExitLoss:
     """``next_token_loss``, and the loss of earlier layers through the norm and the head that all of them share.
 
     The head costs as much as a layer or more in a small model, so that a step computes few exits: those that are a
-    multiple of ``every`` apart, from another first one in each step.
+    multiple of ``every`` apart, from another first one in each step. All micro-batches of a step have the same exits,
+    at the same tokens of their rows.
 
     Attributes:
       scale: weight of the earlier exits; 0.1 to 0.2 in pre-training, 1 for a small task.
@@ -163,7 +209,9 @@ class EarlyExitLoss:
         if key is None:
             return next_token_loss(model, batch, key)
         n = model.config.n_layers
-        exit_key, token_key, key = jax.random.split(key, 3)
+        whole = whole_of(batch, key)
+        exit_key, token_key, _ = jax.random.split(whole.key, 3)
+        key = jax.random.split(key, 3)[2]
         exits_e = self._exits(model, exit_key)
         x_btd, exit_ebtd, metrics = model.states(
             batch["tokens"],
@@ -172,11 +220,13 @@ class EarlyExitLoss:
             key=key,
             exits_e=exits_e,
         )
-        count = batch["mask"].sum(dtype=jnp.float32)
+        count = n_targets(batch)
         loss = _cross_entropy(model, model.norm(x_btd), batch)
         some = partial(_every, stride=self.stride, first=jax.random.randint(token_key, (), 0, self.stride))
         part = {name: some(batch[name]) for name in ("targets", "mask")}
-        share = part["mask"].sum(dtype=jnp.float32) / jnp.maximum(count, 1.0)
+        # Of the whole batch: a micro-batch may have no target at these tokens.
+        n_seen = some(whole.batch["mask"]).sum(dtype=jnp.float32)
+        share = n_seen / jnp.maximum(n_targets(whole.batch), 1.0)
 
         def losses_of(exit_ebtd: Array) -> Array:
             return jnp.stack([_cross_entropy(model, model.norm(some(x)), part) for x in exit_ebtd])
@@ -193,9 +243,9 @@ class EarlyExitLoss:
         total = (loss * weights_l[-1] + exits) / (weights_l[-1] + weights_e.sum())
         figures = {
             "loss": (loss, count),
-            "loss/exits": ((exit_losses * there_e).sum(), share * count * there_e.sum()),
+            "loss/exits": ((exit_losses * there_e).sum(), n_targets(part) * there_e.sum()),
         }
-        extra, metrics = auxiliary_loss(metrics, count)
+        extra, metrics = auxiliary_loss(metrics, batch)
         return total + extra, count, figures | metrics
 
     def _exits(self, model: Decoder, key: Array) -> Array:

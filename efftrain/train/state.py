@@ -21,7 +21,7 @@ class TrainState:
       params: what is trained, float32.
       model_state: variables of the model that are not trained.
       opt_state: the optimizer's.
-      ema: exponential moving average of params, or None.
+      ema: exponential moving average of params (see ``averages``), or None.
       key: (2,) uint32 data of the run's random key; a step uses it folded with its number.
       bad_steps: () int32, consecutive steps up to this one whose loss or gradient was not finite.
       skipped: () int32, all such steps. ``step - skipped`` updates were made.

@@ -12,7 +12,8 @@ from flax import nnx
 from jax import Array
 
 from efftrain.sharding.rules import constrain
-from efftrain.train.objective import Batch, Metrics, Objective
+from efftrain.train.averages import average_decay, averaged
+from efftrain.train.objective import WHOLE, Batch, Metrics, Objective, Whole
 from efftrain.train.state import TrainState, split_model
 from efftrain.train.teacher import Taught, objective_at
 
@@ -31,7 +32,7 @@ def make_step(
 ) -> Step:
     """The step as a pure function; the caller jits it, donating the state.
 
-    A step whose loss or gradient is not finite changes nothing but ``step``, ``bad_steps`` and ``skipped``.
+    If the loss or a gradient is not finite, the step changes nothing but ``step``, ``bad_steps`` and ``skipped``.
 
     Args:
       graph: static part of the model.
@@ -39,13 +40,13 @@ def make_step(
       optimizer: over ``TrainState.params``.
       n_steps: of the run, by which a ``Taught`` objective knows how far it is.
       n_microbatches: rows are taken in so many parts, one after the other; divides the batch.
-      ema_decay: of the averaged parameters, for a state that has them.
+      ema_decay: of the averaged parameters, for a state that has them; see ``averages.average_decay``.
       learning_rate: the one in ``optimizer``, to be reported.
 
     Returns:
       (state, batch, variables of the objective's teacher or None) -> (state, metrics as (sum, count) pairs). Metrics:
       ``loss``, those of the objective, ``grad_norm`` before clipping, ``lr``, ``skipped`` (1 for a step that was not
-      finite) and ``bad_steps`` (so many in a row).
+      finite) and ``bad_steps`` (how many of them in a row).
     """
 
     def step(state: TrainState, batch: Batch, frozen: nnx.State | None = None) -> tuple[TrainState, Metrics]:
@@ -60,7 +61,9 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema and _averaged(params, state.ema, ema_decay)
+        ema = state.ema
+        if ema is not None:
+            ema = averaged(params, ema, average_decay(ema_decay, state.step - state.skipped), opt_state)
 
         def keep(new, old):
             return jax.tree.map(partial(jnp.where, finite), new, old)
@@ -84,12 +87,6 @@ def make_step(
     return step
 
 
-def _averaged(params: Any, ema: Any, decay: float) -> Any:
-    """The averages after a step. A parameter that is exactly zero was pruned, and so is its average."""
-    averaged = optax.incremental_update(params, ema, 1 - decay)
-    return jax.tree.map(lambda new, average: jnp.where(new == 0, 0, average), params, averaged)
-
-
 def batch_axes(shape: tuple[int, ...], length: int) -> tuple[str | None, ...]:
     """Logical axes of an array of a batch: its rows, and where it has one, the length of the rows."""
     second = ("length" if n == length and i == 0 else None for i, n in enumerate(shape[1:]))
@@ -99,7 +96,12 @@ def batch_axes(shape: tuple[int, ...], length: int) -> tuple[str | None, ...]:
 def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: int):
     """Sums over micro-batches of (loss, count, metrics, gradients), which together equal those of the whole batch.
 
-    Micro-batch i takes the rows i, i + n, i + 2n, ...: each device keeps the rows that it has.
+    Micro-batch i takes the rows i, i + n, i + 2n, ...: each device keeps the rows that it has. It holds the whole batch
+    and the step's key too, as ``objective.Whole``.
+
+    Not equal to those of the whole batch are what one micro-batch computes of its tokens together: the balance loss of
+    experts (a product of two means), what a fixed capacity drops, and draws with a key of its own (layer dropout,
+    answers of ``OnPolicy``).
     """
     if n_microbatches == 1:
         return gradient_of(batch, key)
@@ -111,11 +113,14 @@ def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: 
         a = a.reshape(a.shape[0] // n_microbatches, n_microbatches, *a.shape[1:])
         return constrain(jnp.swapaxes(a, 0, 1), None, *axes)
 
+    whole = {WHOLE: Whole(batch, key)}
+
     def add(total, inputs):
-        return jax.tree.map(jnp.add, total, gradient_of(*inputs)), None
+        rows, key = inputs
+        return jax.tree.map(jnp.add, total, gradient_of(rows | whole, key)), None
 
     micro, keys = jax.tree.map(part, dict(batch)), jax.random.split(key, n_microbatches)
-    shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a[0], micro), keys[0])
+    shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a[0], micro) | whole, keys[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, (micro, keys))[0]
 

@@ -67,6 +67,18 @@ def test_four_epochs_need_no_warning(corpus, shown):
     assert "warning" not in shown.getvalue()
 
 
+def test_a_weight_of_less_than_a_row_is_said(corpus, second, shown):
+    """Of 1,000 rows, a weight of 1e-6 gives none."""
+    parts = Part(path=corpus.path), Part(path=second.path, weight=1e-6)
+    config = LoaderConfig(corpora=parts, length=16, batch_size=4)
+    show_mixture(config, 1000 * config.length)
+    (warning,) = (line for line in shown.getvalue().splitlines() if "weight 1e-06" in line)
+    assert f"warning: weight 1e-06 of {second.path} is 0.001 of the run's 1,000 rows" in warning
+    loader = batches(replace(config, shuffle=False))
+    only = batches(replace(config, corpora=config.corpora[:1], shuffle=False))
+    assert all((next(loader)["tokens"] == next(only)["tokens"]).all() for _ in range(250))
+
+
 def test_without_repeats_each_corpus_is_read_once(corpus, shown):
     show_mixture(LoaderConfig(corpora=(Part(path=corpus.path),), repeat=False), 10**9)
     assert "1.00" in shown.getvalue()

@@ -27,8 +27,8 @@ class Parallel(ResidualConfig):
 
 
 class ParallelBlock(Block):
-    def join(self, x_btd, attended_btd, tokens_bt):
-        out_btd, metrics = self.feed_forward(self.mlp_norm(x_btd), tokens_bt)
+    def join(self, x_btd, attended_btd, tokens_bt, segments_bt):
+        out_btd, metrics = self.feed_forward(self.mlp_norm(x_btd), tokens_bt, segments_bt)
         return x_btd + attended_btd + out_btd, metrics
 
 

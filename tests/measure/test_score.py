@@ -1,5 +1,7 @@
 """Every figure is there: with a value and its method, or with the reason why not."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 from flax import nnx
@@ -10,6 +12,7 @@ from efftrain.measure.score import path_bytes, score
 from efftrain.measure.scorecard import Scorecard
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
+from efftrain.models.moe import MoE
 
 TRAINING = {
     "compile_s": 3.0,
@@ -70,6 +73,17 @@ def test_a_full_scorecard(model, tmp_path):
     assert card.environment["devices"]
     card.write(tmp_path / "scorecard.json")
     assert Scorecard.read(tmp_path / "scorecard.json") == card
+
+
+def test_quality_that_depends_on_the_batch_says_so(model, monkeypatch):
+    """Of experts with a fixed capacity; a dropless dispatch has no such note."""
+    monkeypatch.setattr(score_module, "LATENCY_BATCHES", ())
+    for mlp, noted in ((MoE(d_expert=8, dispatch="capacity"), True), (MoE(d_expert=8), False)):
+        block = replace(model.config.pattern[0], mlp=mlp)
+        routed = Decoder(model.config.replace(pattern=(block,)), rngs=nnx.Rngs(0))
+        figures = score(routed, name="routed", length=24, quality={"bpb": 1.5, "loss": 3.0}).figures
+        for name in ("bpb", "loss"):
+            assert ("depends on the rows that are evaluated together" in figures[name].note) == noted
 
 
 def test_what_was_not_given_says_so(model, monkeypatch):

@@ -76,6 +76,51 @@ def test_auxiliary_losses_are_trained_on_and_not_reported_as_loss():
     np.testing.assert_allclose(added[2]["loss"][0], plain[2]["loss"][0], rtol=1e-6)
 
 
+def padded(rows):
+    """The rows after a filler row, each with as much padding as tokens, as the loader makes them."""
+
+    def fill(a):
+        return np.concatenate([np.zeros((1, 2 * a.shape[1]), a.dtype), np.concatenate([a, 0 * a], axis=1)])
+
+    return {name: fill(a) for name, a in rows.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dispatch": "blocks"}, {"dispatch": "capacity", "capacity_factor": 1.6}, {"dispatch": "reference"}],
+    ids=lambda change: change["dispatch"],
+)
+def test_padding_is_no_load_and_changes_no_figure(change):
+    """5 of 8 rows would be padding, and all of it would go to the same experts and take their capacity."""
+    mlp = replace(ROUTED, auxiliary_loss=0.5, z_loss=0.1, **change)
+    model = Decoder(with_mlp(mlp, n_repeats=1), rngs=nnx.Rngs(0))
+    rows = tiny.rows(np.random.default_rng(1).integers(0, 32, (3, 9), dtype=np.int32))
+    run = jax.jit(lambda rows: next_token_loss(model, rows, None))
+    (loss, count, metrics), (want, n, wanted) = run(padded(rows)), run(rows)
+    assert float(count) == float(n) == 24
+    loads = np.asarray(metrics["statistics"][0]["loads"])
+    assert loads.sum() == 24 * 2
+    np.testing.assert_array_equal(loads, wanted["statistics"][0]["loads"])
+    assert [float(v) for v in metrics["moe/dropped"]] == [0, 48]
+    for name in ("loss", "loss/auxiliary", "moe/entropy"):
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+
+def test_without_padding_nothing_changes_to_the_bit():
+    layer = replace(ROUTED, auxiliary_loss=0.5, z_loss=0.1).build(16, n_layers=1, dtype="float32", rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 7, 16)), jnp.float32)
+    run = jax.jit(lambda segments: layer(x, segments))
+    (y, found), (want, wanted) = run(jnp.ones((3, 7), jnp.int32)), run(None)
+    np.testing.assert_array_equal(y, want)
+    for name in ("auxiliary", "moe/dropped", "statistics"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], wanted[name])
+    np.testing.assert_allclose(found["moe/entropy"], wanted["moe/entropy"], rtol=1e-6)  # summed in another order
+    filler, metrics = run(jnp.zeros((3, 7), jnp.int32))
+    assert not np.asarray(filler).any()
+    assert all(np.isfinite(leaf).all() and not leaf.any() for leaf in jax.tree.leaves(metrics))
+
+
 def train(config, steps=3, n_microbatches=1):
     optimizer = AdamW(peak_lr=1e-2).build(lambda step: 1.0)
     graph = split_model(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]

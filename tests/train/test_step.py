@@ -16,6 +16,7 @@ from efftrain.models.linear import Embedding, Linear, RMSNorm
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.number_formats import Integer
+from efftrain.train.averages import average_decay
 from efftrain.train.checkpoints import flatten
 from efftrain.train.objective import next_token_loss
 from efftrain.train.optimizers import AdamW, with_clipping
@@ -99,17 +100,43 @@ def test_the_loss_is_weighted_by_tokens_and_not_by_parts(accumulated):
 
 
 def test_the_average_follows_its_recurrence(graph):
-    step = jax.jit(make_step(graph, next_token_loss, SGD, ema_decay=0.9))
+    """The decay is 1/10, then 0.15, which is less than 2/11; a step that was skipped counts for nothing."""
+    step = jax.jit(make_step(graph, nan_at_spoiled, SGD, ema_decay=0.15))
     state = new_state(ema=True)
     want = {name: np.asarray(p) for name, p in flatten(state.params).items()}
-    for number in (1, 2, 3):
-        state, _ = step(state, batch_of(number))
-        want = {name: 0.9 * want[name] + 0.1 * np.asarray(p) for name, p in flatten(state.params).items()}
+    for number, decay in ((1, 0.1), (2, None), (3, 0.15), (4, 0.15)):
+        spoiled = {"positions": jnp.full((8, 8), SPOILED, jnp.int32)} if decay is None else {}
+        state, _ = step(state, batch_of(number) | spoiled)
+        if decay is not None:
+            params = flatten(state.params).items()
+            want = {name: decay * want[name] + (1 - decay) * np.asarray(p) for name, p in params}
     for name, ema in flatten(state.ema).items():
         np.testing.assert_allclose(ema, want[name], atol=1e-6, err_msg=name)
     model = merge_model(graph, state)
     np.testing.assert_array_equal(model.head.kernel[...], flatten(state.ema)["head/kernel"])
     assert np.abs(model.head.kernel[...] - flatten(state.params)["head/kernel"]).max() > 1e-4
+
+
+def test_the_initial_parameters_leave_the_average():
+    """Their weight is the product of all decays: with a constant 0.999 it is 37 % after 1,000 updates."""
+    decays = np.asarray(average_decay(0.999, np.arange(20_000)), np.float64)
+    assert np.prod(decays[:10]) < 1e-4
+    assert np.prod(decays[:1000]) < 1e-15
+    assert decays.max() == pytest.approx(0.999)
+    # A run that was begun with the constant decay: what 1,000 updates left of them is gone after as many again.
+    assert 0.999**1000 * np.prod(decays[1000:2000]) < 1e-3
+
+
+def test_a_weight_that_is_zero_for_once_is_averaged(graph):
+    """From 1 to exactly 0 in one step of plain descent; what is zero because it was pruned, its optimizer knows."""
+
+    def slope(model, batch, key):
+        return 8.0 * model.norm.scale.sum(), jnp.float32(1.0), {}
+
+    step = jax.jit(make_step(graph, slope, optax.sgd(0.125), ema_decay=0.9))
+    state, _ = step(new_state(optax.sgd(0.125), ema=True), batch_of(1))
+    np.testing.assert_array_equal(state.params["norm"]["scale"][...], np.zeros(8))
+    np.testing.assert_allclose(state.ema["norm"]["scale"][...], np.full(8, 0.1), rtol=1e-6)
 
 
 def infinite_gradient(model, batch, key):
