@@ -110,7 +110,7 @@ def test_padding_is_no_load_and_changes_no_figure(change):
 def test_without_padding_nothing_changes_to_the_bit():
     layer = replace(ROUTED, auxiliary_loss=0.5, z_loss=0.1).build(16, n_layers=1, dtype="float32", rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 7, 16)), jnp.float32)
-    run = jax.jit(lambda segments: layer(x, segments))
+    run = jax.jit(lambda segments: layer(x, segments_bt=segments))
     (y, found), (want, wanted) = run(jnp.ones((3, 7), jnp.int32)), run(None)
     np.testing.assert_array_equal(y, want)
     for name in ("auxiliary", "moe/dropped", "statistics"):
