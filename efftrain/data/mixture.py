@@ -61,7 +61,7 @@ def mixture_table(config: "LoaderConfig", n_tokens: int) -> tuple[Table, list[st
     warnings = [
         _too_few(part, rows, n_tokens // config.length)
         for part, rows in zip(config.corpora, n_rows, strict=True)
-        if rows < 1
+        if rows < 1 and config.repeat
     ]
     return table, warnings + [
         _warning(part.path, repeat) for part, repeat in zip(config.corpora, repeats, strict=True) if repeat > REPEATS

@@ -197,9 +197,10 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     if has_routed_depth(model):
         found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, report_on, report_text))}
     else:
+        tuning, free = _split(rows, options)
         prompts, others = (_prompts(of, options, model.config.max_length) for of in (rows, report_on))
         found["self_speculation"] = _speculation(model, prompts, options, kept)
-        found["confidence_exit"], probe = _exits(model, rows, text, options, kept)
+        found["confidence_exit"], probe = _exits(model, tuning, free, text, options, kept)
         report |= report_depth(model, report_on, others, report_text, found, probe, options.n_new, kept)
         found["seconds"] = _seconds(model, others, found["confidence_exit"], probe, options, kept)
         _write_probe(run / PROBE_NAME, probe)
@@ -238,8 +239,9 @@ def _prompts(rows: Rows, options: Calibration, max_length: int) -> list[np.ndarr
     return [row[None] for row in tokens[spread]]
 
 
-def _held_out(rows: Rows, n_tuning: int, options: Calibration) -> Rows:
-    """``after_tuning``; raises ConfigError where these rows hold too few documents."""
+def _split(rows: Rows, options: Calibration) -> tuple[Rows, Rows]:
+    """The rows for tuning, and those after them; raises ConfigError where these hold too few documents."""
+    n_tuning = options.tuning_rows // len(rows[0]["tokens"])
     held_out = after_tuning(rows, n_tuning)
     there, needed = count_documents(held_out), documents_needed(options.risk, options.error)
     if there < needed:
@@ -248,7 +250,7 @@ def _held_out(rows: Rows, n_tuning: int, options: Calibration) -> Rows:
             f"{options.error}: after those for tuning, {there} documents begin in them and {needed} are needed; give "
             "more --rows, or a larger risk"
         )
-    return held_out
+    return rows[:n_tuning], held_out
 
 
 def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration, kept: Kept) -> dict[str, Any]:
@@ -269,10 +271,10 @@ def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration
     return best | {"grid": grid}
 
 
-def _exits(model: Decoder, rows: Rows, text: Text, options: Calibration, kept: Kept) -> tuple[dict[str, Any], Probe]:
+def _exits(
+    model: Decoder, tuning: Rows, held_out: Rows, text: Text, options: Calibration, kept: Kept
+) -> tuple[dict[str, Any], Probe]:
     """For each rule a curve over thresholds, the boldest one within the risk, and the one within 1 % of the quality."""
-    n_tuning = options.tuning_rows // len(rows[0]["tokens"])
-    tuning, held_out = rows[:n_tuning], _held_out(rows, n_tuning, options)
     tuned = kept.cell("tuned", lambda: tune(model, tuning))
     probe = Probe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
     full, found = full_choices(model, held_out), {}

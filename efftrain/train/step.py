@@ -100,8 +100,8 @@ def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: 
     and the step's key too, as ``objective.Whole``.
 
     Not equal to those of the whole batch are what one micro-batch computes of its tokens together: the balance loss of
-    experts (a product of two means), what a fixed capacity drops, and draws with a key of its own (layer dropout,
-    answers of ``OnPolicy``).
+    experts (a product of two means), what a fixed capacity drops, the predictions of a recursion's later rounds where
+    rows have padding, and draws with a key of its own (layer dropout, answers of ``OnPolicy``).
     """
     if n_microbatches == 1:
         return gradient_of(batch, key)
