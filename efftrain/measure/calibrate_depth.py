@@ -271,7 +271,7 @@ def _exits(model: Decoder, rows: Rows, text: Text, options: Calibration, kept: K
                 )
                 points.append(kept.cell(f"{rule} {threshold}", measure))
                 progress.advance()
-            found[rule] = _choose(points, options)
+            found[rule] = _choose(points, options) | {"tuned_on_tokens": tuned["tokens"]}
     return found, probe
 
 
