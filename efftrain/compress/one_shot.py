@@ -88,7 +88,8 @@ def prune(
             rule = rule_of(getattr(module, attribute)) if quantization is not None else None
             format = rule.weights if rule is not None else None
             row = _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, gram, chosen)
-            rows.append(replace(row, why=row.why + unreached(idle)) if isinstance(module, RoutedExperts) else row)
+            experts = isinstance(module, RoutedExperts) and row.method != "none"
+            rows.append(replace(row, why=row.why + unreached(idle)) if experts else row)
             del gram
         states.append(nnx.state(layer))
     return assemble(config, pieces.outer, states), Report(tuple(rows), None if text is None else text.size, all_idle)

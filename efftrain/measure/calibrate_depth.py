@@ -288,7 +288,7 @@ def _exits(
                 )
                 points.append(kept.cell(f"{rule} {threshold}", measure))
                 progress.advance()
-            found[rule] = _choose(points, options)
+            found[rule] = _choose(points, options) | {"tuned_on_tokens": tuned["tokens"]}
     return found, probe
 
 

@@ -46,7 +46,8 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
     """What a curve needs, from rows that it does not see; as JSON.
 
     Returns:
-      ``probe``: its arrays; ``thresholds``: for each rule, quantiles of the confidences that occur, careful ones first.
+      ``probe``: its arrays; ``thresholds``: for each rule, quantiles of the confidences that occur, careful ones first;
+      ``tokens``: how many both are from.
     """
     n = model.config.n_layers
     graph, state = nnx.split(model)
@@ -83,6 +84,7 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
     return {
         "probe": {"kernel_ed": np.asarray(probe.kernel_ed).tolist(), "bias_e": np.asarray(probe.bias_e).tolist()},
         "thresholds": {rule: np.quantile(found[rule], QUANTILES).tolist() for rule in RULES},
+        "tokens": found["agree"].shape[1],
     }
 
 
@@ -160,10 +162,11 @@ def _histogram(layers_bt: Array, classes_bt: Array, mask_bt: Array, most: int) -
 
 
 def _depths(histogram_cl: np.ndarray) -> dict[str, Any]:
-    """Mean depth, by class too, and the shares of each class's tokens by depth."""
+    """How many tokens; mean depth, by class too, and the shares of each class's tokens by depth."""
     numbers, by_class = np.arange(histogram_cl.shape[1]), histogram_cl.sum(1)
     there = [c for c in range(len(CLASSES)) if by_class[c]]
     return {
+        "tokens": int(histogram_cl.sum()),
         "mean_depth": float(histogram_cl.sum(0) @ numbers / histogram_cl.sum()),
         "mean_depth_by_class": {CLASSES[c]: float(histogram_cl[c] @ numbers / by_class[c]) for c in there},
         "histogram_by_class": {CLASSES[c]: (histogram_cl[c] / by_class[c]).round(5).tolist() for c in there},

@@ -22,7 +22,8 @@ def splash_attention(
     """What ``causal_attention`` computes, forward and backward, without keeping scores.
 
     Rows are padded to multiples of 128: at their end, which causal queries never see, and in front of the keys, in a
-    segment of their own.
+    segment of their own. Blocks are of 512, 256 or 128 tokens, the largest that divides the padded row: lengths just
+    below a multiple of 512 cost least.
 
     Args:
       q_bthd: (batch, t, heads, d_head), the last t of the s tokens.

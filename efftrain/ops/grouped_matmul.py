@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efftrain.ops.grouped_megablox import ROWS, megablox_matmul
+from efftrain.ops.grouped_megablox import megablox_matmul, row_tile
 from efftrain.ops.grouped_rows import Layout, layout, unsorted_layout
 from efftrain.ops.platform import platform
 
@@ -52,7 +52,7 @@ def dispatch_layout(groups_nk: Array, n_groups: int, dispatch: Dispatch, *, capa
         return layout(groups_nk, n_groups, capacity=capacity)
     # The last block of the last group may reach behind it; the kernel wants whole tiles.
     rest = block_sizes(groups_nk.size, n_groups)[-1]
-    slack = {"blocks": rest, "megablox": -groups_nk.size % ROWS, "ragged": 0}
+    slack = {"blocks": rest, "megablox": -groups_nk.size % row_tile(groups_nk.size), "ragged": 0}
     return layout(groups_nk, n_groups, slack=slack[dispatch])
 
 

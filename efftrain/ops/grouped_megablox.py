@@ -2,15 +2,19 @@
 
 from jax import Array
 
-ROWS = 128  # the kernel takes a multiple of its tile
 TILES = (512, 1024, 1024)  # rows, contracted, columns: what fits the fast memory of a v5e; not measured here
+
+
+def row_tile(n_rows: int) -> int:
+    """Rows of a tile, of which the kernel takes a multiple: 512, or 256 or 128 where there are fewer rows."""
+    return next((tile for tile in (TILES[0], TILES[0] // 2) if n_rows >= tile), TILES[0] // 4)
 
 
 def megablox_matmul(x_rd: Array, w_edf: Array, sizes_e: Array, *, interpret: bool = False) -> Array:
     """(rows, f): each row times the matrix of its group, sums in float32, in the dtype of x.
 
     Args:
-      x_rd: sorted rows, a multiple of ``ROWS``; those behind the last group come out undefined.
+      x_rd: sorted rows, a multiple of ``row_tile`` of them; those after the last group come out undefined.
       w_edf: (groups, d, f).
       sizes_e: (groups,) int32 rows of each.
       interpret: run the kernel's Python on any platform; slow, for tests.
@@ -19,6 +23,5 @@ def megablox_matmul(x_rd: Array, w_edf: Array, sizes_e: Array, *, interpret: boo
     """
     from jax.experimental.pallas.ops.tpu.megablox.ops import gmm  # half a second; only TPUs need it
 
-    rows = next(tile for tile in (TILES[0], TILES[0] // 2, ROWS) if x_rd.shape[0] % tile == 0)
-    tiling = rows, min(TILES[1], w_edf.shape[1]), min(TILES[2], w_edf.shape[2])
+    tiling = row_tile(x_rd.shape[0]), min(TILES[1], w_edf.shape[1]), min(TILES[2], w_edf.shape[2])
     return gmm(x_rd, w_edf, sizes_e, x_rd.dtype, tiling, interpret=interpret)

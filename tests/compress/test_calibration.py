@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny_models import PLAIN, build, config, tokens
+from tiny_runs import LENGTH as ROW
+from tiny_runs import write_corpus
 
 from efftrain.compress.importance import importance
 from efftrain.compress.observe import Calibration, CalibrationSize, grams, magnitudes
@@ -16,6 +18,7 @@ from efftrain.compress.pieces import Pieces
 from efftrain.compress.quantize import convert
 from efftrain.compress.shape import Shape
 from efftrain.compress.slim import slim
+from efftrain.compress.text import Text
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.masks import Unstructured
@@ -113,3 +116,19 @@ def test_experts_that_no_token_of_the_text_reached_are_named():
     pieces = Pieces.of(model)
     _, cut = slim(pieces, Shape.of(model.config), importance(pieces, text))
     assert cut.layers[0].idle_experts == idle
+
+
+def test_fewer_rows_than_asked_for_are_said_and_are_not_filled_up(tmp_path, capsys):
+    corpus = write_corpus(tmp_path)
+    capsys.readouterr()
+    found = Text(corpus.path, ROW).calibration(500)
+    n_tokens = corpus.n_tokens("train")
+    rows = -(-(n_tokens - 1) // ROW)
+    assert rows % 8
+    assert len(found.tokens) == rows
+    assert found.size.rows == rows
+    assert n_tokens - 1 <= found.size.tokens <= n_tokens
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"the training split has {rows} rows of {ROW} tokens and 500 were asked for" in said
+    assert Text(corpus.path, ROW).calibration(8).size == CalibrationSize(rows=8, rows_asked=8, tokens=8 * ROW)
+    assert "asked for" not in capsys.readouterr().err

@@ -103,7 +103,10 @@ def test_a_layer_is_pruned_by_what_pruned_layers_before_it_say():
 
 def test_experts_are_pruned_by_magnitude_and_the_report_says_so():
     model = build(config(pattern=(replace(PLAIN, mlp=MoE(n_experts=4, d_expert=8, n_shared=1)),)))
+    bias = model.blocks[0].mlp.bias
+    bias[...] = jnp.zeros_like(bias[...])  # every expert is reached
     pruned, report = prune(Pieces.of(model), HALF, method="wanda", calibration=calibration(), layers="blocks/0/mlp/.*")
+    assert report.idle_experts == {}
     by_name = {m.name.removeprefix("blocks/1/"): m for m in report.matrices if m.name.startswith("blocks/1/")}
     assert by_name["mlp/gate"].why == "wanda is for dense products of plain blocks"
     assert by_name["mlp/shared/up"].method == "wanda"

@@ -168,12 +168,12 @@ def test_what_reads_an_input_that_is_never_used_goes_first():
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5])
-def test_a_prime_number_of_inputs_is_pruned_as_well_as_the_next_even_one(sparsity):
-    """Of 131 inputs the first 128 by the same problem as of 128: the error hardly differs, and the share is exact."""
+def test_a_prime_number_of_inputs_is_pruned_as_well_as_a_whole_block(sparsity):
+    """131 inputs and 128 of the same kind: the error hardly differs, and the share is exact."""
     errors = {}
     for d in (BLOCK, 131):
         w, gram = problem(d, 32, seed=1)
         found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=sparsity))
         assert np.count_nonzero(found) == round((1 - sparsity) * found.size)
         errors[d] = relative_error(found - w, jnp.asarray(w), jnp.asarray(gram))
-    assert errors[131] < 1.5 * errors[BLOCK]
+    assert errors[131] < 1.1 * errors[BLOCK]

@@ -13,6 +13,7 @@ import pytest
 from running import compress, logits, run, start
 
 import efftrain
+from efftrain.compress.second_order import DAMPING
 from efftrain.measure.parameters import count_parameters, zeros_share
 from efftrain.recipe import import_script
 from efftrain.train.run import read_metrics
@@ -80,6 +81,9 @@ def test_a_dense_run_is_pruned_at_once_and_stays_as_it_is(dense, tmp_path):
     assert zeros_share(model) == figures(tmp_path / "half")["sparsity"] == 0.5
     assert {m["method"] for m in report["matrices"]} == {"sparsegpt"}
     assert report["bytes_share"] == pytest.approx(0.5 + 1 / 32)
+    length = json.loads((dense / "config.json").read_text())["training"]["length"]
+    assert report["calibration"] == {"rows": 8, "rows_asked": 8, "tokens": 8 * length}
+    assert {m["damping"] for m in report["matrices"]} == {DAMPING}
     assert report["bpb"] != report["bpb_before"]
     arguments = ("--sparsity", "2:4", "--method", "sparsegpt", "--quantize", "int4:g8", "--rows", "8")
     code, output = compress(dense, *arguments, "--out", tmp_path / "both")
