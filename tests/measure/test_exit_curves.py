@@ -5,6 +5,7 @@ import pytest
 from tiny_models import PLAIN, build, config, rows, tokens
 
 from efftrain.measure.exit_curves import QUANTILES, RULES, Text, full_choices, measure_exit, tune
+from efftrain.measure.row_documents import with_documents
 from efftrain.models.early_exit import ConfidenceExit, Probe
 
 
@@ -38,7 +39,8 @@ def test_thresholds_and_probe_are_from_valid_tokens_and_say_from_how_many(model,
     assert found["thresholds"].keys() == set(RULES)
     probe = Probe(**{name: np.asarray(values, np.float32) for name, values in found["probe"].items()})
     text = Text(np.zeros(29, np.int32), np.ones(29))
-    full = full_choices(model, batches)
-    point = measure_exit(model, batches, full, text, ConfidenceExit(rule="similarity"), 2.0, probe)
+    of_documents = with_documents(batches, end_of_text_id=0)
+    full = full_choices(model, of_documents)
+    point = measure_exit(model, of_documents, full, text, ConfidenceExit(rule="similarity"), 2.0, probe)
     assert point["tokens"] == found["tokens"]
     assert point["mean_depth"] == 2

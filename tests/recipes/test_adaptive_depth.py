@@ -1,5 +1,6 @@
 """The recipe of adaptive depth as a user starts it, compared with a plain model, and a run that is calibrated."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -58,7 +59,7 @@ def mixture(corpus, tmp_path_factory) -> Path:
     return out
 
 
-CALIBRATE = "--exits 1 --drafts 2 3 --prompts 2 --n-new 6 --rows 12 --risk 0.9 --error 0.5"
+CALIBRATE = "--exits 1 --drafts 2 3 --prompts 2 --n-new 6 --rows 72 --risk 0.9 --error 0.5"
 
 
 def calibrate(run_directory: Path, *more: str) -> tuple[int, str]:
@@ -151,12 +152,12 @@ def test_a_point_is_the_bits_per_byte_of_its_threshold(calibrated, corpus, split
     point = chosen if split == "validation" else found["report"]["confidence_exit"]["similarity"]["within_quality_loss"]
     assert point["threshold"] == chosen["threshold"]
     exit_ = ConfidenceExit(rule="similarity", threshold=point["threshold"])
-    loader = data.LoaderConfig(corpora=(data.Part(path=corpus),), length=16, batch_size=4, split=split, repeat=False)
-    batches = data.batches(loader)
-    if split == "validation":
-        next(batches)  # a third of the 12 rows tunes
+    loader = data.LoaderConfig(
+        corpora=(data.Part(path=corpus),), length=16, batch_size=8, split=split, shuffle=False, repeat=False
+    )
+    first = 3 if split == "validation" else 0  # a third of the 72 rows tunes
     nats = n_bytes = 0
-    for row in (next(batches), next(batches)):
+    for row in itertools.islice(data.batches(loader), first, first + 6):
         where = {"segments_bt": row["segments"], "positions_bt": row["positions"]}
         state = exit_states(model, row["tokens"], exit_, exit_.threshold, **where)
         nll = token_nll(model.exit_logits(state.x_btd), row["targets"])
@@ -217,7 +218,7 @@ def test_another_models_calibration_is_refused(calibrated, mixture):
     assert "exit_layer is 4 and the model has 4 layers" in " ".join(output.split())
     code, output = calibrate(calibrated, "--risk", "0.01")
     assert code == 2
-    assert "calibration.rows is 12, too few to show a risk of 0.01" in " ".join(output.split())
+    assert "calibration.rows is 72, too few to show a risk of 0.01" in " ".join(output.split())
     code, output = calibrate(calibrated, "--rows", "60000")
     assert code == 2
     assert "give fewer --rows" in " ".join(output.split())
