@@ -19,7 +19,7 @@ from efftrain.lock import beside
 from efftrain.measure import experiment as experiment_module
 from efftrain.measure.compare import compare
 from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.score import _quality
+from efftrain.measure.score import quality_figures
 from efftrain.measure.scorecard import Scorecard
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
@@ -70,7 +70,7 @@ def test_without_a_validation_split_the_model_is_trained_and_its_quality_not_mea
     only_train, tmp_path, capfd, monkeypatch
 ):
     def quality_alone(model, *, quality, **_):  # latencies take long to compile
-        return Scorecard("run", _quality(quality), {})
+        return Scorecard("run", quality_figures(quality, "validation"), {})
 
     monkeypatch.setattr(experiment_module, "score", quality_alone)
     card = train(experiment(only_train, tmp_path / "run"))

@@ -171,7 +171,7 @@ def test_the_table_of_a_run_fits_80_columns_with_every_name_and_value_whole():
         "parameters_active": Figure(813_000, "parameters", "counted", "that one token uses"),
         "loss": Figure(3.74671, "nats/token", "measured", "validation split"),
     }
-    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table([Scorecard("quickstart", figures, {})]))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
