@@ -94,6 +94,7 @@ def wait_for(path: Path) -> None:
 
 def test_a_folder_that_vanishes_before_its_first_checkpoint_is_told(tmp_path, capfd):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints._manager._maybe_await_cleanup_tmp_directory()  # a thread that reads the folder, for milliseconds
         (tmp_path / "checkpoints").rmdir()
         checkpoints.save(1, {"x": np.ones(3)}, None, None)
         checkpoints.wait()
