@@ -221,20 +221,20 @@ def _stage(
     made_from = origin(run, options, text, rooms=CUT)
     made_from |= {"step": newest_step(run, settings), "shape": None if shape is None else to_json(shape)}
     made_from |= {"evaluated_rows": evaluated_rows}
-    kept = Kept(out, made_from, made_from["code"])
-    if out.exists():
-        check_made_from(out, made_from)
+    with Kept(out, made_from, made_from["code"]) as kept:
+        if out.exists():
+            check_made_from(out, made_from)
+            kept.remove()
+            console.print(f"{out} is converted already", markup=False)
+            return None
+        if options.slim is not None:
+            model, changes = _slim(run, config, options, text, shape)
+        elif options.sparsity is not None:
+            model, changes = _prune(run, config, options, text)
+        else:
+            model, changes = _quantize(run, config, options, text, kept)
+        _write(out, run, model, settings, made_from | changes)
         kept.remove()
-        console.print(f"{out} is converted already", markup=False)
-        return None
-    if options.slim is not None:
-        model, changes = _slim(run, config, options, text, shape)
-    elif options.sparsity is not None:
-        model, changes = _prune(run, config, options, text)
-    else:
-        model, changes = _quantize(run, config, options, text, kept)
-    _write(out, run, model, settings, made_from | changes)
-    kept.remove()
     return model
 
 

@@ -186,28 +186,28 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
         rows_to_report(held_out, options.rows - options.tuning_rows, size), opened.end_of_text_id
     )
     made_from = {"model": model_digest(model), "options": to_json(options), "corpus": content(corpus_path)}
-    kept = Kept(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS))
-    texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
-    classes = token_classes(texts)
-    text, report_text = (Text(classes, opened.token_bytes(split)) for split in (CHOICES, held_out.split))
-    found = {"chosen_on": {"split": CHOICES, "rows": options.rows}}
-    report = {"split": held_out.split, "rows": size * len(report_on), "note": held_out.note}
-    if model.config.n_layers < 2 and not has_routed_depth(model):
-        raise ConfigError(f"the model of {run} has one layer, and none to leave out")
-    if has_routed_depth(model):
-        found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, report_on, report_text))}
-    else:
-        tuning, free = _split(rows, options)
-        prompts, others = (_prompts(of, options, model.config.max_length) for of in (rows, report_on))
-        found["self_speculation"] = _speculation(model, prompts, options, kept)
-        found["confidence_exit"], probe = _exits(model, tuning, free, text, options, kept)
-        report |= report_depth(model, report_on, others, report_text, found, probe, options.n_new, kept)
-        found["seconds"] = _seconds(model, others, found["confidence_exit"], probe, options, kept)
-        _write_probe(run / PROBE_NAME, probe)
-        found["chosen_rule"] = _best_rule(model, found["confidence_exit"])
-    result = kept.values | found | {"report": report, "environment": environment()}
-    write_json(run / FILE_NAME, result)
-    kept.remove()
+    with Kept(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS)) as kept:
+        texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
+        classes = token_classes(texts)
+        text, report_text = (Text(classes, opened.token_bytes(split)) for split in (CHOICES, held_out.split))
+        found = {"chosen_on": {"split": CHOICES, "rows": options.rows}}
+        report = {"split": held_out.split, "rows": size * len(report_on), "note": held_out.note}
+        if model.config.n_layers < 2 and not has_routed_depth(model):
+            raise ConfigError(f"the model of {run} has one layer, and none to leave out")
+        if has_routed_depth(model):
+            found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, report_on, report_text))}
+        else:
+            tuning, free = _split(rows, options)
+            prompts, others = (_prompts(of, options, model.config.max_length) for of in (rows, report_on))
+            found["self_speculation"] = _speculation(model, prompts, options, kept)
+            found["confidence_exit"], probe = _exits(model, tuning, free, text, options, kept)
+            report |= report_depth(model, report_on, others, report_text, found, probe, options.n_new, kept)
+            found["seconds"] = _seconds(model, others, found["confidence_exit"], probe, options, kept)
+            _write_probe(run / PROBE_NAME, probe)
+            found["chosen_rule"] = _best_rule(model, found["confidence_exit"])
+        result = kept.values | found | {"report": report, "environment": environment()}
+        write_json(run / FILE_NAME, result)
+        kept.remove()
     add_to_scorecard(run, model, result, length)
     return result
 

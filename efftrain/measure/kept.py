@@ -17,7 +17,7 @@ from efftrain.progress import console
 class Kept:
     """What was measured so far for a file that does not exist yet, beside it; ``remove`` when the file is written.
 
-    Until then, or the end of this object, no other process can measure for the same file.
+    Until then, the end of the ``with`` block or of this object, no other process can measure for the same file.
 
     Args:
       path: of the file.
@@ -41,6 +41,12 @@ class Kept:
             self._cells = cells
         elif cells:
             console.print(f"{self._path} was measured with {reason}; measuring again", markup=False)
+
+    def __enter__(self) -> "Kept":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
 
     def cell(self, name: str, measure: Callable[[], Any]) -> Any:
         """What ``measure`` returned, now or before; JSON, with None for floats that are not finite."""

@@ -36,7 +36,8 @@ def upcycled(run: Path) -> None:
     recipe = import_script(Path(__file__).parents[2] / "recipes" / "moe.py")
     pattern = tuple(replace(block, mlp=MoE(n_experts=2, d_expert=block.mlp.d_ff)) for block in MODEL.pattern)
     model, corpus = MODEL.replace(pattern=pattern), run.parent / "text" / "corpus"
-    recipe.main(replace(recipe.configs["cpu"], model=model, corpus=corpus, upcycle=run, out=run.parent / "moe"))
+    config = replace(recipe.configs["cpu"], model=model, training=TRAINING, corpus=corpus)
+    recipe.main(replace(config, upcycle=run, out=run.parent / "moe"))
 
 
 COMMANDS = {

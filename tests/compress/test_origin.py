@@ -132,6 +132,6 @@ def test_text_that_is_too_short_is_refused_before_anything_is_made(run, tmp_path
     (run / "config.json").write_text(json.dumps(settings))
     before = sorted(tmp_path.rglob("*"))
     for options in (PRUNED, Compression(slim=0.3, search=2, rows=2, recover=10**7)):
-        with pytest.raises(ConfigError, match=r"length 9999 needs 10000 tokens and split 'train' of .* has"):
+        with pytest.raises(ConfigError, match=r"length 9999 needs 10000 tokens and split 'validation' of .* has"):
             compress(run, options, out=tmp_path / "out")
         assert sorted(tmp_path.rglob("*")) == before
