@@ -35,9 +35,10 @@ from efftrain.models.routed_depth import MixtureOfDepths, Recursion
 from efftrain.ops.number_formats import Integer
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training, fit
+from efftrain.train.metrics_log import read_metrics
 from efftrain.train.objective import EarlyExitLoss, Objective, next_token_loss
 from efftrain.train.optimizers import Muon
-from efftrain.train.run import Run, read_metrics
+from efftrain.train.run import Run
 from efftrain.train.schedules import Ramp
 from efftrain.train.teacher import Taught, Teacher, Together
 

@@ -95,7 +95,7 @@ def _n_tokens(part: "Part", config: "LoaderConfig") -> int:
 def _too_few(part: "Part", rows: float, n_rows: int) -> str:
     return (
         f"warning: weight {part.weight:g} of {part.path} is {rows:.2g} of the run's {n_rows:,} rows, so that it may "
-        "give none; raise its weight, train on more tokens, or leave it out"
+        "give none; raise its weight, train on more tokens, or take it out of the mixture"
     )
 
 

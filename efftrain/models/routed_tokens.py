@@ -9,7 +9,7 @@ from jax import Array
 from efftrain.models.depth_router import Choice
 from efftrain.sharding.rules import constrain, shard_count
 
-TILE, MANY_TILES = 128, 8  # in rows of so many tiles, whole tiles pass
+TILE, MANY_TILES = 128, 8  # where a row has at least MANY_TILES tiles, whole tiles pass
 
 
 @jax.tree_util.register_dataclass

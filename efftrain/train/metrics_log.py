@@ -71,7 +71,7 @@ class Events:
     """A TensorBoard event file. Written in this thread: the thread of ``SummaryWriter`` hangs when the disk is full."""
 
     def __init__(self, directory: Path, *, after_step: int):
-        """TensorBoard drops what earlier files say of steps behind ``after_step``."""
+        """TensorBoard drops what earlier files say of steps after ``after_step``."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 

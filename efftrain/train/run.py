@@ -26,7 +26,6 @@ from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.recipe import import_script
 from efftrain.sharding import hosts
-from efftrain.train.metrics_log import read_metrics as read_metrics
 from efftrain.train.metrics_log import writing
 from efftrain.train.run_identity import (
     FILE_NAME,

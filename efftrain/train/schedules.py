@@ -83,7 +83,7 @@ class Rewarmed(ScheduleConfig):
       begin: the step of the other run that is branched from.
     """
 
-    schedule: WarmupStableDecay | Cosine
+    schedule: ScheduleConfig
     begin: int
 
     def build(self, n_steps: int) -> optax.Schedule:
@@ -95,7 +95,7 @@ class Rewarmed(ScheduleConfig):
 class Capped(ScheduleConfig):
     """A schedule that stays at ``factor`` of the peak where it would be above it, and so still decays at its end."""
 
-    schedule: WarmupStableDecay | Cosine
+    schedule: ScheduleConfig
     factor: float
 
     def build(self, n_steps: int) -> optax.Schedule:

@@ -59,8 +59,9 @@ def train(rounds: int, out: Path) -> tuple[list[dict], list[float]]:
     from efftrain.models.decoder import Decoder
     from efftrain.recipe import import_script
     from efftrain.train.loop import fit
+    from efftrain.train.metrics_log import read_metrics
     from efftrain.train.objective import next_token_loss
-    from efftrain.train.run import Run, read_metrics
+    from efftrain.train.run import Run
 
     config = import_script(ROOT / "recipes" / "dense.py").configs["cpu"]
     period = 2 * WINDOW

@@ -28,7 +28,7 @@ from efftrain.models.moe import MoE
 from efftrain.models.routed_depth import causally_routed
 from efftrain.models.self_speculation import SelfSpeculation
 from efftrain.recipe import import_script
-from efftrain.train.run import read_metrics
+from efftrain.train.metrics_log import read_metrics
 
 HERE, MOST_LINES = Path(__file__).parent, 25
 FORKS = (

@@ -24,8 +24,8 @@ from efftrain.measure.scorecard import Scorecard
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.train.loop import Training
+from efftrain.train.metrics_log import read_metrics
 from efftrain.train.objective import next_token_loss
-from efftrain.train.run import read_metrics
 
 MODEL = llama(vocab_size=280, d_model=8, n_layers=1, n_heads=2, d_ff=8, max_length=64)
 

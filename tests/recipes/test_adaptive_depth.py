@@ -21,7 +21,8 @@ from efftrain.models.early_exit import ConfidenceExit, exit_states
 from efftrain.models.routed_depth import causally_routed
 from efftrain.ops.cross_entropy import token_nll
 from efftrain.recipe import import_script
-from efftrain.train.run import read_json, read_metrics
+from efftrain.train.metrics_log import read_metrics
+from efftrain.train.run import read_json
 
 ROOT = Path(__file__).parents[2]
 SMALL = (

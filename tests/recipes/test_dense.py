@@ -24,8 +24,8 @@ from efftrain.models.config import llama
 from efftrain.recipe import import_script
 from efftrain.sharding.rules import DEFAULT_RULES
 from efftrain.train.loop import Training
+from efftrain.train.metrics_log import read_metrics
 from efftrain.train.objective import next_token_loss
-from efftrain.train.run import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
@@ -71,7 +71,7 @@ def test_a_run_leaves_metrics_a_scorecard_and_a_model(unbroken, corpus):
     again = Evaluator(lambda: data.batches(held_out), opened.token_bytes())(efftrain.load(unbroken))
     assert figures["bpb"]["value"] == pytest.approx(again["bpb"], rel=1e-5)
     assert figures["train_tokens"]["value"] == STEPS * 4 * 16
-    assert figures["mfu"] | {"note": ""} == {"value": None, "unit": "share", "method": "unavailable", "note": ""}
+    assert figures["mfu"].items() >= {"value": None, "unit": "share", "method": "unavailable"}.items()
 
 
 def test_a_killed_run_continues_to_the_same_metrics(command, unbroken, tmp_path):

@@ -16,7 +16,7 @@ import efftrain
 from efftrain.compress.second_order import DAMPING
 from efftrain.measure.parameters import count_parameters, zeros_share
 from efftrain.recipe import import_script
-from efftrain.train.run import read_metrics
+from efftrain.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20

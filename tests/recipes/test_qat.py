@@ -17,7 +17,7 @@ import efftrain
 from efftrain.measure.held_out import reporting
 from efftrain.models.quantization import Packed, Quantization
 from efftrain.recipe import import_script
-from efftrain.train.run import read_metrics
+from efftrain.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20

@@ -17,7 +17,7 @@ from efftrain.data.task import read_examples, same_text
 from efftrain.data.task_items import TaskIds, questions
 from efftrain.measure.parameters import abstract_decoder, count_parameters
 from efftrain.recipe import import_script
-from efftrain.train.run import read_metrics
+from efftrain.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "recipes" / "task_distill.py")

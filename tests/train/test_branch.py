@@ -20,8 +20,9 @@ from efftrain.ops.number_formats import Integer
 from efftrain.train.branch import branched
 from efftrain.train.checkpoints import Checkpoints
 from efftrain.train.loop import Fitted, fit
+from efftrain.train.metrics_log import read_metrics
 from efftrain.train.objective import next_token_loss
-from efftrain.train.run import Run, read_metrics
+from efftrain.train.run import Run
 from efftrain.train.state import split_model
 
 INT4 = Integer(bits=4, group=8)

@@ -21,8 +21,9 @@ from efftrain.train import fingerprints as fingerprints_module
 from efftrain.train import loop
 from efftrain.train.checkpoints import Checkpoints, flatten
 from efftrain.train.fingerprints import fingerprints
+from efftrain.train.metrics_log import read_metrics
 from efftrain.train.optimizers import with_clipping
-from efftrain.train.run import Run, load, read_metrics
+from efftrain.train.run import Run, load
 from efftrain.train.state import init_state
 
 # Late callbacks of tensorstore, which a run keeps from its user; pytest sees them before.

@@ -23,7 +23,7 @@ DAMAGES: dict[str, tuple[bytes, set[int], str]] = {
     "a line cut in the middle": (
         b"".join([*WHOLE[:9], HALF, b"\n", *WHOLE[10:]]), {10}, "1 line cannot be read, no row is left of step 10"
     ),
-    "a line cut in the middle, and the next one behind it": (
+    "a line cut in the middle, and the next one right after it": (
         b"".join([*WHOLE[:9], HALF, *WHOLE[10:]]), {10}, "1 line cannot be read, no row is left of step 10"
     ),
     "two rows in one line": (b"".join([*WHOLE[:9], WHOLE[9][:-1], *WHOLE[10:]]), set(), ""),

@@ -17,7 +17,7 @@ from flax import nnx
 import efftrain
 from efftrain.config import from_json
 from efftrain.models.decode import generate
-from efftrain.train.run import read_metrics
+from efftrain.train.metrics_log import read_metrics
 
 OLD = Path(__file__).with_name("run_of_4f30595")
 PACKAGE = Path(efftrain.__file__).parent

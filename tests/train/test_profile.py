@@ -12,8 +12,9 @@ import tiny
 
 from efftrain.errors import ConfigError
 from efftrain.train.loop import Training
+from efftrain.train.metrics_log import read_metrics
 from efftrain.train.profile import parse_steps
-from efftrain.train.run import load, read_metrics
+from efftrain.train.run import load
 from efftrain.train.run_identity import FIGURES
 
 

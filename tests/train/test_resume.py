@@ -18,7 +18,8 @@ from killable_recipe import STEPS
 from efftrain.errors import RunError
 from efftrain.train import loop
 from efftrain.train.interruption import Interruption
-from efftrain.train.run import load, read_metrics
+from efftrain.train.metrics_log import read_metrics
+from efftrain.train.run import load
 
 RECIPE = Path(__file__).with_name("killable_recipe.py")
 

@@ -14,7 +14,8 @@ from efftrain.errors import RunError
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.train.loop import fit
-from efftrain.train.run import Run, load_model_config, read_metrics
+from efftrain.train.metrics_log import read_metrics
+from efftrain.train.run import Run, load_model_config
 
 SCRIPT = """
 import sys
@@ -130,7 +131,7 @@ def test_a_changed_loss_in_the_running_script_counts(script, tmp_path):
     (tmp_path / "run" / "training.json").write_text("{}")  # finished; its checkpoints may be gone
     script.write_text(SCRIPT.replace("return 0.0", "return 2.0"))
     code, said = start()
-    assert code == 1
+    assert code == 2
     assert "was trained by other code" in " ".join(said.split())
 
 

@@ -13,7 +13,8 @@ import tiny
 
 from efftrain.errors import ConfigError
 from efftrain.train.loop import Fitted
-from efftrain.train.run import load, read_metrics
+from efftrain.train.metrics_log import read_metrics
+from efftrain.train.run import load
 from efftrain.train.supervise import supervise
 
 RECIPE = Path(__file__).with_name("supervised_recipe.py")

@@ -12,7 +12,7 @@ import tiny
 
 from efftrain.errors import ConfigError
 from efftrain.sharding import hosts
-from efftrain.train.run import read_metrics
+from efftrain.train.metrics_log import read_metrics
 from efftrain.train.supervise import PROGRESS_FILE
 from efftrain.train.timing import Standing, Timing
 from efftrain.train.watchdog import EXIT_HUNG, Watchdog

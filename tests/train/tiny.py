@@ -16,9 +16,10 @@ from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.train.checkpoints import flatten
 from efftrain.train.loop import Fitted, Training, fit
+from efftrain.train.metrics_log import read_metrics
 from efftrain.train.objective import next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import Run, read_metrics
+from efftrain.train.run import Run
 
 VOCAB, ROWS, LENGTH = 52, 8, 8
 ATTENTION = Attention(n_heads=4, n_kv_heads=4, d_head=4, n_blocks=1)
