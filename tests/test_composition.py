@@ -26,12 +26,12 @@ from efftrain.compress.slim import Shape, slim
 from efftrain.compress.sparsify import Magnitude, Sparsity
 from efftrain.compress.sparsity_schedules import OneShot
 from efftrain.errors import ConfigError
-from efftrain.measure.parameters import zeros_share
 from efftrain.models.config import BlockConfig, Dense, DepthConfig, Full, LayerDropout, ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.models.routed_depth import MixtureOfDepths, Recursion
+from efftrain.models.zeros import zeros_share
 from efftrain.ops.number_formats import Integer
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training, fit

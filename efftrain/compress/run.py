@@ -30,13 +30,13 @@ from efftrain.lock import Lock, beside
 from efftrain.measure.experiment import reported
 from efftrain.measure.held_out import CHOICES, HeldOut
 from efftrain.measure.kept import Kept, write_json
-from efftrain.measure.parameters import zeros_share
 from efftrain.measure.score import score
 from efftrain.measure.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard import Figure, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
+from efftrain.models.zeros import zeros_share
 from efftrain.ops.number_formats import parse_format
 from efftrain.progress import console
 from efftrain.sharding.hosts import Hosts

@@ -11,10 +11,8 @@ from efftrain.models.cache import empty_cache
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
-from efftrain.models.quantization import Matrix, Packed
-from efftrain.ops.masks import count_zeros
+from efftrain.models.quantization import Packed
 
-CHANCE = 1e-4  # share of trained weights that may be zero without having been pruned
 HEAD = ("head",)  # path of the untied head in a decoder
 Path = tuple[Any, ...]
 
@@ -62,20 +60,6 @@ def count_parameters(model: nnx.Module) -> Parameters:
 def stored_bytes(model: nnx.Module) -> int:
     """Bytes of every variable in the type that it has, those that are not trained too."""
     return _bytes(nnx.state(model))
-
-
-def zeros_share(model: nnx.Module) -> float:
-    """The share of the numbers of all float matrices of blocks that are exactly zero; 0 for a model that was not
-    pruned."""
-    zeros, size = pruned(model)
-    return zeros / size if zeros else 0.0
-
-
-def pruned(model: nnx.Module) -> tuple[int, int]:
-    """How many numbers of the float matrices of blocks are exactly zero, and of how many; no zeros but by pruning."""
-    matrices = [v[...] for path, v in parameters(model) if isinstance(v, Matrix) and path[0] == "blocks"]
-    zeros, size = sum(map(count_zeros, matrices)), sum(matrix.size for matrix in matrices)
-    return zeros if zeros > CHANCE * size else 0, size
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:

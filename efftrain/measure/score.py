@@ -10,10 +10,11 @@ import jax
 from efftrain.measure.flops import decode_flops, training_flops
 from efftrain.measure.latency import Latency, measure_latency
 from efftrain.measure.memory import device_peak_bytes, host_peak_bytes
-from efftrain.measure.parameters import cache_bytes_per_token, count_parameters, pruned, stored_bytes
+from efftrain.measure.parameters import cache_bytes_per_token, count_parameters, stored_bytes
 from efftrain.measure.scorecard import Figure, Method, Scorecard, not_measured
 from efftrain.models.decoder import Decoder
 from efftrain.models.routed_depth import routes_causally
+from efftrain.models.zeros import pruned
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.multihost_utils import process_allgather
 
 from efftrain.errors import ConfigError
 from efftrain.ops.counts import as_count
@@ -146,8 +147,14 @@ def kept_units_together(structure: Structure, units: int, share: Array | float) 
 
 
 def count_zeros(a: Array) -> int:
-    """Numbers of an array (..., n) that are exactly zero; the array may have more than an int32 counts."""
-    return int(np.asarray(zeros_per_row(a)).sum(dtype=np.int64))
+    """Numbers of an array (..., n) that are exactly zero; the array may have more than an int32 counts.
+
+    Where several processes hold the array, all of them must call it.
+    """
+    rows = zeros_per_row(a)
+    if not rows.is_fully_addressable:
+        rows = process_allgather(rows, tiled=True)
+    return int(np.asarray(rows).sum(dtype=np.int64))
 
 
 @jax.jit

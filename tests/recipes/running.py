@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+def start(command: list[str], **variables: str) -> subprocess.Popen:
+    environment = os.environ | variables | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as a user has it
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

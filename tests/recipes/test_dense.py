@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_a_run_leaves_metrics_a_scorecard_and_a_model(unbroken, corpus):
     assert figures["bpb"]["value"] == pytest.approx(again["bpb"], rel=1e-5)
     assert figures["train_tokens"]["value"] == STEPS * 4 * 16
     assert figures["mfu"].items() >= {"value": None, "unit": "share", "method": "unavailable"}.items()
+
+
+def test_two_processes_that_share_the_parameters_leave_one_scorecard(command, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    whole = command(tmp_path / "run", "--training.steps", "4", "--training.n-microbatches", "1")
+    places = [{"EFFTRAIN_COORDINATOR": address, "EFFTRAIN_PROCESSES": "2", "EFFTRAIN_PROCESS": str(i)} for i in (0, 1)]
+    processes = [start(whole, **place) for place in places]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    figures = json.loads((tmp_path / "run" / "scorecard.json").read_text())["figures"]
+    assert figures["bpb"]["value"] == pytest.approx(read_metrics(tmp_path / "run", "validation")[-1]["bpb"])
+    assert figures["parameters_total"]["value"] == count_parameters(efftrain.load(tmp_path / "run")).total
+    assert "sparsity" not in figures
+    assert said[1] == ""
 
 
 def test_a_killed_run_continues_to_the_same_metrics(command, unbroken, tmp_path):

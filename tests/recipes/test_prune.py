@@ -14,7 +14,8 @@ from running import compress, logits, run, start
 
 import efftrain
 from efftrain.compress.second_order import DAMPING
-from efftrain.measure.parameters import count_parameters, zeros_share
+from efftrain.measure.parameters import count_parameters
+from efftrain.models.zeros import zeros_share
 from efftrain.recipe import import_script
 from efftrain.train.metrics_log import read_metrics
 
