@@ -118,7 +118,7 @@ def continue_data(batches: "Batches", position: Any, trunk: Path) -> None:
 
 
 def show_learning_rates(config: "Training", updates: int) -> None:
-    """Prints the learning rate at the end of the run that another one starts from, and at its own first step.
+    """Prints the learning rate at a run's first step and, where it is known, at the end of what it starts from.
 
     Warns where a branch more than doubles it and ``training.branch_schedule`` was not chosen.
 
@@ -135,6 +135,10 @@ def show_learning_rates(config: "Training", updates: int) -> None:
             f"{_shown(config.optimizer.peak_lr)}",
             markup=False,
         )
+        return
+    if config.branch is None:
+        peak = config.optimizer.peak_lr
+        console.print(f"learning rate: {_shown(after)} at step 1, at most {_shown(peak)}", markup=False)
         return
     run, step = parse_branch(config.branch, config.steps)
     found = dict(hosts.from_first(lambda: [[n, rate] for n, rate in rates(run).items() if n <= step]))

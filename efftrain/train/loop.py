@@ -38,7 +38,7 @@ from efftrain.train.program import Program, Wrap, batch_sharding, make_program
 from efftrain.train.recorder import Recorder, read_figures
 from efftrain.train.run import Run, load
 from efftrain.train.schedules import ScheduleConfig, WarmupStableDecay
-from efftrain.train.start import start_from
+from efftrain.train.start import start_from, with_warning_of_zeros
 from efftrain.train.state import TrainState, merge_model
 from efftrain.train.supervise import report_checkpoint
 from efftrain.train.teacher import Taught
@@ -208,6 +208,8 @@ def fit(
             raise ConfigError(f"training.{name} is set and the run starts from a model; set only one of them")
     if config.finetune is not None:
         initial = partial(load, config.finetune)
+    if initial is not None and wrap is None:
+        initial = with_warning_of_zeros(initial)
     config, mesh = branched(config, run), make_mesh(config.mesh, devices)
     evaluations = Evaluations(evaluate, steps=config.steps, every=config.eval_every, run=run)
     program = make_program(build, objective, config, wrap)
@@ -349,7 +351,6 @@ def _restore_or_init(
             with without_mesh():  # it may lie on one device, as ``load`` gives it
                 model = initial()
             state = start_from(model, state)
-        if config.finetune is not None:
             show_learning_rates(config, 0)
         return state
     if found is None:

@@ -1,5 +1,6 @@
 """What a run starts from instead of random parameters: checked before anything is written, then put into its state."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from efftrain.config import difference, to_json
 from efftrain.errors import RunError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
+from efftrain.models.zeros import zeros_share
+from efftrain.progress import console
 from efftrain.train.branch import parse_branch
 from efftrain.train.run import load_model_config
 from efftrain.train.state import TrainState, split_model
@@ -61,6 +64,23 @@ def start_from(model: nnx.Module, state: TrainState) -> TrainState:
     params = place(params, state.params)
     ema = state.ema and jax.tree.map(jnp.copy, params)
     return replace(state, params=params, model_state=place(model_state, state.model_state), ema=ema)
+
+
+def with_warning_of_zeros(initial: Callable[[], nnx.Module]) -> Callable[[], nnx.Module]:
+    """The same, which says that training without masks fills what pruning has set to zero in the model."""
+
+    def made() -> nnx.Module:
+        model = initial()
+        if share := zeros_share(model):
+            console.print(
+                f"warning: {share:.0%} of the weights of the initial model's blocks are zero, and this training fills "
+                "them; to keep them zero, give fit(wrap=efftrain.compress.sparsify.hold_zeros().around(training))",
+                style="yellow",
+                markup=False,
+            )
+        return model
+
+    return made
 
 
 def _check_same_variables(run: Path, model: ModelConfig) -> None:

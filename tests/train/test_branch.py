@@ -13,9 +13,11 @@ from flax import nnx
 from tiny import MODEL, TRAINING, Config, Crash, Walks, walk
 
 import efftrain
+from efftrain.compress.sparsify import hold_zeros
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
+from efftrain.models.zeros import zeros_share
 from efftrain.ops.number_formats import Integer
 from efftrain.train.branch import branched
 from efftrain.train.checkpoints import Checkpoints
@@ -259,3 +261,28 @@ def test_fine_tuning_starts_from_the_model_alone(trunk, tmp_path, capsys):
             run,
             initial=lambda: efftrain.load(trunk),
         )
+
+
+def test_training_that_would_fill_the_zeros_of_its_model_says_so(tmp_path, capsys):
+    model = Decoder(MODEL, rngs=nnx.Rngs(0))
+    for block in model.blocks:
+        block.mlp.up.kernel[...] = block.mlp.up.kernel[...].at[:, ::2].set(0)
+    training = dataclasses.replace(TRAINING, steps=1)
+    share = zeros_share(model)
+    warning = (
+        f"warning: {share:.0%} of the weights of the initial model's blocks are zero, and this training fills them"
+    )
+    for name, wrap in {"dense": None, "sparse": hold_zeros().around(training)}.items():
+        run = Run(tmp_path / name, Config(training=training))
+        fitted = fit(
+            lambda rngs: Decoder(MODEL, rngs=rngs),
+            next_token_loss,
+            Walks(),
+            training,
+            run,
+            wrap=wrap,
+            initial=lambda: model,
+        )
+        output = said(capsys)
+        assert (warning in output) == (zeros_share(fitted.model) != share) == (name == "dense")
+        assert "learning rate: 0.01 at step 1, at most 0.01" in output
