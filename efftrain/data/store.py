@@ -24,7 +24,7 @@ from typing import Any
 
 import efftrain
 from efftrain.code_identity import changed_code
-from efftrain.config import difference
+from efftrain.config import difference, finite_json
 from efftrain.data.inputs import without_status
 from efftrain.data.shards import file_digest, sync
 from efftrain.errors import CorpusError
@@ -173,7 +173,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         for path in paths
     }
     manifest = {"format": FORMAT, **content, "environment": _environment(), "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(finite_json(manifest), indent=1, allow_nan=False) + "\n")
     return manifest
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from efftrain.data.engines import Local
 from efftrain.data.rules import Generated, LongLine, TooShort
 from efftrain.data.shards import file_digest
 from efftrain.data.splits import SPLITS, SplitByPackage
-from efftrain.data.store import unfinished_path
+from efftrain.data.store import unfinished_path, write_manifest
 from efftrain.errors import ConfigError, CorpusError, InUseError
 from efftrain.lock import beside
 
@@ -80,6 +81,13 @@ def test_the_manifest_gives_back_the_configuration(corpus, documents, config_for
     assert from_json(corpus.manifest["parameters"]) == config_for(documents)
     python = data.CorpusConfig(sources=(data.PythonFiles(),), tokenizer=Path("tokenizer.json"))
     assert from_json(json.loads(json.dumps(to_json(python)))) == python
+
+
+def test_a_manifest_holds_no_number_that_json_has_no_word_for(tmp_path):
+    write_manifest(tmp_path, {"rate": math.nan, "edges": [1.0, math.inf]})
+    text = (tmp_path / "manifest.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"the manifest holds {name}"))
+    assert (found["rate"], found["edges"]) == (None, [1.0, None])
 
 
 def test_two_builds_give_the_same_bytes(corpus, documents, tmp_path, config_for):
