@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from efftrain import data
-from efftrain.data.engines import Local
-from efftrain.data.minhash import MinHash
-from efftrain.data.reading import OnError
+from efftrain.data.build.reading import OnError
+from efftrain.data.dedup.minhash import MinHash
 from efftrain.data.splits import SplitByPackage
+from efftrain.data.stages.engines import Local
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 

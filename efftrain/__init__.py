@@ -10,7 +10,7 @@ __all__ = ["load"]
 
 def __getattr__(name: str):
     if name == "load":
-        from efftrain.train.run import load
+        from efftrain.train.run.directory import load
 
         return load
     raise AttributeError(f"module 'efftrain' has no attribute {name!r}")

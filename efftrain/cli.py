@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
           recipe: the script.
           max_restarts: give up after so many in a row that brought no newer checkpoint.
         """
-        from efftrain.train.supervise import supervise
+        from efftrain.train.supervision.supervise import supervise
 
         if not recipe.is_file():
             raise ConfigError(f"there is no script {recipe}; give the path of a recipe, such as recipes/dense.py")
@@ -120,7 +120,7 @@ def inspect(
       seed: a random choice instead of the first ones; another seed, another choice.
       limit: end after so many; by default 20 with a seed or where stdin is no terminal, else all.
     """
-    from efftrain.data.inspect import inspect_corpus
+    from efftrain.data.report.inspect import inspect_corpus
 
     inspect_corpus(dir, rule=rule, source=source, seed=seed, limit=limit)
 
@@ -153,8 +153,8 @@ def calibrate_depth(
       risk: the share of tokens that an exit may change.
       error: the probability that it changes more.
     """
-    from efftrain.measure.calibrate_depth import Calibration, calibrate
-    from efftrain.measure.depth_table import summary
+    from efftrain.measure.depth.calibrate_depth import Calibration, calibrate
+    from efftrain.measure.depth.depth_table import summary
 
     options = Calibration(exits=exits, drafts=drafts, prompts=prompts, n_new=n_new, rows=rows, risk=risk, error=error)
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -214,7 +214,7 @@ def compress(
     """
     from efftrain.compress.options import Compression
     from efftrain.compress.run import compress as compress_run
-    from efftrain.measure.scorecard import table
+    from efftrain.measure.scorecard.scorecard import table
 
     options = Compression(
         quantize=quantize,
@@ -268,7 +268,7 @@ def teacher(
       corpus: that the students will be trained on; by default that of the run.
       out: the folder; by default the run's name with these options.
     """
-    from efftrain.compress.teacher_cache import CacheOptions, build_cache
+    from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
 
     options = CacheOptions(
         top_k=64 if top_k is None and samples is None else top_k,
@@ -310,8 +310,8 @@ def aot(
         _fake_devices(int(count))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a program for another machine needs no device of this one
 
-    from efftrain.measure.aot import compile_target, read_target
-    from efftrain.measure.aot_table import show, show_search
+    from efftrain.measure.compiled.aot import compile_target, read_target
+    from efftrain.measure.compiled.aot_table import show, show_search
     from efftrain.measure.mesh_advisor import search as search_meshes
     from efftrain.sharding.topologies import find_topology
 

@@ -29,19 +29,19 @@ from flax import nnx
 
 from efftrain.config import finite_json
 from efftrain.errors import ConfigError
-from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.flops import FORWARD_AND_BACKWARD, head_flops, prefill_flops, training_flops
-from efftrain.measure.parameters import abstract_decoder
-from efftrain.measure.scorecard import Scorecard, table
+from efftrain.experiment.compare import Comparison, compare
+from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, head_flops, prefill_flops, training_flops
+from efftrain.measure.cost.parameters import abstract_decoder
+from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import DepthConfig, Full, LayerDropout, ModelConfig, llama
 from efftrain.models.decoder import Decoder
-from efftrain.models.routed_depth import MixtureOfDepths, Recursion
+from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training
-from efftrain.train.objective import EarlyExitLoss, Objective, next_token_loss
+from efftrain.train.objectives.objective import EarlyExitLoss, Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 
 

@@ -17,15 +17,15 @@ from pathlib import Path
 
 from flax import nnx
 
-from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.scorecard import Scorecard, table
+from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training
-from efftrain.train.objective import Objective, next_token_loss
+from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 
 

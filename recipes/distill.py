@@ -31,7 +31,7 @@ from flax import nnx
 
 import efftrain
 from efftrain import data
-from efftrain.compress.distill import (
+from efftrain.compress.distillation.distill import (
     Distill,
     FromCache,
     FromTeacher,
@@ -40,19 +40,19 @@ from efftrain.compress.distill import (
     forward_flops,
     teacher_run,
 )
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.shape import Shape, shaped
-from efftrain.compress.shapes import candidates
-from efftrain.compress.student import cut_from, from_layers, same_parameters, spread_layers
-from efftrain.compress.teacher_cache import CacheOptions, build_cache
+from efftrain.compress.distillation.student import cut_from, from_layers, same_parameters, spread_layers
+from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.structured.shape import Shape, shaped
+from efftrain.compress.structured.shapes import candidates
 from efftrain.compress.text import Text
 from efftrain.config import finite_json
 from efftrain.errors import ConfigError
-from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, finished, reported, train_and_score
-from efftrain.measure.parameters import abstract_decoder, count_parameters
-from efftrain.measure.scorecard import FILE_NAME, Scorecard, table
-from efftrain.measure.unigram import unigram_bpb
+from efftrain.experiment.compare import Comparison, compare
+from efftrain.experiment.experiment import Experiment, finished, reported, train_and_score
+from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.quality.unigram import unigram_bpb
+from efftrain.measure.scorecard.scorecard import FILE_NAME, Scorecard, table
 from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
@@ -61,10 +61,10 @@ from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.inputs import model_digest
 from efftrain.train.loop import Training
-from efftrain.train.objective import Objective, next_token_loss
+from efftrain.train.objectives.objective import Objective, next_token_loss
+from efftrain.train.objectives.teacher import Teacher
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import load_model_config
-from efftrain.train.teacher import Teacher
+from efftrain.train.run.directory import load_model_config
 
 CALIBRATION_ROWS = 128  # of the training split, for what is cut out of a teacher
 FEWER_TOKENS = 0.7  # of the student's, with which a taught one may reach what the text alone brings

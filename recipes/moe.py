@@ -27,23 +27,23 @@ from flax import nnx
 
 import efftrain
 from efftrain.config import finite_json
-from efftrain.measure.compare import Comparison, compare, equal_quality_flops
-from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.flops import training_flops
-from efftrain.measure.parameters import abstract_decoder
-from efftrain.measure.scorecard import Scorecard, table
+from efftrain.experiment.compare import Comparison, compare, equal_quality_flops
+from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.measure.cost.flops import training_flops
+from efftrain.measure.cost.parameters import abstract_decoder
+from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import Dense, MlpConfig, ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
-from efftrain.models.upcycle import check_upcycling, upcycle
+from efftrain.models.moe.upcycle import check_upcycling, upcycle
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training
-from efftrain.train.objective import Objective, next_token_loss
+from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import check_model, load_model_config
+from efftrain.train.run.directory import check_model, load_model_config
 
 
 @dataclass(frozen=True, kw_only=True)

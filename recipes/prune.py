@@ -30,30 +30,30 @@ from flax import nnx
 
 import efftrain
 from efftrain.code_identity import code_identity
-from efftrain.compress.one_shot import prune
+from efftrain.compress.layerwise.pieces import Pieces
 from efftrain.compress.options import Compression
-from efftrain.compress.pieces import Pieces
+from efftrain.compress.pruning.one_shot import prune
+from efftrain.compress.pruning.sparsify import Sparsity
+from efftrain.compress.pruning.sparsity_schedules import Gradual
 from efftrain.compress.run import compress
-from efftrain.compress.sparsify import Sparsity
-from efftrain.compress.sparsity_schedules import Gradual
 from efftrain.compress.text import Text
 from efftrain.config import digest, finite_json
 from efftrain.errors import ConfigError
-from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, finished, reported, train_and_score
+from efftrain.experiment.compare import Comparison, compare
+from efftrain.experiment.experiment import Experiment, finished, reported, train_and_score
+from efftrain.measure.cost.latency import measure_latency
 from efftrain.measure.kept import Kept
-from efftrain.measure.latency import measure_latency
-from efftrain.measure.scorecard import Scorecard, table
+from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.ops.masks import NofM, Unstructured
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.train.loop import Training
-from efftrain.train.objective import Objective, next_token_loss
+from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.program import Wrap
-from efftrain.train.run import load_model_config
+from efftrain.train.run.directory import load_model_config
 
 EVALUATED_ROWS, CALIBRATION_ROWS = 1024, 128  # of the test and of the training split
 RECOVERY = 0.1  # of the dense run's tokens

@@ -32,17 +32,17 @@ from flax import nnx
 
 import efftrain
 from efftrain.code_identity import code_identity
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import Method, convert
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.quantization.convert import Method, convert
 from efftrain.compress.text import Text
 from efftrain.config import digest, finite_json
 from efftrain.errors import ConfigError
-from efftrain.measure.compare import Comparison, compare
-from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.flops import FORWARD_AND_BACKWARD, training_flops
+from efftrain.experiment.compare import Comparison, compare
+from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, training_flops
+from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.measure.kept import Kept
-from efftrain.measure.parameters import abstract_decoder
-from efftrain.measure.scorecard import Scorecard, table
+from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule, give_rules
@@ -52,7 +52,7 @@ from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.branch import parse_branch
 from efftrain.train.loop import Training
-from efftrain.train.objective import Objective, SelfDistillation, next_token_loss
+from efftrain.train.objectives.objective import Objective, SelfDistillation, next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.schedules import Cosine
 

@@ -18,16 +18,16 @@ import jax
 from flax import nnx
 
 from efftrain.data import Corpus
-from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.scorecard import Scorecard, table
+from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import llama
-from efftrain.models.decode import generate
 from efftrain.models.decoder import Decoder
-from efftrain.models.sampling import Sampling
+from efftrain.models.decoding.generate import generate
+from efftrain.models.decoding.sampling import Sampling
 from efftrain.progress import console
 from efftrain.recipe import import_script, run_recipe
 from efftrain.train.loop import Training
-from efftrain.train.objective import Objective, next_token_loss
+from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -37,9 +37,9 @@ from rich.table import Table
 
 import efftrain
 from efftrain.code_identity import code_identity
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import convert
-from efftrain.compress.task_run import (
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.quantization.convert import convert
+from efftrain.compress.task.task_run import (
     Learner,
     general_ids,
     plain_items,
@@ -49,18 +49,18 @@ from efftrain.compress.task_run import (
     teacher_items,
     train_on_task,
 )
-from efftrain.compress.task_teach import Lesson, student_items, teach
-from efftrain.compress.task_texts import Augmentation
+from efftrain.compress.task.task_teach import Lesson, student_items, teach
+from efftrain.compress.task.task_texts import Augmentation
 from efftrain.config import digest, to_json
-from efftrain.data.made_up_task import write_amounts, write_questions
-from efftrain.data.task import Task, TaskFiles, open_task
+from efftrain.data.tasks.synthetic import write_amounts, write_questions
+from efftrain.data.tasks.task import Task, TaskFiles, open_task
 from efftrain.errors import ConfigError
-from efftrain.measure.few_shot import few_shot
+from efftrain.measure.cost.task_cost import cost, side_by_side, size
 from efftrain.measure.kept import Kept, write_json
-from efftrain.measure.probe import fit_probe, frozen_features
-from efftrain.measure.scorecard import Figure, show
-from efftrain.measure.task_cost import cost, side_by_side, size
-from efftrain.measure.task_scores import classification
+from efftrain.measure.quality.few_shot import few_shot
+from efftrain.measure.quality.probe import fit_probe, frozen_features
+from efftrain.measure.quality.task_scores import classification
+from efftrain.measure.scorecard.scorecard import Figure, show
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
@@ -71,7 +71,7 @@ from efftrain.sharding.hosts import Hosts
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training
 from efftrain.train.optimizers import AdamW, Muon
-from efftrain.train.run import environment
+from efftrain.train.run.directory import environment
 
 SHOTS, FEW_SHOT_TEXTS = 16, 300  # examples in a prompt, at most; texts of the test that are scored so, drawn at random
 

@@ -11,33 +11,33 @@ import pytest
 
 from efftrain.class_names import class_name, current_name, find_class, package_dataclasses
 from efftrain.config import difference, from_json, to_json
-from efftrain.data.loader import LoaderConfig, Part, _identity
-from efftrain.data.task import Example, Task
+from efftrain.data.loading.loader import LoaderConfig, Part, _identity
+from efftrain.data.tasks.task import Example, Task
 from efftrain.errors import ConfigError
 from efftrain.models.config import Dense
 from efftrain.recipe import import_script
 
 WRITTEN_BY_4F30595 = {  # module -> the configurations that it had: in config.json "module:Class"
-    "efftrain.compress.distill": "Distill",
-    "efftrain.compress.features": "HiddenStates Relations",
-    "efftrain.compress.on_policy": "OnPolicy",
+    "efftrain.compress.distillation.distill": "Distill",
+    "efftrain.compress.distillation.features": "HiddenStates Relations",
+    "efftrain.compress.distillation.on_policy": "OnPolicy",
     "efftrain.compress.options": "Compression",
     "efftrain.compress.recover": "Recovery",
-    "efftrain.compress.shape": "Shape",
-    "efftrain.compress.sparsify": "Magnitude Saliency Regrow Zeros Sparsity",
-    "efftrain.compress.sparsity_schedules": "OneShot Gradual Iterative Constant Uniform ErdosRenyi Global",
-    "efftrain.compress.task": "TaskLoss",
-    "efftrain.compress.task_run": "Learner TaskRun",
-    "efftrain.compress.task_texts": "Augmentation",
-    "efftrain.compress.teacher_cache": "CacheOptions",
-    "efftrain.data.classify": "NgramClassifier",
+    "efftrain.compress.structured.shape": "Shape",
+    "efftrain.compress.pruning.sparsify": "Magnitude Saliency Regrow Zeros Sparsity",
+    "efftrain.compress.pruning.sparsity_schedules": "OneShot Gradual Iterative Constant Uniform ErdosRenyi Global",
+    "efftrain.compress.task.task": "TaskLoss",
+    "efftrain.compress.task.task_run": "Learner TaskRun",
+    "efftrain.compress.task.task_texts": "Augmentation",
+    "efftrain.compress.distillation.teacher_cache": "CacheOptions",
+    "efftrain.data.rules.classifier": "NgramClassifier",
     "efftrain.data.corpus": "CorpusConfig",
-    "efftrain.data.decontaminate": "EvaluationSet Decontaminate",
-    "efftrain.data.huggingface_source": "HuggingFaceDataset",
-    "efftrain.data.loader": "Part LoaderConfig",
-    "efftrain.data.minhash": "MinHash",
-    "efftrain.data.parquet_source": "Columns Parquet",
-    "efftrain.data.repeated_lines": "RepeatedLines",
+    "efftrain.data.decontamination.decontaminate": "EvaluationSet Decontaminate",
+    "efftrain.data.sources.huggingface": "HuggingFaceDataset",
+    "efftrain.data.loading.loader": "Part LoaderConfig",
+    "efftrain.data.dedup.minhash": "MinHash",
+    "efftrain.data.sources.parquet": "Columns Parquet",
+    "efftrain.data.dedup.lines": "RepeatedLines",
     "efftrain.data.rules.base": "AtMost AtLeast Between",
     "efftrain.data.rules.c4": "C4Lines LoremIpsum CurlyBrackets Sentences C4",
     "efftrain.data.rules.code": "TooShort TooLong NonText Generated LongLine LongLines FewLetters TableLike Code",
@@ -51,30 +51,30 @@ WRITTEN_BY_4F30595 = {  # module -> the configurations that it had: in config.js
         "DuplicateLines DuplicateParagraphs DuplicateLineChars DuplicateParagraphChars TopNgram "
         "DuplicateNgrams GopherRepetition"
     ),
-    "efftrain.data.score_table": "ScoreTable",
-    "efftrain.data.sources": "PythonFiles TextFolder JsonLines",
+    "efftrain.data.rules.score_table": "ScoreTable",
+    "efftrain.data.sources.base": "PythonFiles TextFolder JsonLines",
     "efftrain.data.splits": "SplitByPackage",
-    "efftrain.data.task": "TaskFiles",
-    "efftrain.data.tfds_source": "Tfds",
-    "efftrain.data.warc_source": "Warc",
-    "efftrain.measure.calibrate_depth": "Calibration",
-    "efftrain.measure.experiment": "Experiment",
+    "efftrain.data.tasks.task": "TaskFiles",
+    "efftrain.data.sources.tfds": "Tfds",
+    "efftrain.data.sources.warc.source": "Warc",
+    "efftrain.measure.depth.calibrate_depth": "Calibration",
+    "efftrain.experiment.experiment": "Experiment",
     "efftrain.models.config": "Attention MlpConfig Dense DepthConfig Full BlockConfig LayerDropout ModelConfig",
-    "efftrain.models.early_exit": "ConfidenceExit",
-    "efftrain.models.moe": "MoE",
+    "efftrain.models.depth.early_exit": "ConfidenceExit",
+    "efftrain.models.moe.layer": "MoE",
     "efftrain.models.quantization": "QuantizationRule Quantization",
-    "efftrain.models.routed_depth": "RoutedDepthConfig MixtureOfDepths Recursion",
-    "efftrain.models.sampling": "Sampling",
-    "efftrain.models.self_speculation": "SelfSpeculation",
+    "efftrain.models.depth.routed_depth": "RoutedDepthConfig MixtureOfDepths Recursion",
+    "efftrain.models.decoding.sampling": "Sampling",
+    "efftrain.models.decoding.self_speculation": "SelfSpeculation",
     "efftrain.ops.masks": "Unstructured Blocks NofM",
     "efftrain.ops.number_formats": "Format Integer Ternary Float8",
     "efftrain.sharding.mesh": "MeshConfig",
     "efftrain.train.classifier": "ClassifierTraining",
     "efftrain.train.loop": "Training",
-    "efftrain.train.objective": "SelfDistillation EarlyExitLoss",
+    "efftrain.train.objectives.objective": "SelfDistillation EarlyExitLoss",
     "efftrain.train.optimizers": "AdamW Muon",
     "efftrain.train.schedules": "WarmupStableDecay Cosine Ramp",
-    "efftrain.train.watchdog": "Watchdog",
+    "efftrain.train.supervision.watchdog": "Watchdog",
 }
 
 

@@ -109,7 +109,7 @@ def test_scripts_of_one_name_are_not_taken_for_each_other(tmp_path):
 
 
 def test_the_room_that_defines_a_value_takes_part():
-    from efftrain.data.classify import NgramClassifier
+    from efftrain.data.rules.classifier import NgramClassifier
 
     assert code_identity(NgramClassifier, rooms=("config",)) == code_identity(rooms=("config", "data"))
     assert code_identity(rooms=("data", "config")) == code_identity(rooms=("config", "data"))

@@ -15,32 +15,32 @@ import pytest
 from flax import nnx
 
 import efftrain
-from efftrain.compress.distill import Distill, FromCache, FromTeacher, distilled
-from efftrain.compress.features import HiddenStates
-from efftrain.compress.importance import importance
-from efftrain.compress.observe import Calibration
-from efftrain.compress.on_policy import OnPolicy
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import convert
-from efftrain.compress.slim import Shape, slim
-from efftrain.compress.sparsify import Magnitude, Sparsity
-from efftrain.compress.sparsity_schedules import OneShot
+from efftrain.compress.distillation.distill import Distill, FromCache, FromTeacher, distilled
+from efftrain.compress.distillation.features import HiddenStates
+from efftrain.compress.distillation.on_policy import OnPolicy
+from efftrain.compress.layerwise.observe import Calibration
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.pruning.sparsify import Magnitude, Sparsity
+from efftrain.compress.pruning.sparsity_schedules import OneShot
+from efftrain.compress.quantization.convert import convert
+from efftrain.compress.structured.cut import Shape, slim
+from efftrain.compress.structured.importance import importance
 from efftrain.errors import ConfigError
 from efftrain.models.config import BlockConfig, Dense, DepthConfig, Full, LayerDropout, ModelConfig, llama
 from efftrain.models.decoder import Decoder
+from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.models.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.zeros import zeros_share
 from efftrain.ops.number_formats import Integer
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training, fit
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.objective import EarlyExitLoss, Objective, next_token_loss
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.objectives.objective import EarlyExitLoss, Objective, next_token_loss
+from efftrain.train.objectives.teacher import Taught, Teacher, Together
 from efftrain.train.optimizers import Muon
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 from efftrain.train.schedules import Ramp
-from efftrain.train.teacher import Taught, Teacher, Together
 
 ROWS, LENGTH, VOCAB = 16, 16, 64
 

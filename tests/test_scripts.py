@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 from efftrain import data
-from efftrain.data.engines import Local
+from efftrain.data.stages.engines import Local
 from efftrain.data.rules import AtMost
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def test_reports_are_ascii_where_the_locale_is():
     program = (
         "from rich.console import Console\n"
         "from efftrain.progress import write_in_any_locale\n"
-        "from efftrain.measure.scorecard import Figure, Scorecard, table\n"
+        "from efftrain.measure.scorecard.scorecard import Figure, Scorecard, table\n"
         "write_in_any_locale()\n"
         "card = Scorecard('small', {'decode': Figure(3e-6, 's', 'measured', 'caf\\u00e9')}, {})\n"
         "Console().print(table([card]))"

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from efftrain.compress.one_shot import PruneMethod
-from efftrain.compress.quantize import Method
-from efftrain.compress.shape_count import By
-from efftrain.compress.shapes import Way
+from efftrain.compress.pruning.one_shot import PruneMethod
+from efftrain.compress.quantization.convert import Method
+from efftrain.compress.structured.shape_count import By
+from efftrain.compress.structured.shapes import Way
 from efftrain.errors import ConfigError
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.masks import NofM, Structure, Unstructured

@@ -11,10 +11,10 @@ from efftrain.compress.text import Text
 from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.measure.kept import other_origin, write_json
-from efftrain.measure.scorecard import FILE_NAME as SCORECARD
+from efftrain.measure.scorecard.scorecard import FILE_NAME as SCORECARD
 from efftrain.progress import console
 from efftrain.train.inputs import content
-from efftrain.train.run import load_model_config, read_json
+from efftrain.train.run.directory import load_model_config, read_json
 
 FILE_NAME = "compression.json"
 CUT = ("compress", "data", "measure", "models", "ops")  # the rooms that decide what a conversion gives

@@ -7,18 +7,18 @@ from pathlib import Path
 from flax import nnx
 
 import efftrain
-from efftrain.compress.distill import Distill, distilled, forward_flops, teacher_run
-from efftrain.compress.sparsify import hold_zeros
+from efftrain.compress.distillation.distill import Distill, distilled, forward_flops, teacher_run
+from efftrain.compress.pruning.sparsify import hold_zeros
 from efftrain.config import from_json
 from efftrain.errors import ConfigError
-from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.scorecard import Scorecard
+from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.measure.scorecard.scorecard import Scorecard
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training
-from efftrain.train.objective import next_token_loss
-from efftrain.train.run import load_model_config, read_json
+from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.run.directory import load_model_config, read_json
 from efftrain.train.schedules import WarmupStableDecay
 
 # Of the run's peak learning rate. A cut of a third (recipes/prune.py, seed 0) cost 4.1, 3.4, 3.2

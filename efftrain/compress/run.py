@@ -11,28 +11,28 @@ import numpy as np
 
 import efftrain
 from efftrain import data
-from efftrain.compress.importance import importance
-from efftrain.compress.mixed_precision import choose_formats
-from efftrain.compress.one_shot import prune
+from efftrain.compress.layerwise.pieces import Pieces
 from efftrain.compress.options import ALL_BLOCKS, Compression, parse
 from efftrain.compress.origin import CUT, FILE_NAME, check_made_from, made_otherwise, origin, rounds_are_done
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import convert
+from efftrain.compress.pruning.one_shot import prune
+from efftrain.compress.quantization.convert import convert
+from efftrain.compress.quantization.mixed_precision import choose_formats
 from efftrain.compress.recover import recover, recovery_training
-from efftrain.compress.shape import Shape
-from efftrain.compress.shape_latency import fast_shapes
-from efftrain.compress.shapes import Way, candidates
-from efftrain.compress.slim import slim
+from efftrain.compress.structured.cut import slim
+from efftrain.compress.structured.importance import importance
+from efftrain.compress.structured.shape import Shape
+from efftrain.compress.structured.shape_latency import fast_shapes
+from efftrain.compress.structured.shapes import Way, candidates
 from efftrain.compress.text import Text
 from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
+from efftrain.experiment.experiment import reported
 from efftrain.lock import Lock, beside
-from efftrain.measure.experiment import reported
-from efftrain.measure.held_out import CHOICES, HeldOut
 from efftrain.measure.kept import Kept, write_json
-from efftrain.measure.score import score
-from efftrain.measure.scorecard import FILE_NAME as SCORECARD
-from efftrain.measure.scorecard import Figure, Scorecard
+from efftrain.measure.quality.held_out import CHOICES, HeldOut
+from efftrain.measure.scorecard.score import score
+from efftrain.measure.scorecard.scorecard import FILE_NAME as SCORECARD
+from efftrain.measure.scorecard.scorecard import Figure, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
@@ -40,12 +40,12 @@ from efftrain.models.zeros import zeros_share
 from efftrain.ops.number_formats import parse_format
 from efftrain.progress import console
 from efftrain.sharding.hosts import Hosts
-from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.loop import Training
-from efftrain.train.metrics_log import writing
-from efftrain.train.run import environment, load_model_config, newest_step, read_json
+from efftrain.train.run.directory import environment, load_model_config, newest_step, read_json
+from efftrain.train.run.tokenizers import check_tokenizer
+from efftrain.train.run.writing import writing
 from efftrain.train.state import split_model
-from efftrain.train.tokenizers import check_tokenizer
 
 SHAPES = "shapes.json"
 TRIAL = 0.1  # of the recovery's tokens, for each shape of a search

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from efftrain.compress.observe import Calibration
+from efftrain.compress.layerwise.observe import Calibration
 from efftrain.errors import ConfigError
-from efftrain.measure.held_out import HeldOut, choosing, reporting
+from efftrain.measure.quality.held_out import HeldOut, choosing, reporting
 from efftrain.progress import console
 
 

@@ -11,18 +11,18 @@ import numpy as np
 from rich.table import Table
 
 from efftrain.config import digest
-from efftrain.data.decontaminate import Decontaminate
+from efftrain.data.decontamination.decontaminate import Decontaminate
+from efftrain.data.dedup.lines import RepeatedLines
+from efftrain.data.dedup.minhash import MinHash
 from efftrain.data.documents import Document
-from efftrain.data.funnel import funnel_table
-from efftrain.data.minhash import MinHash
-from efftrain.data.packing import bytes_path
-from efftrain.data.repeated_lines import RepeatedLines
 from efftrain.data.rules import Edit, Rule, RuleSet, default_rules
-from efftrain.data.sources import Source
+from efftrain.data.sources.base import Source
 from efftrain.data.splits import SplitByPackage
-from efftrain.data.store import check_files, read_manifest
-from efftrain.data.token_bytes import byte_level_lengths
-from efftrain.data.tokenizer import END_OF_TEXT, check_vocabulary, load_tokenizer
+from efftrain.data.stages.filter_statistics import funnel_table
+from efftrain.data.storage.packing import bytes_path
+from efftrain.data.storage.store import check_files, read_manifest
+from efftrain.data.storage.token_bytes import byte_level_lengths
+from efftrain.data.storage.tokenizer import END_OF_TEXT, check_vocabulary, load_tokenizer
 from efftrain.errors import ConfigError, CorpusError
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ import math
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure.aot import Report, Target, compile_target
-from efftrain.measure.mesh_estimate import Estimate, estimate
+from efftrain.measure.compiled.aot import Report, Target, compile_target
+from efftrain.measure.cost.mesh_estimate import Estimate, estimate
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use
 from efftrain.sharding.topologies import Topology

@@ -1,7 +1,7 @@
 """The attention part of a block: projections, positions, and the two ways to attend."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,13 +9,15 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import LayerCache
-from efftrain.models.config import Attention, ModelConfig
 from efftrain.models.linear import Linear, RMSNorm
 from efftrain.ops.attention import cached_attention, causal_attention
 from efftrain.ops.attention_backends import attention, choose_backend
 from efftrain.ops.quantize import fake_quantize, group_size
 from efftrain.sharding.context import ScoreInputs, attend_on_mesh
 from efftrain.sharding.rules import constrain, shard_count
+
+if TYPE_CHECKING:
+    from efftrain.models.config import Attention, ModelConfig
 
 
 class AttentionModule(nnx.Module):
@@ -54,7 +56,7 @@ class AttentionModule(nnx.Module):
 class SelfAttention(AttentionModule):
     """Grouped-query self-attention on (batch, length, d_model)."""
 
-    def __init__(self, config: Attention, model: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: "Attention", model: "ModelConfig", *, rngs: nnx.Rngs):
         d_model, n_layers, dtype, cache = model.d_model, model.n_layers, model.dtype, model.quantization.cache
         self.config, self.cache_format = config, cache
         if cache is not None:

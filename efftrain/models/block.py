@@ -1,14 +1,16 @@
 """One transformer block."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.models.config import BlockConfig, ModelConfig
 from efftrain.models.linear import RMSNorm
 from efftrain.sharding.rules import constrain
+
+if TYPE_CHECKING:
+    from efftrain.models.config import BlockConfig, ModelConfig
 
 
 class Block(nnx.Module):
@@ -20,7 +22,7 @@ class Block(nnx.Module):
     the cache, which later tokens need from every token, and ``recall`` computes the block.
     """
 
-    def __init__(self, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.attention = block.attention.build(model, rngs=rngs)
         self.mlp_norm = RMSNorm(model.d_model, eps=model.norm_eps)

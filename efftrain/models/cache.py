@@ -1,14 +1,16 @@
 """Keys and values of the tokens seen so far, in static shapes."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efftrain.models.config import Attention, ModelConfig
 from efftrain.ops.quantize import QuantizedArray, quantize
+
+if TYPE_CHECKING:
+    from efftrain.models.config import Attention, ModelConfig
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +79,7 @@ class Cache:
     lengths_b: Array
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+def empty_cache(config: "ModelConfig", batch: int, slots: int) -> Cache:
     """A cache with no tokens and room for ``slots`` a row, in the model's dtype."""
     return Cache(
         layers=tuple(block.depth.empty_cache(block, config, batch, slots) for block in config.layers),
@@ -85,14 +87,14 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     )
 
 
-def empty_layer_cache(attention: Attention, model: ModelConfig, batch: int, slots: int) -> LayerCache:
+def empty_layer_cache(attention: "Attention", model: "ModelConfig", batch: int, slots: int) -> LayerCache:
     """No tokens, room for ``slots`` a row, in the model's dtype or quantised."""
     k_bksd, v_bksd = (empty_slots(model, batch, attention.n_kv_heads, slots, attention.d_head) for _ in "kv")
     has_mod = attention.score_mod is not None
     return LayerCache(k_bksd, v_bksd, jnp.zeros((batch, slots), jnp.int32) if has_mod else None)
 
 
-def empty_slots(model: ModelConfig, batch: int, heads: int, slots: int, size: int) -> Array | QuantizedArray:
+def empty_slots(model: "ModelConfig", batch: int, heads: int, slots: int, size: int) -> Array | QuantizedArray:
     """(batch, heads, slots, size) zeros in the model's dtype, or in the format of ``quantization.cache``."""
     empty = jnp.zeros((batch, heads, slots, size), model.dtype)
     format = model.quantization.cache

@@ -15,7 +15,7 @@ from flax import nnx
 
 if TYPE_CHECKING:
     from efftrain.models.config import Attention, BlockConfig, ModelConfig
-    from efftrain.models.moe import MoE
+    from efftrain.models.moe.layer import MoE
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -11,9 +11,9 @@ from jax import Array
 from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache
 from efftrain.models.config import ModelConfig
-from efftrain.models.depth import add_metrics, dropout_rates, dropout_strength, run_layers, stack_layers, unstack
 from efftrain.models.linear import Embedding, Linear, RMSNorm
 from efftrain.models.quantization import prepare
+from efftrain.models.stack import add_metrics, dropout_rates, dropout_strength, run_layers, stack_layers, unstack
 from efftrain.sharding.rules import constrain
 
 

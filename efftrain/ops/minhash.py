@@ -1,4 +1,4 @@
-"""The permutations of MinHash in JAX: an alternative to ``efftrain.data.minhash.minima``.
+"""The permutations of MinHash in JAX: an alternative to ``efftrain.data.dedup.minhash.minima``.
 
 On CPU NumPy is faster; on an accelerator the host's hashing of shingles is what takes the time.
 """

@@ -15,11 +15,11 @@ from efftrain.errors import ConfigError, RunError
 from efftrain.models.quantization import RATIO
 from efftrain.progress import console
 from efftrain.sharding import hosts
-from efftrain.train.checkpoints import Checkpoints, flatten, unflatten
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten, unflatten
+from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.program import Program
-from efftrain.train.run import Run, checkpoint_directory, newest_step, read_json
-from efftrain.train.run_identity import steps_made
+from efftrain.train.run.directory import Run, checkpoint_directory, newest_step, read_json
+from efftrain.train.run.identity import steps_made
 from efftrain.train.schedules import Capped, Rewarmed
 from efftrain.train.state import TrainState
 

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from efftrain.data.classify import N_BUCKETS, LinearWeights, ngram_features, write_weights
-from efftrain.data.spool import stable_hash
+from efftrain.data.rules.classifier import N_BUCKETS, LinearWeights, ngram_features, write_weights
+from efftrain.data.stages.spool import stable_hash
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.progress import Progress
 

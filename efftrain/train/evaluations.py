@@ -5,10 +5,10 @@ from collections.abc import Callable
 from flax import nnx
 
 from efftrain.sharding import hosts
-from efftrain.train.interruption import Interruption
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.recorder import Recorder
-from efftrain.train.run import Run
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.metrics.recorder import Recorder
+from efftrain.train.run.directory import Run
+from efftrain.train.supervision.interruption import Interruption
 
 Evaluate = Callable[[nnx.Module], dict[str, float]]
 

@@ -13,12 +13,12 @@ from flax import nnx
 
 from efftrain.code_identity import code_identity
 from efftrain.config import digest, to_json
-from efftrain.data.shards import file_digest
-from efftrain.data.store import MANIFEST
+from efftrain.data.storage.shards import file_digest
+from efftrain.data.storage.store import MANIFEST
 from efftrain.models.decoder import Decoder
 from efftrain.train.branch import parse_branch
-from efftrain.train.checkpoints import flatten
-from efftrain.train.run import checkpoint_directory, read_json
+from efftrain.train.checkpoints.checkpoints import flatten
+from efftrain.train.run.directory import checkpoint_directory, read_json
 
 MODEL = ("params/", "ema/", "model_state/")  # of a checkpoint, beside what only a run that continues needs
 

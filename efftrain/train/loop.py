@@ -26,24 +26,24 @@ from efftrain.train.branch import (
     parse_branch,
     show_learning_rates,
 )
-from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.evaluations import Evaluate, Evaluations
-from efftrain.train.interruption import Interruption, with_votes
-from efftrain.train.metric_sink import MetricSink
-from efftrain.train.metrics_log import keep_lost_rows, read_metrics
-from efftrain.train.objective import Objective
+from efftrain.train.metrics.metric_sink import MetricSink
+from efftrain.train.metrics.metrics_log import keep_lost_rows, read_metrics
+from efftrain.train.metrics.profile import Profiler, parse_steps
+from efftrain.train.metrics.recorder import Recorder, read_figures
+from efftrain.train.metrics.timing import Timing
+from efftrain.train.objectives.objective import Objective
+from efftrain.train.objectives.teacher import Taught
 from efftrain.train.optimizers import AdamW, OptimizerConfig
-from efftrain.train.profile import Profiler, parse_steps
 from efftrain.train.program import Program, Wrap, batch_sharding, make_program
-from efftrain.train.recorder import Recorder, read_figures
-from efftrain.train.run import Run, load
+from efftrain.train.run.directory import Run, load
 from efftrain.train.schedules import ScheduleConfig, WarmupStableDecay
 from efftrain.train.start import start_from, with_warning_of_zeros
 from efftrain.train.state import TrainState, merge_model
-from efftrain.train.supervise import report_checkpoint
-from efftrain.train.teacher import Taught
-from efftrain.train.timing import Timing
-from efftrain.train.watchdog import Watchdog
+from efftrain.train.supervision.interruption import Interruption, with_votes
+from efftrain.train.supervision.supervise import report_checkpoint
+from efftrain.train.supervision.watchdog import Watchdog
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: everything is saved, the same command continues
 

@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules
-from efftrain.train.objective import Objective
+from efftrain.train.objectives.objective import Objective
+from efftrain.train.objectives.teacher import Taught, Teacher, teacher_of
 from efftrain.train.optimizers import with_clipping
 from efftrain.train.state import TrainState, init_state, split_model
 from efftrain.train.step import Step, batch_axes, make_step
-from efftrain.train.teacher import Taught, Teacher, teacher_of
 
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 

@@ -16,9 +16,9 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.zeros import zeros_share
 from efftrain.progress import console
 from efftrain.train.branch import parse_branch
-from efftrain.train.run import load_model_config
+from efftrain.train.run.directory import load_model_config
+from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.state import TrainState, split_model
-from efftrain.train.tokenizers import check_tokenizer
 
 if TYPE_CHECKING:
     from efftrain.train.loop import Training
@@ -74,7 +74,7 @@ def with_warning_of_zeros(initial: Callable[[], nnx.Module]) -> Callable[[], nnx
         if share := zeros_share(model):
             console.print(
                 f"warning: {share:.0%} of the weights of the initial model's blocks are zero, and this training fills "
-                "them; to keep them zero, give fit(wrap=efftrain.compress.sparsify.hold_zeros().around(training))",
+                "them; to keep them zero, give fit(wrap=efftrain.compress.pruning.sparsify.hold_zeros().around(training))",
                 style="yellow",
                 markup=False,
             )

@@ -13,9 +13,9 @@ from jax import Array
 
 from efftrain.sharding.rules import constrain
 from efftrain.train.averages import average_decay, averaged
-from efftrain.train.objective import WHOLE, Batch, Metrics, Objective, Whole
+from efftrain.train.objectives.objective import WHOLE, Batch, Metrics, Objective, Whole
+from efftrain.train.objectives.teacher import Taught, objective_at
 from efftrain.train.state import TrainState, split_model
-from efftrain.train.teacher import Taught, objective_at
 
 Step = Callable[[TrainState, Batch, nnx.State | None], tuple[TrainState, Metrics]]
 

@@ -9,15 +9,15 @@ import pytest
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure.aot import Report, Target, compile_target, read_target
-from efftrain.measure.flops import FORWARD_AND_BACKWARD, training_flops
-from efftrain.measure.mesh_estimate import axis_traffic
+from efftrain.measure.compiled.aot import Report, Target, compile_target, read_target
+from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, training_flops
+from efftrain.measure.cost.mesh_estimate import axis_traffic
 from efftrain.models.config import Dense, ModelConfig
-from efftrain.models.routed_depth import Recursion
+from efftrain.models.depth.routed_depth import Recursion
 from efftrain.recipe import import_script
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.sharding.topologies import find_topology
-from efftrain.train.teacher import teacher_of
+from efftrain.train.objectives.teacher import teacher_of
 
 pytestmark = pytest.mark.tpu_aot
 

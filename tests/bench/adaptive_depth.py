@@ -24,14 +24,14 @@ import numpy as np
 
 import efftrain
 from efftrain import data
-from efftrain.measure.calibrate_depth import FILE_NAME, Calibration, calibrate, read_calibration
-from efftrain.measure.latency import measure_latency
-from efftrain.measure.speculation import measure_speculation
+from efftrain.measure.cost.latency import measure_latency
+from efftrain.measure.depth.calibrate_depth import FILE_NAME, Calibration, calibrate, read_calibration
+from efftrain.measure.depth.speculation import measure_speculation
 from efftrain.models.cache import empty_cache
 from efftrain.models.decoder import Decoder
-from efftrain.models.self_speculation import extra_slots
+from efftrain.models.decoding.self_speculation import extra_slots
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
-from efftrain.train.run import environment, read_json
+from efftrain.train.run.directory import environment, read_json
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_depth.json"
 GOAL, MEMORY_GOAL = 1.3, 1.05

@@ -59,9 +59,9 @@ def train(rounds: int, out: Path) -> tuple[list[dict], list[float]]:
     from efftrain.models.decoder import Decoder
     from efftrain.recipe import import_script
     from efftrain.train.loop import fit
-    from efftrain.train.metrics_log import read_metrics
-    from efftrain.train.objective import next_token_loss
-    from efftrain.train.run import Run
+    from efftrain.train.metrics.metrics_log import read_metrics
+    from efftrain.train.objectives.objective import next_token_loss
+    from efftrain.train.run.directory import Run
 
     config = import_script(ROOT / "recipes" / "dense.py").configs["cpu"]
     period = 2 * WINDOW
@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
-    from efftrain.train.run import cpu_name
+    from efftrain.train.run.directory import cpu_name
 
     use_compilation_cache()
     restart_with_huge_pages()

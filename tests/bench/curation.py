@@ -113,7 +113,7 @@ def signature_speed(config: Config) -> dict:
 
 def _own_seconds(texts: list[bytes]) -> float:
     from efftrain.data.batching import by_size
-    from efftrain.data.minhash import MinHash, document_hashes, signatures
+    from efftrain.data.dedup.minhash import MinHash, document_hashes, signatures
 
     config = MinHash(n_permutations=N_PERMUTATIONS, bands=BANDS, shingle=SHINGLE)
 
@@ -241,7 +241,7 @@ def grouping(sizes: tuple[int, ...]) -> dict:
 
 def group(n: int) -> dict:
     """Groups n synthetic signatures, one in ten a near duplicate, by way of files as the pipeline does."""
-    from efftrain.data.lsh import band_edges, band_hashes, components
+    from efftrain.data.dedup.lsh import band_edges, band_hashes, components
 
     rng = np.random.default_rng(0)
     hashing = sorting = joining = 0.0

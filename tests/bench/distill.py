@@ -20,14 +20,14 @@ import numpy as np
 from clock import Stepper, in_turn
 from flax import nnx
 
-from efftrain.compress.distill import Distill, FromCache, FromTeacher
+from efftrain.compress.distillation.distill import Distill, FromCache, FromTeacher
 from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.ops.divergence import distillation_loss, generalized_jsd
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.loop import Training
-from efftrain.train.run import environment
-from efftrain.train.teacher import Teacher
+from efftrain.train.objectives.teacher import Teacher
+from efftrain.train.run.directory import environment
 
 RESULTS = Path(__file__).parent / "results" / "distill.json"
 GOAL = 1.1

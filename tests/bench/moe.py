@@ -31,9 +31,9 @@ from efftrain.models.moe import DISPATCH, MoE
 from efftrain.ops.platform import platform
 from efftrain.recipe import import_script, restart_with_huge_pages, use_compilation_cache
 from efftrain.train.loop import Training
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.program import make_program
-from efftrain.train.run import environment
+from efftrain.train.run.directory import environment
 from efftrain.train.state import merge_model
 
 ROOT = Path(__file__).parents[2]

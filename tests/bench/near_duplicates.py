@@ -111,11 +111,11 @@ def _answer(python: str, mode: str, tree: Path | None, pairs: Path) -> dict:
 
 def own(given: dict) -> dict:
     """Signing, banding and verification of the efftrain that this process imports."""
-    from efftrain.data.lsh import band_hashes
-    from efftrain.data.minhash import MinHash
-    from efftrain.data.near_duplicates import sign
-    from efftrain.data.shingles import shingle_hashes, shingle_set
-    from efftrain.data.verify import leaders
+    from efftrain.data.dedup.lsh import band_hashes
+    from efftrain.data.dedup.minhash import MinHash
+    from efftrain.data.dedup.near_duplicates import sign
+    from efftrain.data.dedup.shingles import shingle_hashes, shingle_set
+    from efftrain.data.dedup.verify import leaders
 
     config = MinHash()
 

@@ -23,21 +23,21 @@ import jax
 from clock import Stepper, in_turn, random_text
 from flax import nnx
 
-from efftrain.compress.one_shot import prune
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.shape import shaped
-from efftrain.compress.shapes import candidates
-from efftrain.compress.sparsify import Magnitude, Sparsity, sparsify
-from efftrain.compress.sparsity_schedules import Gradual, OneShot
-from efftrain.measure.latency import measure_latency
-from efftrain.measure.parameters import count_parameters
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.pruning.one_shot import prune
+from efftrain.compress.pruning.sparsify import Magnitude, Sparsity, sparsify
+from efftrain.compress.pruning.sparsity_schedules import Gradual, OneShot
+from efftrain.compress.structured.shape import shaped
+from efftrain.compress.structured.shapes import candidates
+from efftrain.measure.cost.latency import measure_latency
+from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.ops.masks import NofM, Unstructured
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.loop import Training
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import environment
+from efftrain.train.run.directory import environment
 
 RESULTS = Path(__file__).parent / "results" / "prune.json"
 GOAL = 1.1

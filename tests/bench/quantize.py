@@ -32,21 +32,21 @@ from clock import Stepper, in_turn, random_text
 from flax import nnx
 
 import efftrain
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import convert
-from efftrain.measure.latency import draw
-from efftrain.measure.memory import host_peak_bytes
-from efftrain.measure.parameters import stored_bytes
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.quantization.convert import convert
+from efftrain.measure.cost.latency import draw
+from efftrain.measure.cost.memory import host_peak_bytes
+from efftrain.measure.cost.parameters import stored_bytes
 from efftrain.models.config import ModelConfig, llama
-from efftrain.models.decode import prefill
 from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import prefill
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.number_formats import AnyFormat, Float8, Integer
 from efftrain.ops.quantize import quantize, quantized_product
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
-from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.loop import Training
-from efftrain.train.run import Run, environment
+from efftrain.train.run.directory import Run, environment
 
 RESULTS = Path(__file__).parent / "results" / "quantize.json"
 GOAL = 1.25

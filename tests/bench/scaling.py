@@ -26,15 +26,15 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-from efftrain.measure.aot import Report, Target, compile_target, read_target
-from efftrain.measure.mesh_estimate import axis_traffic
-from efftrain.measure.parameters import abstract_decoder
+from efftrain.measure.compiled.aot import Report, Target, compile_target, read_target
+from efftrain.measure.cost.mesh_estimate import axis_traffic
+from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.sharding.topologies import find_topology
 from efftrain.train.loop import Training
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "aot.json"

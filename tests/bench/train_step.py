@@ -51,7 +51,7 @@ def run_efftrain(arguments) -> None:
 
     from efftrain.models.config import llama
     from efftrain.models.decoder import Decoder
-    from efftrain.train.objective import next_token_loss
+    from efftrain.train.objectives.objective import next_token_loss
     from efftrain.train.optimizers import AdamW, with_clipping
     from efftrain.train.state import init_state, split_model
     from efftrain.train.step import make_step
@@ -187,7 +187,7 @@ class Worker:
 
 
 def compare(arguments) -> None:
-    from efftrain.train.run import cpu_name
+    from efftrain.train.run.directory import cpu_name
 
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"

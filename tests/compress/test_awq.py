@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.awq import CLIPS, clipped, part_errors, shared_inputs, tried_factors
-from efftrain.compress.observe import Calibration, forward, relative_error
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import convert
+from efftrain.compress.layerwise.observe import Calibration, forward, relative_error
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.quantization.awq import CLIPS, clipped, part_errors, shared_inputs, tried_factors
+from efftrain.compress.quantization.convert import convert
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.number_formats import Integer
 from efftrain.ops.quantize import fake_quantize, quantize

@@ -18,15 +18,15 @@ from tiny_runs import LENGTH, OWN_BLOCK, VOCABULARY, with_own_block, write_corpu
 
 import efftrain
 from efftrain import code_identity, data
-from efftrain.compress import teacher_cache
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import convert
-from efftrain.compress.teacher_cache import CacheOptions, build_cache
-from efftrain.data.teacher_cache import TeacherCache
+from efftrain.compress.distillation import teacher_cache
+from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.quantization.convert import convert
+from efftrain.data.storage.teacher_cache import TeacherCache
 from efftrain.errors import ConfigError, CorpusError, RunError
 from efftrain.models.decoder import Decoder
+from efftrain.models.depth.routed_depth import MixtureOfDepths, causally_routed
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.models.routed_depth import MixtureOfDepths, causally_routed
 from efftrain.ops.number_formats import Integer
 from efftrain.train.inputs import model_digest
 
@@ -36,7 +36,7 @@ MODEL = config(vocab_size=VOCABULARY + 8, pattern=(PLAIN,), n_repeats=1, max_len
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr("efftrain.data.teacher_cache.SHARD_ROWS", 8)
+    monkeypatch.setattr("efftrain.data.storage.teacher_cache.SHARD_ROWS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ KILLED = """
 import os, signal, sys
 from efftrain import cli
 from efftrain.compress import teacher_cache
-import efftrain.data.teacher_cache as format
+import efftrain.data.storage.teacher_cache as format
 format.SHARD_ROWS = 8
 encode, calls = teacher_cache.encode_top_k, []
 def encode_some(*arguments):

@@ -11,13 +11,13 @@ from tiny_models import PLAIN, build, config, tokens
 from tiny_runs import LENGTH as ROW
 from tiny_runs import write_corpus
 
-from efftrain.compress.importance import importance
-from efftrain.compress.observe import Calibration, CalibrationSize, grams, magnitudes
-from efftrain.compress.one_shot import prune
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import convert
-from efftrain.compress.shape import Shape
-from efftrain.compress.slim import slim
+from efftrain.compress.layerwise.observe import Calibration, CalibrationSize, grams, magnitudes
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.pruning.one_shot import prune
+from efftrain.compress.quantization.convert import convert
+from efftrain.compress.structured.cut import slim
+from efftrain.compress.structured.importance import importance
+from efftrain.compress.structured.shape import Shape
 from efftrain.compress.text import Text
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule

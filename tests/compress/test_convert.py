@@ -11,21 +11,21 @@ import pytest
 from flax import nnx
 from tiny_models import LOCAL, PLAIN, build, config, tokens
 
-from efftrain.compress.awq import scale_inputs
-from efftrain.compress.mixed_precision import choose_formats
-from efftrain.compress.observe import Calibration, forward, grams
-from efftrain.compress.pieces import Pieces, assemble
-from efftrain.compress.quantize import convert
+from efftrain.compress.layerwise.observe import Calibration, forward, grams
+from efftrain.compress.layerwise.pieces import Pieces, assemble
+from efftrain.compress.quantization.awq import scale_inputs
+from efftrain.compress.quantization.convert import convert
+from efftrain.compress.quantization.mixed_precision import choose_formats
 from efftrain.errors import ConfigError
+from efftrain.measure.cost.parameters import stored_bytes
 from efftrain.measure.kept import Kept, write_json
-from efftrain.measure.parameters import stored_bytes
 from efftrain.models.config import LayerDropout
 from efftrain.models.decoder import Decoder
+from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule, give_rules, matrices
-from efftrain.models.routed_depth import MixtureOfDepths, Recursion
 from efftrain.ops.number_formats import Float8, Integer
-from efftrain.train.checkpoints import flatten, unflatten
+from efftrain.train.checkpoints.checkpoints import flatten, unflatten
 
 INT8, INT4 = Integer(bits=8), Integer(bits=4, group=4)
 MHA = replace(PLAIN, attention=replace(PLAIN.attention, n_kv_heads=4))

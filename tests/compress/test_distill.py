@@ -11,21 +11,21 @@ import pytest
 from flax import nnx
 from tiny_models import build, config, tokens
 
-from efftrain.compress.distill import Distill, FromCache, FromTeacher, check_vocabulary, distilled
-from efftrain.compress.features import HiddenStates, Relations
-from efftrain.compress.on_policy import OnPolicy
+from efftrain.compress.distillation.distill import Distill, FromCache, FromTeacher, check_vocabulary, distilled
+from efftrain.compress.distillation.features import HiddenStates, Relations
+from efftrain.compress.distillation.on_policy import OnPolicy
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
-from efftrain.models.routed_depth import MixtureOfDepths
+from efftrain.models.depth.routed_depth import MixtureOfDepths
 from efftrain.ops.divergence import generalized_jsd
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import DEFAULT_RULES
 from efftrain.train.loop import Training, start_from
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.objectives.teacher import Teacher, Together
 from efftrain.train.program import make_program
 from efftrain.train.schedules import Ramp
 from efftrain.train.state import merge_model
-from efftrain.train.teacher import Teacher, Together
 
 LENGTH = 16
 TRAINING = Training(steps=4, batch_size=4, length=LENGTH)

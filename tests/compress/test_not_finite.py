@@ -12,21 +12,21 @@ from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
 import efftrain
 from efftrain import data
-from efftrain.compress.distill import teacher_run
+from efftrain.compress.distillation.distill import teacher_run
+from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
 from efftrain.compress.options import Compression
 from efftrain.compress.run import compress
-from efftrain.compress.teacher_cache import CacheOptions, build_cache
 from efftrain.config import finite_json, from_json, to_json
-from efftrain.data.score_table import ScoreTable
+from efftrain.data.rules.score_table import ScoreTable
 from efftrain.errors import RunError
-from efftrain.measure.calibrate_depth import Calibration, calibrate
-from efftrain.measure.compare import Comparison
+from efftrain.experiment.compare import Comparison
+from efftrain.measure.depth.calibrate_depth import Calibration, calibrate
 from efftrain.measure.kept import Kept, write_json
-from efftrain.measure.scorecard import Figure, Scorecard, not_measured
+from efftrain.measure.scorecard.scorecard import Figure, Scorecard, not_measured
 from efftrain.models.moe import MoE
 from efftrain.recipe import import_script
 from efftrain.train.loop import Training
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN, LOCAL), n_repeats=2, max_length=32)
 TRAINING = Training(steps=40, batch_size=8, length=LENGTH)

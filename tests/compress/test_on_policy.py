@@ -10,11 +10,11 @@ from flax import nnx
 from test_distill import LENGTH, STUDENT, batch, loss_of, teacher_of_seed
 from tiny_models import build
 
-from efftrain.compress.distill import Distill, FromTeacher
-from efftrain.compress.on_policy import OnPolicy
+from efftrain.compress.distillation.distill import Distill, FromTeacher
+from efftrain.compress.distillation.on_policy import OnPolicy
 from efftrain.errors import ConfigError
-from efftrain.models.decode import generate
-from efftrain.models.sampling import Sampling
+from efftrain.models.decoding.generate import generate
+from efftrain.models.decoding.sampling import Sampling
 
 PROMPT, N_NEW = 6, 7
 

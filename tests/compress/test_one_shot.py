@@ -9,16 +9,16 @@ import pytest
 from flax import nnx
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.observe import Calibration, forward, grams, inputs_of
-from efftrain.compress.one_shot import mask_by_inputs, mask_by_magnitude, prune
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.quantize import convert
+from efftrain.compress.layerwise.observe import Calibration, forward, grams, inputs_of
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.pruning.one_shot import mask_by_inputs, mask_by_magnitude, prune
+from efftrain.compress.quantization.convert import convert
 from efftrain.errors import ConfigError
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule, matrices
 from efftrain.ops.masks import Blocks, NofM, Unstructured
 from efftrain.ops.number_formats import Integer
-from efftrain.train.checkpoints import flatten
+from efftrain.train.checkpoints.checkpoints import flatten
 
 HALF = Unstructured(sparsity=0.5)
 

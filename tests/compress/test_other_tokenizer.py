@@ -12,19 +12,19 @@ import pytest
 from tiny_models import PLAIN, build, config
 from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
+from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
 from efftrain.compress.options import Compression
 from efftrain.compress.run import compress
-from efftrain.compress.task_run import general_ids
-from efftrain.compress.teacher_cache import CacheOptions, build_cache
-from efftrain.data.task import Example, Task
+from efftrain.compress.task.task_run import general_ids
+from efftrain.data.tasks.task import Example, Task
 from efftrain.errors import ConfigError, RunError
-from efftrain.measure.calibrate_depth import Calibration, calibrate
-from efftrain.measure.experiment import Experiment, train_and_score
+from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.measure.depth.calibrate_depth import Calibration, calibrate
 from efftrain.models.decoder import Decoder
 from efftrain.train.loop import Training
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.start import check_start
-from efftrain.train.tokenizers import check_tokenizer
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=2, max_length=32)
 TRAINING = Training(steps=41, batch_size=8, length=LENGTH)

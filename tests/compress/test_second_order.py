@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efftrain.compress.observe import relative_error
-from efftrain.compress.second_order import BLOCK, DAMPING, compensated, gptq, inverse_factor, sparse_gpt
+from efftrain.compress.layerwise.observe import relative_error
+from efftrain.compress.layerwise.second_order import BLOCK, DAMPING, compensated, gptq, inverse_factor, sparse_gpt
 from efftrain.errors import ConfigError
 from efftrain.ops.masks import NofM, Unstructured
 from efftrain.ops.number_formats import Integer

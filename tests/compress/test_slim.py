@@ -11,22 +11,22 @@ import pytest
 from flax import nnx
 from tiny_models import LOCAL, PLAIN, build, config, tokens
 
-from efftrain.compress.importance import _observe, importance
-from efftrain.compress.observe import Calibration, forward
-from efftrain.compress.pieces import Pieces, assemble
-from efftrain.compress.shape import Shape, head_parts, shaped
-from efftrain.compress.shape_count import Count
-from efftrain.compress.shapes import candidates
-from efftrain.compress.slim import kept_layers, largest, slim
+from efftrain.compress.layerwise.observe import Calibration, forward
+from efftrain.compress.layerwise.pieces import Pieces, assemble
+from efftrain.compress.structured.cut import kept_layers, largest, slim
+from efftrain.compress.structured.importance import _observe, importance
+from efftrain.compress.structured.shape import Shape, head_parts, shaped
+from efftrain.compress.structured.shape_count import Count
+from efftrain.compress.structured.shapes import candidates
 from efftrain.errors import ConfigError
-from efftrain.measure.flops import training_flops
-from efftrain.measure.parameters import abstract_decoder, count_parameters, stored_bytes
+from efftrain.measure.cost.flops import training_flops
+from efftrain.measure.cost.parameters import abstract_decoder, count_parameters, stored_bytes
 from efftrain.models.config import Dense, LayerDropout, MlpConfig, ModelConfig, llama
-from efftrain.models.decode import generate
+from efftrain.models.decoding.generate import generate
+from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.linear import Linear
-from efftrain.models.moe import MoE, RoutedExperts
+from efftrain.models.moe.layer import MoE, RoutedExperts
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.models.routed_depth import MixtureOfDepths, Recursion
 from efftrain.ops.number_formats import Integer
 from efftrain.ops.routing import route
 

@@ -4,9 +4,9 @@ import pytest
 from tiny_models import PLAIN, build, config
 from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
-from efftrain.compress.one_shot import prune
+from efftrain.compress.layerwise.pieces import Pieces
 from efftrain.compress.options import Compression
-from efftrain.compress.pieces import Pieces
+from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.run import compress
 from efftrain.errors import ConfigError
 from efftrain.ops.masks import NofM

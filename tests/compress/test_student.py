@@ -7,8 +7,8 @@ import pytest
 from test_one_shot import calibration
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.pieces import Pieces
-from efftrain.compress.student import cut_from, from_layers, shape_within, spread_layers
+from efftrain.compress.distillation.student import cut_from, from_layers, shape_within, spread_layers
+from efftrain.compress.layerwise.pieces import Pieces
 from efftrain.errors import ConfigError
 from efftrain.models.config import ModelConfig
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efftrain.compress import task_texts
-from efftrain.compress.task import TaskLoss, label_divergence, predict
-from efftrain.compress.task_texts import Augmentation, agreed_answers, answer, majority, make_up
-from efftrain.data.task import Example, same_text
-from efftrain.data.task_items import TaskIds, completions, conditionals, questions
-from efftrain.data.task_rows import TaskBatches
-from efftrain.data.tokenizer import train_tokenizer
+from efftrain.compress.task import task_texts
+from efftrain.compress.task.task import TaskLoss, label_divergence, predict
+from efftrain.compress.task.task_texts import Augmentation, agreed_answers, answer, majority, make_up
+from efftrain.data.storage.tokenizer import train_tokenizer
+from efftrain.data.tasks.items import TaskIds, completions, conditionals, questions
+from efftrain.data.tasks.rows import TaskBatches
+from efftrain.data.tasks.task import Example, same_text
 from efftrain.errors import ConfigError
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
@@ -189,7 +189,7 @@ def trained(ids, items, steps=150):
     """A tiny model that has learnt its examples by heart, by plain gradient descent on the text."""
     import optax
 
-    from efftrain.train.objective import next_token_loss
+    from efftrain.train.objectives.objective import next_token_loss
 
     config = llama(vocab_size=ids.size, d_model=32, n_layers=2, n_heads=2, d_ff=64, max_length=64, tied_embedding=True)
     graph, state = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))

@@ -5,11 +5,11 @@ import pytest
 from flax import nnx
 
 from efftrain import code_identity
-from efftrain.compress.task_run import Learner, plain_items, task_loss, train_on_task
-from efftrain.compress.task_teach import teach
-from efftrain.data.task import Example, Task
-from efftrain.data.task_items import TaskIds
-from efftrain.data.tokenizer import train_tokenizer
+from efftrain.compress.task.task_run import Learner, plain_items, task_loss, train_on_task
+from efftrain.compress.task.task_teach import teach
+from efftrain.data.storage.tokenizer import train_tokenizer
+from efftrain.data.tasks.items import TaskIds
+from efftrain.data.tasks.task import Example, Task
 from efftrain.errors import RunError
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder

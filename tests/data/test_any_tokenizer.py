@@ -12,15 +12,15 @@ from kinds_of_tokenizers import KINDS, bert, gpt2, llama2, t5, words
 from tokenizers import AddedToken, Tokenizer
 
 from efftrain import data
-from efftrain.data.encoding import encode_documents
 from efftrain.data.splits import SPLITS
-from efftrain.data.task import Example
-from efftrain.data.task_items import TaskIds, completions, questions
-from efftrain.data.token_bytes import byte_level_lengths, round_trip
-from efftrain.data.tokenizer import find_end_of_text, load_tokenizer, tokenizer_json, vocabulary_size
+from efftrain.data.storage.encoding import encode_documents
+from efftrain.data.storage.token_bytes import byte_level_lengths, round_trip
+from efftrain.data.storage.tokenizer import find_end_of_text, load_tokenizer, tokenizer_json, vocabulary_size
+from efftrain.data.tasks.items import TaskIds, completions, questions
+from efftrain.data.tasks.task import Example
 from efftrain.errors import ConfigError, CorpusError
-from efftrain.measure.evaluate import Evaluator
-from efftrain.measure.unigram import unigram_bpb
+from efftrain.measure.quality.evaluate import Evaluator
+from efftrain.measure.quality.unigram import unigram_bpb
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 

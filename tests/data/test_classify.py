@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from efftrain.config import from_json, to_json
-from efftrain.data import classify
-from efftrain.data import shingles as shingles_module
-from efftrain.data.classify import LinearWeights, NgramClassifier, ngram_features, read_weights, write_weights
+from efftrain.data.dedup import shingles as shingles_module
+from efftrain.data.dedup.shingles import shingle_hash, shingles
 from efftrain.data.documents import Text
+from efftrain.data.rules import classifier as classify
 from efftrain.data.rules.base import scoring
-from efftrain.data.shingles import shingle_hash, shingles
+from efftrain.data.rules.classifier import (
+    LinearWeights,
+    NgramClassifier,
+    ngram_features,
+    read_weights,
+    write_weights,
+)
 from efftrain.errors import ConfigError, CorpusError
 
 TEXTS = [

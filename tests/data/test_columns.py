@@ -10,11 +10,11 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from efftrain.data import sources
-from efftrain.data.arrow_source import Arrow
 from efftrain.data.documents import UNREADABLE, Document, Skipped
-from efftrain.data.huggingface_source import HuggingFaceDataset
-from efftrain.data.parquet_source import Parquet
+from efftrain.data.sources import base as sources
+from efftrain.data.sources.arrow import Arrow
+from efftrain.data.sources.huggingface import HuggingFaceDataset
+from efftrain.data.sources.parquet import Parquet
 from efftrain.errors import CorpusError
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from efftrain.data import sources
-from efftrain.data.compressed import PACKED, is_compressed, open_bytes, open_utf8
 from efftrain.data.documents import UNREADABLE, Document, Skipped
-from efftrain.data.json_source import JsonLines
-from efftrain.data.text_source import TextFolder
+from efftrain.data.sources import base as sources
+from efftrain.data.sources.compressed import PACKED, is_compressed, open_bytes, open_utf8
+from efftrain.data.sources.json import JsonLines
+from efftrain.data.sources.text import TextFolder
 
 PACK = {
     ".gz": gzip.compress,

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from efftrain import data
-from efftrain.data.decontaminate import Decontaminate, EvaluationSet
-from efftrain.data.engines import Local
+from efftrain.data.decontamination.decontaminate import Decontaminate, EvaluationSet
 from efftrain.data.splits import SPLITS
+from efftrain.data.stages.engines import Local
 from efftrain.errors import ConfigError, CorpusError
 
 QUESTION = "which of the seven seas did the old captain cross when he lost his second ship to a storm"

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efftrain.data.decontaminate import (
+from efftrain.data.decontamination.decontaminate import (
     Decontaminate,
     EvaluationSet,
     contamination,
@@ -14,11 +14,11 @@ from efftrain.data.decontaminate import (
     ngram_length,
     seen_in_training,
 )
-from efftrain.data.json_source import JsonLines
-from efftrain.data.ngram_index import NgramIndex, hits
-from efftrain.data.readings import readings
-from efftrain.data.shingles import shingles, wide_hash, words
-from efftrain.data.text_source import TextFolder
+from efftrain.data.decontamination.ngram_index import NgramIndex, hits
+from efftrain.data.decontamination.readings import readings
+from efftrain.data.dedup.shingles import shingles, wide_hash, words
+from efftrain.data.sources.json import JsonLines
+from efftrain.data.sources.text import TextFolder
 from efftrain.errors import ConfigError, CorpusError
 
 U64 = np.uint64

@@ -3,8 +3,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from efftrain.data.dedup import normalise, survivors, text_digest
-from efftrain.data.spool import ExternalSort
+from efftrain.data.dedup.exact import normalise, survivors, text_digest
+from efftrain.data.stages.spool import ExternalSort
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import pytest
 
 from efftrain import data
 from efftrain.config import difference, to_json
-from efftrain.data import sources
-from efftrain.data.engines import Beam, Local
-from efftrain.data.minhash import MinHash
+from efftrain.data.dedup.minhash import MinHash
 from efftrain.data.rules import TooShort
+from efftrain.data.sources import base as sources
 from efftrain.data.splits import SPLITS
-from efftrain.data.store import unfinished_path
+from efftrain.data.stages.engines import Beam, Local
+from efftrain.data.storage.store import unfinished_path
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.recipe import import_script
 
@@ -119,7 +119,7 @@ import json, os, sys
 from efftrain import data
 from efftrain.config import from_json
 from efftrain.data import sources
-from efftrain.data.engines import Local
+from efftrain.data.stages.engines import Local
 sources.PIECE_BYTES, sources.RANGE_BYTES = 1000, 200_000
 if __name__ == "__main__":
     print(os.getpid(), flush=True)

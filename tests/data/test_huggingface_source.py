@@ -4,9 +4,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from efftrain.data import sources
 from efftrain.data.documents import Document, Skipped
-from efftrain.data.huggingface_source import HuggingFaceDataset
+from efftrain.data.sources import base as sources
+from efftrain.data.sources.huggingface import HuggingFaceDataset
 from efftrain.errors import CorpusError
 
 

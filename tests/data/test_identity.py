@@ -8,8 +8,9 @@ import pytest
 
 from efftrain import code_identity, data
 from efftrain.class_names import SCRIPT_PREFIX
-from efftrain.data import inputs, sources
-from efftrain.data.engines import Local
+from efftrain.data.sources import base as sources
+from efftrain.data.stages.engines import Local
+from efftrain.data.storage import inputs
 from efftrain.errors import CorpusError
 from efftrain.recipe import import_script
 

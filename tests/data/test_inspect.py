@@ -10,7 +10,7 @@ import sys
 import pytest
 import report_corpus
 
-from efftrain.data.inspect import describe, inspect_corpus
+from efftrain.data.report.inspect import describe, inspect_corpus
 from efftrain.data.report.scores import Interval
 from efftrain.errors import ConfigError, CorpusError
 
@@ -104,7 +104,7 @@ def test_nothing_to_inspect(tmp_path, corpus):
 
 def test_on_a_terminal_enter_goes_on_and_q_ends(corpus):
     """In a real pseudo terminal: two documents for one Enter, then q."""
-    program = f"from efftrain.data.inspect import inspect_corpus; inspect_corpus({json.dumps(str(corpus))})"
+    program = f"from efftrain.data.report.inspect import inspect_corpus; inspect_corpus({json.dumps(str(corpus))})"
     terminal, side = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", program], stdin=side, stdout=side, stderr=side, close_fds=True)
     os.close(side)

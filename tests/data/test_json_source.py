@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from efftrain.data import sources
 from efftrain.data.documents import UNREADABLE, Document, Skipped
-from efftrain.data.json_source import JsonLines
+from efftrain.data.sources import base as sources
+from efftrain.data.sources.json import JsonLines
 
 
 def read(source) -> list[Document | Skipped]:
@@ -124,7 +124,7 @@ OBJECTS = [
 @pytest.mark.parametrize("array", [True, False])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 16])
 def test_an_array_and_objects_over_several_lines_are_read(tmp_path, monkeypatch, indent, array, chunk):
-    monkeypatch.setattr("efftrain.data.json_source._CHUNK", chunk)
+    monkeypatch.setattr("efftrain.data.sources.json._CHUNK", chunk)
     content = json.dumps(OBJECTS, indent=indent)
     if not array:
         content = "\n".join(json.dumps(item, indent=indent) for item in OBJECTS)

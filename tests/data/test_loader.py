@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efftrain import data
-from efftrain.data.packing import row
+from efftrain.data.storage.packing import row
 from efftrain.errors import ConfigError, RunError
 
 LENGTH, BATCH = 32, 8

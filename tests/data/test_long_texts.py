@@ -11,9 +11,9 @@ from kinds_of_tokenizers import bert, gpt2, llama2, t5
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from efftrain import data
-from efftrain.data.encoding import encode_documents
-from efftrain.data.long_texts import PART_CHARS, cut_text, without_long_runs
-from efftrain.data.tokenizer import load_tokenizer, train_tokenizer
+from efftrain.data.storage.encoding import encode_documents
+from efftrain.data.storage.long_texts import PART_CHARS, cut_text, without_long_runs
+from efftrain.data.storage.tokenizer import load_tokenizer, train_tokenizer
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -109,11 +109,11 @@ def test_texts_for_training_are_whole_where_words_are_short():
 
 MEMORY = """
 import resource, sys
-from efftrain.data.tokenizer import train_tokenizer
+from efftrain.data.storage.tokenizer import train_tokenizer
 try:
-    from efftrain.data.encoding import encode_documents
+    from efftrain.data.storage.encoding import encode_documents
 except ImportError:
-    from efftrain.data.tokenizer import encode_documents
+    from efftrain.data.storage.tokenizer import encode_documents
 line = "some words of a long document, 1234 and counting\\n"
 tokenizer = train_tokenizer([line] * 100, 300)
 text = line * ({n_bytes} // len(line))
@@ -135,7 +135,7 @@ READING = """
 import resource, sys
 from pathlib import Path
 from efftrain.data.corpus import read_documents
-from efftrain.data.shards import Serializer, ShardWriter, text_features, write_metadata
+from efftrain.data.storage.shards import Serializer, ShardWriter, text_features, write_metadata
 folder = Path(sys.argv[1])
 features = text_features()
 serialize = Serializer(features)

@@ -8,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from efftrain import data
-from efftrain.data import documents, sources
-from efftrain.data.engines import Local
+from efftrain.data import documents
 from efftrain.data.report.alarms import alarms
 from efftrain.data.rules import AtMost
+from efftrain.data.sources import base as sources
+from efftrain.data.stages.engines import Local
 from efftrain.errors import ConfigError, CorpusError
 
 
@@ -126,7 +127,7 @@ def test_an_unreadable_piece_is_read_again(folder, tmp_path, monkeypatch):
         patch.setattr(data.JsonLines, "documents", broken)
         with pytest.raises(CorpusError, match="Input/output error"):
             build(config_for(folder), tmp_path / "out")
-        patch.setattr("efftrain.data.writing._tokenizer", interrupt)
+        patch.setattr("efftrain.data.build.writing._tokenizer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(config_for(folder), tmp_path / "out", max_unreadable=1)
     corpus = build(config_for(folder), tmp_path / "out")

@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from efftrain.data.lsh import NO_BAND, band_edges, band_hashes, collision_probability, components
-from efftrain.data.minhash import EMPTY
+from efftrain.data.dedup.lsh import NO_BAND, band_edges, band_hashes, collision_probability, components
+from efftrain.data.dedup.minhash import EMPTY
 
 
 def few_valued(n: int, k: int, seed: int = 0) -> np.ndarray:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from datasketch import MinHash as Datasketch
 
-from efftrain.data import minhash as module
-from efftrain.data.minhash import EMPTY, MinHash, document_hashes, estimate, minima, permutations, signatures
-from efftrain.data.shingles import shingle_hash, shingles
+from efftrain.data.dedup import minhash as module
+from efftrain.data.dedup.minhash import EMPTY, MinHash, document_hashes, estimate, minima, permutations, signatures
+from efftrain.data.dedup.shingles import shingle_hash, shingles
 from efftrain.errors import ConfigError
 
 WORDS = [f"w{i}" for i in range(50)] + ["数据", "über", "a-b", "x" * 100]

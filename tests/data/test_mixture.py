@@ -5,9 +5,9 @@ import pytest
 from rich.console import Console
 
 from efftrain import data
-from efftrain.data import mixture
-from efftrain.data.loader import LoaderConfig, Part, batches
-from efftrain.data.mixture import epochs, show_mixture
+from efftrain.data.loading import mixture
+from efftrain.data.loading.loader import LoaderConfig, Part, batches
+from efftrain.data.loading.mixture import epochs, show_mixture
 from efftrain.errors import ConfigError, CorpusError
 
 

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from efftrain import data
-from efftrain.data import near_duplicates
-from efftrain.data.canary import edited_copy
-from efftrain.data.engines import Local
-from efftrain.data.lsh import BucketStats
-from efftrain.data.near_duplicates import diff
+from efftrain.data.dedup import near_duplicates
+from efftrain.data.dedup.canary import edited_copy
+from efftrain.data.dedup.lsh import BucketStats
+from efftrain.data.dedup.near_duplicates import diff
+from efftrain.data.dedup.shingles import shingles
 from efftrain.data.rules import AtLeast, AtMost, Between
-from efftrain.data.shingles import shingles
 from efftrain.data.splits import SPLITS
+from efftrain.data.stages.engines import Local
 from efftrain.errors import ConfigError
 
 WORDS = 120

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from efftrain.data.packing import blocks, padding, row
+from efftrain.data.storage.packing import blocks, padding, row
 
 
 def reference(stream: list[int], start: int, length: int, end: int) -> dict[str, list]:

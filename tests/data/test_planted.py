@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from efftrain import data
-from efftrain.data.engines import Local
-from efftrain.data.lsh import collision_probability
+from efftrain.data.dedup.lsh import collision_probability
+from efftrain.data.dedup.shingles import shingles
 from efftrain.data.rules import FineWeb, Gopher, GopherRepetition
-from efftrain.data.shingles import shingles
 from efftrain.data.splits import SPLITS
+from efftrain.data.stages.engines import Local
 
 N_CLEAN, N_JUNK = 500, 100
 

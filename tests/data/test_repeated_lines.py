@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from efftrain import data
-from efftrain.data.engines import Local
-from efftrain.data.repeated_lines import RepeatedLines
+from efftrain.data.dedup.lines import RepeatedLines
 from efftrain.data.splits import SPLITS
+from efftrain.data.stages.engines import Local
 from efftrain.errors import ConfigError
 
 NOTICE = "Subscribe to our newsletter to read every story"

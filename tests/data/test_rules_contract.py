@@ -27,7 +27,7 @@ from efftrain.data.rules import (
     judge,
     prefers_high,
 )
-from efftrain.data.score_table import ScoreTable
+from efftrain.data.rules.score_table import ScoreTable
 from efftrain.errors import ConfigError
 
 

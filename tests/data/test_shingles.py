@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from datasketch.hashfunc import sha1_hash32
 
-from efftrain.data.normalise_words import normalise
-from efftrain.data.shingles import (
+from efftrain.data.dedup.normalise import normalise
+from efftrain.data.dedup.shingles import (
     cut,
     ngram_hashes,
     sha1_hashes,
@@ -20,7 +20,7 @@ from efftrain.data.shingles import (
     wide_shingle_hashes,
     words,
 )
-from efftrain.data.verify import jaccard
+from efftrain.data.dedup.verify import jaccard
 
 PIECES = [
     "a",

@@ -16,12 +16,12 @@ import zstandard
 
 from efftrain import data
 from efftrain.config import to_json
-from efftrain.data import sources
 from efftrain.data.documents import UNREADABLE, Document, Skipped
-from efftrain.data.json_source import JsonLines
-from efftrain.data.parquet_source import Parquet
-from efftrain.data.sources import FileSource, Piece
-from efftrain.data.text_source import PythonFiles, TextFolder
+from efftrain.data.sources import base as sources
+from efftrain.data.sources.base import FileSource, Piece
+from efftrain.data.sources.json import JsonLines
+from efftrain.data.sources.parquet import Parquet
+from efftrain.data.sources.text import PythonFiles, TextFolder
 from efftrain.errors import ConfigError, CorpusError
 
 

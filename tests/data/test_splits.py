@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from efftrain.data.splits import N_BUCKETS, SPLITS, SplitByPackage, assign_buckets, bucket
-from efftrain.data.spool import stable_hash
+from efftrain.data.stages.spool import stable_hash
 from efftrain.errors import ConfigError, CorpusError
 
 

@@ -15,13 +15,13 @@ import pytest
 
 from efftrain import data
 from efftrain.config import difference, from_json, to_json
-from efftrain.data import pipeline
+from efftrain.data.build import pipeline
 from efftrain.data.documents import Text
-from efftrain.data.engines import Local
 from efftrain.data.rules import Generated, LongLine, TooShort
-from efftrain.data.shards import file_digest
 from efftrain.data.splits import SPLITS, SplitByPackage
-from efftrain.data.store import unfinished_path, write_manifest
+from efftrain.data.stages.engines import Local
+from efftrain.data.storage.shards import file_digest
+from efftrain.data.storage.store import unfinished_path, write_manifest
 from efftrain.errors import ConfigError, CorpusError, InUseError
 from efftrain.lock import beside
 

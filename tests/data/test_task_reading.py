@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from efftrain.data.made_up_task import in_words, write_amounts, write_questions
-from efftrain.data.task import TaskFiles, open_task, read_examples
+from efftrain.data.tasks.synthetic import in_words, write_amounts, write_questions
+from efftrain.data.tasks.task import TaskFiles, open_task, read_examples
 from efftrain.errors import ConfigError, CorpusError
 
 GOOD = 'text,label\nwhere is it,where\n"a, b\nand ""c""",cancel\nstop,cancel\n'

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from efftrain.data.task import Example
-from efftrain.data.task_items import TaskIds, completions, conditionals, leave_out, questions
-from efftrain.data.task_rows import TaskBatches, examples_per_row, fill, pack
-from efftrain.data.tokenizer import train_tokenizer
+from efftrain.data.storage.tokenizer import train_tokenizer
+from efftrain.data.tasks.items import TaskIds, completions, conditionals, leave_out, questions
+from efftrain.data.tasks.rows import TaskBatches, examples_per_row, fill, pack
+from efftrain.data.tasks.task import Example
 from efftrain.errors import ConfigError, RunError
 
 TEXTS = ["where is my kettle", "cancel the lamp please", "hello", "I want my money back now", "is the tent sold out"]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from efftrain import data
-from efftrain.data import store
-from efftrain.data.loader import _identity
-from efftrain.data.mixture import mixture_table
-from efftrain.data.packing import row
-from efftrain.data.teacher_cache import (
+from efftrain.data.loading.loader import _identity
+from efftrain.data.loading.mixture import mixture_table
+from efftrain.data.storage import store
+from efftrain.data.storage.packing import row
+from efftrain.data.storage.teacher_cache import (
     CachePlan,
     TeacherCache,
     decode,
@@ -33,7 +33,7 @@ LOGS = np.log([0.5, 0.25, 0.125])  # exact in float16 to 1e-4
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr("efftrain.data.teacher_cache.SHARD_ROWS", 8)
+    monkeypatch.setattr("efftrain.data.storage.teacher_cache.SHARD_ROWS", 8)
 
 
 def plan_for(corpus: data.Corpus, /, **changes) -> CachePlan:
@@ -77,7 +77,7 @@ def write(folder: Path, corpus: data.Corpus, plan: CachePlan, rows: data.PackedR
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, corpus) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efftrain.data.teacher_cache.SHARD_ROWS", 8)
+        patch.setattr("efftrain.data.storage.teacher_cache.SHARD_ROWS", 8)
         return write(tmp_path_factory.mktemp("caches") / "top3", corpus, plan_for(corpus))
 
 

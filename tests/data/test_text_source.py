@@ -12,10 +12,10 @@ import pytest
 
 from efftrain import data
 from efftrain.config import from_json, to_json
-from efftrain.data import sources
-from efftrain.data.cutting import AtBlankLines, AtPattern
 from efftrain.data.documents import UNREADABLE, Document, Skipped
-from efftrain.data.text_source import PythonFiles, TextFolder
+from efftrain.data.sources import base as sources
+from efftrain.data.sources.cutting import AtBlankLines, AtPattern
+from efftrain.data.sources.text import PythonFiles, TextFolder
 from efftrain.errors import ConfigError, CorpusError
 
 

@@ -9,10 +9,10 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import dataset_info, naming
 
-from efftrain.data import tfds_source
 from efftrain.data.documents import Document, Skipped
-from efftrain.data.shards import ShardWriter, write_metadata
-from efftrain.data.tfds_source import Tfds
+from efftrain.data.sources import tfds as tfds_source
+from efftrain.data.sources.tfds import Tfds
+from efftrain.data.storage.shards import ShardWriter, write_metadata
 from efftrain.errors import CorpusError
 
 FEATURES = tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int64)})
@@ -205,7 +205,7 @@ def test_named_datasets_resolve_and_are_read_without_tensorflow(tmp_path):
         prepare(tmp_path / NAMED[name], name, [[b"one"], [b"two"]], NAMED[name].split("/")[-1])
     script = f"""
 import json, sys
-from efftrain.data.tfds_source import Tfds
+from efftrain.data.sources.tfds import Tfds
 from efftrain.errors import CorpusError
 texts, errors = {{}}, {{}}
 for name in {list(NAMED)}:

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from efftrain.data.encoding import encode_documents
-from efftrain.data.token_bytes import byte_level_lengths
-from efftrain.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_json, train_tokenizer
+from efftrain.data.storage.encoding import encode_documents
+from efftrain.data.storage.token_bytes import byte_level_lengths
+from efftrain.data.storage.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_json, train_tokenizer
 from efftrain.errors import ConfigError, CorpusError
 
 STRANGE = [
@@ -71,7 +71,7 @@ def test_batches_give_what_single_texts_give(tokenizer):
 def test_training_is_the_same_in_every_process():
     """Python's and Rust's hashes are seeded at random in each process; the vocabulary must not depend on them."""
     code = (
-        "from efftrain.data.tokenizer import *; import random; r = random.Random(0);"
+        "from efftrain.data.storage.tokenizer import *; import random; r = random.Random(0);"
         "texts = [' '.join(r.choices(['ab','cd','ef','abab','xyz','efcd'], k=50)) for _ in range(200)];"
         "print(tokenizer_json(train_tokenizer(texts, 300)))"
     )

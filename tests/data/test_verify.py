@@ -7,10 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from efftrain.data.lsh import band_edges, band_hashes, collision_probability, components
-from efftrain.data.minhash import MinHash, document_hashes, signatures
-from efftrain.data.shingles import shingle_set, shingles
-from efftrain.data.verify import Match, containment, jaccard, leaders, screen
+from efftrain.data.dedup.lsh import band_edges, band_hashes, collision_probability, components
+from efftrain.data.dedup.minhash import MinHash, document_hashes, signatures
+from efftrain.data.dedup.shingles import shingle_set, shingles
+from efftrain.data.dedup.verify import Match, containment, jaccard, leaders, screen
 
 CONFIG = MinHash()
 

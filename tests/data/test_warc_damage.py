@@ -6,8 +6,8 @@ import pytest
 import zstandard
 from warc_archives import KINDS, page, places, read, read_parts, record, texts, url
 
-from efftrain.data import sources
 from efftrain.data.documents import UNREADABLE, Document, Skipped
+from efftrain.data.sources import base as sources
 
 TEXTS = texts(9)
 

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 from warc_archives import page, read_parts
 
-from efftrain.data import sources
+from efftrain.data.sources import base as sources
 
 CHINESE = "这是一个用中文写的网页，里面有足够多的文字，可以让人看出它的编码。" * 3
 JAPANESE = "これは日本語で書かれたページです。①から⑨までの番号も使われています。" * 3

@@ -11,9 +11,9 @@ from warc_archives import read_parts, record
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from efftrain.data import sources
 from efftrain.data.documents import Document, Skipped
-from efftrain.data.warc_source import Warc
+from efftrain.data.sources import base as sources
+from efftrain.data.sources.warc.source import Warc
 from efftrain.errors import ConfigError
 
 # warcio, which writes the archives here, does not close its own temporary files.

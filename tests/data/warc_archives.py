@@ -8,7 +8,7 @@ from pathlib import Path
 import zstandard
 
 from efftrain.data.documents import Document, Skipped
-from efftrain.data.warc_source import Warc
+from efftrain.data.sources.warc.source import Warc
 
 KINDS = {
     "warc": lambda record: record,

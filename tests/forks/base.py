@@ -11,9 +11,9 @@ from flax import nnx
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.train.loop import Fitted, Training, fit
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 from efftrain.train.schedules import WarmupStableDecay
 
 

@@ -12,11 +12,11 @@ from efftrain.models.block import Block
 from efftrain.models.components import ResidualConfig
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
-from efftrain.models.routed_depth import MixtureOfDepths
+from efftrain.models.depth.routed_depth import MixtureOfDepths
 from efftrain.train.loop import Fitted, Training, fit
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 from efftrain.train.schedules import WarmupStableDecay
 
 

@@ -20,15 +20,15 @@ from flax import nnx
 
 import efftrain
 from efftrain.config import from_json, to_json
-from efftrain.measure.flops import decode_flops, mean_visible_keys, training_flops
-from efftrain.measure.parameters import abstract_decoder
-from efftrain.models.decode import generate, prefill
+from efftrain.measure.cost.flops import decode_flops, mean_visible_keys, training_flops
+from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import generate, prefill
+from efftrain.models.decoding.self_speculation import SelfSpeculation
+from efftrain.models.depth.routed_depth import causally_routed
 from efftrain.models.moe import MoE
-from efftrain.models.routed_depth import causally_routed
-from efftrain.models.self_speculation import SelfSpeculation
 from efftrain.recipe import import_script
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.metrics.metrics_log import read_metrics
 
 HERE, MOST_LINES = Path(__file__).parent, 25
 FORKS = (

@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec
 
 from efftrain.cli import main
 from efftrain.errors import ConfigError
-from efftrain.measure import aot
-from efftrain.measure.aot_traffic import Traffic
-from efftrain.measure.aot_warnings import loop_warnings, parameter_warnings
-from efftrain.measure.flops import training_flops, training_hardware_flops
+from efftrain.measure.compiled import aot
+from efftrain.measure.compiled.aot_traffic import Traffic
+from efftrain.measure.compiled.aot_warnings import loop_warnings, parameter_warnings
+from efftrain.measure.cost.flops import training_flops, training_hardware_flops
+from efftrain.measure.cost.mesh_estimate import axis_traffic
+from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
 from efftrain.measure.mesh_advisor import mesh_shapes, search
-from efftrain.measure.mesh_estimate import axis_traffic
-from efftrain.measure.parameters import abstract_decoder, count_parameters
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.chips import CHIPS
@@ -27,7 +27,7 @@ from efftrain.sharding.layout import Placed
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.topologies import find_topology
 from efftrain.train.loop import Training
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 
 ROOT = Path(__file__).parents[2]
 MODEL = llama(

@@ -11,9 +11,9 @@ from tiny_runs import OWN_BLOCK, VOCABULARY, with_own_block, write_corpus, write
 import efftrain
 from efftrain import code_identity
 from efftrain.errors import RunError
-from efftrain.measure import calibrate_depth
-from efftrain.measure.calibrate_depth import Calibration, calibrate, read_calibration
-from efftrain.models.routed_depth import MixtureOfDepths
+from efftrain.measure.depth import calibrate_depth
+from efftrain.measure.depth.calibrate_depth import Calibration, calibrate, read_calibration
+from efftrain.models.depth.routed_depth import MixtureOfDepths
 
 ROUTED = replace(PLAIN, depth=MixtureOfDepths(capacity=0.5))
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN, ROUTED), n_repeats=1, max_length=32)

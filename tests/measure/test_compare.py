@@ -10,14 +10,14 @@ import pytest
 
 from efftrain import code_identity
 from efftrain.errors import RunError
-from efftrain.measure.compare import compare as compare_on_test
-from efftrain.measure.compare import equal_quality_flops
-from efftrain.measure.experiment import Experiment
-from efftrain.measure.scorecard import FILE_NAME, Figure, Scorecard, not_measured
+from efftrain.experiment.compare import compare as compare_on_test
+from efftrain.experiment.compare import equal_quality_flops
+from efftrain.experiment.experiment import Experiment
+from efftrain.measure.scorecard.scorecard import FILE_NAME, Figure, Scorecard, not_measured
 from efftrain.models.config import llama
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import Training
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 
 MODEL = llama(vocab_size=32, d_model=8, n_layers=1, n_heads=2, d_ff=8, max_length=8)
 BASE = Experiment(

@@ -13,11 +13,11 @@ from flax import nnx
 from efftrain.config import from_json, to_json
 from efftrain.data.documents import Document, Skipped, Text
 from efftrain.data.rules.base import scoring
-from efftrain.data.score_table import ScoreTable, quantile_limits
-from efftrain.data.tokenizer import train_tokenizer
+from efftrain.data.rules.score_table import ScoreTable, quantile_limits
+from efftrain.data.storage.tokenizer import train_tokenizer
 from efftrain.errors import ConfigError, CorpusError
-from efftrain.measure import document_scores as module
-from efftrain.measure.document_scores import (
+from efftrain.measure.quality import document_scores as module
+from efftrain.measure.quality.document_scores import (
     DocumentScore,
     document_scores,
     pack_windows,

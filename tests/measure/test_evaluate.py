@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from efftrain.errors import ConfigError, CorpusError
-from efftrain.measure import evaluate
-from efftrain.measure.evaluate import Evaluator, byte_digits
+from efftrain.measure.quality import evaluate
+from efftrain.measure.quality.evaluate import Evaluator, byte_digits
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.layout import state_shardings

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tiny_models import PLAIN, build, config, rows, tokens
 
-from efftrain.measure.exit_curves import QUANTILES, RULES, Text, full_choices, measure_exit, tune
-from efftrain.measure.row_documents import with_documents
-from efftrain.models.early_exit import ConfidenceExit, Probe
+from efftrain.measure.depth.exit_curves import QUANTILES, RULES, Text, full_choices, measure_exit, tune
+from efftrain.measure.quality.row_documents import with_documents
+from efftrain.models.depth.early_exit import ConfidenceExit, Probe
 
 
 @pytest.fixture(scope="module")

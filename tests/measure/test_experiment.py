@@ -15,17 +15,17 @@ from efftrain.compress.run import compress
 from efftrain.config import to_json
 from efftrain.data.splits import SplitByPackage
 from efftrain.errors import ConfigError, InUseError, RunError
+from efftrain.experiment import experiment as experiment_module
+from efftrain.experiment.compare import compare
+from efftrain.experiment.experiment import Experiment, train_and_score
 from efftrain.lock import beside
-from efftrain.measure import experiment as experiment_module
-from efftrain.measure.compare import compare
-from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.score import quality_figures
-from efftrain.measure.scorecard import Scorecard
+from efftrain.measure.scorecard.score import quality_figures
+from efftrain.measure.scorecard.scorecard import Scorecard
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.train.loop import Training
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.objective import next_token_loss
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.objectives.objective import next_token_loss
 
 MODEL = llama(vocab_size=280, d_model=8, n_layers=1, n_heads=2, d_ff=8, max_length=64)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efftrain.measure.flops import (
+from efftrain.measure.cost.flops import (
     decode_flops,
     matrix_flops,
     mean_computed_keys,
@@ -17,12 +17,12 @@ from efftrain.measure.flops import (
     training_flops,
     training_hardware_flops,
 )
-from efftrain.measure.parameters import abstract_decoder
+from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.cache import empty_cache
 from efftrain.models.config import Attention, BlockConfig, Dense, MlpConfig, ModelConfig, llama
-from efftrain.models.decode import prefill
+from efftrain.models.decoding.generate import prefill
 from efftrain.models.linear import Embedding, Linear
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 
 BATCH, LENGTH = 2, 256
 ELEMENTWISE = 1.05  # XLA counts norms, softmax and the like too

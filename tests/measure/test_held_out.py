@@ -15,12 +15,12 @@ from efftrain.compress.options import Compression
 from efftrain.compress.run import compress
 from efftrain.data.splits import SplitByPackage
 from efftrain.errors import CorpusError
-from efftrain.measure.compare import Comparison
-from efftrain.measure.evaluate import Evaluator
-from efftrain.measure.experiment import reported
-from efftrain.measure.held_out import choosing, reporting
-from efftrain.measure.score import quality_figures
-from efftrain.measure.scorecard import Scorecard, table
+from efftrain.experiment.compare import Comparison
+from efftrain.experiment.experiment import reported
+from efftrain.measure.quality.evaluate import Evaluator
+from efftrain.measure.quality.held_out import choosing, reporting
+from efftrain.measure.scorecard.score import quality_figures
+from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.decoder import Decoder
 from efftrain.train.loop import Training
 

@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from efftrain.measure.hlo import ProgramText
-from efftrain.measure.replica_groups import first_group, group_axes
+from efftrain.measure.compiled.hlo import ProgramText
+from efftrain.measure.compiled.replica_groups import first_group, group_axes
 
 ROWS, WIDTH, ROUNDS = 16, 32, 7
 

@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure import latency, memory
-from efftrain.measure.latency import Latency, draw, measure_latency
+from efftrain.measure.cost import latency, memory
+from efftrain.measure.cost.latency import Latency, draw, measure_latency
 from efftrain.models.config import llama
-from efftrain.models.decode import generate, prefill
 from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import generate, prefill
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
-from efftrain.measure.parameters import abstract_decoder, cache_bytes_per_token, count_parameters, stored_bytes
+from efftrain.measure.cost.parameters import abstract_decoder, cache_bytes_per_token, count_parameters, stored_bytes
 from efftrain.models.cache import empty_cache
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder

@@ -6,11 +6,11 @@ import pytest
 from flax import nnx
 from scipy.optimize import minimize
 
-from efftrain.data.tokenizer import train_tokenizer
+from efftrain.data.storage.tokenizer import train_tokenizer
 from efftrain.errors import ConfigError
-from efftrain.measure.few_shot import NO_CONTENT, few_shot
-from efftrain.measure.probe import fit_probe, frozen_features, logistic_regression
-from efftrain.measure.task_scores import accuracy, log_softmax
+from efftrain.measure.quality.few_shot import NO_CONTENT, few_shot
+from efftrain.measure.quality.probe import fit_probe, frozen_features, logistic_regression
+from efftrain.measure.quality.task_scores import accuracy, log_softmax
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 

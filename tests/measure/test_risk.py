@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from efftrain.data.packing import row
-from efftrain.measure.risk import documents_needed, last_safe, p_value
-from efftrain.measure.row_documents import after_tuning, count_documents, losses_by_document, with_documents
+from efftrain.data.storage.packing import row
+from efftrain.measure.depth.risk import documents_needed, last_safe, p_value
+from efftrain.measure.quality.row_documents import after_tuning, count_documents, losses_by_document, with_documents
 
 
 @pytest.mark.parametrize(("mean", "n"), [(0.05, 60), (0.2, 40), (0.5, 100)])

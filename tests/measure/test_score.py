@@ -6,10 +6,10 @@ import jax
 import pytest
 from flax import nnx
 
-from efftrain.measure import score as score_module
-from efftrain.measure.flops import training_flops
-from efftrain.measure.score import path_bytes, score
-from efftrain.measure.scorecard import Scorecard
+from efftrain.measure.cost.flops import training_flops
+from efftrain.measure.scorecard import score as score_module
+from efftrain.measure.scorecard.score import path_bytes, score
+from efftrain.measure.scorecard.scorecard import Scorecard
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from efftrain.errors import RunError
-from efftrain.measure.scorecard import Figure, Scorecard, not_measured, show, table
+from efftrain.measure.scorecard.scorecard import Figure, Scorecard, not_measured, show, table
 
 FIGURES = {
     "bpb": Figure(1.41234, "bits/byte", "measured", "held-out rows"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from efftrain.measure.task_scores import (
+from efftrain.measure.quality.task_scores import (
     accuracy,
     calibration_error,
     classification,

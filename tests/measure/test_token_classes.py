@@ -1,4 +1,4 @@
-from efftrain.measure.token_classes import CLASSES, token_classes
+from efftrain.measure.quality.token_classes import CLASSES, token_classes
 
 TEXTS = {
     "special": [""],

@@ -4,8 +4,8 @@ import math
 from collections import Counter
 
 from efftrain import data
-from efftrain.data.encoding import encode_documents
-from efftrain.measure.unigram import unigram_bpb
+from efftrain.data.storage.encoding import encode_documents
+from efftrain.measure.quality.unigram import unigram_bpb
 
 
 def test_it_is_the_cross_entropy_by_counting(tmp_path):

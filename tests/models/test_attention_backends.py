@@ -11,7 +11,7 @@ from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
-from efftrain.models.decode import generate
+from efftrain.models.decoding.generate import generate
 from efftrain.sharding.layout import state_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use

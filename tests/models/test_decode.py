@@ -10,11 +10,11 @@ from flax import nnx
 from numpy_llama import forward
 
 from efftrain.errors import ConfigError
-from efftrain.models import decode
 from efftrain.models.cache import empty_cache
-from efftrain.models.decode import generate, prefill
 from efftrain.models.decoder import Decoder
-from efftrain.models.sampling import Sampling, probabilities, sample
+from efftrain.models.decoding import generate as decode
+from efftrain.models.decoding.generate import generate, prefill
+from efftrain.models.decoding.sampling import Sampling, probabilities, sample
 
 N_NEW = 6
 LENGTHS = np.array([1, 5, 3], np.int32)

@@ -7,7 +7,7 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from efftrain.models.depth import add_metrics, run_layers, stack_layers, unstack
+from efftrain.models.stack import add_metrics, run_layers, stack_layers, unstack
 
 
 class Digit(nnx.Module):

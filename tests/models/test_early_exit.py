@@ -8,8 +8,8 @@ import tiny_models as tiny
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import Cache
-from efftrain.models.decode import generate, generate_report, prefill
-from efftrain.models.early_exit import (
+from efftrain.models.decoding.generate import generate, generate_report, prefill
+from efftrain.models.depth.early_exit import (
     ConfidenceExit,
     Probe,
     advance,
@@ -123,7 +123,7 @@ def test_rows_that_have_ended_hold_nobody_up(model):
 
 
 def test_another_threshold_compiles_nothing(model):
-    from efftrain.models import decode
+    from efftrain.models.decoding import generate as decode
 
     prompts, lengths = tiny.tokens(2, 4), np.array([4, 2])
     generate(model, prompts, lengths, n_new=5, depth=ConfidenceExit(threshold=0.5))

@@ -9,9 +9,9 @@ from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.models.config import LayerDropout
-from efftrain.models.depth import dropout_rates, dropout_strength, mean_kept
+from efftrain.models.stack import dropout_rates, dropout_strength, mean_kept
 from efftrain.ops.cross_entropy import token_nll
-from efftrain.train.objective import EarlyExitLoss, exit_weights, next_token_loss
+from efftrain.train.objectives.objective import EarlyExitLoss, exit_weights, next_token_loss
 
 LENGTH = 12
 BATCH = tiny.rows(tiny.tokens(2, LENGTH + 1))

@@ -11,14 +11,14 @@ import tiny_models as tiny
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure.hlo import ProgramText
+from efftrain.measure.compiled.hlo import ProgramText
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
 from efftrain.sharding.layout import state_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 
 ROWS, LENGTH, VOCAB = 8, 16, 32
 DENSE = llama(vocab_size=VOCAB, d_model=16, n_layers=2, n_heads=4, d_ff=24, max_length=LENGTH)

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
-from efftrain.models.decode import generate
+from efftrain.models.decoding.generate import generate
 from efftrain.ops.cross_entropy import cross_entropy
 from efftrain.sharding.layout import state_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh

@@ -10,13 +10,13 @@ import tiny_models as tiny
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure.flops import matrix_flops
-from efftrain.measure.parameters import abstract_decoder, count_parameters
-from efftrain.models import moe
+from efftrain.measure.cost.flops import matrix_flops
+from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
-from efftrain.train.objective import next_token_loss
+from efftrain.models.moe import layer as moe
+from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.state import init_state, split_model
 from efftrain.train.step import make_step

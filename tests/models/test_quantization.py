@@ -10,13 +10,16 @@ from flax import nnx
 from tiny_models import LOCAL, PLAIN, build, config, rows, tokens
 
 from efftrain.errors import ConfigError
-from efftrain.measure.flops import training_flops
-from efftrain.measure.latency import draw
-from efftrain.measure.parameters import cache_bytes_per_token, count_parameters, stored_bytes
+from efftrain.measure.cost.flops import training_flops
+from efftrain.measure.cost.latency import draw
+from efftrain.measure.cost.parameters import cache_bytes_per_token, count_parameters, stored_bytes
 from efftrain.models.cache import empty_cache
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
-from efftrain.models.decode import generate
 from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import generate
+from efftrain.models.decoding.self_speculation import SelfSpeculation
+from efftrain.models.decoding.unrolled import unrolled
+from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import (
     Packed,
@@ -29,15 +32,12 @@ from efftrain.models.quantization import (
     rule_of,
     store,
 )
-from efftrain.models.routed_depth import MixtureOfDepths, Recursion
-from efftrain.models.self_speculation import SelfSpeculation
-from efftrain.models.unrolled import unrolled
 from efftrain.ops.number_formats import Float8, Integer, Ternary
 from efftrain.ops.quantize import fake_quantize
 from efftrain.sharding.layout import state_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use
-from efftrain.train.objective import SelfDistillation, next_token_loss
+from efftrain.train.objectives.objective import SelfDistillation, next_token_loss
 
 INT8, INT4 = Integer(bits=8), Integer(bits=4, group=4)
 

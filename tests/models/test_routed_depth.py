@@ -10,14 +10,14 @@ import tiny_models as tiny
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure.flops import decode_flops, matrix_flops, training_flops
-from efftrain.measure.parameters import abstract_decoder, cache_bytes_per_token, count_parameters
+from efftrain.measure.cost.flops import decode_flops, matrix_flops, training_flops
+from efftrain.measure.cost.parameters import abstract_decoder, cache_bytes_per_token, count_parameters
 from efftrain.models.config import ModelConfig
-from efftrain.models.decode import generate, generate_report, prefill
-from efftrain.models.depth_router import best, causal_metrics, first
+from efftrain.models.decoding.generate import generate, generate_report, prefill
+from efftrain.models.depth.depth_router import best, causal_metrics, first
+from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion, RoutedDepth, causally_routed
 from efftrain.models.moe import MoE
-from efftrain.models.routed_depth import MixtureOfDepths, Recursion, RoutedDepth, causally_routed
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 
 LENGTH = 12
 
@@ -170,7 +170,7 @@ def test_a_prompt_of_which_more_than_expected_passes_is_computed_in_full():
     tight = tiny.build(config(MixtureOfDepths(capacity=0.25, room=1.2), n_repeats=1, max_length=240))
     tokens, lengths = tiny.tokens(2, 12, seed=5), np.array([12, 3])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efftrain.models.depth_router.Router.predict", lambda self, x: jnp.ones(x.shape[:2]))
+        patch.setattr("efftrain.models.depth.depth_router.Router.predict", lambda self, x: jnp.ones(x.shape[:2]))
         (a, full), (b, found) = (
             jax.jit(lambda t, m=m: prefill(m, t, lengths, slots=14))(tokens) for m in (model, tight)
         )
@@ -193,7 +193,7 @@ def test_a_full_cache_skips_tokens_and_counts_them():
         return jnp.ones(x.shape[:2])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efftrain.models.depth_router.Router.predict", all_pass)
+        patch.setattr("efftrain.models.depth.depth_router.Router.predict", all_pass)
         _, cache = prefill(model, tokens[:, :6], np.array([6, 3]), slots=8)
         assert cache.layers[1].stored_lb.tolist() == [[4, 3]]
         assert cache.layers[1].refused_lb.tolist() == [[2, 0]]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from efftrain.models.depth_router import Router
-from efftrain.models.early_exit import Probe
+from efftrain.models.depth.depth_router import Router
+from efftrain.models.depth.early_exit import Probe
 from efftrain.models.moe import MoE
 
 X_BTD = jnp.zeros((2, 5, 12))

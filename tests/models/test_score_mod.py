@@ -11,8 +11,8 @@ import tiny_models as tiny
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure.flops import training_flops
-from efftrain.measure.parameters import abstract_decoder
+from efftrain.measure.cost.flops import training_flops
+from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.components import MlpConfig, ScoreModConfig
 from efftrain.models.config import Attention
 from efftrain.ops.attention import causal_attention

@@ -13,11 +13,11 @@ from scipy.stats import chi2
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import empty_cache
-from efftrain.models.decode import AllLayers, draw_tokens, generate, generate_report, prefill
+from efftrain.models.decoding.generate import AllLayers, draw_tokens, generate, generate_report, prefill
+from efftrain.models.decoding.sampling import Sampling, probabilities, sample
+from efftrain.models.decoding.self_speculation import SelfSpeculation, accept, extra_slots, speculate
+from efftrain.models.depth.routed_depth import MixtureOfDepths
 from efftrain.models.moe import MoE
-from efftrain.models.routed_depth import MixtureOfDepths
-from efftrain.models.sampling import Sampling, probabilities, sample
-from efftrain.models.self_speculation import SelfSpeculation, accept, extra_slots, speculate
 
 LENGTHS = np.array([1, 5, 3], np.int32)
 N_NEW = 9

@@ -9,13 +9,13 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from efftrain.models import decode
 from efftrain.models.config import Dense
-from efftrain.models.decode import AllLayers, generate
-from efftrain.models.early_exit import ConfidenceExit
-from efftrain.models.routed_depth import MixtureOfDepths
-from efftrain.models.self_speculation import SelfSpeculation
-from efftrain.models.unrolled import unrolled
+from efftrain.models.decoding import generate as decode
+from efftrain.models.decoding.generate import AllLayers, generate
+from efftrain.models.decoding.self_speculation import SelfSpeculation
+from efftrain.models.decoding.unrolled import unrolled
+from efftrain.models.depth.early_exit import ConfidenceExit
+from efftrain.models.depth.routed_depth import MixtureOfDepths
 
 WIDE = replace(tiny.PLAIN, mlp=Dense(d_ff=512))
 ROUTED = replace(WIDE, depth=MixtureOfDepths(capacity=0.5))

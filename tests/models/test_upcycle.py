@@ -12,7 +12,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.config import BlockConfig, Dense
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
-from efftrain.models.upcycle import upcycle
+from efftrain.models.moe.upcycle import upcycle
 
 DENSE = config(pattern=(PLAIN,), n_repeats=4, tied_embedding=False)
 ROUTED = MoE(n_experts=4, top_k=2, d_expert=PLAIN.mlp.d_ff)

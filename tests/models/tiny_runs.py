@@ -11,7 +11,7 @@ from efftrain import data
 from efftrain.config import to_json
 from efftrain.data.splits import SplitByPackage
 from efftrain.models.decoder import Decoder
-from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.state import split_model
 
 LENGTH, VOCABULARY = 16, 280

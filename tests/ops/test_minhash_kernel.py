@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from efftrain.data import minhash as numpy_minhash
+from efftrain.data.dedup import minhash as numpy_minhash
 from efftrain.ops.minhash import minima
 
 

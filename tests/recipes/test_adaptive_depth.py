@@ -14,15 +14,15 @@ import efftrain
 from efftrain import data
 from efftrain.config import from_json
 from efftrain.errors import ConfigError, RunError
-from efftrain.measure.calibrate_depth import Calibrated, read_calibration
-from efftrain.measure.parameters import abstract_decoder, count_parameters
-from efftrain.models.decode import generate
-from efftrain.models.early_exit import ConfidenceExit, exit_states
-from efftrain.models.routed_depth import causally_routed
+from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.depth.calibrate_depth import Calibrated, read_calibration
+from efftrain.models.decoding.generate import generate
+from efftrain.models.depth.early_exit import ConfidenceExit, exit_states
+from efftrain.models.depth.routed_depth import causally_routed
 from efftrain.ops.cross_entropy import token_nll
 from efftrain.recipe import import_script
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.run import read_json
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.run.directory import read_json
 
 ROOT = Path(__file__).parents[2]
 SMALL = (

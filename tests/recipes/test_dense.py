@@ -18,15 +18,15 @@ from texts import build_corpus
 import efftrain
 from efftrain import data
 from efftrain.errors import ConfigError
-from efftrain.measure.evaluate import Evaluator
-from efftrain.measure.experiment import Experiment, train_and_score
-from efftrain.measure.parameters import abstract_decoder, count_parameters
+from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.models.config import llama
 from efftrain.recipe import import_script
 from efftrain.sharding.rules import DEFAULT_RULES
 from efftrain.train.loop import Training
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.objective import next_token_loss
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.objectives.objective import next_token_loss
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24

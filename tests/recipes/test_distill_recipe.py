@@ -12,7 +12,7 @@ from running import compress, logits, run, start
 
 import efftrain
 from efftrain import data
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.metrics.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12

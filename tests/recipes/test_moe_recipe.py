@@ -10,11 +10,11 @@ from running import run
 
 import efftrain
 from efftrain import data
-from efftrain.measure.flops import training_flops
-from efftrain.measure.parameters import abstract_decoder, count_parameters
+from efftrain.measure.cost.flops import training_flops
+from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
 from efftrain.recipe import import_script
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.objective import next_token_loss
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.objectives.objective import next_token_loss
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

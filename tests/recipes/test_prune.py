@@ -13,11 +13,11 @@ import pytest
 from running import compress, logits, run, start
 
 import efftrain
-from efftrain.compress.second_order import DAMPING
-from efftrain.measure.parameters import count_parameters
+from efftrain.compress.layerwise.second_order import DAMPING
+from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.zeros import zeros_share
 from efftrain.recipe import import_script
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.metrics.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20

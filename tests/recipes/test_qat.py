@@ -14,10 +14,10 @@ from flax import nnx
 from running import compress, logits, run, start
 
 import efftrain
-from efftrain.measure.held_out import reporting
+from efftrain.measure.quality.held_out import reporting
 from efftrain.models.quantization import Packed, Quantization
 from efftrain.recipe import import_script
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.metrics.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20

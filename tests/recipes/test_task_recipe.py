@@ -11,13 +11,13 @@ import pytest
 from running import run, start
 
 import efftrain
-from efftrain.compress.task import predict
-from efftrain.compress.task_run import task_loss
-from efftrain.data.task import read_examples, same_text
-from efftrain.data.task_items import TaskIds, questions
-from efftrain.measure.parameters import abstract_decoder, count_parameters
+from efftrain.compress.task.task import predict
+from efftrain.compress.task.task_run import task_loss
+from efftrain.data.tasks.items import TaskIds, questions
+from efftrain.data.tasks.task import read_examples, same_text
+from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
 from efftrain.recipe import import_script
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.metrics.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "recipes" / "task_distill.py")

@@ -15,7 +15,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.sharding.layout import state_shardings
 from efftrain.sharding.mesh import AXES, MeshConfig, make_mesh
 from efftrain.sharding.rules import DEFAULT_RULES, use
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.step import accumulate
 
 ROWS, LENGTH, VOCAB = 16, 32, 64

@@ -10,8 +10,8 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import run_recipe
 from efftrain.train.loop import Training, fit
-from efftrain.train.objective import next_token_loss
-from efftrain.train.run import Run
+from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.run.directory import Run
 
 
 @dataclass(frozen=True, kw_only=True)

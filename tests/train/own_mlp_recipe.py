@@ -14,8 +14,8 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Linear
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import Training, fit
-from efftrain.train.objective import next_token_loss
-from efftrain.train.run import Run
+from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.run.directory import Run
 
 
 class Squared(nnx.Module):

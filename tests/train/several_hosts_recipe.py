@@ -15,15 +15,15 @@ import tiny
 from flax import nnx
 
 from efftrain import data
-from efftrain.compress.distill import Distill, FromTeacher, teacher_run
-from efftrain.measure.evaluate import Evaluator
+from efftrain.compress.distillation.distill import Distill, FromTeacher, teacher_run
+from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import exit_cleanly
 from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.loop import batch_part, fit
-from efftrain.train.objective import next_token_loss
-from efftrain.train.run import Run
+from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.run.directory import Run
 
 STEPS, EVAL_EVERY = 12, 6
 

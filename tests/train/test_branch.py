@@ -13,18 +13,18 @@ from flax import nnx
 from tiny import MODEL, TRAINING, Config, Crash, Walks, walk
 
 import efftrain
-from efftrain.compress.sparsify import hold_zeros
+from efftrain.compress.pruning.sparsify import hold_zeros
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.models.zeros import zeros_share
 from efftrain.ops.number_formats import Integer
 from efftrain.train.branch import branched
-from efftrain.train.checkpoints import Checkpoints
+from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.loop import Fitted, fit
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.objective import next_token_loss
-from efftrain.train.run import Run
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.run.directory import Run
 from efftrain.train.state import split_model
 
 INT4 = Integer(bits=4, group=8)

@@ -12,8 +12,8 @@ from lock_holder import Holder
 
 from efftrain.errors import ConfigError, InUseError, RunError
 from efftrain.lock import beside
-from efftrain.train.checkpoints import Checkpoints
-from efftrain.train.run import Run, load
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.run.directory import Run, load
 
 
 def test_every_kth_checkpoint_stays_beside_the_newest(tmp_path):

@@ -17,13 +17,13 @@ from efftrain.models.config import BlockConfig, Dense
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
-from efftrain.train import fingerprints as fingerprints_module
 from efftrain.train import loop
-from efftrain.train.checkpoints import Checkpoints, flatten
-from efftrain.train.fingerprints import fingerprints
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.checkpoints import fingerprints as fingerprints_module
+from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten
+from efftrain.train.checkpoints.fingerprints import fingerprints
+from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.optimizers import with_clipping
-from efftrain.train.run import Run, load
+from efftrain.train.run.directory import Run, load
 from efftrain.train.state import init_state
 
 # Late callbacks of tensorstore, which a run keeps from its user; pytest sees them before.

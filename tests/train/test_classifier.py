@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from efftrain.data.classify import NgramClassifier, ngram_features, read_weights
 from efftrain.data.documents import Text
+from efftrain.data.rules.classifier import NgramClassifier, ngram_features, read_weights
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.train import classifier
 from efftrain.train.classifier import ClassifierTraining, auc, fit_logistic, logistic_loss, sample, train_classifier

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.metrics.metrics_log import read_metrics
 
 RECIPE = Path(__file__).with_name("evaluated_recipe.py")
 

@@ -12,11 +12,11 @@ from flax import nnx
 from test_run import hashes
 
 from efftrain.errors import ConfigError, RunError
-from efftrain.train.checkpoints import Checkpoints
-from efftrain.train.metrics_log import MetricsLog, read_metrics
-from efftrain.train.objective import next_token_loss
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.metrics.metrics_log import MetricsLog, read_metrics
+from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import load
+from efftrain.train.run.directory import load
 
 
 def test_metrics_have_a_row_for_each_step_in_order(unbroken):

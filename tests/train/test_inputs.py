@@ -14,7 +14,7 @@ import efftrain
 from efftrain.recipe import import_script
 from efftrain.train.inputs import content, input_contents, model_digest
 from efftrain.train.loop import Training
-from efftrain.train.run import load
+from efftrain.train.run.directory import load
 
 BLOCK = """
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from efftrain.train.metrics_log import MetricsLog, read_metrics
+from efftrain.train.metrics.metrics_log import MetricsLog, read_metrics
 
 N_ROWS = 20
 

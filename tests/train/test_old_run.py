@@ -16,8 +16,8 @@ from flax import nnx
 
 import efftrain
 from efftrain.config import from_json
-from efftrain.models.decode import generate
-from efftrain.train.metrics_log import read_metrics
+from efftrain.models.decoding.generate import generate
+from efftrain.train.metrics.metrics_log import read_metrics
 
 OLD = Path(__file__).with_name("run_of_4f30595")
 PACKAGE = Path(efftrain.__file__).parent
@@ -70,7 +70,7 @@ def test_it_opens_where_its_classes_have_moved(old, tmp_path):
         module.with_suffix(".py").rename((tmp_path / "moved" / after.replace(".", "/")).with_suffix(".py"))
     program = """
 import sys, numpy as np, tiny, efftrain, efftrain.models.shapes
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 model, run = efftrain.load(sys.argv[1]), sys.argv[1]
 assert type(model.config).__module__ == "efftrain.models.shapes"
 np.testing.assert_allclose(

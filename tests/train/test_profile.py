@@ -12,10 +12,10 @@ import tiny
 
 from efftrain.errors import ConfigError
 from efftrain.train.loop import Training
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.profile import parse_steps
-from efftrain.train.run import load
-from efftrain.train.run_identity import FIGURES
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.metrics.profile import parse_steps
+from efftrain.train.run.directory import load
+from efftrain.train.run.identity import FIGURES
 
 
 def events(run: Path) -> list[dict]:

@@ -11,12 +11,12 @@ import tiny
 from tensorboardX.proto.event_pb2 import Event
 
 from efftrain.errors import RunError
-from efftrain.train import timing as timing_module
-from efftrain.train.checkpoints import Checkpoints
-from efftrain.train.metrics_log import MetricsLog, read_metrics
-from efftrain.train.recorder import Recorder
-from efftrain.train.run import Run
-from efftrain.train.timing import Timing
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.metrics import timing as timing_module
+from efftrain.train.metrics.metrics_log import MetricsLog, read_metrics
+from efftrain.train.metrics.recorder import Recorder
+from efftrain.train.metrics.timing import Timing
+from efftrain.train.run.directory import Run
 
 
 class OnDevice:

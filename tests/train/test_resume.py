@@ -17,9 +17,9 @@ from killable_recipe import STEPS
 
 from efftrain.errors import RunError
 from efftrain.train import loop
-from efftrain.train.interruption import Interruption
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.run import load
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.run.directory import load
+from efftrain.train.supervision.interruption import Interruption
 
 RECIPE = Path(__file__).with_name("killable_recipe.py")
 

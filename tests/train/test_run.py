@@ -17,8 +17,8 @@ import tiny
 import efftrain
 from efftrain.errors import RunError
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train import run as run_module
-from efftrain.train.run import Run, git_commit, load, load_model_config
+from efftrain.train.run import directory as run_module
+from efftrain.train.run.directory import Run, git_commit, load, load_model_config
 
 OWN_MLP = Path(__file__).with_name("own_mlp_recipe.py")
 
@@ -182,7 +182,7 @@ def test_load_and_evaluation_use_the_averaged_parameters(tmp_path):
     tiny.assert_same_parameters(model, fitted.model)
     for name, want in evaluated[-1].items():
         np.testing.assert_array_equal(tiny.parameters(model)[name], want)
-    from efftrain.train.checkpoints import Checkpoints
+    from efftrain.train.checkpoints.checkpoints import Checkpoints
 
     flat = {f"{part}/head/kernel": jax.ShapeDtypeStruct((16, tiny.VOCAB), jnp.float32) for part in ("params", "ema")}
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:

@@ -14,8 +14,8 @@ from efftrain.errors import RunError
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.train.loop import fit
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.run import Run, load_model_config
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.run.directory import Run, load_model_config
 
 SCRIPT = """
 import sys
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.train.loop import Training
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 
 @dataclass(frozen=True, kw_only=True)
 class Odd(Dense):
@@ -61,7 +61,7 @@ def loss(model, batch, key):
 
 TINY = Path(tiny.__file__).read_text()
 LOSSES = """
-from efftrain.train.objective import next_token_loss
+from efftrain.train.objectives.objective import next_token_loss
 
 def loss(model, batch, key):
     loss, count, metrics = next_token_loss(model, batch, key)

@@ -13,8 +13,8 @@ from lock_holder import Holder
 from test_run import hashes
 
 from efftrain.errors import InUseError
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.run import Run, load
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.run.directory import Run, load
 
 RECIPE = Path(__file__).with_name("killable_recipe.py")
 

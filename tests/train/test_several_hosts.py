@@ -15,7 +15,7 @@ import tiny
 from several_hosts_recipe import EVAL_EVERY, STEPS
 
 from efftrain import data
-from efftrain.train.metrics_log import read_metrics
+from efftrain.train.metrics.metrics_log import read_metrics
 
 RECIPE = Path(__file__).with_name("several_hosts_recipe.py")
 N_DEVICES = 8

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from efftrain.errors import RunError
-from efftrain.measure.score import path_bytes
-from efftrain.train.checkpoints import Checkpoints
-from efftrain.train.sparse_storage import expand, sparse_bytes, squeeze, stored_names
+from efftrain.measure.scorecard.score import path_bytes
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.checkpoints.sparse_storage import expand, sparse_bytes, squeeze, stored_names
 
 RNG = np.random.default_rng(0)
 

@@ -6,8 +6,8 @@ import tiny
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use
-from efftrain.train.checkpoints import Checkpoints, flatten
-from efftrain.train.objective import next_token_loss
+from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten
+from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.program import make_program
 
 MODEL = tiny.MODEL.replace(vocab_size=4096, d_model=64)  # an embedding of 1 MiB, larger than all that is replicated

@@ -13,16 +13,16 @@ import tiny
 
 from efftrain.errors import ConfigError
 from efftrain.train.loop import Fitted
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.run import load
-from efftrain.train.supervise import supervise
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.run.directory import load
+from efftrain.train.supervision.supervise import supervise
 
 RECIPE = Path(__file__).with_name("supervised_recipe.py")
 STEPS = tiny.TRAINING.steps
 CALL = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it, and passes that on
-from efftrain.train.supervise import supervise
+from efftrain.train.supervision.supervise import supervise
 raise SystemExit(supervise(sys.argv[2:], max_restarts=int(sys.argv[1]), first_pause_s=0.01))
 """
 
@@ -142,7 +142,7 @@ def test_success_and_a_mistake_are_not_repeated(tmp_path, code):
 
 
 def test_pauses_grow(monkeypatch, capsys):
-    from efftrain.train import supervise as module
+    from efftrain.train.supervision import supervise as module
 
     pauses = []
     monkeypatch.setattr(module._Child, "pause", lambda self, seconds: pauses.append(seconds))

@@ -8,10 +8,10 @@ from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import DEFAULT_RULES
-from efftrain.train.checkpoints import Checkpoints
-from efftrain.train.run import load_variables
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.objectives.teacher import Teacher
+from efftrain.train.run.directory import load_variables
 from efftrain.train.state import split_model
-from efftrain.train.teacher import Teacher
 
 MODEL = llama(vocab_size=64, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, max_length=16)
 

@@ -12,10 +12,10 @@ import tiny
 
 from efftrain.errors import ConfigError
 from efftrain.sharding import hosts
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.supervise import PROGRESS_FILE
-from efftrain.train.timing import Standing, Timing
-from efftrain.train.watchdog import EXIT_HUNG, Watchdog
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.metrics.timing import Standing, Timing
+from efftrain.train.supervision.supervise import PROGRESS_FILE
+from efftrain.train.supervision.watchdog import EXIT_HUNG, Watchdog
 
 QUICK = Watchdog(factor=1.5, min_s=1.0)
 PATIENCE_S = 120.0  # a bound for what should happen within a second
@@ -116,7 +116,7 @@ HANG = """
 import sys, time
 from pathlib import Path
 import tiny
-from efftrain.train.watchdog import Watchdog
+from efftrain.train.supervision.watchdog import Watchdog
 
 class Hang(tiny.Walks):
     def __next__(self):

@@ -14,12 +14,12 @@ from flax import nnx
 
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
-from efftrain.train.checkpoints import flatten
+from efftrain.train.checkpoints.checkpoints import flatten
 from efftrain.train.loop import Fitted, Training, fit
-from efftrain.train.metrics_log import read_metrics
-from efftrain.train.objective import next_token_loss
+from efftrain.train.metrics.metrics_log import read_metrics
+from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 
 VOCAB, ROWS, LENGTH = 52, 8, 8
 ATTENTION = Attention(n_heads=4, n_kv_heads=4, d_head=4, n_blocks=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import tiny
 
 from efftrain.progress import console
-from efftrain.train.run import Run
+from efftrain.train.run.directory import Run
 
 FOLDER = Path(sys.argv[1])
 

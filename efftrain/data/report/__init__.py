@@ -12,7 +12,7 @@ from efftrain.data.report.alarms import alarms
 from efftrain.data.report.figures import RECALL_STEP, collision_curve, expected_recall, score_histogram
 from efftrain.data.report.scores import Histogram, histograms, intervals, number
 from efftrain.data.report.tables import REMOVED, LargestClusters, RandomRows, batches, count_removed, total, visible
-from efftrain.data.store import read_manifest
+from efftrain.data.storage.store import read_manifest
 from efftrain.errors import ConfigError
 
 REJECTS = 20  # shown of each rule

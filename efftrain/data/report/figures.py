@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from efftrain.data.lsh import collision_probability
+from efftrain.data.dedup.lsh import collision_probability
 from efftrain.data.report.scores import Histogram, number
 
 RECALL_STEP = 0.05  # ``canary.check_recall`` counts a pair under its similarity rounded down to this

@@ -1,0 +1,239 @@
+"""Distillation: a student learns a teacher's distributions, by the objective of an ordinary run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.compress.distillation.features import Features, feature_loss, with_helpers
+from efftrain.compress.distillation.on_policy import OnPolicy
+from efftrain.errors import ConfigError
+from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, training_flops
+from efftrain.measure.cost.parameters import abstract_decoder
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.models.depth.routed_depth import routes_causally
+from efftrain.ops.divergence import distillation_loss, kept_distillation_loss
+from efftrain.sharding import hosts
+from efftrain.sharding.rules import shard_count
+from efftrain.train.objectives.objective import Batch, Metrics, Objective, auxiliary_loss, next_token_loss
+from efftrain.train.objectives.teacher import Teacher
+from efftrain.train.run.directory import (
+    check_model,
+    checkpoint_directory,
+    load_model_config,
+    load_variables,
+    model_config,
+    read_json,
+)
+from efftrain.train.run.tokenizers import check_tokenizer
+from efftrain.train.schedules import Ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """What a student learns from its teacher.
+
+    Attributes:
+      alpha: of the teacher's distributions; the rest is the text's.
+      temperature: at which both distributions are compared.
+      beta: 0: forward KL, which covers all that the teacher says; 1: reverse KL, which keeps to what it is sure of;
+        between: generalised Jensen-Shannon.
+      features: what is learned from inside of the teacher. None: nothing, which is best unless layers were cut.
+      on_policy: the student's own answers. None: the text alone.
+    """
+
+    alpha: Ramp = field(default_factory=lambda: Ramp(start=1.0))
+    temperature: Ramp = field(default_factory=lambda: Ramp(start=1.0))
+    beta: float = 0.0
+    features: Features | None = None
+    on_policy: OnPolicy | None = None
+
+    def __post_init__(self):
+        for value in (self.alpha.start, self.alpha.end):
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"distill.alpha is {value}; it is a share, give a number from 0 to 1")
+        for value in (self.temperature.start, self.temperature.end):
+            if value is not None and not value > 0:
+                raise ConfigError(f"distill.temperature is {value}; give a positive number")
+        if self.on_policy is not None and self.alpha != Ramp(start=1.0):
+            raise ConfigError(
+                "distill.alpha gives weight to the text, and answers of on_policy are none; leave it at 1"
+            )
+        if not 0 <= self.beta <= 1:
+            raise ConfigError(f"distill.beta is {self.beta}; give 0 for forward KL, 1 for reverse KL, or between")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromTeacher:
+    """The objective of a student whose teacher reads each batch too.
+
+    Attributes:
+      how: what is learned.
+      teacher: of the student's vocabulary; see ``check_vocabulary``.
+    """
+
+    how: Distill
+    teacher: Teacher
+
+    def at(self, teacher: Decoder | None, progress: Array) -> Objective:
+        return partial(self._loss, teacher, progress)
+
+    def _loss(
+        self, teacher: Decoder, progress: Array, model: Decoder, batch: Batch, key: Array | None
+    ) -> tuple[Array, Array, Metrics]:
+        """As ``next_token_loss``: the metric ``loss`` is the text's cross entropy, ``loss/teacher`` the forward KL."""
+        if key is None:
+            return next_token_loss(model, batch, key)
+        how, configs = self.how, (model.config, teacher.config)
+        if (length := batch["tokens"].shape[1]) > teacher.config.max_length:
+            raise ConfigError(f"rows have {length} tokens and the teacher reads {teacher.config.max_length}; cut them")
+        is_text = True
+        if how.on_policy is not None:
+            own, key = jax.random.split(key)
+            batch, answered = how.on_policy(model, batch, own)
+            is_text = ~answered
+        student_e, teacher_e = how.features.layers_read(*configs) if how.features else (None, None)
+        inputs = {"segments_bt": batch["segments"], "positions_bt": batch["positions"]}
+        t_btd, t_ebtd, _ = teacher.states(batch["tokens"], exits_e=_array(teacher_e), **inputs)
+        t_btd = jax.lax.stop_gradient(teacher.norm(t_btd))
+        x_btd, x_ebtd, metrics = model.states(batch["tokens"], exits_e=_array(student_e), key=key, **inputs)
+        loss, nll, divergence = distillation_loss(
+            model.norm(x_btd),
+            model.head_kernel(),
+            batch["targets"],
+            batch["mask"],
+            t_btd,
+            teacher.head_kernel(),
+            alpha=how.alpha.at(progress),
+            temperature=how.temperature.at(progress),
+            beta=how.beta,
+            shards=shard_count("batch", "length"),
+        )
+        count = batch["mask"].sum(dtype=jnp.float32)
+        figures = {"loss": (nll * is_text, count * is_text), "loss/teacher": (divergence, count)}
+        if how.features is not None:
+            far = feature_loss(
+                how.features, model, teacher, _in_order(x_ebtd, student_e), _in_order(t_ebtd, teacher_e), batch
+            )
+            loss += how.features.weight.at(progress) * far
+            figures["loss/features"] = (far, count)
+        extra, metrics = auxiliary_loss(metrics, batch)
+        return loss + extra, count, figures | metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromCache:
+    """The objective of a student whose batches have what a cache keeps of the teacher (``efftrain teacher``).
+
+    Attributes:
+      how: what is learned; a cache knows neither temperatures nor features, and no text of the student's own.
+      tail: see ``ops.divergence.kept_divergence``.
+    """
+
+    how: Distill
+    tail: bool
+    teacher: None = None
+
+    def __post_init__(self):
+        plain = Distill(alpha=self.how.alpha)
+        for name in ("temperature", "beta", "features", "on_policy"):
+            if getattr(self.how, name) != getattr(plain, name):
+                raise ConfigError(f"distill.{name} needs the teacher itself and not its cache; leave it, or the cache")
+
+    def at(self, teacher: None, progress: Array) -> Objective:
+        return partial(self._loss, progress)
+
+    def _loss(self, progress: Array, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        """As ``next_token_loss``, with ``loss/teacher``: see ``ops.divergence.kept_divergence``."""
+        if key is None:
+            return next_token_loss(model, batch, key)
+        hidden_btd, metrics = model.hidden(
+            batch["tokens"], segments_bt=batch["segments"], positions_bt=batch["positions"], key=key
+        )
+        loss, nll, divergence = kept_distillation_loss(
+            hidden_btd,
+            model.head_kernel(),
+            batch["targets"],
+            batch["mask"],
+            batch["teacher_ids"],
+            batch["teacher_probs"],
+            tail=self.tail,
+            alpha=self.how.alpha.at(progress),
+            shards=shard_count("batch", "length"),
+        )
+        count = batch["mask"].sum(dtype=jnp.float32)
+        extra, metrics = auxiliary_loss(metrics, batch)
+        return loss + extra, count, {"loss": (nll, count), "loss/teacher": (divergence, count)} | metrics
+
+
+def distilled(
+    build: Callable[[nnx.Rngs], Decoder], student: ModelConfig, how: Distill, teacher: Teacher
+) -> tuple[Callable[[nnx.Rngs], Decoder], FromTeacher]:
+    """What ``fit`` takes: the student, with what is trained beside it, and the objective.
+
+    Raises:
+      ConfigError: the vocabularies differ, the features do not fit, or the teacher predicts no next token.
+    """
+    check_vocabulary(student, teacher.config)
+    if not routes_causally(teacher.abstract_model()):
+        raise ConfigError(
+            "the teacher chooses tokens by looking ahead, so that it predicts no next token; train one with causal "
+            "'predictor' or 'auxiliary'"
+        )
+    if how.features is not None:
+        how.features.layers_read(student, teacher.config)
+    return with_helpers(build, how.features, teacher.config), FromTeacher(how=how, teacher=teacher)
+
+
+def teacher_run(run: Path, corpus: Path, *, dtype: str | None = None) -> Teacher:
+    """The model of a run as a teacher of text of a corpus; of several processes the first one reads the directory.
+
+    Raises:
+      ConfigError: the run was trained with another tokenizer.
+      RunError: there is no such run.
+    """
+    with hosts.together():
+        if hosts.process_index() == 0:
+            load_model_config(run)
+            check_tokenizer(run, corpus)
+    if hosts.process_count() == 1:  # of several, all read it together, when the run starts
+        check_model(run)
+    settings = hosts.from_first(lambda: read_json(run / "config.json"))
+    places = checkpoint_directory(run, settings)
+    return Teacher(config=model_config(run, settings), restore=partial(load_variables, places), dtype=dtype)
+
+
+def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises ConfigError where two models have not equally many entries."""
+    if student.vocab_size != teacher.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {student.vocab_size} and the teacher's {teacher.vocab_size}; entries that only fill "
+            "up count too, so give the student as many"
+        )
+
+
+def forward_flops(model: ModelConfig, length: int) -> float:
+    """Of a forward pass, for a token of a row of ``length``."""
+    return training_flops(abstract_decoder(model), length) / FORWARD_AND_BACKWARD
+
+
+def extra_flops(how: Distill, student: ModelConfig, teacher: ModelConfig, length: int) -> float:
+    """For a token of a row, beside the student's pass: the teacher's, and the drawing of answers."""
+    own = how.on_policy.share * forward_flops(student, length) if how.on_policy else 0.0
+    return forward_flops(teacher, length) + own
+
+
+def _array(layers: list[int] | None) -> Array | None:
+    return None if layers is None else jnp.asarray(sorted(set(layers)))
+
+
+def _in_order(x_ebtd: Array, layers: list[int]) -> Array:
+    """Streams in the order of ``layers``, which may name one twice, from those of ``_array``."""
+    places = sorted(set(layers))
+    return jnp.stack([x_ebtd[places.index(layer)] for layer in layers])

@@ -1,0 +1,114 @@
+"""Rows that the student goes on with itself, for its teacher to judge: it learns from its own mistakes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.errors import ConfigError
+from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import AllLayers, draw_tokens, read_prompts
+from efftrain.models.decoding.sampling import Sampling
+from efftrain.models.decoding.unrolled import unrolled
+from efftrain.ops.platform import conditional
+from efftrain.sharding.rules import constrain, shard_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy:
+    """In some steps the student answers the prompts of the batch itself, and both models score its answers.
+
+    No gradient goes through the drawing. A student that has learned nothing yet draws nonsense: train it on data
+    first.
+
+    Attributes:
+      share: probability that a step does so; the other steps take the batch as it is.
+      n_new: tokens of an answer.
+      prompt: tokens of a prompt, the first ones of each row, for text without answers; documents in it are read as one.
+        None: what stands before the
+        first target that counts, as in instruction data; rows whose prompt leaves no room for an answer do not count.
+      temperature: of the drawing. 1 and all tokens: other choices bias what is learned.
+      end_token: ends an answer, and counts. None: nothing does.
+
+    Source: Agarwal et al. 2024 (GKD), algorithm 1; Gu et al. 2024 (MiniLLM) without its policy gradient.
+    """
+
+    share: float = 0.5
+    n_new: int = 64
+    prompt: int | None = None
+    temperature: float = 1.0
+    end_token: int | None = 0
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"on_policy.share is {self.share}; give a number above 0 and up to 1")
+        if self.n_new < 1 or (self.prompt is not None and self.prompt < 1):
+            raise ConfigError(f"on_policy.n_new is {self.n_new} and prompt {self.prompt}; give at least 1")
+        if not self.temperature > 0:
+            raise ConfigError(f"on_policy.temperature is {self.temperature}; give a positive number")
+
+    def __call__(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> tuple[dict[str, Array], Array]:
+        """The batch of this step, as it is or with answers of the model; and whether it has these, () bool."""
+        choose, draw = jax.random.split(key)
+        given = {name: batch[name] for name in ("tokens", "targets", "segments", "positions", "mask")}
+        wanted = jax.random.uniform(choose) < self.share
+        return conditional(wanted, lambda b: self.answered(model, b, draw), lambda b: b, given), wanted
+
+    def answered(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
+        """The prompts of a batch with answers of the model, one segment a row.
+
+        Raises:
+          ConfigError: rows are too short for a prompt and an answer.
+        """
+        if shard_count("length") > 1:
+            raise ConfigError("on_policy draws answers whole; set training.mesh.context to 1")
+        tokens_bt, mask_bt = batch["tokens"], batch["mask"]
+        length = tokens_bt.shape[1]
+        longest = length - self.n_new if self.prompt is None else self.prompt
+        if longest < 1 or longest + self.n_new > length:
+            raise ConfigError(
+                f"on_policy needs {longest if self.prompt else 1} + {self.n_new} tokens and rows have {length}; lower "
+                "n_new or lengthen the rows"
+            )
+        lengths_b, asked_b = jnp.full(len(tokens_bt), longest), mask_bt.any(1)
+        if self.prompt is None:  # the token before the first target that counts ends the prompt
+            lengths_b = jnp.argmax(mask_bt, axis=1) + 1
+            asked_b &= lengths_b <= longest
+            lengths_b = jnp.minimum(lengths_b, longest)
+        drawn_bn = jax.lax.stop_gradient(self._draw(model, tokens_bt[:, :longest], lengths_b, key))
+
+        place_t, ends_b = jnp.arange(length), lengths_b + self.n_new
+        if self.end_token is not None:
+            ended_bn = drawn_bn == self.end_token
+            n_b = jnp.where(ended_bn.any(1), jnp.argmax(ended_bn, axis=1) + 1, self.n_new)
+            ends_b = lengths_b + n_b
+        number_bt = jnp.clip(place_t - lengths_b[:, None], 0, self.n_new - 1)
+        answer_bt = jnp.take_along_axis(drawn_bn, number_bt, axis=1)
+        tokens = jnp.where(place_t < lengths_b[:, None], tokens_bt, answer_bt)
+        tokens = jnp.where(place_t < ends_b[:, None], tokens, 0)
+        inside_bt = place_t < ends_b[:, None]
+        targets = jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
+        counts_bt = (place_t >= lengths_b[:, None] - 1) & (place_t < ends_b[:, None] - 1)
+        found: dict[str, Any] = {
+            "tokens": tokens,
+            "targets": targets,
+            "segments": inside_bt,
+            "positions": jnp.broadcast_to(place_t, tokens.shape),
+            "mask": counts_bt & asked_b[:, None],
+        }
+        return {name: value.astype(batch[name].dtype) for name, value in found.items()}
+
+    def _draw(self, model: Decoder, prompts_bp: Array, lengths_b: Array, key: Array) -> Array:
+        """(batch, n_new) tokens. All of them, as an early end would make the loop's length depend on the rows."""
+        graph, state = nnx.split(unrolled(model))
+        state = jax.tree.map(jax.lax.stop_gradient, state)
+        prompts_bp = constrain(prompts_bp, "batch", None)
+        sampling = Sampling(temperature=self.temperature)
+        first_b, cache = read_prompts(graph, state, prompts_bp, lengths_b, key, self.n_new, sampling)
+        return draw_tokens(
+            graph, state, first_b, cache, key, self.n_new, sampling, AllLayers(), None, 0.0, None, None
+        )[0]  # fmt: skip

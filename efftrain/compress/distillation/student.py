@@ -1,0 +1,74 @@
+"""A student that begins with parts of its teacher."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flax import nnx
+
+from efftrain.compress.layerwise.observe import Calibration
+from efftrain.compress.layerwise.pieces import Pieces, assemble
+from efftrain.compress.structured.cut import slim
+from efftrain.compress.structured.importance import importance
+from efftrain.compress.structured.shape import Shape, shaped
+from efftrain.errors import ConfigError
+from efftrain.models.config import Dense, ModelConfig
+from efftrain.models.decoder import Decoder
+
+
+def spread_layers(n_student: int, n_teacher: int) -> tuple[int, ...]:
+    """Layers of a teacher at equal distances, the last one among them: of 6, 3 are 1, 3, 5."""
+    if not 1 <= n_student <= n_teacher:
+        raise ConfigError(f"model.n_layers is {n_student} and the teacher has {n_teacher}; give the student no more")
+    return tuple(-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student))
+
+
+def from_layers(teacher: Pieces, layers: Sequence[int]) -> Decoder:
+    """Some layers of a model, with its embedding, last norm and head.
+
+    Source: Sanh et al. 2019 (DistilBERT), section 2: this mattered more than the loss.
+
+    Args:
+      teacher: stays as it is.
+      layers: which, ascending.
+    """
+    shape = replace(Shape.of(teacher.config), n_layers=len(layers))
+    config = shaped(teacher.config, shape, layers)
+    return assemble(config, teacher.outer, [nnx.state(teacher.layers[i]) for i in layers])
+
+
+def cut_from(teacher: Pieces, student: ModelConfig, calibration: Calibration) -> Decoder:
+    """What is most important of a teacher, in the shape of a student.
+
+    Raises:
+      ConfigError: the student has what cannot be cut out of this teacher.
+    """
+    model, _ = slim(teacher, shape_within(student, teacher.config), importance(teacher, calibration))
+    if not same_parameters(model.config, student):
+        raise ConfigError(
+            "model is not of a shape that can be cut out of its teacher (the same vocabulary, head size and kinds of "
+            "layers, and equal layers); start it at random"
+        )
+    return model
+
+
+def same_parameters(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two configurations differ at most in how they are computed."""
+    how = {name: getattr(other, name) for name in ("dtype", "scan", "remat", "max_length")}
+    return one.replace(**how) == other
+
+
+def shape_within(student: ModelConfig, teacher: ModelConfig) -> Shape:
+    """The shape that makes the first layer of a teacher that of a student."""
+    s, t = student.layers[0], teacher.layers[0]
+    several = t.attention.n_kv_heads > 1  # of one KV head, query heads are cut
+    heads = [a.n_kv_heads if several else a.n_heads for a in (s.attention, t.attention)]
+    both_dense = isinstance(s.mlp, Dense) and isinstance(t.mlp, Dense)
+    if type(s.mlp) is not type(t.mlp):
+        raise ConfigError("model and its teacher have other kinds of feed-forward layers; start it at random")
+    return Shape(
+        d_model=student.d_model,
+        ffn=s.mlp.d_ff / t.mlp.d_ff if both_dense else 1.0,
+        heads=heads[0] / heads[1],
+        experts=1.0 if both_dense else s.mlp.n_experts / t.mlp.n_experts,
+        n_layers=student.n_layers,
+    )

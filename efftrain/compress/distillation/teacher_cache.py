@@ -1,0 +1,311 @@
+"""``efftrain teacher``: a frozen teacher's predictions for a corpus, kept on disk for the training of students.
+
+The format is that of ``data.teacher_cache``; the loader reads it together with the rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import efftrain
+from efftrain import data
+from efftrain.code_identity import code_identity
+from efftrain.data.storage import store
+from efftrain.data.storage.packing import padding
+from efftrain.data.storage.teacher_cache import (
+    CachePlan,
+    TeacherCache,
+    describe,
+    encode_sampled,
+    encode_top_k,
+    read_manifest,
+    write_shard,
+)
+from efftrain.errors import ConfigError, CorpusError
+from efftrain.measure.kept import other_origin
+from efftrain.models.config import ModelConfig
+from efftrain.models.depth.routed_depth import causally_routed, routes_causally
+from efftrain.ops.head_loss import choose_chunks, over_chunks
+from efftrain.progress import Progress, console
+from efftrain.sharding.hosts import Hosts
+from efftrain.train.inputs import model_digest
+from efftrain.train.run.directory import load_model_config, newest_step, read_json
+from efftrain.train.run.tokenizers import check_tokenizer
+
+ROOMS = ("compress/teacher_cache", "data", "models", "ops")  # that decide what is kept
+READ = ("tokens", "segments", "positions")  # of a row, by the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What is kept of a teacher's predictions, and for which rows.
+
+    Attributes:
+      top_k: so many of the largest probabilities of each position. None: ``samples``.
+      samples: so many draws from each distribution. None: ``top_k``.
+      rows: the first so many of the split. None: all.
+      split: of the corpus.
+      length: tokens of a row. None: as the run was trained.
+      batch_size: rows that the teacher reads at once.
+      seed: of the draws.
+    """
+
+    top_k: int | None = 64
+    samples: int | None = None
+    rows: int | None = None
+    split: str = "train"
+    length: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.top_k is None) == (self.samples is None):
+            raise ConfigError(
+                f"--top-k is {self.top_k} and --samples is {self.samples}; give one of them, the other is None"
+            )
+        for name in ("top_k", "samples", "rows", "length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1")
+
+    @property
+    def name(self) -> str:
+        """Of the cache, behind that of the run."""
+        words = [f"top{self.top_k}" if self.top_k else f"sampled{self.samples}"]
+        words += [f"rows{self.rows}" if self.rows else "", self.split if self.split != "train" else ""]
+        words += [f"length{self.length}" if self.length else "", f"seed{self.seed}" if self.seed else ""]
+        return "-".join(w for w in words if w)
+
+
+def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None, out: Path | None = None) -> Path:
+    """Keeps what a run's model predicts at every position of the first rows of a corpus, and prints what that takes.
+
+    The folder appears when it is whole. When interrupted, the same command continues; draws depend on the seed and on
+    the row alone, so that it ends with the same records. Where the cache is there already, made by the same code,
+    nothing is done. An unfinished one of other code is begun again. Whoever reads a cache does not ask for its code:
+    it is what the teacher of its time said.
+
+    Args:
+      run: the directory of the teacher's run; also of a converted model.
+      options: what is kept.
+      corpus: which the students will be trained on. None: that of the run.
+      out: the folder. None: the run's, with the options in its name.
+
+    Returns:
+      The folder.
+
+    Raises:
+      EfftrainError: run, corpus and options do not fit, or ``out`` holds something else.
+    """
+    if (Hosts.from_environment().processes or 1) > 1:
+        raise ConfigError("a teacher's predictions are kept by one process; unset EFFTRAIN_PROCESSES and start one")
+    run = Path(run).resolve()
+    config, settings = load_model_config(run), read_json(run / "config.json")
+    opened, rows = _open_rows(run, config, settings, options, corpus)
+    out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
+    model = efftrain.load(run)
+    if not routes_causally(model):
+        raise ConfigError(
+            f"the model of {run} chooses tokens by looking ahead, so that it predicts no next token and cannot teach; "
+            "train it with causal 'predictor' or 'auxiliary'"
+        )
+    plan, code = _plan(model, opened, rows, options), code_identity(config, rooms=ROOMS)
+    if _is_there(out, plan, code):
+        console.print(f"{out} is there already, of the same teacher, rows and options; nothing to do", markup=False)
+        return out
+    predict = _predictor(causally_routed(model), plan)
+    n_tokens = min(plan.rows * plan.length, opened.n_tokens(plan.split))
+    with store.building(out, {"plan": asdict(plan), "made_by_code": code}) as folder:
+        _write_shards(folder, plan, rows, predict, options.batch_size)
+        content = describe(plan, folder, n_tokens=n_tokens)
+        made_by = {"run": run.name, "step": newest_step(run, settings), "code": code}
+        store.write_manifest(folder, content | {"made_by": made_by})
+    console.print(
+        f"{out}: {n_tokens:,} tokens, {content['bytes_per_token']} bytes a token, {content['bytes'] / 1e6:,.1f} MB",
+        markup=False,
+    )
+    return out
+
+
+@partial(jax.jit, static_argnames=("graph", "vocab_size", "k"))
+def largest(
+    graph: nnx.GraphDef, state: nnx.State, rows: dict[str, Array], *, vocab_size: int, k: int
+) -> tuple[Array, Array]:
+    """The k most probable next tokens at each position, first the most probable.
+
+    Args:
+      graph, state: of the decoder.
+      rows: tokens, segments, positions: (batch, length) int32.
+      vocab_size: only the first so many entries of the vocabulary are there, the others are padding.
+      k: how many.
+
+    Returns:
+      (batch, length, k) int32 tokens, and float16 logarithms of their probabilities.
+    """
+
+    def pick(logits_btv: Array) -> tuple[Array, Array]:
+        top_btk, ids_btk = jax.lax.top_k(logits_btv, k)
+        log_probs_btk = top_btk - jax.nn.logsumexp(logits_btv, axis=-1, keepdims=True)
+        return ids_btk, log_probs_btk.astype(jnp.float16)
+
+    return _over_logits(pick, nnx.merge(graph, state), rows, (), vocab_size)
+
+
+@partial(jax.jit, static_argnames=("graph", "vocab_size", "n"))
+def draw(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    rows: dict[str, Array],
+    numbers_b: Array,
+    seed: Array,
+    *,
+    vocab_size: int,
+    n: int,
+) -> Array:
+    """Tokens drawn at each position, with replacement, from the teacher's distribution at temperature 1.
+
+    Args:
+      graph, state, rows, vocab_size: see ``largest``.
+      numbers_b: (batch,) of the rows: with the seed they alone decide the random numbers.
+      seed: () uint32.
+      n: draws of a position.
+
+    Returns:
+      (batch, length, n) int32 tokens, in no order.
+
+    Source: Anshumann et al. 2025 (Sparse Logit Sampling), importance sampling with the distribution itself as proposal.
+    """
+    keys_b = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers_b)
+    shape = rows["tokens"].shape[1], n
+    uniform_btn = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys_b)
+
+    def invert(logits_btv: Array, uniform_btn: Array) -> Array:
+        """The token in whose part of the cumulative distribution each number lies."""
+        sums_btv = jnp.cumsum(jax.nn.softmax(logits_btv), axis=-1)
+        places_btn = uniform_btn * sums_btv[..., -1:]  # the sum of all is 1 but for rounding
+        search = partial(jnp.searchsorted, side="right")  # what has no probability is skipped
+        return jnp.minimum(jax.vmap(jax.vmap(search))(sums_btv, places_btn), vocab_size - 1)
+
+    return _over_logits(invert, nnx.merge(graph, state), rows, (uniform_btn,), vocab_size)
+
+
+def _over_logits(
+    step: Callable[..., Any], model: nnx.Module, rows: dict[str, Array], more: tuple[Array, ...], vocab_size: int
+) -> Any:
+    """``step`` on the logits of all positions, and on more arrays, in chunks: all logits never exist."""
+    x_btd, _ = model.hidden(rows["tokens"], segments_bt=rows["segments"], positions_bt=rows["positions"])
+    batch, length, _ = x_btd.shape
+
+    def chunk(carry: None, arrays: tuple[Array, ...]) -> tuple[None, Any]:
+        x, *rest = arrays
+        return carry, step(model.logits(x)[..., :vocab_size], *rest)
+
+    n_chunks = choose_chunks(length, batch * length * model.config.vocab_size)
+    return over_chunks(chunk, None, (x_btd, *more), n_chunks)[1]
+
+
+Rows = Sequence[dict[str, np.ndarray]]
+Predict = Callable[[dict[str, np.ndarray], np.ndarray], Any]  # starts the device, and does not wait for it
+
+
+def _predictor(model: nnx.Module, plan: CachePlan) -> Predict:
+    graph, state = nnx.split(model)
+    if plan.kind == "top_k":
+        return lambda rows, _: largest(graph, state, rows, vocab_size=plan.vocab_size, k=plan.n)
+    seed = np.uint32(plan.seed)
+    return lambda rows, numbers: draw(graph, state, rows, numbers, seed, vocab_size=plan.vocab_size, n=plan.n)
+
+
+def _write_shards(folder: Path, plan: CachePlan, rows: "data.PackedRows", predict: Predict, batch_size: int) -> None:
+    """Those that an interrupted build has not written."""
+    missing = [(folder / name, numbers) for name, numbers in plan.shards() if not (folder / name).exists()]
+    done = plan.rows - sum(len(numbers) for _, numbers in missing)
+    with Progress("Asking the teacher", plan.rows, unit="rows", initial=done) as progress:
+        for path, numbers in missing:
+            write_shard(path, _records(plan, rows, numbers, predict, batch_size, progress))
+
+
+def _records(
+    plan: CachePlan, rows: "data.PackedRows", numbers: range, predict: Predict, batch_size: int, progress: Progress
+) -> Iterator[bytes]:
+    filling, pending = padding(plan.length), None
+    for start in range(numbers.start, numbers.stop, batch_size):
+        real = [rows[number] for number in range(start, min(start + batch_size, numbers.stop))]
+        filled = real + [filling] * (batch_size - len(real))  # one shape, one compilation
+        batch = {name: np.stack([row[name] for row in filled]) for name in READ}
+        asked = real, predict(batch, np.arange(start, start + batch_size, dtype=np.uint32))
+        if pending is not None:  # one batch late: the device works on this one meanwhile
+            yield from _encoded(plan, *pending)
+            progress.advance(len(pending[0]))
+        pending = asked
+    yield from _encoded(plan, *pending)
+    progress.advance(len(pending[0]))
+
+
+def _encoded(plan: CachePlan, rows: Rows, answer: Any) -> Iterator[bytes]:
+    if plan.kind == "top_k":
+        ids_btk, log_probs_btk = map(np.asarray, answer)
+        for row, ids_tk, log_probs_tk in zip(rows, ids_btk, log_probs_btk, strict=False):  # padding is behind
+            yield encode_top_k(plan, row, ids_tk, log_probs_tk)
+    else:
+        for row, draws_tn in zip(rows, np.asarray(answer), strict=False):
+            yield encode_sampled(plan, row, draws_tn)
+
+
+def _open_rows(
+    run: Path, config: ModelConfig, settings: dict[str, Any], options: CacheOptions, corpus: Path | None
+) -> tuple["data.Corpus", "data.PackedRows"]:
+    """What the model reads, as the loader cuts it."""
+    if corpus is None and not settings.get("corpus"):
+        raise ConfigError(f"the configuration of {run} names no corpus; give one with --corpus")
+    length = options.length or settings["training"]["length"]
+    if length > config.max_length:
+        raise ConfigError(f"--length is {length} and model.max_length of {run} is {config.max_length}; give no more")
+    opened = data.open(corpus or settings["corpus"])
+    opened.check_model(config.vocab_size)
+    check_tokenizer(run, opened.path)
+    rows = data.PackedRows(opened, options.split, length)
+    if options.rows is not None and options.rows > len(rows):
+        raise ConfigError(
+            f"--rows is {options.rows} and split {options.split!r} of {opened.path} has {len(rows)} rows of {length} "
+            "tokens; give fewer, or leave it out for all"
+        )
+    return opened, rows
+
+
+def _plan(model: nnx.Module, corpus: "data.Corpus", rows: "data.PackedRows", options: CacheOptions) -> CachePlan:
+    return CachePlan(
+        kind="top_k" if options.top_k else "sampled",
+        n=options.top_k or options.samples,
+        seed=None if options.top_k else options.seed,
+        vocab_size=corpus.vocab_size,
+        teacher=model_digest(model),
+        corpus=corpus.token_fingerprint,
+        tokenizer=corpus.manifest["files"]["tokenizer.json"]["blake2b"],
+        split=options.split,
+        length=len(rows[0]["tokens"]),
+        rows=options.rows or len(rows),
+    )
+
+
+def _is_there(out: Path, plan: CachePlan, code: dict[str, str]) -> bool:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / store.MANIFEST).is_file():
+        raise CorpusError(f"{out} exists and is not a teacher cache; choose another --out")
+    manifest = read_manifest(out)
+    before = manifest.get("plan", {}) | {"code": manifest.get("made_by", {}).get("code")}
+    if reason := other_origin(before, asdict(plan) | {"code": code}):
+        raise CorpusError(f"{out} was made with {reason}; choose another --out, or delete it")
+    TeacherCache.open(out)
+    return True

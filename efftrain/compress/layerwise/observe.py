@@ -1,0 +1,239 @@
+"""What the layers of a model read on calibration text, and what they make of it; padding counts nowhere."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from efftrain.errors import ConfigError
+from efftrain.models.attention import SelfAttention
+from efftrain.models.linear import Linear
+from efftrain.models.mlp import SwiGLU
+from efftrain.models.moe.layer import RoutedExperts
+
+ROWS = 8  # that a layer computes at once
+
+
+@dataclass(frozen=True)
+class CalibrationSize:
+    """From how much text statistics are.
+
+    Attributes:
+      rows: with at least one token.
+      rows_asked: how many were asked for; None where nobody did.
+      tokens: without padding.
+    """
+
+    rows: int
+    rows_asked: int | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows of text as a model reads them in training: (rows, length) int32 each; segment 0 is padding.
+
+    Attributes:
+      tokens, segments, positions: see ``data.packing.row``.
+      rows_asked: how many rows were asked for, where that is known; for reports.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    rows_asked: int | None = None
+
+    def __post_init__(self):
+        if self.tokens.ndim != 2 or not len(self.tokens) or not (self.segments > 0).any():
+            raise ConfigError("the calibration text is shorter than one row; give a corpus with more text")
+
+    def batches(self) -> list[slice]:
+        return [slice(start, start + ROWS) for start in range(0, len(self.tokens), ROWS)]
+
+    @property
+    def size(self) -> CalibrationSize:
+        """How much text this is."""
+        valid = np.asarray(self.segments) > 0
+        return CalibrationSize(int(valid.any(1).sum()), self.rows_asked, int(valid.sum()))
+
+
+class Tap:
+    """Stands in the place of a module that maps each token, and keeps what it reads and gives, with zero for padding.
+
+    What follows reads these zeros too, so that experts add nothing for padding.
+    """
+
+    def __init__(self, holder: nnx.Module, name: str, valid_bt: Array):
+        self.module, self.valid_bt1 = getattr(holder, name), valid_bt[..., None]
+        setattr(holder, name, self)
+
+    def __call__(self, x_btd: Array) -> Array:
+        self.read_btd = jnp.where(self.valid_bt1, x_btd, 0)
+        self.given_btd = jnp.where(self.valid_bt1, self.module(x_btd), 0)
+        return self.given_btd
+
+
+class _Product:
+    """Stands in the place of a ``Linear`` and adds up a statistic of the inputs that are no padding."""
+
+    def __init__(self, linear: Linear, path: str, statistic: Callable[[Array], Array], valid_bt: Array):
+        self.linear, self.path, self.statistic, self.valid_bt = linear, path, statistic, valid_bt
+        self.total: Array | float = 0.0
+
+    def __call__(self, x: Array) -> Array:
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        valid_n = self.valid_bt.reshape(-1)
+        if len(flat) != len(valid_n):
+            raise ConfigError(
+                f"{self.path} reads {len(flat)} vectors for {len(valid_n)} tokens, so that padding cannot be left out; "
+                "use a method that reads no calibration text (nearest, magnitude)"
+            )
+        self.total += self.statistic(jnp.where(valid_n[:, None], flat, 0))
+        return self.linear(x)
+
+
+def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """The layer's output (rows, length, d_model) for its input, some rows at a time."""
+    graph, state = nnx.split(layer)
+    out_ntd = np.empty_like(x_ntd)
+    for rows in calibration.batches():
+        out_ntd[rows] = _compute(graph, state, x_ntd[rows], calibration.positions[rows], calibration.segments[rows])
+    return out_ntd
+
+
+def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dict[str, Array]:
+    """For each dense product of a plain block, by its path in it, the sum of ``x x^T`` over the calibration's tokens.
+
+    Products that see the same input share one array.
+
+    Args:
+      layer: stays as it is.
+      x_ntd: what it reads, (rows, length, d_model).
+      calibration: of these rows; padding is left out.
+
+    Returns:
+      (d_in, d_in) float32 each.
+    """
+    return _input_sums(_gram, layer, x_ntd, calibration)
+
+
+def magnitudes(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dict[str, Array]:
+    """As ``grams``, the sum of ``|x|``, (d_in,) float32 each."""
+    return _input_sums(_magnitude, layer, x_ntd, calibration)
+
+
+def idle_experts(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> tuple[int, ...]:
+    """Numbers of the experts of a plain block that no token of the calibration reached; arguments as of ``grams``."""
+    if not isinstance(layer.mlp, RoutedExperts):
+        return ()
+    (graph, state), total_e = nnx.split(layer), 0.0
+    for rows in calibration.batches():
+        found_e = _saliency(graph, state, x_ntd[rows], calibration.positions[rows], calibration.segments[rows])
+        total_e += np.asarray(found_e, np.float64)
+    return idle(total_e)
+
+
+def unreached(numbers: tuple[int, ...]) -> str:
+    """The end of a sentence about a matrix of experts, of which no token reached some."""
+    return f"; no token of the calibration reached the experts {', '.join(map(str, numbers))}" if numbers else ""
+
+
+def idle(saliency_e: np.ndarray) -> tuple[int, ...]:
+    """Numbers of the experts whose gates times outputs sum to nothing."""
+    return tuple(np.flatnonzero(np.asarray(saliency_e) == 0).tolist())
+
+
+def keep_saliency(experts: RoutedExperts) -> None:
+    """Makes experts add gate x output norm to their statistics, see ``MoE.saliency``."""
+    config = experts.config
+    dispatch = "auto" if config.dispatch == "reference" else config.dispatch  # it has no saliency
+    experts.config = replace(config, saliency=True, dispatch=dispatch)
+
+
+def _gram(x_nd: Array) -> Array:
+    return jnp.matmul(x_nd.T, x_nd, precision="highest")
+
+
+def _magnitude(x_nd: Array) -> Array:
+    return jnp.abs(x_nd).sum(0)
+
+
+def _input_sums(
+    statistic: Callable[[Array], Array], layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration
+) -> dict[str, Array]:
+    graph, state = nnx.split(layer)
+    leader = _same_input(layer)
+    sums = {}
+    for path, linear in nnx.iter_modules(layer):
+        if isinstance(linear, Linear) and path not in leader:
+            shape = jax.eval_shape(statistic, jax.ShapeDtypeStruct((1, linear.kernel.shape[-2]), jnp.float32)).shape
+            sums[_name(path)] = jnp.zeros(shape, jnp.float32)
+    for rows in calibration.batches():
+        where = calibration.positions[rows], calibration.segments[rows]
+        sums = _add_inputs(graph, statistic, sums, state, x_ntd[rows], *where)
+    return sums | {_name(path): sums[_name(first)] for path, first in leader.items()}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def _same_input(layer: nnx.Module) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """Paths of products that see what another one sees, and the path of that one."""
+    found = {}
+    for path, module in nnx.iter_modules(layer):
+        if isinstance(module, SelfAttention):
+            found |= {(*path, name): (*path, "query") for name in ("key", "value")}
+        elif isinstance(module, SwiGLU):
+            found[*path, "up"] = (*path, "gate")
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def _compute(graph: nnx.GraphDef, state: nnx.State, x_btd: Array, positions_bt: Array, segments_bt: Array) -> Array:
+    return nnx.merge(graph, state)(x_btd, positions_bt, segments_bt)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _add_inputs(graph, statistic, sums, state, x_btd, positions_bt, segments_bt) -> dict[str, Array]:
+    layer, valid_bt = nnx.merge(graph, state), segments_bt > 0
+    products = []
+    for holder_path, holder in list(nnx.iter_modules(layer)):
+        for name, linear in list(vars(holder).items()):
+            path = _name((*holder_path, name))
+            if isinstance(linear, Linear) and path in sums:
+                products.append(_Product(linear, path, statistic, valid_bt))
+                setattr(holder, name, products[-1])
+    layer(x_btd, positions_bt, segments_bt)
+    return {product.path: sums[product.path] + product.total for product in products}
+
+
+@partial(jax.jit, static_argnums=0)
+def _saliency(graph, state, x_btd, positions_bt, segments_bt) -> Array:
+    layer = nnx.merge(graph, state)
+    Tap(layer, "mlp_norm", segments_bt > 0)
+    keep_saliency(layer.mlp)
+    return layer(x_btd, positions_bt, segments_bt)[1]["statistics"]["saliency"]
+
+
+def inputs_of(outer: nnx.Module, calibration: Calibration) -> np.ndarray:
+    """What the first layer reads: embedded tokens (rows, length, d_model)."""
+    return np.asarray(outer.embedding(jnp.asarray(calibration.tokens)))
+
+
+def relative_error(change_df: Array, weight_df: Array, gram_dd: Array) -> float:
+    """The root of the mean squared change of a product's output over that of the output."""
+
+    def energy(a_df: Array) -> Array:
+        return (jnp.matmul(gram_dd, a_df, precision="highest") * a_df).sum()
+
+    return float(jnp.sqrt(energy(change_df) / jnp.maximum(energy(weight_df), 1e-30)))
+
+
+Grams = Mapping[str, Array]

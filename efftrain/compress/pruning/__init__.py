@@ -1,0 +1,4 @@
+"""Pruning: at once, layer by layer, or during training with masks in an optax wrapper.
+
+It may import ``compress.layerwise``.
+"""

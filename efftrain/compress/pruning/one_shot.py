@@ -1,0 +1,169 @@
+"""A trained model pruned at once, layer by layer: by size, by size and inputs (Wanda), or made up for (SparseGPT)."""
+
+import re
+from dataclasses import replace
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.compress.layerwise.observe import Calibration, grams, idle_experts, relative_error, unreached
+from efftrain.compress.layerwise.pieces import Pieces, abstract_variables, assemble
+from efftrain.compress.layerwise.second_order import damped, sparse_gpt
+from efftrain.compress.quantization.convert import Converted, Report, stored_bytes
+from efftrain.errors import ConfigError
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.models.moe.layer import RoutedExperts
+from efftrain.models.quantization import Packed, Quantization, give_rules, matrices, rule_of, store
+from efftrain.ops.masks import Blocks, Structure, Unstructured, count_zeros, keep_highest, kept_units
+from efftrain.ops.number_formats import format_name
+from efftrain.ops.quantize import quantize, step_of, stored_scale
+from efftrain.train.checkpoints.sparse_storage import sparse_bytes
+
+PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
+
+
+def prune(
+    pieces: Pieces,
+    structure: Structure,
+    *,
+    method: PruneMethod = "sparsegpt",
+    calibration: Calibration | None = None,
+    quantization: Quantization | None = None,
+    layers: str = "blocks/.*",
+) -> tuple[Decoder, Report]:
+    """Makes weights zero, layer by layer, each by its inputs behind the layers that are pruned already.
+
+    What is not a dense product of a plain block (experts) is pruned by magnitude. Embedding, head, norms and routers
+    stay.
+
+    Args:
+      pieces: of a float model; its layers are gone afterwards.
+      structure: which patterns of zeros, and how many.
+      method: "magnitude": the smallest of a matrix go. "wanda": of each output those of smallest size times the norm
+        of their input (Sun et al. 2024, equation 1). "sparsegpt": see ``second_order.sparse_gpt``.
+      calibration: text, for these two.
+      quantization: "sparsegpt" alone: what stays is rounded in the same pass, and stored so.
+      layers: a regular expression for the names of matrices, such as ``blocks/.*/mlp/.*``.
+
+    Returns:
+      The new model, of the same configuration but for the quantisation, and what was done to each matrix.
+
+    Raises:
+      ConfigError: the model is stored quantised; the structure does not divide a matrix; there is no calibration.
+    """
+    if method not in get_args(PruneMethod):
+        raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(PruneMethod))}")
+    if pieces.config.quantization.stored:
+        raise ConfigError("the model is quantised already; prune the one it was made from")
+    if method != "magnitude" and calibration is None:
+        raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
+    if quantization is not None and method != "sparsegpt":
+        raise ConfigError("only sparsegpt prunes and quantises in one pass; use it, or do one after the other")
+    if method == "sparsegpt" and isinstance(structure, Blocks):
+        raise ConfigError("sparsegpt does not prune blocks; use magnitude or wanda")
+    config = pieces.config
+    _check(config, structure, layers)
+    if quantization is not None:
+        config = config.replace(quantization=replace(quantization, stored=True))
+        _check_rules(config)
+
+    rows, states, all_idle = [], [], {}
+    n_positions = len(config.pattern)
+    text = None if method == "magnitude" else calibration
+    for number, layer, inputs in pieces.walk("prune", text):
+        place = f"blocks/{number % n_positions}/"
+        if quantization is not None:
+            give_rules(layer, quantization, place)
+        found = {} if inputs is None else grams(layer, *inputs)
+        idle = () if inputs is None else idle_experts(layer, *inputs)
+        if idle:
+            all_idle[f"blocks/{number}/mlp"] = idle
+        for name, module, attribute in list(matrices(layer)):
+            gram = found.pop(name, None)
+            how = method if gram is not None else "magnitude"
+            chosen = bool(re.fullmatch(layers, place + name))
+            rule = rule_of(getattr(module, attribute)) if quantization is not None else None
+            format = rule.weights if rule is not None else None
+            row = _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, gram, chosen)
+            experts = isinstance(module, RoutedExperts) and row.method != "none"
+            rows.append(replace(row, why=row.why + unreached(idle)) if experts else row)
+            del gram
+        states.append(nnx.state(layer))
+    return assemble(config, pieces.outer, states), Report(tuple(rows), None if text is None else text.size, all_idle)
+
+
+def mask_by_magnitude(w: Array, structure: Structure) -> Array:
+    """bool like w (..., d, f): of every matrix the largest stay."""
+    w_ldf = jnp.abs(w).reshape(-1, *w.shape[-2:])
+    scores_lgu = structure.group(w_ldf)
+    keep_lgu = keep_highest(scores_lgu, kept_units(structure, scores_lgu.shape[-1]))
+    return structure.ungroup(keep_lgu, w_ldf.shape).reshape(w.shape)
+
+
+def mask_by_inputs(w_df: Array, gram_dd: Array, structure: Structure) -> Array:
+    """(d, f) bool: of every output those stay whose size times the norm of their input is largest (Wanda)."""
+    scores_df = jnp.abs(w_df) * jnp.sqrt(jnp.diag(gram_dd))[:, None]
+    if isinstance(structure, Unstructured):
+        return keep_highest(scores_df.T, kept_units(structure, len(w_df))).T
+    return mask_by_magnitude(scores_df, structure)
+
+
+def _check(config: ModelConfig, structure: Structure, layers: str) -> None:
+    found = {name: (m, a) for name, m, a in matrices(abstract_variables(config)) if name.startswith("blocks/")}
+    chosen = {name: getattr(*where) for name, where in found.items() if re.fullmatch(layers, name)}
+    if not chosen:
+        raise ConfigError(f"--layers is {layers!r}, which matches no matrix; they are {', '.join(sorted(found)[:8])}")
+    for name, variable in chosen.items():
+        structure.check(name, *variable.shape[-2:])
+
+
+def _check_rules(config: ModelConfig) -> None:
+    for rule in config.quantization.rules:
+        if rule.learned_step:
+            raise ConfigError("the run has learned its steps, for a dense model; prune the float run it began as")
+    for name, module, attribute in matrices(abstract_variables(config)):
+        if not name.startswith("blocks/") and isinstance(getattr(module, attribute), Packed):
+            raise ConfigError(f"with --sparsity only blocks are quantised, and not {name}; use --layers 'blocks/.*'")
+
+
+def _prune(name, module, attribute, structure, format, how: str, asked: str, gram: Array | None, chosen) -> Converted:
+    variable = getattr(module, attribute)
+    before, damping = variable[...], None
+    if not chosen:
+        after, how, why = before, "none", "--layers does not match it"
+    elif how == "sparsegpt":
+        after, damping = sparse_gpt(before, gram, structure, format)
+        why = damped(damping)
+    else:
+        mask = mask_by_inputs(before, gram, structure) if how == "wanda" else mask_by_magnitude(before, structure)
+        after, why = (
+            jnp.where(mask, before, 0),
+            "" if how == asked else f"{asked} is for dense products of plain blocks",
+        )
+    n_bytes = variable.size * variable.dtype.itemsize
+    if format is None:
+        variable[...] = after
+        bytes_after = min(sparse_bytes(after), n_bytes)
+    else:
+        value = quantize(after, format, scale=stored_scale(step_of(before, format), format))
+        after = value.dequantize()
+        store(module, attribute, value)
+        bytes_after = stored_bytes(value)
+    change = after - before
+    weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
+    output_error = None if gram is None else relative_error(change, before, gram)
+    return Converted(
+        name,
+        str(before.dtype) if format is None else format_name(format),
+        how,
+        why,
+        n_bytes,
+        bytes_after,
+        weight_error,
+        output_error,
+        count_zeros(after) / after.size,
+        damping,
+    )

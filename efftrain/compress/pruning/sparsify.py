@@ -1,0 +1,346 @@
+"""Sparse training as an optax wrapper: score x schedule x structure x distribution, each a small piece of its own.
+
+The optimizer's state holds the masks, eight to a byte. Its updates take pruned weights exactly to zero, so that plain
+``optax.apply_updates`` is all that a training step needs. Zeros make a model smaller on disk, and not faster: JAX has
+no sparse products on its accelerators.
+
+Learned from jaxpruner (Lee et al. 2023), which changes the parameters in a hook behind the update.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from efftrain.compress.pruning.sparsity_schedules import (
+    Constant,
+    Distribution,
+    Global,
+    Gradual,
+    Iterative,
+    OneShot,
+    Schedule,
+    Shape,
+    Uniform,
+)
+from efftrain.compress.pruning.sparsity_state import Mask, SparsifyState, is_variable, matrix_name, may_be_pruned
+from efftrain.errors import ConfigError
+from efftrain.ops.joint_ranking import keep_highest_together
+from efftrain.ops.masks import (
+    NofM,
+    Structure,
+    Unstructured,
+    keep_highest,
+    kept_units,
+    kept_units_together,
+    pack_bits,
+    unpack_bits,
+)
+from efftrain.ops.platform import conditional
+from efftrain.train.loop import Training
+from efftrain.train.schedules import WarmupStableDecay
+
+Arrays = dict[str, Array]  # by the names of matrices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude:
+    """``|w|``.
+
+    Attributes:
+      straight_through: weights that are pruned go on being trained, by the gradient at the masked weights, and may
+        come back; costs a second copy of the weights. The best of jaxpruner's in a language model; in ours masks
+        flicker as long as the learning rate is high, and it is worse (``recipes/prune.py``).
+    """
+
+    straight_through: bool = False
+
+    def of(self, w: Array, g: Array) -> Array:
+        return jnp.abs(w)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saliency:
+    """``|w g|``, what the loss would lose to first order, by the gradient of the step. Molchanov et al. 2017."""
+
+    def of(self, w: Array, g: Array) -> Array:
+        return jnp.abs(w * g)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regrow:
+    """Sparse from the start: each update drops the smallest weights and grows others in their place, from zero.
+
+    Attributes:
+      by: where the gradient is largest (RigL, Evci et al. 2020), or at random (SET, Mocanu et al. 2018).
+      exchanged: share of the weights in the first update; falls to 0 with half a cosine.
+    """
+
+    by: Literal["gradient", "random"] = "gradient"
+    exchanged: float = 0.3
+
+    def __post_init__(self):
+        if not 0 < self.exchanged < 1:
+            raise ConfigError(f"regrow.exchanged is {self.exchanged}; give a share between 0 and 1")
+
+    def of(self, w: Array, g: Array) -> Array:
+        return jnp.abs(w)
+
+    def growth(self, g: Array, key: Array) -> Array:
+        return jnp.abs(g) if self.by == "gradient" else jax.random.uniform(key, g.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeros:
+    """What is zero stays zero: to train a model that was pruned, with any optimizer."""
+
+
+Score = Magnitude | Saliency | Regrow | Zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """What of a model is pruned while it is trained.
+
+    Attributes:
+      layers: a regular expression for the names of matrices, such as ``blocks/.*/mlp/.*``; see ``QuantizationRule``.
+        Embedding, head, norms and routers are never pruned.
+    """
+
+    structure: Structure = field(default_factory=Unstructured)
+    schedule: Schedule = field(default_factory=Gradual)
+    score: Score = field(default_factory=Magnitude)
+    distribution: Distribution = field(default_factory=Uniform)
+    layers: str = "blocks/.*"
+
+    def __post_init__(self):
+        if isinstance(self.structure, NofM) and not isinstance(self.distribution, Uniform):
+            raise ConfigError("sparsity n:m is the same in every matrix; use the distribution Uniform")
+        if isinstance(self.score, Regrow) != isinstance(self.schedule, Constant):
+            raise ConfigError("the score Regrow and the schedule Constant are for each other; use both or neither")
+        if isinstance(self.score, Regrow) and isinstance(self.distribution, Global):
+            raise ConfigError("Regrow exchanges weights within a matrix; use the distribution Uniform or ErdosRenyi")
+        if isinstance(self.schedule, Iterative):
+            if self.schedule.sparsity != self.structure.sparsity:
+                raise ConfigError(
+                    f"iterative.sparsity is {self.schedule.sparsity} and that of the structure "
+                    f"{self.structure.sparsity}; give the same to both"
+                )
+            if self.schedule.rewind and self._straight_through:
+                raise ConfigError("iterative.rewind and magnitude.straight_through do not fit; use one of them")
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise ConfigError(f"sparsity.layers {self.layers!r} is no regular expression ({error})") from error
+
+    @property
+    def _straight_through(self) -> bool:
+        return isinstance(self.score, Magnitude) and self.score.straight_through
+
+    def around(self, training: Training) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
+        """What ``fit`` puts around its optimizer.
+
+        Raises:
+          ConfigError: masks would change while the learning rate decays, or behind the last step.
+        """
+        decay = training.schedule.decay if isinstance(training.schedule, WarmupStableDecay) else 0.0
+        if self.schedule.end > 1 - decay:
+            raise ConfigError(
+                f"pruning ends at {self.schedule.end} of the steps and the learning rate decays from {1 - decay:g} on; "
+                "end pruning before, so that weights can make up for it"
+            )
+        if round(self.schedule.end * training.steps) >= training.steps:
+            raise ConfigError(f"pruning ends at {self.schedule.end} of the steps, behind the last one; end it before")
+        return lambda inner: sparsify(inner, self, training.steps)
+
+
+def hold_zeros() -> Sparsity:
+    """For a model that was pruned: what is zero at the start stays zero."""
+    return Sparsity(schedule=OneShot(at=0.0), score=Zeros())
+
+
+def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: int) -> optax.GradientTransformation:
+    """An optimizer that prunes: exactly so many weights of each matrix stay, and the others are exactly zero.
+
+    Its state works on any mesh that the parameters work on. Where the score is not straight-through, pruned weights
+    have no gradient, not in a global norm either, and their moments fade.
+
+    Args:
+      inner: over NNX states whose matrices are ``Matrix`` variables.
+      sparsity: what is pruned.
+      n_steps: of the run, of which schedules say shares.
+
+    Raises:
+      ConfigError: (from ``init``) no matrix has such a name, or the structure does not divide one.
+    """
+
+    def init(params: Any) -> SparsifyState:
+        found = _prunable(params, sparsity)
+
+        def ones(variable: nnx.Variable) -> Mask:
+            axis, shape = _packed_axis(variable), list(variable.shape)
+            shape[axis] = -(-shape[axis] // 8)
+            axes, units = _with(_axes(variable), axis, None), _with(variable.get_metadata()["units"], axis, shape[axis])
+            return Mask(jnp.full(shape, 255, jnp.uint8), axes=axes, units=units, packed=axis)
+
+        kept = {}
+        if sparsity._straight_through or _rewinds(sparsity):
+            kept = {name: variable.replace(jnp.zeros_like(variable[...])) for name, variable in found.items()}
+        masks = {name: ones(variable) for name, variable in found.items()}
+        return SparsifyState(inner.init(params), masks, jnp.zeros((), jnp.int32), jnp.ones((), bool), kept)
+
+    def update(gradients: Any, state: SparsifyState, params: Any = None) -> tuple[Any, SparsifyState]:
+        if params is None:
+            raise ValueError("sparsify needs the parameters: optimizer.update(gradients, state, params)")
+        g, w = (_arrays(_prunable(tree, sparsity)) for tree in (gradients, params))
+        shapes = {name: a.shape for name, a in w.items()}
+        kept = {name: variable[...] for name, variable in state.kept.items()}
+        if kept:  # a run may start from a model that came after ``init``
+            starts = state.fresh
+            if _rewinds(sparsity):
+                starts |= state.count == round(sparsity.schedule.start * n_steps)
+            kept = {name: jnp.where(starts, w[name], kept[name]) for name in kept}
+        latent = kept if sparsity._straight_through else w
+
+        packed = _arrays(state.masks)
+        axes = {name: mask.get_metadata()["packed"] for name, mask in state.masks.items()}
+        due = sparsity.schedule.due(state.count, n_steps)
+        due |= state.fresh & (sparsity.schedule.share(state.count, n_steps) > 0)  # a run may begin behind a step
+
+        def renewed(latent: Arrays, g: Arrays, packed: Arrays) -> Arrays:
+            masks = _unpack(packed, shapes, axes)
+            masks = new_masks(sparsity, n_steps, latent, g, masks, state.count)
+            return {name: pack_bits(mask, axes[name]) for name, mask in masks.items()}
+
+        packed = conditional(due, renewed, lambda latent, g, packed: packed, latent, g, packed)
+        masks = _unpack(packed, shapes, axes)
+
+        if sparsity._straight_through:
+            updates, inner_state = inner.update(gradients, state.inner, _replaced(params, latent, sparsity))
+            kept = {name: latent[name] + u for name, u in _arrays(_prunable(updates, sparsity)).items()}
+            target = kept
+        else:
+            masked = {name: jnp.where(masks[name], g[name], 0) for name in g}
+            updates, inner_state = inner.update(_replaced(gradients, masked, sparsity), state.inner, params)
+            target = {name: w[name] + u for name, u in _arrays(_prunable(updates, sparsity)).items()}
+            if _rewinds(sparsity):
+                target = {name: jnp.where(due, kept[name], target[name]) for name in target}
+        # w + (0 - w) is exactly zero.
+        to_target = {name: jnp.where(masks[name], target[name], 0) - w[name] for name in w}
+        state = SparsifyState(
+            inner_state,
+            {name: mask.replace(packed[name]) for name, mask in state.masks.items()},
+            state.count + 1,
+            jnp.zeros((), bool),
+            {name: variable.replace(kept[name]) for name, variable in state.kept.items()},
+        )
+        return _replaced(updates, to_target, sparsity), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arrays, step: Array) -> dict[str, Array]:
+    """The masks of a step in which they change.
+
+    Args:
+      sparsity, n_steps: as of ``sparsify``.
+      w, g: weights and gradients (..., d_in, d_out), by name. Every matrix of the leading axes is pruned apart.
+      masks: bool, those until now.
+      step: () int32.
+    """
+    structure, score, distribution = sparsity.structure, sparsity.score, sparsity.distribution
+    if isinstance(score, Zeros):
+        return {name: w[name] != 0 for name in w}
+    shapes = {name: _three(a) for name, a in w.items()}
+    share = sparsity.schedule.share(step, n_steps)
+
+    def groups(arrays: Mapping[str, Array]) -> Arrays:
+        return {name: structure.group(a.reshape(shapes[name])) for name, a in arrays.items()}
+
+    scores = groups({name: score.of(w[name], g[name]) for name in w})
+    if isinstance(distribution, Global):
+        n_keep = kept_units_together(structure, sum(a.size for a in scores.values()), share)
+        parts = [_with_least(score_lgu, distribution.most) for score_lgu in scores.values()]
+        keep = dict(zip(scores, keep_highest_together(parts, n_keep), strict=True))
+    else:
+        targets = distribution.sparsities(shapes, structure.sparsity)
+        keep = {}
+        for i, (name, score_lgu) in enumerate(scores.items()):
+            n_keep = kept_units(structure, score_lgu.shape[-1], share, targets[name])
+            if not isinstance(score, Regrow):
+                keep[name] = jax.lax.map(partial(keep_highest, n_keep=n_keep), score_lgu)  # one matrix at a time
+                continue
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), i)
+            growth_lgu = structure.group(score.growth(g[name], key).reshape(shapes[name]))
+            old_lgu = structure.group(masks[name].reshape(shapes[name])) > 0
+            way = jnp.clip(step / max(sparsity.schedule.end * n_steps, 1), 0, 1)
+            n_new = jnp.round(score.exchanged / 2 * (1 + jnp.cos(jnp.pi * way)) * n_keep).astype(jnp.int32)
+            stays = keep_highest(jnp.where(old_lgu, score_lgu, -jnp.inf), n_keep - n_new)
+            keep[name] = stays | keep_highest(jnp.where(stays, -jnp.inf, growth_lgu), n_new)
+    return {name: structure.ungroup(k, shapes[name]).reshape(w[name].shape) for name, k in keep.items()}
+
+
+def _with_least(score_lgu: Array, most: float) -> Array:
+    """Scores in which ``1 - most`` of each matrix are the highest there are."""
+    n_least = -(-round((1 - most) * 1e6) * score_lgu.shape[-1] // 1_000_000)
+    return jnp.where(keep_highest(score_lgu, n_least), jnp.inf, score_lgu)
+
+
+def _rewinds(sparsity: Sparsity) -> bool:
+    return isinstance(sparsity.schedule, Iterative) and sparsity.schedule.rewind
+
+
+def _prunable(tree: Any, sparsity: Sparsity) -> dict[str, nnx.Variable]:
+    """The variables of a tree like the parameters whose matrices are pruned, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    named = {matrix_name(path): leaf for path, leaf in leaves if may_be_pruned(leaf)}
+    found = {name: leaf for name, leaf in named.items() if re.fullmatch(sparsity.layers, name)}
+    if not found:
+        raise ConfigError(
+            f"sparsity.layers is {sparsity.layers!r}, which matches no matrix; they are {', '.join(sorted(named)[:8])}"
+        )
+    for name, leaf in found.items():
+        sparsity.structure.check(name, *leaf.shape[-2:])
+    return found
+
+
+def _replaced(tree: Any, arrays: Arrays, sparsity: Sparsity) -> Any:
+    """The tree with other arrays in place of those of its matrices."""
+
+    def replace(path: tuple, leaf: Any) -> Any:
+        return leaf.replace(arrays[matrix_name(path)]) if may_be_pruned(leaf) and matrix_name(path) in arrays else leaf
+
+    return jax.tree_util.tree_map_with_path(replace, tree, is_leaf=is_variable)
+
+
+def _arrays(variables: Mapping[str, nnx.Variable]) -> Arrays:
+    return {name: variable[...] for name, variable in variables.items()}
+
+
+def _unpack(packed: Arrays, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]) -> Arrays:
+    return {name: unpack_bits(bits, shapes[name][axes[name]], axes[name]) for name, bits in packed.items()}
+
+
+def _packed_axis(variable: nnx.Variable) -> int:
+    """The axis along which eight weights share a byte: not the one that fsdp splits, so that the bits are split too."""
+    axes = _axes(variable)
+    return len(axes) - 1 if axes[-1] != "embed" else len(axes) - 2
+
+
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    return variable.get_metadata()["axes"]
+
+
+def _with(values: tuple, i: int, value: Any) -> tuple:
+    return (*values[:i], value, *values[i + 1 :])
+
+
+def _three(a: Array) -> Shape:
+    return (a.size // (a.shape[-1] * a.shape[-2]), *a.shape[-2:])

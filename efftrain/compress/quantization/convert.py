@@ -1,0 +1,216 @@
+"""A float model, or one trained for quantisation, converted into one whose matrices are stored quantised."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efftrain.compress.layerwise.observe import (
+    Calibration,
+    CalibrationSize,
+    grams,
+    idle_experts,
+    relative_error,
+    unreached,
+)
+from efftrain.compress.layerwise.pieces import Pieces, abstract_variables, assemble
+from efftrain.compress.layerwise.second_order import damped, gptq
+from efftrain.compress.quantization.awq import clipped, is_clipped, scale_inputs
+from efftrain.errors import ConfigError
+from efftrain.models.block import Block
+from efftrain.models.decoder import Decoder
+from efftrain.models.moe.layer import RoutedExperts
+from efftrain.models.quantization import Quantization, give_rules, matrices, quantized, rule_of, store
+from efftrain.ops.masks import count_zeros
+from efftrain.ops.number_formats import format_name
+from efftrain.ops.quantize import QuantizedArray
+
+Method = Literal["nearest", "gptq", "awq"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One matrix of one layer.
+
+    Attributes:
+      name: in the model, with the number of the layer in place of that in the pattern.
+      format: such as int4:g32; "float32" where it stays.
+      method: how it was converted; "none" where it was not.
+      why: where it was not converted, or not by the method that was asked for.
+      bytes_before, bytes_after: of the matrix.
+      weight_error: root mean squared change over that of the weights.
+      output_error: the same of its outputs on the calibration's text; None where that was not observed.
+      sparsity: share of the stored numbers that are zero, by pruning or by rounding.
+      damping: of "gptq" and "sparsegpt", see ``second_order.inverse_factor``.
+    """
+
+    name: str
+    format: str
+    method: str
+    why: str
+    bytes_before: int
+    bytes_after: int
+    weight_error: float
+    output_error: float | None
+    sparsity: float
+    damping: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, matrix by matrix.
+
+    Attributes:
+      matrices: in the order of the model.
+      calibration: how much text it looked at; None where it did not look at any.
+      idle_experts: for each layer of experts, such as ``blocks/3/mlp``, the numbers of those that no token of that text
+        reached.
+    """
+
+    matrices: tuple[Converted, ...]
+    calibration: CalibrationSize | None = None
+    idle_experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def bytes_share(self) -> float | None:
+        """Bytes of the matrices that are quantised, over what they were in float32; None where there is none."""
+        changed = [m for m in self.matrices if m.method != "none"]
+        return sum(m.bytes_after for m in changed) / sum(m.bytes_before for m in changed) if changed else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"bytes_share": self.bytes_share} | dataclasses.asdict(self)
+
+
+def convert(
+    pieces: Pieces,
+    quantization: Quantization,
+    *,
+    method: Method = "nearest",
+    calibration: Calibration | None = None,
+    unrolled: bool = False,
+    each_layer: Callable[[int], None] = lambda number: None,
+) -> tuple[Decoder, Report]:
+    """Converts layer by layer; of the float layers none is kept.
+
+    Steps that were learned in training (a model that has the same rules) become the scales; else these are those of the
+    largest magnitude.
+
+    Args:
+      pieces: of the model; its layers are gone afterwards.
+      quantization: of the new model; ``stored`` or not.
+      method: "nearest" rounds; "gptq" and "awq" also look at the inputs on the calibration's text, those of layers
+        behind the converted ones. These two are for the dense products of plain blocks; the rest is rounded.
+      calibration: text, for these two.
+      unrolled: the new model has every layer in its pattern, as rules for single layers need it.
+      each_layer: called with the number of layers that are done.
+
+    Returns:
+      The new model and what was done to each matrix.
+
+    Raises:
+      ConfigError: the model is converted already; a rule matches nothing or does not fit; there is no calibration.
+    """
+    if method not in get_args(Method):
+        raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(Method))}")
+    if pieces.config.quantization.stored:
+        raise ConfigError("the model is converted already; convert the one it was made from")
+    if method != "nearest" and calibration is None:
+        raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
+    config = pieces.unrolled() if unrolled else pieces.config
+    config = config.replace(quantization=dataclasses.replace(quantization, stored=True))
+    abstract_variables(config)  # refuses rules that do not fit before anything is computed
+
+    rows: list[Converted] = []
+    all_idle: dict[str, tuple[int, ...]] = {}
+    outer = pieces.outer
+    give_rules(outer, quantization)
+    observe = method != "nearest"
+    n_positions, states = len(config.pattern), []
+    for number, layer, inputs in pieces.walk("convert", calibration if observe else None):
+        give_rules(layer, quantization, f"blocks/{number % n_positions}/")
+        plain, found = isinstance(layer, Block), {} if inputs is None else grams(layer, *inputs)
+        idle = () if inputs is None else idle_experts(layer, *inputs)
+        if idle:
+            all_idle[f"blocks/{number}/mlp"] = idle
+        factors = scale_inputs(layer, *inputs, found) if method == "awq" and plain else {}
+        observed = found.keys() & {name for name, _, _ in matrices(layer)}
+        for name, module, attribute in list(matrices(layer)):
+            how, why = _how(name, getattr(module, attribute), method, plain, observed, factors)
+            if isinstance(module, RoutedExperts):
+                why += unreached(idle)
+            gram = found.pop(name, None)
+            if name in factors:  # of the inputs as they are now
+                gram = gram / jnp.outer(factors[name], factors[name])
+            clip = how == "awq" and is_clipped(name)
+            rows.append(_convert(f"blocks/{number}/{name}", module, attribute, how, why, gram, clip=clip))
+            del gram  # before the next one is made from its inputs
+        states.append(nnx.state(layer))
+        each_layer(number + 1)
+    for name, module, attribute in list(matrices(outer)):
+        if not name.startswith("blocks/"):
+            why = f"{method} is for the products of blocks" if observe else ""
+            rows.append(_convert(name, module, attribute, "nearest", why, None))
+    size = calibration.size if observe and calibration is not None else None
+    return assemble(config, outer, states), Report(tuple(rows), size, all_idle)
+
+
+def _how(
+    name: str, variable: nnx.Variable, method: Method, plain: bool, observed: Set[str], factors: Mapping[str, Array]
+) -> tuple[str, str]:
+    """By which method a matrix of a layer is converted, and why not by the one that was asked for."""
+    if method == "nearest":
+        return method, ""
+    if not plain:
+        return "nearest", f"{method} is for plain blocks"
+    if name not in observed:
+        return "nearest", f"{method} is for dense products"
+    rule = rule_of(variable)
+    if rule is not None and rule.learned_step:
+        return "nearest", "its steps were learned"
+    if method == "awq" and name not in factors:
+        why = "its inputs cannot be scaled: nothing before it, or a product beside it that stays as it is"
+        return (method, f"clipped alone; {why}") if is_clipped(name) else ("nearest", why)
+    return method, ""
+
+
+def _convert(
+    name: str, module: nnx.Module, attribute: str, method: str, why: str, gram: Array | None, *, clip: bool = False
+) -> Converted:
+    variable = getattr(module, attribute)
+    rule, before, n_bytes = rule_of(variable), variable[...], variable.size * variable.dtype.itemsize
+    if rule is None or rule.weights is None:
+        zeros, why = count_zeros(before) / before.size, "no rule has weights for it"
+        return Converted(name, str(variable.dtype), "none", why, n_bytes, n_bytes, 0.0, None, zeros)
+    damping = None
+    if method == "gptq":
+        value, damping = gptq(before, gram, rule.weights)
+        why = damped(damping)
+    else:
+        value = clipped(before, gram, rule.weights) if clip else quantized(module, attribute)
+    after = value.dequantize()
+    change = after - before
+    weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
+    output_error = None if gram is None else relative_error(change, before, gram)
+    store(module, attribute, value)
+    zeros = count_zeros(after) / after.size
+    return Converted(
+        name,
+        format_name(rule.weights),
+        method,
+        why,
+        n_bytes,
+        stored_bytes(value),
+        weight_error,
+        output_error,
+        zeros,
+        damping,
+    )
+
+
+def stored_bytes(value: QuantizedArray) -> int:
+    """Of levels and scales."""
+    return sum(a.size * a.dtype.itemsize for a in (value.packed, value.scale))

@@ -1,0 +1,245 @@
+"""A smaller model sliced out of a trained one: fewer units, heads, hidden channels, experts and layers."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efftrain.compress.layerwise.observe import CalibrationSize, idle
+from efftrain.compress.layerwise.pieces import Pieces, abstract_variables, assemble
+from efftrain.compress.structured.importance import NORMS, Importance, check_prunable
+from efftrain.compress.structured.shape import Shape, check_fits, shaped
+from efftrain.errors import ConfigError
+from efftrain.measure.cost.flops import training_flops
+from efftrain.measure.cost.parameters import count_parameters, stored_bytes
+from efftrain.models.config import BlockConfig, Dense, ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.models.moe import MoE
+from efftrain.models.quantization import matrices, rule_of
+from efftrain.train.checkpoints.checkpoints import flatten
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """What is left of a layer: its number in the whole model, and there the kept units, heads and experts.
+
+    ``heads`` are KV groups, or of a layer with one group its query heads. None where it has no such parts.
+    ``idle_experts``: those of the whole layer, kept or not, that no calibration token reached; their importance is 0,
+    so that they go first.
+    """
+
+    layer: int
+    ffn: tuple[int, ...] | None
+    heads: tuple[int, ...]
+    experts: tuple[int, ...] | None
+    idle_experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of parameters, bytes of all variables, model FLOPs of a training token."""
+
+    parameters: int
+    bytes: int
+    training_flops: float
+
+    @staticmethod
+    def of(model: Decoder, length: int) -> "Size":
+        return Size(count_parameters(model).total, stored_bytes(model), training_flops(model, length))
+
+
+@dataclass(frozen=True)
+class SlimReport:
+    """What was kept of a model, ascending, and its size before and after.
+
+    Attributes:
+      hidden: the channels.
+      layers: those that are left.
+      dropped: the numbers of those that are not.
+      length: tokens of a row, for which FLOPs are counted.
+      before, after: sizes.
+      calibration: from how much text the importance is.
+    """
+
+    hidden: tuple[int, ...]
+    layers: tuple[LayerCut, ...]
+    dropped: tuple[int, ...]
+    length: int
+    before: Size
+    after: Size
+    calibration: CalibrationSize
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def slim(pieces: Pieces, shape: Shape, importance: Importance) -> tuple[Decoder, SlimReport]:
+    """Keeps what is most important, in the order in which it stands.
+
+    Layers go in one block, that of the least influence. Where hidden channels go, a norm divides by the root mean
+    square of fewer; its scale is multiplied with what that was on the calibration's text, over what it was of all.
+    Zeros move with their rows and columns, so that a pattern such as 2:4 is lost: prune after the cut.
+
+    Args:
+      pieces: of the whole model; stays as it is.
+      shape: what is left. FFN units of experts are kept whole.
+      importance: of the whole model.
+
+    Raises:
+      ConfigError: see ``shaped``, ``kept_layers`` and ``check_prunable``; or the smaller model cannot keep its rules of
+        quantisation, or a fork's layer its shapes.
+
+    Source: Muralidharan et al. 2024 (Minitron), section 2; without the residual of pruned heads.
+    """
+    config = pieces.config
+    check_prunable(config)
+    check_fits(config, shape)
+    kept = kept_layers(importance, shape.n_layers)
+    new = shaped(config, shape, kept)
+    _check_rules(config, new, kept)
+    hidden = largest(importance.hidden, new.d_model)
+    cuts, states = [], []
+    for number, block in zip(kept, new.layers, strict=True):
+        one_group = config.layers[number].attention.n_kv_heads == 1
+        cut = _choose(importance, number, block, one_group)
+        factors = {name: _correction(importance.moments[f"blocks/{number}/{name}"], hidden) for name in NORMS}
+        states.append(_cut(pieces.layers[number], _places(cut, block, hidden, one_group), factors))
+        cuts.append(cut)
+    factor = {"norm": _correction(importance.moments["norm"], hidden)}
+    outer_places = {"embed": hidden, "norm": hidden}
+    outer = nnx.merge(nnx.graphdef(pieces.outer), _cut(pieces.outer, outer_places, factor))
+    model = assemble(new, outer, states)
+    _check_shapes(model, new)
+    length = importance.length
+    report = SlimReport(
+        hidden=tuple(hidden.tolist()),
+        layers=tuple(cuts),
+        dropped=tuple(sorted(set(range(config.n_layers)) - set(kept))),
+        length=length,
+        before=Size.of(abstract_variables(config), length),
+        after=Size.of(model, length),
+        calibration=importance.calibration,
+    )
+    return model, report
+
+
+def kept_layers(importance: Importance, n_layers: int) -> tuple[int, ...]:
+    """The layers that are left when the block of the least influence goes; the first and the last one always stay.
+
+    Args:
+      importance: of the whole model.
+      n_layers: how many are left.
+
+    Raises:
+      ConfigError: no such block is there.
+
+    Source: Muralidharan et al. 2024 (Minitron), on contiguous blocks; Men et al. 2024 (ShortGPT), on influence.
+    """
+    n = len(importance.heads)
+    n_dropped = n - n_layers
+    if not n_dropped:
+        return tuple(range(n))
+    if n_layers < 2:
+        raise ConfigError(
+            f"shape.n_layers is {n_layers} of {n}, and the first and the last layer stay; keep at least {min(2, n)}"
+        )
+    first = min(range(1, n - n_dropped), key=lambda i: importance.block_influence(i, n_dropped))
+    return (*range(first), *range(first + n_dropped, n))
+
+
+def largest(importance: np.ndarray, n: int) -> np.ndarray:
+    """The places of the n largest, ascending; of equal ones the first."""
+    return np.sort(np.argsort(-importance, kind="stable")[:n])
+
+
+def _choose(importance: Importance, number: int, block: BlockConfig, one_group: bool) -> LayerCut:
+    """What of a layer is left, when ``block`` is its smaller configuration; whole, it had one KV group or several."""
+
+    def places(scores: np.ndarray, n: int) -> tuple[int, ...]:
+        return tuple(largest(scores, n).tolist())
+
+    mlp, n_heads = block.mlp, block.attention.n_heads if one_group else block.attention.n_kv_heads
+    return LayerCut(
+        layer=number,
+        ffn=places(importance.ffn[number], mlp.d_ff) if isinstance(mlp, Dense) else None,
+        heads=places(importance.heads[number], n_heads),
+        experts=places(importance.experts[number], mlp.n_experts) if isinstance(mlp, MoE) else None,
+        idle_experts=idle(importance.experts[number]) if isinstance(mlp, MoE) else (),
+    )
+
+
+def _places(cut: LayerCut, block: BlockConfig, hidden: np.ndarray, one_group: bool) -> dict[str, np.ndarray]:
+    """For each logical axis that is cut, what is left of it."""
+    attention = block.attention
+    queries = 1 if one_group else attention.n_heads // attention.n_kv_heads
+
+    def columns(of_group: int) -> np.ndarray:
+        return (np.array(cut.heads)[:, None] * of_group + np.arange(of_group)).reshape(-1)
+
+    places = {"embed": hidden, "norm": hidden}
+    places["heads"] = columns(queries * attention.d_head)
+    if not one_group:
+        places["kv_heads"] = columns(attention.d_head)
+    if cut.ffn is not None:
+        places["mlp"] = np.array(cut.ffn)
+    if cut.experts is not None:
+        places |= {"experts": np.array(cut.experts), "choices": np.array(cut.experts)}
+    return places
+
+
+def _cut(module: nnx.Module, places: Mapping[str, np.ndarray], factors: Mapping[str, float]) -> nnx.State:
+    """The state of a layer, or of what is around layers, sliced; ``factors`` are for the scales of norms, by name."""
+    flat = []
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        if path[0] == "blocks":  # of a model without its layers
+            flat.append((path, variable))
+            continue
+        value = np.asarray(variable[...])  # on the host, where no program is compiled for each shape
+        for axis, name in enumerate(variable.get_metadata()["axes"]):
+            if name in places:
+                value = np.take(value, places[name], axis=axis)
+        if path[0] in factors:
+            value = value * np.float32(factors[path[0]])
+        flat.append((path, variable.replace(jnp.asarray(value))))
+    return nnx.from_flat_state(flat)
+
+
+def _correction(moments: np.ndarray, hidden: np.ndarray) -> float:
+    """What a norm's scale is multiplied with: the root mean square of the kept channels over that of all."""
+    return float(np.sqrt(moments[hidden].mean() / max(moments.mean(), 1e-30))) if len(hidden) < len(moments) else 1.0
+
+
+def _check_rules(config: ModelConfig, new: ModelConfig, kept: Sequence[int]) -> None:
+    """Rules of quantisation name layers by their place in the pattern, which may be another one now."""
+    if not config.quantization.rules:
+        return
+    old, rules = _rules(config), _rules(new)
+    for i, number in enumerate(kept):
+        if rules[i] != old[number]:
+            raise ConfigError(
+                f"quantization.rules gives layer {number} another rule when layers are dropped; use rules that do not "
+                "name places in the pattern, such as blocks/.*"
+            )
+
+
+def _rules(config: ModelConfig) -> list[dict[str, Any]]:
+    """For each layer, the rules of its matrices."""
+    positions = [
+        {name: rule_of(getattr(module, attribute)) for name, module, attribute in matrices(stack)}
+        for stack in abstract_variables(config).blocks
+    ]
+    return positions * config.n_repeats
+
+
+def _check_shapes(model: Decoder, config: ModelConfig) -> None:
+    wanted = flatten(nnx.state(abstract_variables(config)))
+    for name, leaf in flatten(nnx.state(model)).items():
+        if leaf.shape != wanted[name].shape:
+            raise ConfigError(
+                f"{name} has the shape {leaf.shape} after the cut and {wanted[name].shape} in the smaller model; give "
+                "its axes the logical names that efftrain.models uses, and axes that stay whole other ones"
+            )

@@ -1,0 +1,198 @@
+"""How much each part of a model does on calibration text: units, heads, hidden channels, experts, layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from efftrain.compress.layerwise.observe import Calibration, CalibrationSize, Tap, inputs_of, keep_saliency
+from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.structured.shape import head_parts
+from efftrain.errors import ConfigError
+from efftrain.models.config import Attention, BlockConfig, Full, ModelConfig, PreNorm
+from efftrain.models.mlp import SwiGLU
+from efftrain.models.moe.layer import RoutedExperts
+from efftrain.models.positions import Rotary
+from efftrain.progress import Progress
+
+SAMPLE = 8192  # tokens whose residual stream is compared between layers
+NORMS = ("attention_norm", "mlp_norm")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What one pass over calibration text found; padding counts nowhere.
+
+    The importance of a channel is ``sqrt(sum over rows of (mean over tokens of |a|) ** 2)``, where a is its activation.
+
+    Attributes:
+      ffn: for each layer (d_ff,), of what its ``down`` product reads; None where it has no dense SwiGLU.
+      heads: for each layer (n_kv_heads,), of what its ``out`` product reads, and the L2 norm of that over the columns
+        of all queries of the group; where there is one group (n_heads,), over the columns of each query head.
+      experts: for each layer (n_experts,): the norm of the expert's output times its gate, summed over the tokens that
+        it is given and divided by all tokens, so that an expert that is rarely chosen counts little. None where the
+        layer has none.
+      hidden: (d_model,), of what the norms give, summed over all norms.
+      moments: for each norm, such as ``blocks/3/mlp_norm`` or ``norm``, the mean over tokens of its squared input,
+        (d_model,).
+      cosines: (n_layers + 1, n_layers + 1), the mean over tokens of the cosine between the residual stream before the
+        layers i and j; the last one is behind all.
+      length: of the calibration's rows, in tokens.
+      calibration: how much text it was.
+
+    Source: Muralidharan et al. 2024 (Minitron), section 2.2; experts: Lasby et al. 2025 (REAP), there divided by the
+    tokens of the expert.
+    """
+
+    ffn: tuple[np.ndarray | None, ...]
+    heads: tuple[np.ndarray, ...]
+    experts: tuple[np.ndarray | None, ...]
+    hidden: np.ndarray
+    moments: Mapping[str, np.ndarray]
+    cosines: np.ndarray
+    length: int
+    calibration: CalibrationSize
+
+    def block_influence(self, first: int, n: int) -> float:
+        """How far ``n`` layers from ``first`` on turn the residual stream: 1 - mean cosine. Men et al. 2024 (ShortGPT),
+        equation 1."""
+        return float(1 - self.cosines[first, first + n])
+
+
+def importance(pieces: Pieces, calibration: Calibration) -> Importance:
+    """Runs the calibration's rows through the model, layer by layer.
+
+    Args:
+      pieces: of a float model; stays as it is.
+      calibration: text. Minitron takes 1024 rows.
+
+    Raises:
+      ConfigError: see ``check_prunable``.
+    """
+    check_prunable(pieces.config)
+    x_ntd = np.array(inputs_of(pieces.outer, calibration))  # each layer writes its output over its input
+    n_tokens = calibration.size.tokens
+    sample = _sample(calibration)
+    directions = [_directions(x_ntd, sample)]
+    ffn, heads, experts, hidden, moments = [], [], [], np.zeros(x_ntd.shape[-1]), {}
+    with Progress("importance", len(pieces.layers), unit="layers") as progress:
+        for number, (layer, block) in enumerate(zip(pieces.layers, pieces.config.layers, strict=True)):
+            sums = _pass(_observe, layer, x_ntd, calibration)
+            ffn.append(np.sqrt(sums["ffn"]) if "ffn" in sums else None)
+            heads.append(np.sqrt(sums["heads"].reshape(head_parts(block.attention), -1).sum(-1)))
+            experts.append(sums["experts"] / n_tokens if "experts" in sums else None)
+            for name in NORMS:
+                hidden += np.sqrt(sums[name]["rows"])
+                moments[f"blocks/{number}/{name}"] = sums[name]["squares"] / n_tokens
+            directions.append(_directions(x_ntd, sample))
+            progress.advance()
+        last = _pass(_observe_norm, pieces.outer.norm, x_ntd, calibration)
+    return Importance(
+        ffn=tuple(ffn),
+        heads=tuple(heads),
+        experts=tuple(experts),
+        hidden=hidden + np.sqrt(last["rows"]),
+        moments=moments | {"norm": last["squares"] / n_tokens},
+        cosines=np.array([[np.vdot(a, b) / len(sample) for b in directions] for a in directions]),
+        length=calibration.tokens.shape[1],
+        calibration=calibration.size,
+    )
+
+
+def check_prunable(config: ModelConfig) -> None:
+    """Raises ``ConfigError`` for what cannot be cut: a model stored quantised, learned steps, layers not all pass."""
+    if config.quantization.stored:
+        raise ConfigError("the model is converted already; prune the one it was made from")
+    if any(rule.learned_step for rule in config.quantization.rules):
+        raise ConfigError(
+            "quantization.rules has learned_step, and learned steps are those of whole matrices; prune the float model "
+            "and train the smaller one for quantisation"
+        )
+    for i, block in enumerate(config.layers):
+        check_standard(block, i)
+        if block.depth != Full():
+            raise ConfigError(
+                f"layer {i} has the depth policy {type(block.depth).__name__}; prune a model that every token passes "
+                "whole (Full)"
+            )
+
+
+def check_standard(block: BlockConfig, i: int) -> None:
+    """Raises ``ConfigError`` where a fork has replaced attention, its positions or scores, or the form of the block."""
+    attention = block.attention
+    parts = [attention, block.residual, *([attention.position] if type(attention) is Attention else [])]
+    own = [part for part, kind in zip(parts, (Attention, PreNorm, Rotary), strict=False) if type(part) is not kind]
+    own += [attention.score_mod] if type(attention) is Attention and attention.score_mod is not None else []
+    if own:
+        raise ConfigError(
+            f"layer {i} has {type(own[0]).__name__}, whose heads and channels cannot be cut; prune a model with the "
+            "attention and the blocks of efftrain"
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _observe(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dict]:
+    """A layer's output, and its sums over rows."""
+    layer, valid_bt = nnx.merge(graph, state), segments_bt > 0
+    norms = {name: Tap(layer, name, valid_bt) for name in NORMS}
+    out, down = Tap(layer.attention, "out", valid_bt), None
+    if isinstance(layer.mlp, SwiGLU):
+        down = Tap(layer.mlp, "down", valid_bt)
+    elif isinstance(layer.mlp, RoutedExperts):
+        keep_saliency(layer.mlp)
+    x_btd, metrics = layer(x_btd, positions_bt, segments_bt)
+    sums = {name: _norm_sums(tap, valid_bt) for name, tap in norms.items()}
+    sums["heads"] = _row_means(out.read_btd, valid_bt)
+    if down is not None:
+        sums["ffn"] = _row_means(down.read_btd, valid_bt)
+    if isinstance(layer.mlp, RoutedExperts):
+        sums["experts"] = metrics["statistics"]["saliency"]
+    return x_btd, sums
+
+
+@partial(jax.jit, static_argnums=0)
+def _observe_norm(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dict]:
+    holder = nnx.Module()
+    holder.norm = nnx.merge(graph, state)
+    tap = Tap(holder, "norm", segments_bt > 0)
+    return tap(x_btd), _norm_sums(tap, segments_bt > 0)
+
+
+def _norm_sums(tap: Tap, valid_bt: Array) -> dict[str, Array]:
+    squares_d = jnp.square(tap.read_btd.astype(jnp.float32)).sum((0, 1))
+    return {"rows": _row_means(tap.given_btd, valid_bt), "squares": squares_d}
+
+
+def _row_means(a_btd: Array, valid_bt: Array) -> Array:
+    """(d,) the sum over rows of the square of the mean over tokens of |a|; a is zero for padding."""
+    n_b1 = jnp.maximum(valid_bt.sum(-1, keepdims=True), 1)
+    return jnp.square(jnp.abs(a_btd.astype(jnp.float32)).sum(1) / n_b1).sum(0)
+
+
+def _pass(observe, module: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dict:
+    """The sums of all rows; the module's output is in the place of its input."""
+    graph, state = nnx.split(module)
+    sums = None
+    for rows in calibration.batches():
+        x_btd, more = observe(graph, state, x_ntd[rows], calibration.positions[rows], calibration.segments[rows])
+        x_ntd[rows] = x_btd
+        more = jax.tree.map(lambda a: np.asarray(a, np.float64), more)
+        sums = more if sums is None else jax.tree.map(np.add, sums, more)
+    return sums
+
+
+def _sample(calibration: Calibration) -> np.ndarray:
+    """Places of tokens in the flattened rows, evenly spread."""
+    real = np.flatnonzero(calibration.segments.reshape(-1) > 0)
+    return real[np.linspace(0, len(real) - 1, min(len(real), SAMPLE)).astype(int)]
+
+
+def _directions(x_ntd: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """(tokens, d_model) float32 of length 1."""
+    x_nd = x_ntd.reshape(-1, x_ntd.shape[-1])[sample].astype(np.float32)
+    return x_nd / np.maximum(np.linalg.norm(x_nd, axis=-1, keepdims=True), 1e-30)

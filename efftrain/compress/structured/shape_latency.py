@@ -1,0 +1,51 @@
+"""Shapes of smaller models that decode in a given share of the time, by the clock."""
+
+import numpy as np
+from flax import nnx
+
+from efftrain.compress.structured.shape import Shape, shaped
+from efftrain.compress.structured.shapes import Way, candidates
+from efftrain.errors import ConfigError
+from efftrain.measure.cost.latency import measure_latency
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.progress import Progress
+
+SHARES = np.arange(0.95, 0.2, -0.05)  # of the parameters
+
+
+def fast_shapes(config: ModelConfig, keep: float, *, way: Way, length: int) -> list[Shape]:
+    """For width and for depth (those that ``way`` says) the largest shape that draws a token in ``keep`` of the time.
+
+    One row, on this machine, as it is now: let nothing else run.
+
+    Raises:
+      ConfigError: no shape is so fast.
+    """
+    ways = ("width", "depth") if way == "any" and config.n_layers > 2 else ("width",) if way == "any" else (way,)
+    for one in ways:
+        candidates(config, float(SHARES[0]), way=one, by="parameters", length=length)  # what cannot be cut is refused
+    whole, found = decode_s(config), []
+    with Progress("latency", len(ways) * len(SHARES), unit="shapes") as progress:
+        for one in ways:
+            for share in SHARES:
+                try:
+                    shape = candidates(config, float(share), way=one, by="parameters", length=length)[0]
+                except ConfigError:
+                    break  # nothing is smaller
+                progress.advance()
+                kept = (*range(shape.n_layers - 1), config.n_layers - 1)
+                if decode_s(shaped(config, shape, kept)) <= keep * whole:
+                    found.append(shape)
+                    break
+    if not found:
+        raise ConfigError(f"--slim by latency: no shape draws a token in {keep:.0%} of the time; cut off less")
+    return found
+
+
+def decode_s(config: ModelConfig) -> float:
+    """Seconds for a token of one row, of a model with random parameters."""
+    n_new = min(32, config.max_length // 2)
+    prompt = min(128, config.max_length - n_new)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    return measure_latency(model, batch=1, prompt_length=prompt, n_new=n_new)[1].s_per_token

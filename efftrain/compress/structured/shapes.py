@@ -1,0 +1,140 @@
+"""Shapes of smaller models that have a given share of the parameters or of the FLOPs."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from efftrain.compress.structured.importance import check_prunable
+from efftrain.compress.structured.shape import Shape, head_parts, multiple_of, part
+from efftrain.compress.structured.shape_count import By, Count
+from efftrain.errors import ConfigError
+from efftrain.models.config import Dense, ModelConfig
+from efftrain.models.moe import MoE
+
+Way = Literal["width", "depth", "any"]
+NEAR = 0.96  # of the wanted count
+LEAST_FFN = 0.25
+# How much a cut of each kind hurts, as a factor of the share that is cut. The order of units, channels and heads is
+# Minitron's; the numbers are from cuts of one small model (recipes/prune.py), those of layers and experts a guess.
+SENSITIVITY = {"ffn": 1.0, "experts": 1.0, "d_model": 3.0, "n_layers": 2.0, "heads": 4.0}
+
+
+class _Found(NamedTuple):
+    far: bool  # more than 4 % below what was wanted
+    cost: float
+    shape: Shape
+
+
+class _Shares(NamedTuple):
+    """What is tried of each kind."""
+
+    d_model: Sequence[int]
+    heads: Sequence[float]
+    experts: Sequence[float]
+    ffn: Sequence[float]
+
+
+def candidates(config: ModelConfig, keep: float, *, way: Way, by: By, length: int) -> list[Shape]:
+    """Shapes of at most ``keep`` of the model's count, and as near to it as sizes allow; the best guess comes first.
+
+    At most 4 % below, or where there is none the nearest. No two have the same number of layers and hidden channels.
+    The order is by what is cut of each kind, see ``SENSITIVITY`` (Muralidharan et al. 2024, Minitron). Only training
+    tells which one is best.
+
+    Args:
+      config: of the whole model.
+      keep: the share of the count, between 0 and 1.
+      way: "width" keeps all layers, "depth" cuts only these; "any" gives the best of each, then mixtures of both.
+      by: what is counted.
+      length: tokens of a row, for FLOPs.
+
+    Raises:
+      ConfigError: nothing is so small, or the model cannot be pruned.
+    """
+    check_prunable(config)
+    for name, value, values in (("way", way, get_args(Way)), ("by", by, get_args(By))):
+        if value not in values:
+            raise ConfigError(f"{name} is {value!r}; use one of {', '.join(values)}")
+    if not 0 < keep < 1:
+        raise ConfigError(f"keep is {keep}; give a share between 0 and 1")
+    if way == "depth" and config.n_layers < 3:
+        raise ConfigError(f"way is 'depth' and the model has {config.n_layers} layers, all of which stay; use 'width'")
+    count = Count(config, by, length)
+    whole = count.of(Shape.of(config))
+    target, shares, all_layers = keep * whole, _shares(config), [config.n_layers]
+    only_layers, fewer = _Shares([config.d_model], [1.0], [1.0], [1.0]), range(2, config.n_layers)
+    tried = {"width": (shares, all_layers), "depth": (only_layers, fewer), "any": (shares, fewer or all_layers)}
+    found = {name: _search(count, target, *what) for name, what in tried.items() if way in (name, "any")}
+    picked = found[way]
+    if way == "any":
+        mixtures = [f for f in found["any"] if not f.far]
+        picked = sorted([*found["width"][:1], *found["depth"][:1], *mixtures], key=lambda f: f.far)
+    else:
+        picked = [f for f in picked if not f.far]
+    picked = picked or found[way][:1]  # the nearest
+    if not picked:
+        least = count.of(_smallest(*tried[way])) / whole
+        raise ConfigError(
+            f"keep is {keep}, and way {way!r} leaves at least {least:.3f} of the {by}; keep more (--slim below "
+            f"{1 - least:.3f})"
+        )
+    shapes: dict[tuple[int, int], Shape] = {}
+    for f in picked:
+        shapes.setdefault((f.shape.n_layers, f.shape.d_model), f.shape)
+    return list(shapes.values())
+
+
+def _search(count: Count, target: float, shares: _Shares, layers: Sequence[int]) -> list[_Found]:
+    """For each number of layers and channels the best shape of at most ``target``: those that are near by what they
+    cost, then the others, the nearest first."""
+    found: dict[tuple[int, int], _Found] = {}
+    for d_model, heads in itertools.product(shares.d_model, shares.heads):
+        outer, parts = count.parts(d_model, heads, shares.experts, shares.ffn)
+        for n_layers in layers:
+            totals = count.total(outer, parts, n_layers)
+            fit, near = totals <= target, (totals <= target) & (totals >= NEAR * target)
+            if not fit.any():
+                continue
+            costs = _costs(count.config, shares, d_model, heads, n_layers)
+            best = np.where(near, costs, np.inf) if near.any() else np.where(fit, -totals, np.inf)
+            e, f = np.unravel_index(best.argmin(), best.shape)
+            shape = Shape(d_model=d_model, ffn=shares.ffn[f], heads=heads, experts=shares.experts[e], n_layers=n_layers)
+            this = _Found(not near.any(), float(best[e, f]), shape)
+            key = n_layers, d_model
+            found[key] = min(this, found.get(key, this), key=lambda f: f[:2])
+    return sorted(found.values(), key=lambda f: f[:2])
+
+
+def _costs(config: ModelConfig, shares: _Shares, d_model: int, heads: float, n_layers: int) -> np.ndarray:
+    """(experts, ffn) how much the cuts are thought to hurt."""
+    kept = {"d_model": d_model / config.d_model, "n_layers": n_layers / config.n_layers, "heads": heads}
+    kept |= {"experts": np.array(shares.experts)[:, None], "ffn": np.array(shares.ffn)}
+    return sum((SENSITIVITY[name] * (1 - share)) ** 2 for name, share in kept.items())
+
+
+def _smallest(shares: _Shares, layers: Sequence[int]) -> Shape:
+    return Shape(**{name: min(values) for name, values in shares._asdict().items()}, n_layers=min(layers))
+
+
+def _shares(config: ModelConfig) -> _Shares:
+    """Half of the channels, of ``head_parts`` and of experts stay, and a quarter of the FFN units."""
+    multiple = multiple_of(config)
+    units = {block.mlp.d_ff for block in config.pattern if isinstance(block.mlp, Dense)}
+    mixtures = [block.mlp for block in config.pattern if isinstance(block.mlp, MoE)]
+    experts = max((mlp.n_experts for mlp in mixtures), default=1)
+    used = min((mlp.top_k / mlp.n_experts for mlp in mixtures), default=1.0)
+    heads = max(head_parts(block.attention) for block in config.pattern)
+    ffn = _steps(max(units, default=1), multiple, LEAST_FFN)
+    return _Shares(
+        d_model=[round(share * config.d_model) for share in _steps(config.d_model, multiple, 0.5)],
+        heads=_steps(heads, 1, 0.5),
+        experts=_steps(experts, 1, max(used, 0.5)),
+        ffn=[share for share in ffn if all(part(share, size, multiple) for size in units)],
+    )
+
+
+def _steps(size: int, multiple: int, least: float) -> list[float]:
+    """Shares of a size that are multiples, and the whole."""
+    return [n / size for n in range(multiple, size, multiple) if n >= least * size] + [1.0]

@@ -1,0 +1,122 @@
+"""What a teacher of a task says: its opinion on every question, its answers, and questions that it makes up."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efftrain.code_identity import code_identity
+from efftrain.compress.task.task import predict
+from efftrain.compress.task.task_run import longest_answer, task_loss
+from efftrain.compress.task.task_texts import Augmentation, agreed_answers, answer, make_up
+from efftrain.config import to_json
+from efftrain.data.tasks.items import Item, TaskIds, completions, questions
+from efftrain.data.tasks.task import Example, Task
+from efftrain.measure.kept import other_origin
+from efftrain.models.decoder import Decoder
+from efftrain.progress import console
+from efftrain.train.inputs import model_digest
+
+ROOMS = ("compress", "data", "models", "ops")  # that decide what a teacher says
+# Of the texts, so many are as long as one that is made up may be: those that are drawn together wait for the longest.
+LONGEST_TEXT = 0.98
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher said.
+
+    Attributes:
+      texts: the examples', the unlabelled ones, and those that it made up.
+      labels: (n,) the examples' own, else -1; of a task with labels.
+      logits: (n, labels) of the teacher; of a task with labels.
+      answers: the examples' own, else the teacher's; of a task that generates.
+      counts: how many of each kind, and why others were left out.
+    """
+
+    texts: list[str]
+    labels: np.ndarray | None
+    logits: np.ndarray | None
+    answers: list[str] | None
+    counts: dict[str, Any]
+
+
+def teach(
+    folder: Path, teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, *, length: int, seed: int
+) -> Lesson:
+    """Asks the teacher for everything that a student learns from, once: ``taught.npz`` in the folder keeps it.
+
+    It is asked again, and a sentence says so, where what is kept comes from another teacher, task or code.
+
+    Args:
+      folder: the teacher's run.
+      augment: None: it makes up nothing, and answers at once.
+      length: tokens of the rows that it reads.
+      seed: of what it draws.
+    """
+    asked: dict[str, Any] = {"teacher": model_digest(teacher), "ids": ids.fingerprint, "task": task.fingerprint}
+    asked |= {"augment": to_json(augment), "length": length, "seed": seed}
+    asked["code"] = code_identity(teacher.config, rooms=ROOMS)
+    path = folder / "taught.npz"
+    if path.exists():
+        with np.load(path) as file:
+            said = json.loads(str(file["said"]))
+            before = said.pop("asked")
+            reason = other_origin(before if isinstance(before, dict) else {}, asked)
+            if reason is None:
+                arrays = {name: file[name] for name in ("labels", "logits") if name in file}
+                return Lesson(**said, **{"labels": None, "logits": None} | arrays)
+            console.print(f"{path} was made with {reason}; asking the teacher again", markup=False)
+    found = (_opinions if task.labels else _answers)(teacher, ids, task, augment, length, seed)
+    said = {"asked": asked, "texts": found.texts, "answers": found.answers, "counts": found.counts}
+    arrays = {"labels": found.labels, "logits": found.logits}
+    unfinished = path.with_name("taught.incomplete.npz")
+    np.savez(unfinished, said=json.dumps(said), **{name: a for name, a in arrays.items() if a is not None})
+    os.replace(unfinished, path)
+    return found
+
+
+def student_items(ids: TaskIds, taught: Lesson, length: int) -> list[Item]:
+    """What a student is trained on, in rows of ``length`` tokens; made-up questions that are longer are left out."""
+    if taught.answers is None:
+        items = questions(ids, taught.texts, taught.labels, taught.logits)
+        given = taught.counts["labelled"] + taught.counts["unlabelled"]
+        made_up = [item for item in items[given:] if len(item) <= length]
+        if n := len(items) - given - len(made_up):
+            console.print(f"left out: {n} made-up questions of more than {length} tokens", markup=False)
+        return items[:given] + made_up
+    return completions(ids, [Example(t, a, 0) for t, a in zip(taught.texts, taught.answers, strict=True)])
+
+
+def _opinions(
+    teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, length: int, seed: int
+) -> Lesson:
+    loss, texts = task_loss(ids), task.texts("train") + task.texts("unlabelled")
+    counts: dict[str, Any] = {"labelled": len(task.train), "unlabelled": len(task.unlabelled)}
+    labels, logits = np.full(len(texts), -1, np.int32), predict(teacher, loss, questions(ids, texts), length=length)
+    labels[: len(task.train)] = task.numbers(task.train)
+    if augment is not None:
+        known = texts + task.texts("test") + task.texts("validation")
+        longest = int(np.quantile([len(tokens) for tokens, _ in ids.encode(texts)], LONGEST_TEXT))
+        made = make_up(teacher, ids, loss, augment, known, length=length, longest=longest, seed=seed)
+        texts, logits = texts + made.texts, np.concatenate([logits, made.logits])
+        labels = np.concatenate([labels, np.full(len(made.texts), -1, np.int32)])
+        counts["made up"] = made.counts
+    return Lesson(texts, labels, logits, None, counts)
+
+
+def _answers(
+    teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, length: int, seed: int
+) -> Lesson:
+    prompts, longest = task.texts("unlabelled"), longest_answer(ids, task)
+    counts: dict[str, Any] = {"labelled": len(task.train), "unlabelled": len(prompts)}
+    found: list[str | None] = []
+    if prompts and augment is None:
+        found = list(answer(teacher, ids, prompts, longest=longest))
+    elif prompts:
+        found, counts["answers"] = agreed_answers(teacher, ids, prompts, augment, longest=longest, seed=seed)
+    pairs = [(e.text, e.answer) for e in task.train] + [(t, a) for t, a in zip(prompts, found, strict=True) if a]
+    return Lesson([t for t, _ in pairs], None, None, [a for _, a in pairs], counts)

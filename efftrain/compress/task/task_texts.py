@@ -1,0 +1,203 @@
+"""Texts that a teacher of a task makes up: questions of a label, and answers that it gives most often."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from efftrain.compress.task.task import TaskLoss, predict
+from efftrain.data.tasks.items import TaskIds, questions
+from efftrain.data.tasks.task import same_text
+from efftrain.errors import ConfigError
+from efftrain.measure.quality.task_scores import log_softmax
+from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import generate
+from efftrain.models.decoding.sampling import GREEDY, Sampling
+from efftrain.models.decoding.unrolled import unrolled
+from efftrain.progress import Progress
+
+ROWS = 256  # that are drawn together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """More texts, by the teacher.
+
+    Attributes:
+      per_label: questions that are drawn of each label.
+      temperature: of what is drawn.
+      threshold: a question stays where the teacher, reading it, is so sure of the label that it was drawn of; an answer
+        where this share of the samples agrees.
+      samples: answers to a prompt, of which the most frequent one counts; of tasks that generate.
+    """
+
+    per_label: int = 100
+    temperature: float = 0.9
+    threshold: float = 0.5
+    samples: int = 8
+
+    def __post_init__(self):
+        for name in ("per_label", "samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.temperature > 0:
+            raise ConfigError(f"augment.temperature is {self.temperature}; samples differ above 0 alone")
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"augment.threshold is {self.threshold}; give a share from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """Questions that a teacher made up.
+
+    Attributes:
+      texts: the new ones.
+      labels: the number of the label that each was drawn of.
+      logits: (n, labels) of the teacher that reads them.
+      counts: ``drawn``, ``kept``, and why the others went: ``cut``, ``known``, ``repeated``, ``unsure``.
+    """
+
+    texts: list[str]
+    labels: np.ndarray
+    logits: np.ndarray
+    counts: dict[str, int]
+
+
+def make_up(
+    teacher: Decoder,
+    ids: TaskIds,
+    loss: TaskLoss,
+    options: Augmentation,
+    known: Iterable[str],
+    *,
+    length: int,
+    longest: int,
+    seed: int,
+) -> MadeUp:
+    """Draws questions of each label, and keeps those that are new and that the teacher itself takes for that label.
+
+    Args:
+      teacher: trained on ``conditionals`` too.
+      known: texts that must not come: of the test, and those that are there already.
+      length: tokens of the rows in which the teacher reads.
+      longest: tokens of a new text.
+      seed: of what is drawn.
+
+    Source: the filter by a second opinion of the same model follows Wang et al. 2022 (self-consistency) and Yoo et al.
+    2021 (GPT3Mix).
+    """
+    known, counts, found = {same_text(text) for text in known}, Counter(), {}
+    wanted = np.repeat(np.arange(len(ids.labels)), options.per_label)
+    prompts = np.stack([np.full_like(wanted, ids.end_of_text_id), ids.first_label + wanted], axis=1)
+    sampling = Sampling(temperature=options.temperature)
+    for tokens, label in zip(_draw(teacher, ids, prompts, longest, sampling, seed), wanted, strict=True):
+        counts["drawn"] += 1
+        text, problem = _text(ids, tokens), None
+        if text is None:
+            problem = "cut"
+        elif same_text(text) in known:
+            problem = "known"
+        elif same_text(text) in found:
+            problem = "repeated"
+        if problem:
+            counts[problem] += 1
+        else:
+            found[same_text(text)] = (text, label)
+    texts, labels = [text for text, _ in found.values()], np.array([label for _, label in found.values()], np.int32)
+    items = questions(ids, texts)
+    fit = np.array([len(item) <= length for item in items], bool)  # read again, a text may have more tokens than drawn
+    logits = np.zeros((len(texts), loss.n_labels), np.float32)
+    if fit.any():
+        logits[fit] = predict(teacher, loss, [item for item, f in zip(items, fit, strict=True) if f], length=length)
+    sure = fit & (np.exp(log_softmax(logits))[np.arange(len(texts)), labels] >= options.threshold)
+    counts["cut"] += int((~fit).sum())
+    totals = dict(counts) | {"unsure": int((fit & ~sure).sum()), "kept": int(sure.sum())}
+    return MadeUp([t for t, s in zip(texts, sure, strict=True) if s], labels[sure], logits[sure], totals)
+
+
+def answer(
+    model: Decoder,
+    ids: TaskIds,
+    prompts: Sequence[str],
+    *,
+    longest: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+) -> list[str]:
+    """The completion of each prompt; one that does not end within ``longest`` tokens is cut there."""
+    encoded = [[ids.end_of_text_id, *tokens, ids.answer] for tokens, _ in ids.encode(prompts)]
+    drawn = _draw(model, ids, encoded, longest, sampling, seed)
+    return [ids.decode(_up_to_end(ids, tokens)) for tokens in drawn]
+
+
+def agreed_answers(
+    model: Decoder, ids: TaskIds, prompts: Sequence[str], options: Augmentation, *, longest: int, seed: int
+) -> tuple[list[str | None], dict[str, int]]:
+    """The most frequent of several answers to each prompt; None where too few agree. And how many did.
+
+    Source: Wang et al. 2022 (self-consistency).
+    """
+    sampling = Sampling(temperature=options.temperature)
+    several = [text for text in prompts for _ in range(options.samples)]
+    drawn = answer(model, ids, several, longest=longest, sampling=sampling, seed=seed)
+    found = [majority(drawn[i : i + options.samples], options.threshold) for i in range(0, len(drawn), options.samples)]
+    n_kept = sum(text is not None for text in found)
+    return found, {"asked": len(prompts), "unsure": len(prompts) - n_kept, "kept": n_kept}
+
+
+def majority(answers: Sequence[str], share: float) -> str | None:
+    """The most frequent answer, of equals the first one; None where it has less than ``share`` of them, or is empty."""
+    text, n = Counter(answers).most_common(1)[0]
+    return text if n >= share * len(answers) and text.strip() else None
+
+
+def _draw(
+    model: Decoder,
+    ids: TaskIds,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
+    longest: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[np.ndarray]:
+    """(longest,) tokens behind each prompt; behind the first end of text they repeat it. One shape, compiled once."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    padded = np.zeros(
+        (-(-len(prompts) // ROWS) * ROWS if len(prompts) > ROWS else len(prompts), lengths.max()), np.int32
+    )
+    for row, prompt in zip(padded, prompts, strict=False):
+        row[: len(prompt)] = prompt
+    lengths = np.pad(lengths, (0, len(padded) - len(lengths)), constant_values=1)
+    found: list[np.ndarray] = []
+    model = unrolled(model)
+    with Progress("drawing", len(prompts), unit="texts") as progress:
+        for start in range(0, len(padded), ROWS):
+            here = slice(start, start + ROWS)
+            key = jax.random.fold_in(jax.random.key(seed), start)
+            tokens_bn = generate(
+                model,
+                padded[here],
+                lengths[here],
+                n_new=longest,
+                sampling=sampling,
+                key=key,
+                end_token=ids.end_of_text_id,
+            )
+            found.extend(np.asarray(tokens_bn))
+            progress.advance(min(ROWS, len(prompts) - start))
+    return found[: len(prompts)]
+
+
+def _text(ids: TaskIds, tokens: np.ndarray) -> str | None:
+    """None where it has no end, nothing in it, or something that is no text."""
+    before = _up_to_end(ids, tokens)
+    if len(before) == len(tokens) or (before >= ids.answer).any():
+        return None
+    text = ids.decode(before).strip()
+    return None if not text or "\ufffd" in text else text
+
+
+def _up_to_end(ids: TaskIds, tokens: np.ndarray) -> np.ndarray:
+    ends = np.flatnonzero(tokens == ids.end_of_text_id)
+    return tokens[: ends[0]] if len(ends) else tokens

@@ -1,0 +1,302 @@
+"""Builds a corpus in stages: read and judge, deduplicate, split, decontaminate, write text, tokenize.
+
+Each stage leaves files in the unfinished folder. Interrupted, the same command goes on where it stopped. What is kept
+depends on the inputs, the configuration and the code alone, not on the engine or the number of its workers.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efftrain.code_identity import code_identity
+from efftrain.config import to_json
+from efftrain.data import corpus as corpora
+from efftrain.data.build.reading import EDITED, EMPTY, FAILED, OnError, Read, list_pieces, source_labels
+from efftrain.data.build.rule_scores import score_names
+from efftrain.data.build.writing import write_corpus
+from efftrain.data.corpus import Corpus, CorpusConfig
+from efftrain.data.decontamination.stages import CONTAMINATED, decontaminate
+from efftrain.data.dedup.exact_duplicates import EXACT_DUPLICATE, remove_exact_duplicates
+from efftrain.data.dedup.lines import REPEATED, remove_repeated_lines
+from efftrain.data.dedup.near_duplicates import NEAR_DUPLICATE, remove_near_duplicates
+from efftrain.data.report.alarms import alarms
+from efftrain.data.rules import flatten, prefers_high, scoring
+from efftrain.data.splits import N_BUCKETS, assign_buckets, bucket
+from efftrain.data.stages.engines import Local
+from efftrain.data.stages.exclusion_log import join_tables
+from efftrain.data.stages.kept import Kept, Reader
+from efftrain.data.stages.removals import Survivors
+from efftrain.data.stages.spool import unpack_record
+from efftrain.data.stages.stage import Engine, read_summary, run_stage, stem
+from efftrain.data.storage import store
+from efftrain.data.storage.inputs import fingerprints, without_status
+from efftrain.data.storage.tokenizer import load_tokenizer
+from efftrain.errors import ConfigError, CorpusError, Interrupted
+from efftrain.progress import console
+
+SCORES = "scores.parquet"
+ROOMS = ("data", "config")  # of the package, that decide what a corpus holds
+ALARMS = 10  # shown on the terminal
+
+
+def build(
+    config: CorpusConfig,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    engine: Engine | None = None,
+    max_unreadable: int = 0,
+    on_error: OnError = "stop",
+) -> Corpus:
+    """Builds the corpus, or finds that it is there already.
+
+    Args:
+      config: what it is made of.
+      out: the folder, which is complete or not there; until then it is called ``out.incomplete``.
+      overwrite: build in any case and replace the corpus that is there, once the new one is whole. Where only
+        thresholds changed, its scores are used again.
+      engine: where the work is done, by default on the cores of this machine. It is not closed, so that it can serve
+        several builds.
+      max_unreadable: how many files may be unreadable, as a whole or from some place on. They are read again whenever
+        the build goes on, and the finished corpus has an alarm.
+      on_error: what happens where a rule or a source raises: "stop" ends the build and names the document, "skip"
+        drops the document, counts it under ``failed/RULE`` and lists it in ``removed.parquet``.
+
+    Raises:
+      CorpusError: ``out`` holds something else, a source is missing, empty or unreadable, a rule raises, nothing is
+        left, the disk is full.
+    """
+    out, started = Path(out), time.monotonic()
+    if on_error not in ("stop", "skip"):
+        raise ConfigError(f"on_error is {on_error!r}; choose stop or skip")
+    _check_rules(config)
+    named = [(type(source).__name__, source.files()) for source in config.sources]
+    if config.tokenizer:
+        load_tokenizer(config.tokenizer, config.end_of_text)  # before the work, not after it
+        named.append(("the tokenizer", iter([("tokenizer.json", config.tokenizer)])))
+    inputs = fingerprints(named, store.known_inputs(out))
+    wanted = {
+        "parameters": to_json(config),
+        "inputs": without_status(inputs),
+        "code": code_identity(config, rooms=ROOMS),
+    }
+    if store.is_built(out, wanted, overwrite=overwrite):
+        corpus = corpora.open(out)
+        _check_readable(corpus.manifest.get("unreadable") or {}, max_unreadable, f"{out} was built without")
+        console.print(f"{out} is up to date: same inputs, parameters and code; nothing to do", markup=False)
+        return corpus
+    own = engine is None
+    engine = engine or Local()
+    try:
+        with store.building(out, wanted, inputs) as folder:
+            build = _Build(folder, config, engine, max_unreadable, on_error)
+            content = build.run(_scores_to_reuse(out, config, wanted))
+            content["seconds"] = round(time.monotonic() - started, 1)
+            manifest = store.write_manifest(folder, {**wanted, "inputs": inputs, **content})
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"interrupted; the parts that are done are kept in {store.unfinished_path(out)}, and the same command goes "
+            "on from there"
+        ) from stop
+    finally:
+        if own:
+            engine.close()
+    found = alarms(manifest)
+    for sentence in found[:ALARMS]:
+        console.print(f"warning: {sentence}", style="yellow", markup=False)
+    if len(found) > ALARMS:
+        more = f"warning: {len(found) - ALARMS} more of them: efftrain corpus report {out}"
+        console.print(more, style="yellow", markup=False)
+    return corpora.open(out, verify=False)  # its checksums were computed a moment ago
+
+
+@dataclasses.dataclass(frozen=True)
+class _Build:
+    """One build: the stages in their order."""
+
+    folder: Path
+    config: CorpusConfig
+    engine: Engine
+    max_unreadable: int
+    on_error: OnError
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    def run(self, scores: tuple[Path, tuple[int, ...]] | None) -> dict[str, Any]:
+        """Runs all stages; returns what the manifest says of the corpus."""
+        config, work, engine = self.config, self.work, self.engine
+        within_source = config.within == "source"
+        pieces = list_pieces(config.sources)
+        summaries = self._read(pieces, scores)
+        kept = Kept(work / "read", [summary["kept"] for summary in summaries])
+        left = Survivors(kept, summaries)
+        left.funnels.total().check_something_left(len(kept), _score_names(config))
+        if config.deduplicate:
+            remove_exact_duplicates(engine, work, left, within_source=within_source)
+        _check_ids(left)
+        near = lines = contaminated = None
+        if config.near_duplicates:
+            near = remove_near_duplicates(engine, work, left, config.near_duplicates, within_source=within_source)
+        if config.repeated_lines:  # after near duplicates, whose shared lines they are known by
+            lines = remove_repeated_lines(engine, work, left, config.repeated_lines, within_source=within_source)
+        split_of, split_by = _assign_splits(config, left)
+        if config.decontaminate:
+            contaminated = decontaminate(engine, work, left, split_of, config.decontaminate)
+        if not (left.alive & (split_of == 0)).any():
+            raise CorpusError(
+                "no document is left to train on after decontamination; raise decontaminate.limit, or check what the "
+                "evaluation sets hold"
+            )
+        join_tables(left.evidence, self.folder / "removed.parquet")
+        parts = [kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))]
+        join_tables(parts, self.folder / SCORES)
+        splits, tokenizer = write_corpus(self.folder, config, left, split_of)
+        order = _stage_names(config, contaminated)
+        return {
+            "funnel": left.funnels.total().rows(order),
+            "sources": left.funnels.rows(order),
+            "unreadable": _unreadable(summaries),
+            "near_duplicates": near,
+            "repeated_lines": lines,
+            "decontamination": contaminated,
+            "split_by": split_by,
+            "splits": splits,
+            "scoring": scoring(config.rules),
+            "pieces": [summary["scored"] for summary in summaries],
+            "tokenizer": tokenizer,
+            "block": config.block,
+        }
+
+    def _read(
+        self, pieces: tuple[tuple[int, Any], ...], scores: tuple[Path, tuple[int, ...]] | None
+    ) -> list[dict[str, Any]]:
+        config = self.config
+        read = Read(
+            sources=config.sources,
+            pieces=pieces,
+            rules=config.rules,
+            labels=source_labels(config.sources),
+            qualify=len(config.sources) > 1,
+            seed=config.seed,
+            split_seed=config.split.seed,
+            quality=_quality(config),
+            on_error=self.on_error,
+            scores=scores,
+        )
+        self._forget_unreadable(len(pieces))
+        summaries = run_stage(self.engine, self.work, "read", read, len(pieces), "Reading and judging")
+        _check_readable(_unreadable(summaries), self.max_unreadable, "the sources lost")
+        return summaries
+
+    def _forget_unreadable(self, n_pieces: int) -> None:
+        """Has pieces with a file that could not be read read again, and all that was made of them made again."""
+        paths = [self.work / "read" / f"{stem(number)}.json" for number in range(n_pieces)]
+        summaries = {path: read_summary(path) for path in paths}
+        again = [path for path, summary in summaries.items() if summary and summary["unreadable"]["files"]]
+        if not again:
+            return
+        for later in self.work.iterdir():
+            if later.is_file():
+                later.unlink()
+            elif later.name != "read":
+                shutil.rmtree(later)
+        for path in again:
+            path.unlink()
+
+
+def _unreadable(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many files could not be read, wholly or in part, and what the readers said of the first."""
+    found = [summary["unreadable"] for summary in summaries]
+    return {"files": sum(f["files"] for f in found), "first": [line for f in found for line in f["first"]][:20]}
+
+
+def _check_readable(unreadable: Mapping[str, Any], most: int, what: str) -> None:
+    n_files = unreadable.get("files", 0)
+    if n_files > most:
+        raise CorpusError(
+            f"{what} {n_files} file{'s' * (n_files > 1)} that could not be read to the end, first "
+            f"{unreadable['first'][0]}; mend or remove {'them' if n_files > 1 else 'it'} and run the same command "
+            f"again (with --overwrite where the corpus is there), or allow the loss with max_unreadable={n_files} "
+            f"(--max-unreadable {n_files})"
+        )
+
+
+def _check_ids(left: Survivors) -> None:
+    """Raises CorpusError where two documents have one id."""
+    hashes = left.kept.column("order")
+    numbers = np.flatnonzero(left.alive)
+    numbers = numbers[np.argsort(hashes[numbers], kind="stable")]
+    same = np.flatnonzero(hashes[numbers][1:] == hashes[numbers][:-1])
+    with Reader(left.kept) as reader:
+        for row in same.tolist():
+            (id, source, *_), (other, other_source, *_) = (
+                unpack_record(reader.record(int(number))) for number in numbers[row : row + 2]
+            )
+            if id == other:  # and not only their hashes
+                raise CorpusError(
+                    f"{len(same)} documents have the id of another one, first {id!r} (of {source} and of "
+                    f"{other_source}); name a field that tells them apart, or none, so that a document is named after "
+                    "its place in its file"
+                )
+
+
+def _assign_splits(config: CorpusConfig, left: Survivors) -> tuple[np.ndarray, str]:
+    """The index in SPLITS of each document, (documents,) int8, whether it is still there or not, and what is kept
+    together: groups, or single documents where there are too few groups to fill all splits."""
+    n_bytes = np.where(left.alive, left.kept.column("n_bytes"), 0)
+    groups, split_by = bucket(left.kept.column("group")), "group"
+    if np.count_nonzero(np.bincount(groups, n_bytes, N_BUCKETS)) < config.split.n_splits:
+        groups, split_by = bucket(left.kept.column("order")), "document"
+    return assign_buckets(config.split, np.bincount(groups, n_bytes, N_BUCKETS))[groups], split_by
+
+
+def _score_names(config: CorpusConfig) -> list[str]:
+    return score_names(list(flatten(config.rules)))
+
+
+def _stage_names(config: CorpusConfig, contaminated: Mapping[str, Any] | None) -> list[str]:
+    """What drops documents, in the order in which it does."""
+    names = _score_names(config)
+    failed = [f"{FAILED}/{rule.name}" for rule in flatten(config.rules)]
+    stages = [*failed, *names, EDITED, EMPTY, EXACT_DUPLICATE, NEAR_DUPLICATE, REPEATED]
+    return stages + [f"{CONTAMINATED}/{name}" for name in contaminated or ()]
+
+
+def _quality(config: CorpusConfig) -> tuple[str, int] | None:
+    """The rule that says which of two duplicates is better, and 1 where that is the one with more, -1 with less.
+
+    Raises ConfigError where the rule prefers neither.
+    """
+    for rule in flatten(config.rules):
+        if config.quality is not None and rule.name == config.quality:
+            return rule.name, 1 if prefers_high(rule) else -1
+    return None
+
+
+def _check_rules(config: CorpusConfig) -> None:
+    names = _score_names(config)
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"corpus.rules has {repeated[0]!r} twice; keep one, or give the other a name of its own")
+    if config.quality is not None and config.quality not in names:
+        raise ConfigError(f"corpus.quality is {config.quality!r}, which is not one of the rules: {', '.join(names)}")
+    _quality(config)
+
+
+def _scores_to_reuse(out: Path, config: CorpusConfig, wanted: Mapping[str, Any]) -> tuple[Path, tuple[int, ...]] | None:
+    """The scores of the corpus that is about to be replaced, where only thresholds differ."""
+    if not (out / SCORES).is_file():
+        return None
+    manifest = store.read_manifest(out)
+    same = without_status(manifest["inputs"]) == wanted["inputs"] and manifest.get("code") == wanted["code"]
+    if not same or manifest["scoring"] != scoring(config.rules) or (manifest.get("unreadable") or {}).get("files"):
+        return None
+    store.check_files(out, manifest | {"files": {SCORES: manifest["files"][SCORES]}}, contents=True)
+    console.print(f"using the scores in {out / SCORES} again: only thresholds differ", markup=False)
+    return out / SCORES, tuple(np.concatenate([[0], np.cumsum(manifest["pieces"])])[:-1].tolist())

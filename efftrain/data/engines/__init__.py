@@ -1,6 +1,0 @@
-"""Where the items of a stage run: ``Local`` processes of this machine, or ``Beam``."""
-
-from efftrain.data.engines.beam import Beam
-from efftrain.data.engines.local import Local
-
-__all__ = ["Beam", "Local"]

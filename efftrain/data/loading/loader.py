@@ -1,0 +1,291 @@
+"""Batches from packed corpora on Grain: shuffled, mixed, divided among processes, resumable to the batch.
+
+The global order of batches depends on the configuration alone. Process p of P takes rows [p*B/P, (p+1)*B/P) of each
+global batch of B rows, so its position is the number of global batches: a run may continue with another P.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from efftrain.config import json_digest, to_json
+from efftrain.data import corpus as corpora
+from efftrain.data.corpus import Corpus
+from efftrain.data.storage.packing import padding, row
+from efftrain.data.storage.teacher_cache import TeacherCache, no_teacher
+from efftrain.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, np.ndarray]
+
+WRITTEN_TYPE = "efftrain.data.loading.loader:LoaderConfig"  # in the identity of positions, wherever the class is by now
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One corpus of a mixture.
+
+    Attributes:
+      path: its folder.
+      weight: its share of the rows, relative to the other parts.
+      rows: only the first so many rows of the split are read; documents lie in shuffled order, so that this is a random
+        part. None: all.
+      teacher: a folder that ``efftrain teacher`` made. Batches then have ``teacher_ids`` and ``teacher_probs`` too, see
+        ``TeacherCache.read``, and only the rows of the cache are read, in the order that they have without it.
+    """
+
+    path: Path
+    weight: float = 1.0
+    rows: int | None = None
+    teacher: Path | None = None
+
+    def n_rows(self) -> int | None:
+        """How many rows of the split are read. None: all.
+
+        Raises:
+          ConfigError: the teacher's are fewer than ``rows``.
+          CorpusError: the teacher's folder cannot be read.
+        """
+        if self.teacher is None:
+            return self.rows
+        n_taught = len(TeacherCache.open(self.teacher, verify=False))
+        if self.rows is not None and self.rows > n_taught:
+            raise ConfigError(
+                f"loader.corpora: rows is {self.rows} and {self.teacher} holds {n_taught} rows; read no more, or make "
+                "a larger cache with efftrain teacher"
+            )
+        return self.rows or n_taught
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """What a batch is made of.
+
+    Attributes:
+      corpora: the mixture. Its parts must have the same tokenizer.
+      length: tokens per row.
+      batch_size: rows per global batch, over all processes.
+      split: which split of each corpus.
+      seed: of the shuffle.
+      shuffle: a new order of rows in each epoch; False keeps the order of the corpus.
+      repeat: go on for ever, mixing by weight. False: every row of every part once, without regard to weights; the
+        last batch is filled up with rows whose mask is False.
+      threads: reading threads per process.
+      prefetch: batches read ahead per process.
+    """
+
+    corpora: tuple[Part, ...]
+    length: int = 256
+    batch_size: int = 16
+    split: str = "train"
+    seed: int = 0
+    shuffle: bool = True
+    repeat: bool = True
+    threads: int = 2
+    prefetch: int = 8
+
+    def __post_init__(self):
+        if not self.corpora:
+            raise ConfigError("loader.corpora is empty; give at least one corpus")
+        for part in self.corpora:
+            if not 0 < part.weight < float("inf"):
+                raise ConfigError(f"loader.corpora: the weight of {part.path} is {part.weight}; it must be positive")
+            if part.rows is not None and part.rows < 1:
+                raise ConfigError(
+                    f"loader.corpora: rows of {part.path} is {part.rows}; give at least 1, or None for all"
+                )
+        for name in ("length", "batch_size", "threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loader.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"loader.seed (training.seed of a recipe) is {self.seed}; it must be from 0 to 2**32 - 1")
+
+
+class PackedRows:
+    """Rows of a split: row r holds tokens [r*length, (r+1)*length) and the one after. See ``packing.row``.
+
+    Raises:
+      ConfigError: the split is missing, or shorter than one row.
+    """
+
+    def __init__(self, corpus: Corpus, split: str, length: int):
+        self._tokens, self._length = corpus.tokens(split), length
+        self._end_of_text_id = corpus.end_of_text_id
+        if len(self._tokens) <= length:
+            raise ConfigError(
+                f"length {length} needs {length + 1} tokens and split {split!r} of {corpus.path} has "
+                f"{len(self._tokens)}; use a shorter length or a larger corpus"
+            )
+
+    def __len__(self) -> int:
+        return -(-(len(self._tokens) - 1) // self._length)
+
+    def __getitem__(self, number: int) -> Batch:
+        start = number * self._length
+        stream = self._tokens[start : start + self._length + 1]
+        return row(stream, self._length, end_of_text_id=self._end_of_text_id)
+
+
+class Loader:
+    """An iterator over the local part of the batches.
+
+    Each is a dict of (batch_size / process_count, length) arrays; those of a teacher have a third axis.
+    """
+
+    def __init__(self, dataset: "grain.MapDataset", config: LoaderConfig, identity: str):
+        import grain
+
+        options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
+        self._iterator = iter(dataset.to_iter_dataset(options))
+        self._identity = identity
+        self.n_batches = None if config.repeat else len(dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def __length_hint__(self) -> int:
+        return NotImplemented if self.n_batches is None else self.n_batches
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON: which batch comes next, and of which data."""
+        return {"next_batch": self._iterator.get_state()["next_index"], "data": self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where ``get_state`` was called, in this or another process, with this or another process count.
+
+        Raises:
+          RunError: the state belongs to other data, another seed, length or batch size.
+        """
+        if state["data"] != self._identity:
+            raise RunError(
+                "the saved position of the data belongs to another corpus, mixture, seed, length or batch size; "
+                "restore these, or start a new run"
+            )
+        self._iterator.set_state({"next_index": state["next_batch"]})
+
+
+def batches(config: LoaderConfig, process_index: int = 0, process_count: int = 1, *, verify: bool = True) -> Loader:
+    """Opens the corpora and starts reading.
+
+    Args:
+      config: the same on every process.
+      process_index, process_count: which part of each global batch this process gets.
+      verify: check the corpora's checksums; see ``corpus.open``.
+
+    Raises:
+      ConfigError: the batch does not divide among the processes, a split is too short, tokenizers or teachers differ.
+      CorpusError: a corpus or a teacher's cache is missing or damaged.
+    """
+    if not 0 <= process_index < process_count:
+        raise ConfigError(f"process {process_index} is not one of {process_count}")
+    if config.batch_size % process_count:
+        raise ConfigError(
+            f"loader.batch_size {config.batch_size} does not divide among {process_count} processes; use a multiple"
+        )
+    opened = [corpora.open(part.path, verify=verify) for part in config.corpora]
+    _check_same_tokenizer(opened)
+    caches = _open_caches(config, opened, verify=verify)
+    local = config.batch_size // process_count
+    rows = _rows(config, opened, caches)
+    # Dropping the remainder drops nothing here, and keeps Grain's length of an endless data set an exact integer.
+    local_batches = rows.batch(local, drop_remainder=True)[process_index::process_count]
+    return Loader(local_batches, config, _identity(config, opened, caches))
+
+
+def _open_caches(config: LoaderConfig, opened: list[Corpus], *, verify: bool) -> list[TeacherCache]:
+    """The teacher's of each part, or none at all."""
+    folders = [part.teacher for part in config.corpora if part.teacher is not None]
+    if folders and len(folders) < len(config.corpora):
+        raise ConfigError(
+            "loader.corpora: some parts have a teacher and others have none; give all of them one, or none"
+        )
+    caches = [TeacherCache.open(folder, verify=verify) for folder in folders]
+    for corpus, cache in zip(opened, caches, strict=bool(caches)):
+        cache.check_corpus(corpus, config.split, config.length)
+        if (cache.plan.kind, cache.plan.teacher) != (caches[0].plan.kind, caches[0].plan.teacher):
+            raise ConfigError(
+                f"{caches[0].path} and {cache.path} are of different teachers or kinds; make both with the same run "
+                "and options"
+            )
+    return caches
+
+
+def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]) -> "grain.MapDataset":
+    """The global order of rows."""
+    import grain
+
+    width = max((cache.width for cache in caches), default=0)
+    parts = []
+    for number, (part, corpus) in enumerate(zip(config.corpora, opened, strict=True)):
+        packed = PackedRows(corpus, config.split, config.length)
+        rows = grain.MapDataset.source(TaughtRows(packed, caches[number], width) if caches else packed)
+        if (n_rows := part.n_rows()) is not None:
+            if n_rows > len(packed):
+                raise ConfigError(
+                    f"loader.corpora: rows is {n_rows} and split {config.split!r} of {corpus.path} has {len(packed)} "
+                    f"rows of {config.length} tokens; give fewer, or None for all"
+                )
+            rows = rows[:n_rows]
+        # Grain shuffles epoch e with seed + e: hashing first keeps neighbouring seeds and parts from sharing an order.
+        seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+        parts.append(rows.shuffle(seed) if config.shuffle else rows)
+    if config.repeat:
+        weights = [part.weight for part in config.corpora]
+        repeated = [rows.repeat() for rows in parts]
+        return repeated[0] if len(parts) == 1 else grain.MapDataset.mix(repeated, weights)
+    rows = parts[0] if len(parts) == 1 else grain.MapDataset.concatenate(parts)
+    filling = padding(config.length) | (no_teacher(config.length, width) if caches else {})
+    return grain.MapDataset.source(_Filled(rows, config.batch_size, filling))
+
+
+class TaughtRows:
+    """Rows of a split with what a teacher says of each."""
+
+    def __init__(self, rows: PackedRows, cache: TeacherCache, width: int):
+        self._rows, self._cache, self._width = rows, cache, width
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __getitem__(self, number: int) -> Batch:
+        tokens = self._rows[number]
+        return tokens | self._cache.read(number, tokens, width=self._width)
+
+
+class _Filled:
+    """Rows of padding behind the real ones, so that the last global batch is whole on every process."""
+
+    def __init__(self, rows: "grain.MapDataset", multiple: int, padding: Batch):
+        self._rows, self._n_rows = rows, -(-len(rows) // multiple) * multiple
+        self._padding = padding
+
+    def __len__(self) -> int:
+        return self._n_rows
+
+    def __getitem__(self, number: int) -> Batch:
+        return self._rows[number] if number < len(self._rows) else self._padding
+
+
+def _check_same_tokenizer(opened: list[Corpus]) -> None:
+    digests = {corpus.manifest["files"]["tokenizer.json"]["blake2b"]: corpus.path for corpus in opened}
+    if len(digests) > 1:
+        one, other, *_ = digests.values()
+        raise ConfigError(f"{one} and {other} have different tokenizers; build them with the same tokenizer")
+
+
+def _identity(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]) -> str:
+    """Stands for what decides the batches; where corpora and caches lie and how they are read does not."""
+    decisive = {k: v for k, v in to_json(config).items() if k not in ("corpora", "threads", "prefetch")}
+    mixture = [[corpus.token_fingerprint, part.weight] for corpus, part in zip(opened, config.corpora, strict=True)]
+    for number, part in enumerate(config.corpora):
+        if part.rows is not None or caches:  # what a part did not have before is not in the identities of then
+            mixture[number] += [part.rows, caches[number].fingerprint if caches else None]
+    return json_digest({**decisive, "type": WRITTEN_TYPE, "mixture": mixture})

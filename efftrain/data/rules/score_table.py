@@ -1,0 +1,132 @@
+"""A rule that looks scores up which were computed before, such as the perplexity under a small model.
+
+Where to cut is a finding of its own: Marion et al. 2023 (2309.04564) keep the middle of the perplexities, Ankner et al.
+2024 (2405.20541) the middle or the top half, depending on the corpus. Neither end is always the bad one.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from efftrain.data.documents import Text
+from efftrain.data.rules.base import Between
+from efftrain.data.stages.spool import stable_hash
+from efftrain.data.storage.shards import file_digest
+from efftrain.errors import ConfigError, CorpusError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable(Between):
+    """Keeps documents whose score in a Parquet table lies from ``low`` to ``high``. Made by ``ScoreTable.load``.
+
+    Score: the number in ``column`` of the row whose ``id`` is the document's, rounded to float32; nan where the table
+    holds null, and such a document is not kept. The table is read once per process: 12 bytes a document.
+
+    Attributes:
+      table: the Parquet file, with a column ``id`` of strings.
+      digest: of the file's content, so that scores made with another table are not taken for these.
+
+    Raises:
+      CorpusError: (by ``score``) the table is missing, damaged or another one, or does not know the document.
+    """
+
+    table: Path
+    digest: str
+    column: str = "bits_per_byte"
+
+    @property
+    def name(self) -> str:
+        """Two tables, or two columns of one, may stand in one list of rules."""
+        return f"score_table/{self.column}"
+
+    @classmethod
+    def load(
+        cls,
+        table: Path | str,
+        *,
+        column: str = "bits_per_byte",
+        low: float = float("-inf"),
+        high: float = float("inf"),
+    ) -> "ScoreTable":
+        """The rule for the table as it is now."""
+        table = Path(table)
+        return cls(table=table, digest=_digest(table), column=column, low=low, high=high)
+
+    def score(self, text: Text) -> float:
+        hashes, scores = _checked_scores(self.table, self.column, self.digest)
+        hashed = _hash(text.id)
+        place = int(np.searchsorted(hashes, np.uint64(hashed)))
+        if place == len(hashes) or hashes[place] != hashed:
+            raise CorpusError(
+                f"{self.table} has no score of document {text.id!r}; score the same documents that the rule judges"
+            )
+        return float(scores[place])
+
+
+def quantile_limits(table: Path | str, column: str, low: float, high: float) -> tuple[float, float]:
+    """The scores between which a share of the table's documents lies, for ``ScoreTable``'s ``low`` and ``high``.
+
+    Args:
+      low, high: shares from 0 to 1: (0.25, 0.75) keeps the middle half, (0.5, 1) the upper half.
+
+    Raises:
+      ConfigError: ``low`` and ``high`` are no range.
+      CorpusError: the table is missing or damaged, or holds no score.
+    """
+    if not 0 <= low < high <= 1:
+        raise ConfigError(f"quantiles low {low} and high {high} are no range; use 0 <= low < high <= 1")
+    scores = _read(Path(table), column)[1]
+    scores = scores[~np.isnan(scores)].astype(np.float64)
+    if not len(scores):
+        raise CorpusError(f"{table} has no score in column {column!r}; score some documents first")
+    return float(np.quantile(scores, low)), float(np.quantile(scores, high))
+
+
+@lru_cache(maxsize=8)
+def _checked_scores(table: Path, column: str, digest: str) -> tuple[np.ndarray, np.ndarray]:
+    if (found := _digest(table)) != digest:
+        raise CorpusError(
+            f"{table} is another table than the rule was made with (expected {digest[:8]}.., found {found[:8]}..); "
+            "make the rule again with ScoreTable.load"
+        )
+    return _read(table, column)
+
+
+def _read(table: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) uint64 hashes of the ids, ascending, and their scores (n,) float32."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    hashes, scores = [np.empty(0, np.uint64)], [np.empty(0, np.float32)]
+    try:
+        with pq.ParquetFile(table) as file:
+            if missing := [c for c in ("id", column) if c not in file.schema_arrow.names]:
+                raise CorpusError(f"{table} has no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+            for batch in file.iter_batches(columns=["id", column]):
+                ids = batch.column("id").to_pylist()
+                hashes.append(np.fromiter(map(_hash, ids), np.uint64, len(ids)))
+                scores.append(batch.column(column).cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False))
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"{table} cannot be read ({error}); score the documents again") from error
+    except AttributeError as error:
+        raise CorpusError(f"the column 'id' of {table} does not hold strings; write the ids as strings") from error
+    joined = np.concatenate(hashes)
+    order = np.argsort(joined, kind="stable")
+    joined = joined[order]
+    if (repeats := int((joined[1:] == joined[:-1]).sum())) > 0:
+        raise CorpusError(f"{table} has {repeats:,} ids more than once; give every document an id of its own")
+    return joined, np.concatenate(scores)[order]
+
+
+def _digest(table: Path) -> str:
+    try:
+        return file_digest(table)
+    except OSError as error:
+        raise CorpusError(f"{table} cannot be read ({error.strerror}); score the documents first") from error
+
+
+def _hash(id: str) -> int:
+    # Half a surrogate pair, as in the name of a badly encoded file, stands in no table: it was replaced there.
+    return stable_hash(id.encode(errors="replace").decode(), "score table")

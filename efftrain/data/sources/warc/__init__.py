@@ -1,0 +1,4 @@
+"""Web archives: members, records, pages.
+
+It may import the other sources.
+"""

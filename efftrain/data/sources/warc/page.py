@@ -1,0 +1,218 @@
+"""The text of a page as a server sent it: HTTP header, transfer and content encodings, character encoding."""
+
+import codecs
+import io
+import re
+import zlib
+from dataclasses import dataclass
+
+from efftrain.data.sources.warc.members import Damage, Gzip, MemberEnd, Zstd, unpack
+from efftrain.data.sources.warc.records import header_fields
+
+_STATUS = re.compile(rb"HTTP/[\d.]+[ \t]+(\d{3})[^\n]*\n")
+_HEADER_END = re.compile(rb"\n\r?\n")
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(;[^\n]*)?\r?\n")
+_LINE_END = re.compile(rb"(\r?\n)?")
+_CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
+_META_CHARSET = re.compile(rb"<meta\b[^>]*?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+_META_BYTES = 4096  # of the page in which its meta tag is looked for
+_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+
+# Python's codecs of these names know fewer characters than the encodings that browsers mean by them.
+_WIDER = {"gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"}
+
+# Text in another encoding is hardly ever valid in one of these, while any bytes are text in a single-byte encoding.
+_MULTI_BYTE = {
+    *("utf-8", "utf-16-le", "utf-16-be", "gb18030", "cp932", "cp949", "big5hkscs", "euc_jp", "iso2022_jp"),
+}
+
+
+class UnpackError(ValueError):
+    """The bytes of a page are not in the encoding that its header names, or no decoder for it is known."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """An HTTP response: its status code, its header fields by name in lower case, and its body as it was sent."""
+
+    status: str
+    fields: dict[str, str]
+    body: bytes
+
+
+def parse_response(block: bytes) -> Response | None:
+    """The response in the block of a record; None where the block does not begin with an HTTP status line."""
+    status = _STATUS.match(block)
+    if not status:
+        return None
+    end = _HEADER_END.search(block, status.end() - 1)
+    stop, body = (end.start(), end.end()) if end else (len(block), len(block))
+    return Response(status[1].decode(), header_fields(block[status.end() : stop]), block[body:])
+
+
+def unpacked_body(response: Response, most: int, truncated: bool) -> bytes:
+    """The body without its transfer and content encodings.
+
+    A body that was stored unpacked although its header names an encoding is taken as it is.
+
+    Args:
+      most: stop soon after this number of bytes; the caller sees by the length that the page is too large.
+      truncated: the record says that the body was cut when it was stored, so that what is there is wanted.
+
+    Raises UnpackError where the body cannot be unpacked.
+    """
+    body = response.body
+    if response.fields.get("transfer-encoding", "").lower() == "chunked":
+        body = _without_chunks(body, truncated)
+    for encoding in reversed(response.fields.get("content-encoding", "").lower().split(",")):
+        try:
+            body = _unpacked(body, encoding.strip(), most, truncated)
+        except UnpackError:
+            if not body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+                raise
+    return body
+
+
+def decode_page(content: bytes, content_type: str) -> str:
+    """The text of a page, in the encoding that its bytes bear out.
+
+    First come a byte order mark and the multi-byte encodings that the header or the page's meta tag declare, or UTF-8,
+    if all bytes are valid in them; then UTF-8 with a few invalid bytes; then a single-byte encoding that was
+    declared; then Resiliparse's detection. Few invalid bytes become U+FFFD.
+
+    Args:
+      content_type: the value of the HTTP field.
+
+    Raises UnicodeError where none fits.
+    """
+    from resiliparse.parse.encoding import detect_encoding
+
+    for mark, name in _BYTE_ORDER_MARKS:
+        if content.startswith(mark):
+            return content.decode(name, "replace")
+    declared = _declared_encodings(content, content_type)
+    certain = [name for name in declared if name in _MULTI_BYTE]
+    if not content.isascii():  # UTF-16 and ISO-2022-JP may be ASCII bytes throughout
+        certain.append("utf-8")
+    for name in certain:
+        if (text := _strict(content, name)) is not None:
+            return text
+    if (text := _lenient(content, "utf-8")) is not None:
+        return text
+    detected = _python_name(detect_encoding(content, from_html_meta=False)) or "utf-8"
+    for name in [*(name for name in declared if name not in _MULTI_BYTE), detected]:
+        if (text := _strict(content, name)) is not None:
+            return text
+    if (text := _lenient(content, detected)) is not None:
+        return text
+    raise UnicodeError(f"the page is neither in {' nor '.join(dict.fromkeys([*declared, 'utf-8', detected]))}")
+
+
+def _declared_encodings(content: bytes, content_type: str) -> list[str]:
+    head = content[:_META_BYTES]
+    header, meta = _CHARSET.search(content_type), _META_CHARSET.search(head)
+    names = [_python_name(header[1]) if header else None, _python_name(meta[1].decode()) if meta else None]
+    # The tags of a page in UTF-16 have a zero in each character.
+    return [name for name in names if name and not (name.startswith("utf-16") and b"\0" not in head)]
+
+
+def _python_name(label: str) -> str | None:
+    from resiliparse.parse.encoding import map_encoding_to_html5
+
+    name = map_encoding_to_html5(label, fallback_utf8=False)
+    return _WIDER.get(name, name) if name else None
+
+
+def _strict(content: bytes, encoding: str) -> str | None:
+    try:
+        return content.decode(encoding)
+    except (UnicodeError, LookupError):
+        return None
+
+
+def _lenient(content: bytes, encoding: str) -> str | None:
+    """The text with U+FFFD for its invalid bytes, if fewer than half of the characters outside ASCII are such."""
+    text = content.decode(encoding, "replace")
+    n_invalid = text.count("\ufffd")
+    n_outside = len(text) - len(text.encode("ascii", "ignore"))
+    return text if 2 * n_invalid < n_outside else None
+
+
+def _without_chunks(body: bytes, truncated: bool) -> bytes:
+    parts, at = [], 0
+    while at < len(body):
+        size = _CHUNK_SIZE.match(body, at)
+        if not size and not at:
+            return body  # stored without its chunks
+        if not size:
+            raise UnpackError(f"no chunk begins at byte {at:,} of the body")
+        n_bytes = int(size[1], 16)
+        if not n_bytes:
+            break
+        parts.append(body[size.end() : size.end() + n_bytes])
+        at = size.end() + n_bytes
+        if at > len(body) and not truncated:
+            raise UnpackError(f"the last chunk ends {at - len(body):,} bytes after the body")
+        at = _LINE_END.match(body, at).end()
+    return b"".join(parts)
+
+
+def _unpacked(body: bytes, encoding: str, most: int, truncated: bool) -> bytes:
+    if encoding in ("", "identity") or not body:
+        return body
+    if encoding in ("gzip", "x-gzip"):
+        return _members(body, Gzip(), most, truncated)
+    if encoding == "zstd":
+        return _members(body, Zstd(), most, truncated)
+    if encoding == "deflate":
+        return _inflated(body, most, truncated)
+    if encoding == "br":
+        return _without_brotli(body, most, truncated)
+    raise UnpackError(f"the content encoding {encoding!r} is not known")
+
+
+def _members(body: bytes, packing: Gzip | Zstd, most: int, truncated: bool) -> bytes:
+    unpacked = bytearray()
+    whole = False  # of gzip; other bytes may follow it, as browsers have it
+    for event in unpack(io.BytesIO(body), packing):
+        if isinstance(event, Damage) and not whole and not (event.cut and truncated):
+            raise UnpackError(event.reason.replace("file", "body"))
+        if isinstance(event, Damage) or len(unpacked) > most:
+            break
+        if isinstance(event, bytes):
+            unpacked += event
+        whole = isinstance(event, MemberEnd) and isinstance(packing, Gzip)
+    return bytes(unpacked)
+
+
+def _inflated(body: bytes, most: int, truncated: bool) -> bytes:
+    """Deflate as the standard has it, in a zlib frame, or as some servers send it, without one."""
+    try:
+        decoder = zlib.decompressobj()
+        unpacked = decoder.decompress(body, most + 1)
+    except zlib.error:
+        decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            unpacked = decoder.decompress(body, most + 1)
+        except zlib.error as error:
+            raise UnpackError(f"the body is not deflated: {error}") from error
+    if len(unpacked) <= most and not decoder.eof and not truncated:
+        raise UnpackError("the deflated body ends early")
+    return unpacked
+
+
+def _without_brotli(body: bytes, most: int, truncated: bool) -> bytes:
+    try:
+        import brotli
+
+        decoder = brotli.Decompressor()
+        unpacked = decoder.process(body, output_buffer_limit=most + 1)
+    except (ImportError, TypeError) as error:  # older ones cannot bound what they unpack
+        raise UnpackError(
+            "the content encoding br needs the package brotli >= 1.2; pip install 'brotli>=1.2'"
+        ) from error
+    except brotli.error as error:
+        raise UnpackError(f"the body is not in brotli: {error}") from error
+    if len(unpacked) <= most and not decoder.is_finished() and not truncated:
+        raise UnpackError("the body in brotli ends early")
+    return unpacked

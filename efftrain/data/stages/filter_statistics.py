@@ -1,0 +1,118 @@
+"""How many documents came in, where they were lost, and how many are left."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from efftrain.data.stages.exclusion_log import clean
+from efftrain.errors import CorpusError
+
+
+class Funnel:
+    """Documents and bytes: seen, dropped by each rule, kept; and of each rule the first document that it dropped."""
+
+    def __init__(self):
+        self._seen, self._dropped, self._examples = [0, 0], {}, {}
+
+    def see(self, n_bytes: int) -> None:
+        self._seen = [self._seen[0] + 1, self._seen[1] + n_bytes]
+
+    def drop(self, rule: str, n_bytes: int, example: str) -> None:
+        """``example`` says which document it is, and of what it consists or what is wrong with it."""
+        documents, size = self._dropped.get(rule, (0, 0))
+        self._dropped[rule] = documents + 1, size + n_bytes
+        self._examples.setdefault(rule, example)
+
+    def cut(self, rule: str, n_bytes: int) -> None:
+        """Text that went out of documents which stay; negative where an edit made them longer."""
+        documents, size = self._dropped.get(rule, (0, 0))
+        self._dropped[rule] = documents, size + n_bytes
+
+    def add(self, counts: Mapping[str, Any]) -> None:
+        """Adds what ``to_json`` of another gave."""
+        self._seen = [a + b for a, b in zip(self._seen, counts["seen"], strict=True)]
+        for rule, (documents, n_bytes) in counts["dropped"].items():
+            before = self._dropped.get(rule, (0, 0))
+            self._dropped[rule] = before[0] + documents, before[1] + n_bytes
+        self._examples = counts["examples"] | self._examples
+
+    def to_json(self) -> dict[str, Any]:
+        dropped = {rule: list(count) for rule, count in self._dropped.items()}
+        return {"seen": self._seen, "dropped": dropped, "examples": self._examples}
+
+    def check_something_left(self, n_documents: int, rules: Collection[str]) -> None:
+        """Raises CorpusError where no document is left; ``rules`` are those of the configuration."""
+        if n_documents:
+            return
+        if not self._seen[0]:
+            raise CorpusError("the sources hold no document; check their paths and patterns")
+        rule, (documents, _) = max(self._dropped.items(), key=lambda item: item[1])
+        remedy = "loosen it, or set corpus.rules" if rule in rules else "check the source"
+        raise CorpusError(
+            f"no document is left: of {self._seen[0]:,}, {rule!r} removed most ({documents:,}), such as "
+            f"{self._examples[rule]}; {remedy}"
+        )
+
+    def rows(self, order: Sequence[str] = ()) -> list[dict]:
+        """Seen, dropped, kept. What ``order`` does not name comes first: what could not be read."""
+        place = {name: i for i, name in enumerate(order)}
+        kept = [seen - sum(d[i] for d in self._dropped.values()) for i, seen in enumerate(self._seen)]
+        dropped = sorted(self._dropped.items(), key=lambda item: place.get(item[0], -1))
+        table = [("seen", self._seen), *dropped, ("kept", kept)]
+        rows = [{"stage": stage, "documents": int(d), "bytes": int(b)} for stage, (d, b) in table]
+        return [row | ({"example": self._examples[s]} if (s := row["stage"]) in self._examples else {}) for row in rows]
+
+
+class Funnels:
+    """One funnel a source."""
+
+    def __init__(self):
+        self._of: dict[str, Funnel] = {}
+
+    def see(self, source: str, n_bytes: int) -> None:
+        self._of.setdefault(clean(source), Funnel()).see(n_bytes)
+
+    def drop(self, source: str, rule: str, n_bytes: int, example: str) -> None:
+        self._of.setdefault(clean(source), Funnel()).drop(rule, n_bytes, clean(example))
+
+    def cut(self, source: str, rule: str, n_bytes: int) -> None:
+        self._of.setdefault(clean(source), Funnel()).cut(rule, n_bytes)
+
+    def add(self, counts: Mapping[str, Any]) -> None:
+        """Adds what ``to_json`` of another gave."""
+        for source, count in counts.items():
+            self._of.setdefault(source, Funnel()).add(count)
+
+    def to_json(self) -> dict[str, Any]:
+        return {source: funnel.to_json() for source, funnel in self._of.items()}
+
+    def rows(self, order: Sequence[str]) -> dict[str, list[dict]]:
+        return {source: funnel.rows(order) for source, funnel in self._of.items()}
+
+    def total(self) -> Funnel:
+        total = Funnel()
+        for funnel in self._of.values():
+            total.add(funnel.to_json())
+        return total
+
+
+def example(id: str, text: str) -> str:
+    """Names a document and shows its beginning on one line: an example of what a rule drops."""
+    shown = " ".join(text[:400].split())
+    return f"{id} ({shown[:80]}{'...' if len(shown) > 80 else ''})"
+
+
+def funnel_table(title: str, funnel: list[dict[str, Any]], splits: dict[str, dict[str, int]]) -> Table:
+    """The rows of a funnel, then the splits with their tokens."""
+    seen = max(funnel[0]["documents"], 1)
+    table = Table(title=title, title_justify="left")
+    for name in ("stage", "documents", "share", "bytes", "tokens"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for row in funnel:
+        table.add_row(row["stage"], f"{row['documents']:,}", f"{row['documents'] / seen:.1%}", f"{row['bytes']:,}", "")
+    table.add_section()
+    for split, figures in splits.items():
+        share = f"{figures['documents'] / seen:.1%}"
+        table.add_row(split, f"{figures['documents']:,}", share, f"{figures['bytes']:,}", f"{figures['tokens']:,}")
+    return table

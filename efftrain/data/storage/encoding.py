@@ -1,0 +1,61 @@
+"""Documents to ids, in bounded memory whatever the length of a document."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from efftrain.data.batching import by_size
+from efftrain.data.storage.long_texts import cut_text
+from efftrain.data.storage.tokenizer import find_end_of_text, text_encoder
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+_BATCH_CHARS = 1 << 20
+
+
+def encode_documents(
+    tokenizer: "Tokenizer",
+    texts: Iterable[str],
+    end_of_text: str | None = None,
+    *,
+    observe: Callable[[str, "Encoding"], None] | None = None,
+    on_changed: Callable[[int], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields for each text the int32 ids of the end of text and of its tokens. Batches run on all cores.
+
+    A text of more than ``long_texts.PART_CHARS`` characters is encoded in parts, see ``long_texts.cut_text``.
+
+    Args:
+      tokenizer: of ``load_tokenizer`` or ``train_tokenizer``.
+      texts: of the documents.
+      end_of_text: the token between documents. None: the one that ``find_end_of_text`` finds.
+      observe: called with each part of a text and its encoding, which has the offsets of the tokens only then.
+      on_changed: called with the number of a text, counted from 0 and the last one that was read, whose tokens may
+        differ from those of the uncut text.
+    """
+    begin = np.array([tokenizer.token_to_id(find_end_of_text(tokenizer, end_of_text))], np.int32)
+    encoder = text_encoder(tokenizer)
+    encode = encoder.encode_batch if observe else encoder.encode_batch_fast
+    n_parts: deque[int] = deque()  # of each text that is not complete yet
+
+    def parts() -> Iterator[str]:
+        for number, text in enumerate(texts):
+            cuts, changed = cut_text(encoder, text)
+            if changed and on_changed:
+                on_changed(number)
+            n_parts.append(len(cuts))
+            yield from (text[start:stop] for start, stop in cuts)
+
+    held = [begin]
+    for batch in by_size(parts(), _BATCH_CHARS):
+        for part, encoding in zip(batch, encode(batch, add_special_tokens=False), strict=True):
+            if observe:
+                observe(part, encoding)
+            held.append(np.array(encoding.ids, np.int32))
+            if len(held) > n_parts[0]:
+                yield np.concatenate(held)
+                n_parts.popleft()
+                held = [begin]

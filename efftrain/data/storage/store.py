@@ -1,0 +1,240 @@
+"""The folder of a corpus: built beside its place, renamed when it is whole, checked when it is opened.
+
+DIR/manifest.json     inputs, parameters, code and library versions, funnel, size and checksum of every file
+DIR/text/             TFDS dataset of the documents (text, id, source, meta), in shuffled order
+DIR/tokens/           TFDS dataset of fixed-size blocks: the same documents as one stream of tokens
+DIR/tokenizer.json    byte-level BPE, or the one that was given
+DIR/token_bytes-*.npy bytes of text per token in a split, where the tokenizer's entries do not tell them
+DIR/scores.parquet    every document that was read, with the score of each rule
+DIR/removed.parquet   every document that was removed: rule, score, survivor, excerpt
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import efftrain
+from efftrain.code_identity import changed_code
+from efftrain.config import difference, finite_json
+from efftrain.data.storage.inputs import without_status
+from efftrain.data.storage.shards import file_digest, sync
+from efftrain.errors import CorpusError
+from efftrain.lock import Lock, beside
+from efftrain.progress import console
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_OWN = ("pid", "plan.json", "inputs.json")  # in an unfinished folder; earlier versions left their process there
+_LIBRARIES = ("tensorflow-datasets", "array-record", "tokenizers", "pyarrow", "numpy")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads ``manifest.json``.
+
+    Raises:
+      CorpusError: the folder is missing, unfinished, not a corpus, or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if not folder.exists():
+            unfinished = unfinished_path(folder)
+            found = f" (a build was interrupted: {unfinished})" if unfinished.exists() else ""
+            raise CorpusError(
+                f"there is no corpus {folder}{found}; build one, for example: python data/python.py --out {folder}"
+            )
+        raise CorpusError(f"{folder} is not a corpus (it has no {MANIFEST}); choose another folder")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise CorpusError(
+                f"{folder} has corpus format {manifest['format']} and this version reads {FORMAT}; build it again"
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{path} is damaged ({error!r}); build the corpus again") from error
+    return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], *, contents: bool, hint: str | None = None) -> None:
+    """Compares every file with the manifest: its size and, with ``contents``, its checksum (about 1 GB/s per core).
+
+    ``hint`` says what to do; by default to build a corpus again.
+
+    Raises:
+      CorpusError: a file is missing, truncated, altered or replaced; the message names it.
+    """
+    hint = hint or rebuild_hint(folder)
+    for name, recorded in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CorpusError(f"{path} is missing; {hint}")
+        if (size := path.stat().st_size) != recorded["bytes"]:
+            raise CorpusError(f"{path} has {size:,} bytes and its manifest says {recorded['bytes']:,}; {hint}")
+    if not contents:
+        return
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(file_digest, [folder / name for name in manifest["files"]])
+        for (name, recorded), digest in zip(manifest["files"].items(), found, strict=True):
+            if digest != recorded["blake2b"]:
+                raise CorpusError(
+                    f"{folder / name} has another checksum than its manifest (expected {recorded['blake2b'][:8]}.., "
+                    f"found {digest[:8]}..); {hint}"
+                )
+
+
+def rebuild_hint(folder: Path) -> str:
+    return f"build it again with --overwrite, for example: python data/python.py --out {folder} --overwrite"
+
+
+def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """True where ``out`` holds what is wanted; False where it is free or may be overwritten.
+
+    Args:
+      wanted: the parts of the manifest that decide: ``parameters``, ``inputs`` and ``code``.
+
+    Raises:
+      CorpusError: ``out`` holds something else. Nothing is touched.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / MANIFEST).is_file():
+        raise CorpusError(f"{out} exists and is not a corpus; choose another folder")
+    if overwrite:
+        return False
+    manifest = read_manifest(out)
+    found = manifest | {"inputs": without_status(manifest["inputs"])}
+    changed = [line for key in wanted if key != "code" for line in difference(found.get(key), wanted[key], key)]
+    if names := changed_code(found.get("code"), wanted["code"]):
+        changed.append(f"the code of {names} has changed")
+    if changed:
+        shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise CorpusError(
+            f"{out} was built from something else ({shown}); choose another folder, delete this one, or replace it "
+            "with overwrite=True (--overwrite of scripts under data/)"
+        )
+    return True
+
+
+def known_inputs(out: Path) -> list[dict[str, Any]]:
+    """What ``inputs.fingerprints`` returned for an interrupted build of ``out`` or, else, for the corpus there."""
+    for path in (unfinished_path(out) / "inputs.json", out / MANIFEST):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # then all files are read again
+            content = json.loads(path.read_text())
+            return content["inputs"]
+    return []
+
+
+@contextlib.contextmanager
+def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]] = ()) -> Iterator[Path]:
+    """Gives ``out.incomplete`` to build in, and renames it to ``out`` when the block ends without an error.
+
+    The folder is fresh, or that of an interrupted build with the same plan, of the same versions of Python and
+    libraries. ``inputs`` are kept in it for ``known_inputs``.
+
+    Raises:
+      InUseError: another process is building it.
+      CorpusError: the disk is full, or the folder cannot be written.
+    """
+    folder = unfinished_path(out)
+    try:
+        with _lock(out):
+            _begin(folder, plan)
+            if inputs:
+                (folder / "inputs.json").write_text(json.dumps({"inputs": inputs}))
+            yield folder
+            for path in folder.rglob("*"):
+                sync(path)
+            for name in _OWN:
+                (folder / name).unlink(missing_ok=True)
+            _replace(folder, out)
+    except Exception as error:
+        # The writers in C++ and Rust raise errors of their own that carry only the message.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise CorpusError(
+                f"the disk of {out} is full; free space or choose another folder (the unfinished {folder} can be "
+                "deleted)"
+            ) from error
+        raise
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds format, versions and the checksum of every file in the folder, and writes ``manifest.json``."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (*_OWN, MANIFEST))
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
+        for path in paths
+    }
+    manifest = {"format": FORMAT, **content, "environment": _environment(), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(finite_json(manifest), indent=1, allow_nan=False) + "\n")
+    return manifest
+
+
+def unfinished_path(out: Path) -> Path:
+    return out.with_name(out.name + ".incomplete")
+
+
+def _lock(out: Path) -> Lock:
+    try:
+        return Lock(beside(out), out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise CorpusError(f"cannot write {out} ({error.strerror}); choose another folder") from error
+
+
+def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Makes the folder; keeps one that is left from a build with the same plan."""
+    content = json.dumps({**plan, "environment": _environment() | {"commit": None}}, sort_keys=True)
+    if folder.exists():
+        same = (folder / "plan.json").is_file() and (folder / "plan.json").read_text() == content
+        what = "going on with it" if same else "of other inputs, parameters or code; starting again"
+        console.print(f"{folder} is left from a build that was interrupted; {what}", markup=False)
+        if same:
+            return
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise CorpusError(f"cannot write {folder} ({error.strerror}); choose another folder") from error
+    (folder / "plan.json").write_text(content)
+
+
+def _replace(folder: Path, out: Path) -> None:
+    old = out.with_name(out.name + ".replaced")
+    if (out / MANIFEST).is_file():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    elif out.is_dir():
+        out.rmdir()
+    folder.rename(out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _environment() -> dict[str, Any]:
+    root = Path(efftrain.__file__).parent.parent
+    commit = None
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(
+                ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                cwd=root,
+                capture_output=True,
+                text=True,
+                timeout=20,
+            ).stdout.strip()
+    return {
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }

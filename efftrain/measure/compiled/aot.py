@@ -1,0 +1,233 @@
+"""A recipe's train step, compiled for chips that are not here: does it fit, and what will it wait for."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from efftrain.errors import ConfigError
+from efftrain.measure.compiled.aot_traffic import Traffic, traffic
+from efftrain.measure.compiled.aot_warnings import loop_warnings, parameter_warnings
+from efftrain.measure.compiled.hlo import ProgramText
+from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, attention_flops, mean_visible_keys, training_flops
+from efftrain.measure.cost.mesh_estimate import estimate
+from efftrain.models.config import BlockConfig
+from efftrain.recipe import import_script
+from efftrain.sharding.layout import layout
+from efftrain.sharding.mesh import MeshConfig, make_mesh
+from efftrain.sharding.roofline import Roofline, axis_bandwidth, roofline
+from efftrain.sharding.rules import use
+from efftrain.sharding.topologies import Topology
+from efftrain.train.loop import Training
+from efftrain.train.objectives.objective import Objective
+from efftrain.train.program import Wrap, abstract_batch, make_program
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is compiled: a configuration of a recipe.
+
+    Attributes:
+      name: for people.
+      build, objective, wrap: as ``fit`` takes them.
+      training: with the mesh.
+    """
+
+    name: str
+    build: Callable[[nnx.Rngs], nnx.Module]
+    objective: Objective
+    training: Training
+    wrap: Wrap | None = None
+
+    def with_mesh(self, mesh: MeshConfig) -> "Target":
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, mesh=mesh))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on each device."""
+
+    parameters: int
+    optimizer: int
+    other_state: int
+    teacher: int
+    batch: int
+    temporaries: int
+    """Activations, gradients and what is gathered: all that the step allocates beside its arguments."""
+    total: int
+    limit: float | None
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.limit is None else self.total <= self.limit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was found out about a step on one device.
+
+    Attributes:
+      flops: that the program computes, products only.
+      model_flops: that the mathematics needs (see ``measure.flops``).
+      counted_from: "program", or "formulas" where the text of the program could not be had.
+      times: by roofline; None for a chip without known peaks.
+    """
+
+    target: str
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    memory: Memory
+    flops: float
+    model_flops: float
+    hbm_bytes: float
+    counted_from: str
+    times: Roofline | None
+    collectives: list[Traffic]
+    warnings: list[str]
+    compile_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, with ``times`` taken apart."""
+        found = dataclasses.asdict(self)
+        found["memory"]["fits"] = self.memory.fits
+        if self.times:
+            found["times"] |= {"step_s": self.times.step_s, "dominant": self.times.dominant}
+        return found
+
+
+def read_target(recipe: Path, name: str | None = None) -> Target:
+    """A configuration of a recipe script, by name; the first one where there is none.
+
+    Raises:
+      ConfigError: the script lacks ``configs``, ``program`` or that configuration.
+    """
+    script = import_script(recipe)
+    configs, program = getattr(script, "configs", None), getattr(script, "program", None)
+    if not configs:
+        raise ConfigError(f"{recipe} has no table `configs`; give a recipe, such as recipes/dense.py")
+    if program is None:
+        raise ConfigError(f"{recipe} has no function `program(config) -> (build, objective[, wrap])`; add one")
+    name = next(iter(configs)) if name is None else name
+    if name not in configs:
+        raise ConfigError(f"{recipe} has no configuration {name!r}; choose one of {', '.join(configs)}")
+    build, objective, *wrap = program(configs[name])
+    return Target(f"{Path(recipe).stem} {name}", build, objective, configs[name].training, *wrap)
+
+
+def compile_target(target: Target, topology: Topology) -> Report:
+    """Compiles the step that ``fit`` would run on this slice. Takes seconds to minutes; nothing is run or allocated.
+
+    Raises:
+      ConfigError: the mesh does not fit the topology, or a parameter not the mesh.
+    """
+    training = target.training
+    mesh = make_mesh(training.mesh, topology.devices)
+    program = make_program(target.build, target.objective, training, target.wrap)
+    with use(mesh):
+        state, batch = program.abstract_state(mesh), abstract_batch(training, mesh)
+        frozen = program.abstract_frozen(mesh)
+        began = time.perf_counter()
+        compiled = program.jit(state).lower(state, batch, frozen).compile()
+        compile_s = time.perf_counter() - began
+    memory = _memory(compiled.memory_analysis(), state, batch, frozen, topology)
+    model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
+    teacher = program.teacher and program.teacher.abstract_model()
+    formulas = estimate(model, training, state, mesh, topology, teacher=teacher, frozen=frozen)
+    text, warnings = _read(compiled)
+    if not memory.fits and memory.limit:
+        warnings.append(f"does not fit: {memory.total / 1e9:.1f} GB of {memory.limit / 1e9:.0f} GB on each device")
+    warnings += parameter_warnings(layout(state.params, mesh), mesh, tiled=topology.chip is not None)
+    flops, hbm_bytes, collectives = formulas.flops, formulas.hbm_bytes, []
+    if text is not None:
+        collectives = traffic(text, mesh)
+        flops, hbm_bytes = text.flops + _kernel_flops(text, model, teacher, training, mesh, warnings), text.memory_bytes
+        warnings += loop_warnings(text, collectives, (state.params, frozen))
+    times = None
+    if topology.chip is not None:
+        ici_s = formulas.times.ici_s if text is None else _ici_seconds(text, mesh, topology)
+        times = roofline(topology.chip, flops=flops, hbm_bytes=hbm_bytes, ici_s=ici_s)
+    return Report(
+        target=target.name,
+        topology=topology.name,
+        devices=mesh.size,
+        mesh=dict(mesh.shape),
+        memory=memory,
+        flops=flops,
+        model_flops=_flops(model, teacher, training) * training.batch_size * training.length / mesh.size,
+        hbm_bytes=hbm_bytes,
+        counted_from="formulas" if text is None else "program",
+        times=times,
+        collectives=collectives,
+        warnings=warnings,
+        compile_s=compile_s,
+    )
+
+
+def _read(compiled: Any) -> tuple[ProgramText | None, list[str]]:
+    """The program's text; libtpu cannot print every program, and what cannot be printed is no reason to fail."""
+    try:
+        return ProgramText(compiled.as_text()), []
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        return None, [f"the program's text cannot be had ({reason}); FLOPs, bytes and times are by formulas"]
+
+
+def _flops(model: nnx.Module, teacher: nnx.Module | None, training: Training) -> float:
+    """Of a token, that the mathematics needs."""
+    alone = training_flops(model, training.length)
+    return alone if teacher is None else alone + training_flops(teacher, training.length) / FORWARD_AND_BACKWARD
+
+
+def _kernel_flops(
+    text: ProgramText,
+    model: nnx.Module,
+    teacher: nnx.Module | None,
+    training: Training,
+    mesh: Mesh,
+    warnings: list[str],
+) -> float:
+    unknown, flops = text.kernels
+    if not unknown:
+        return flops
+    warnings.append(f"{unknown} runs of kernels state no FLOPs; what attention needs is added by formula")
+    passes = FORWARD_AND_BACKWARD + (model.config.remat == "full")
+    tokens = training.batch_size * training.length / mesh.size
+    layers = [(layer, passes) for layer in model.config.layers]
+    layers += [(layer, 1) for layer in teacher.config.layers] if teacher is not None else []
+
+    def attention(layer: BlockConfig) -> float:
+        window = getattr(layer.attention, "window", None)
+        return attention_flops(layer.attention, mean_visible_keys(training.length, window))
+
+    return flops + tokens * sum(n * attention(layer) for layer, n in layers)
+
+
+def _memory(analysis: Any, state: Any, batch: Any, frozen: Any, topology: Topology) -> Memory:
+    parameters, optimizer = _device_bytes(state.params), _device_bytes(state.opt_state)
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(
+        parameters=parameters,
+        optimizer=optimizer,
+        other_state=_device_bytes(state) - parameters - optimizer,
+        teacher=_device_bytes(frozen),
+        batch=_device_bytes(batch),
+        temporaries=temporaries,
+        total=arguments + max(outputs, 0) + temporaries + analysis.generated_code_size_in_bytes,
+        limit=topology.chip and topology.chip.hbm_bytes,
+    )
+
+
+def _device_bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _ici_seconds(text: ProgramText, mesh: Mesh, topology: Topology) -> float:
+    return sum(row.sent / axis_bandwidth(topology, mesh, row.axes) for row in traffic(text, mesh) if row.axes)

@@ -1,0 +1,142 @@
+"""How long a prompt and a new token take, by the clock.
+
+Run it outside of ``sharding.rules.use``, where a batch of 1 need not be divided over devices.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from efftrain.errors import ConfigError
+from efftrain.models.cache import Cache
+from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import prefill
+from efftrain.models.decoding.sampling import GREEDY, sample
+from efftrain.models.decoding.unrolled import unrolled
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Runs of one compiled program, after one run to warm up.
+
+    Attributes:
+      batch: rows that are computed together.
+      tokens: of each row in one run: read in prefill, drawn in decoding.
+      rounds_s: wall clock of each run, seconds, in order.
+      compile_s: what compiling took, seconds; little where JAX's compilation cache has the program.
+    """
+
+    batch: int
+    tokens: int
+    rounds_s: tuple[float, ...]
+    compile_s: float
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.rounds_s)
+
+    @property
+    def spread_s(self) -> float:
+        """From the fastest to the slowest run."""
+        return max(self.rounds_s) - min(self.rounds_s)
+
+    @property
+    def s_per_token(self) -> float:
+        """Seconds for one token of every row, at the median."""
+        return self.median_s / self.tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over all rows, at the median."""
+        return self.batch * self.tokens / self.median_s
+
+
+def measure_latency(
+    model: Decoder, *, batch: int, prompt_length: int, n_new: int, rounds: int = 5
+) -> tuple[Latency, Latency]:
+    """Times reading prompts, and drawing tokens behind them: the two halves of ``models.decode.generate``.
+
+    Prefill ends with the first new token. The decoding loop finds the prompt in the cache, which has
+    ``prompt_length + n_new`` slots; it takes the stack apart once a run, which n_new spreads over the tokens.
+
+    Args:
+      batch: rows.
+      prompt_length: tokens of every prompt.
+      n_new: tokens that are drawn in each row.
+      rounds: runs of each half.
+
+    Returns:
+      Prefill and decoding.
+
+    Raises:
+      ConfigError: a size is below 1, or prompt and new tokens together are longer than ``max_length``.
+    """
+    for name, size in {"batch": batch, "prompt_length": prompt_length, "n_new": n_new, "rounds": rounds}.items():
+        if size < 1:
+            raise ConfigError(f"latency.{name} is {size}; it must be at least 1")
+    if prompt_length + n_new > model.config.max_length:
+        raise ConfigError(
+            f"latency: prompt and new tokens are {prompt_length + n_new} together and model.max_length is "
+            f"{model.config.max_length}; shorten the prompt or draw fewer"
+        )
+    graph, state = nnx.split(unrolled(model))
+    read = (graph, state, _prompts(model, batch, prompt_length), prompt_length + n_new)
+    (first_b, cache), *prefill_times = _time(_prefill, read, rounds)
+    _, *decode_times = _time(draw, (graph, state, first_b, cache, n_new), rounds)
+    return Latency(batch, prompt_length, *prefill_times), Latency(batch, n_new, *decode_times)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def draw(graph: nnx.GraphDef, state: nnx.State, token_b: Array, cache: Cache, n_new: int) -> Array:
+    """The last (batch,) of ``n_new`` likeliest tokens that follow ``token_b``; the cache has room for them."""
+    model = nnx.merge(graph, state)
+    layers = model.layers()
+
+    def step(_: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        token_b, cache = carry
+        hidden_btd, cache = model.extend(token_b[:, None], cache, layers=layers)
+        return _likeliest(model.logits(hidden_btd[:, 0])), cache
+
+    return jax.lax.fori_loop(0, n_new, step, (token_b, cache))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _prefill(graph: nnx.GraphDef, state: nnx.State, prompts_bp: Array, slots: int) -> tuple[Array, Cache]:
+    batch, length = prompts_bp.shape
+    lengths_b = jnp.full((batch,), length, jnp.int32)
+    logits_bv, cache = prefill(nnx.merge(graph, state), prompts_bp, lengths_b, slots=slots)
+    return _likeliest(logits_bv), cache
+
+
+def _likeliest(logits_bv: Array) -> Array:
+    return sample(logits_bv, jax.random.key(0), GREEDY)
+
+
+def _time(program: Callable, arguments: tuple[Any, ...], rounds: int) -> tuple[Any, tuple[float, ...], float]:
+    """Result, seconds of each round, seconds of compiling. ``program``: jitted, first and last argument static."""
+    started = time.perf_counter()
+    compiled = program.lower(*arguments).compile()
+    compile_s = time.perf_counter() - started
+    dynamic = arguments[1:-1]
+    result = jax.block_until_ready(compiled(*dynamic))  # warm-up
+    rounds_s = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(*dynamic))
+        rounds_s.append(time.perf_counter() - started)
+    return result, tuple(rounds_s), compile_s
+
+
+def _prompts(model: Decoder, batch: int, length: int) -> Array:
+    """Tokens of all kinds: a routed model must not see one token only."""
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length))
+    return jnp.asarray(tokens, jnp.int32)

@@ -1,0 +1,162 @@
+"""What a mesh costs by formulas, without compiling: for ranking hundreds of mesh shapes in seconds.
+
+Coarse on purpose: activations and traffic of a pre-norm decoder in units of its width. What matters is compiled after.
+Formulas of traffic: ``efftrain/sharding/README.md``; after Austin et al. 2025, "How to Scale Your Model", part 5.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from efftrain.measure.cost.flops import (
+    FORWARD_AND_BACKWARD,
+    mean_computed_keys,
+    training_flops,
+    training_hardware_flops,
+)
+from efftrain.measure.cost.parameters import count_parameters, parameters
+from efftrain.models.config import MlpConfig, ModelConfig, standard_attention
+from efftrain.models.moe import MoE
+from efftrain.ops.head_loss import CHUNK_ELEMENTS
+from efftrain.sharding.roofline import Roofline, axis_bandwidth, sent_bytes
+from efftrain.sharding.topologies import Topology
+from efftrain.train.loop import Training
+
+# Tensors of (tokens, d_model) that one block reads and writes in a forward pass: norms, projections, rotations,
+# residuals and a feed-forward part of some three times the width.
+BLOCK_TENSORS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mesh by formulas, for one device."""
+
+    mesh: dict[str, int]
+    memory_bytes: float
+    flops: float
+    hbm_bytes: float
+    times: Roofline
+
+
+def estimate(
+    model: nnx.Module,
+    training: Training,
+    state: Any,
+    mesh: Mesh,
+    topology: Topology,
+    *,
+    teacher: nnx.Module | None = None,
+    frozen: Any = None,
+) -> Estimate:
+    """Memory, work and traffic of a step on one device.
+
+    Args:
+      model: abstract, with a ``config``.
+      training: batch, length, micro-batches.
+      state: abstract, with the shardings on ``mesh``.
+      mesh: of the topology's devices.
+      topology: whose chip decides the times; all are 0 where it is not known.
+      teacher: abstract; one forward pass of it. None: there is none.
+      frozen: its abstract variables, with their shardings.
+    """
+    config: ModelConfig = model.config
+    sizes = dict(mesh.shape)
+    tokens = training.batch_size * training.length / mesh.size * sizes["tensor"]  # of a device's rows and columns
+    flops = training_hardware_flops(model, training.length) * tokens / sizes["tensor"]
+    width = jnp.dtype(config.dtype).itemsize
+    hbm = _hbm_bytes(model, training, state, tokens, sizes["tensor"], width)
+    if teacher is not None:
+        flops += training_flops(teacher, training.length) / FORWARD_AND_BACKWARD * tokens / sizes["tensor"]
+        hbm += training.n_microbatches * count_parameters(teacher).total / sizes["tensor"] * width
+    memory = _device_bytes(state) + _device_bytes(frozen)
+    memory += _temporaries(config, training, state, tokens, sizes["tensor"], width)
+    chip = topology.chip
+    if chip is None:
+        times = Roofline(compute_s=0.0, hbm_s=0.0, ici_s=0.0)
+    else:
+        seconds = sum(
+            sent / axis_bandwidth(topology, mesh, axes)
+            for axes, sent in axis_traffic(model, training, sizes, teacher).items()
+            if sent
+        )
+        times = Roofline(compute_s=flops / chip.bf16_flops, hbm_s=hbm / chip.hbm_bytes_per_s, ici_s=seconds)
+    return Estimate(mesh=sizes, memory_bytes=memory, flops=flops, hbm_bytes=hbm, times=times)
+
+
+def axis_traffic(
+    model: nnx.Module, training: Training, sizes: dict[str, int], teacher: nnx.Module | None = None
+) -> dict[tuple[str, ...], float]:
+    """Bytes that one device sends in a step along each mesh axis.
+
+    fsdp: every micro-batch gathers the parameters for the forward and the backward pass in the compute dtype, and
+    scatters the gradients. replica and expert: one all-reduce of the gradients in float32 a step, of those of experts
+    over replica alone. expert: rows there and back in each pass of a mixture. tensor: two sums of the residual stream
+    in each pass of a block. context: the keys and values of the other devices in each pass.
+    """
+    config: ModelConfig = model.config
+    width, passes = jnp.dtype(config.dtype).itemsize, 3 if config.remat == "full" else 2
+    fsdp, expert, tensor, context = (sizes[axis] for axis in ("fsdp", "expert", "tensor", "context"))
+    experts = sum(v.size for _, v in parameters(model) if "experts" in (v.get_metadata().get("axes") or ()))
+    others = (count_parameters(model).total - experts) / tensor
+    experts /= tensor * expert
+    gathers = 2 * sent_bytes("all-gather", (others + experts) * width, fsdp)
+    if teacher is not None:  # its other traffic is left out
+        gathers += sent_bytes("all-gather", count_parameters(teacher).total / tensor * width, fsdp)
+    scatter = sent_bytes("reduce-scatter", (others + experts) * width, fsdp)
+    tokens = training.batch_size * training.length / (sizes["replica"] * fsdp * expert)
+    stream = tokens / context * config.d_model * width
+    attentions = [standard_attention(layer, "the estimate of a mesh") for layer in config.layers]
+    kv = sum(2 * a.n_kv_heads * a.d_head for a in attentions) * tokens * width
+    rows = sum(_rows_per_token(layer.mlp, expert) for layer in config.layers)
+    copies = sizes["replica"] * context
+    return {
+        ("fsdp",): training.n_microbatches * (gathers + scatter),
+        ("replica", "expert", "context"): sent_bytes("all-reduce", others * 4 / fsdp, copies * expert),
+        ("replica", "context"): sent_bytes("all-reduce", experts * 4 / fsdp, copies),
+        ("expert",): 2 * passes * sent_bytes("all-to-all", rows * stream, expert),
+        ("tensor",): config.n_layers * 2 * passes * sent_bytes("all-reduce", stream, tensor),
+        ("context",): passes * sent_bytes("all-gather", kv / tensor, context),
+    }
+
+
+def _rows_per_token(mlp: MlpConfig, devices: int) -> float:
+    """Rows of an exchange between devices, sent or not filled, for each token."""
+    if not isinstance(mlp, MoE):
+        return 0.0
+    return mlp.top_k * min(devices, mlp.exchange_factor or devices)
+
+
+def _temporaries(config: ModelConfig, training: Training, state: Any, tokens: float, tensor: int, width: int) -> float:
+    """Gradients, saved activations, one block's work, one gathered layer and a chunk of logits."""
+    tokens /= training.n_microbatches
+    gradients = _device_bytes(state.params)
+    one_block = tokens * config.d_model * width * (4 + BLOCK_TENSORS / tensor)
+    saved = tokens * config.d_model * width * config.n_layers
+    attention = max(_scores(config, training, tokens, layer, tensor) for layer in config.layers)
+    blocks = one_block + attention if config.remat != "none" else (one_block + attention) * config.n_layers
+    return gradients + saved + blocks + 2 * min(CHUNK_ELEMENTS, tokens * config.vocab_size) * 4
+
+
+def _scores(config: ModelConfig, training: Training, tokens: float, layer: Any, tensor: int) -> float:
+    attention = standard_attention(layer, "the estimate of a mesh")
+    keys = mean_computed_keys(training.length, attention.window, attention.n_blocks)
+    return tokens * attention.n_heads / tensor * keys * 4
+
+
+def _hbm_bytes(model: nnx.Module, training: Training, state: Any, tokens: float, tensor: int, width: int) -> float:
+    config: ModelConfig = model.config
+    passes = 4 if config.remat == "full" else 3
+    weights = passes * training.n_microbatches * count_parameters(model).total / tensor * width
+    update = 2 * _device_bytes(state) + _device_bytes(state.params)
+    blocks = passes * config.n_layers * tokens * config.d_model * width * (4 + BLOCK_TENSORS / tensor)
+    scores = passes * 2 * sum(_scores(config, training, tokens, layer, tensor) for layer in config.layers)
+    return weights + update + blocks + scores
+
+
+def _device_bytes(tree: Any) -> float:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

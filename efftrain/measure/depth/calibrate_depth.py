@@ -1,0 +1,338 @@
+"""Which depth a trained model can be decoded with, measured: drafts, confidence thresholds, where the layers go.
+
+Leaves ``depth.json`` in the run (and ``depth_probe.npz``), bound to the model that was measured.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import efftrain
+from efftrain import data
+from efftrain.code_identity import code_identity
+from efftrain.config import to_json
+from efftrain.errors import ConfigError, CorpusError, RunError
+from efftrain.measure.depth.depth_report import add_to_scorecard, flops_at, report_depth, rows_to_report, whole_rows
+from efftrain.measure.depth.exit_curves import (
+    QUANTILES,
+    RULES,
+    Rows,
+    Text,
+    full_choices,
+    measure_exit,
+    measure_seconds,
+    routed_depths,
+    tune,
+)
+from efftrain.measure.depth.risk import documents_needed, last_safe
+from efftrain.measure.depth.speculation import measure_speculation
+from efftrain.measure.kept import Kept, write_json
+from efftrain.measure.quality.held_out import CHOICES, choosing, reporting
+from efftrain.measure.quality.row_documents import after_tuning, count_documents, with_documents
+from efftrain.measure.quality.token_classes import token_classes
+from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.self_speculation import SelfSpeculation
+from efftrain.models.depth.early_exit import ConfidenceExit, Probe
+from efftrain.models.depth.routed_depth import has_routed_depth
+from efftrain.progress import Progress
+from efftrain.train.inputs import content, model_digest
+from efftrain.train.run.directory import environment, read_json
+from efftrain.train.run.tokenizers import check_tokenizer
+
+FILE_NAME, PROBE_NAME = "depth.json", "depth_probe.npz"
+ROOMS = ("data", "measure", "models", "ops")  # that decide what is measured
+NEVER = 2.0  # a threshold that no confidence reaches
+QUALITY_LOSS = 0.01  # of the bits per byte, that the named point of a curve may cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What is measured, and how thoroughly.
+
+    Attributes:
+      exits: layers that draft. Empty: 1 up to half of the model's.
+      drafts: lengths of a draft.
+      prompts: rows of the validation split, each continued alone.
+      prompt_length, n_new: tokens; the prompts are cut where both together are longer than ``max_length``.
+      rows: of the validation split, in its order, for the confidence curves: a third of them trains the probe and says
+        which thresholds are tried, the others choose one. What that comes to is measured on other rows, see
+        ``held_out``.
+      risk: the share of a document's tokens that may differ from those of all layers, on average over documents.
+      error: the probability that the risk is larger than that.
+    """
+
+    exits: tuple[int, ...] = ()
+    drafts: tuple[int, ...] = (1, 2, 3, 4, 6)
+    prompts: int = 24
+    prompt_length: int = 128
+    n_new: int = 64
+    rows: int = 384
+    risk: float = 0.1
+    error: float = 0.05
+
+    def __post_init__(self):
+        for name in ("prompts", "prompt_length", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"calibration.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_new < 2:
+            raise ConfigError(f"calibration.n_new is {self.n_new}; give at least 2, as the first is the prompt's")
+        for name in ("risk", "error"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"calibration.{name} is {getattr(self, name)}; give a share between 0 and 1")
+        if not self.drafts:
+            raise ConfigError("calibration.drafts is empty; give at least one length, such as 3")
+
+    @property
+    def tuning_rows(self) -> int:
+        return max(self.rows // 3, 1)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration that was read back, for the model that it was made for."""
+
+    values: Mapping[str, Any]
+    probe: Probe | None
+
+    def speculation(self) -> SelfSpeculation:
+        """The fastest that was measured, of those with the tokens of plain decoding.
+
+        Raises:
+          ConfigError: the model cannot draft for itself, or gains nothing by it.
+        """
+        self._check_not_routed()
+        best = self.values["self_speculation"]
+        if best["exit_layer"] is None:
+            raise ConfigError(
+                "depth.json has no draft that beats plain decoding and keeps its tokens; decode with all layers"
+            )
+        return SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])
+
+    def exit(self, rule: str = "similarity") -> ConfidenceExit:
+        """The boldest threshold of a rule within the stated risk.
+
+        Raises:
+          ConfigError: there is no such rule, or no threshold is within the risk.
+        """
+        self._check_not_routed()
+        found = self.values["confidence_exit"].get(rule)
+        if not found:
+            raise ConfigError(f"depth.json knows no rule {rule!r}; use one of {', '.join(RULES)}")
+        if found["threshold"] is None:
+            raise ConfigError(
+                f"depth.json has no threshold of rule {rule!r} within its risk; calibrate with a larger --risk or more "
+                "--rows, or decode with all layers"
+            )
+        return ConfidenceExit(rule=rule, threshold=found["threshold"])
+
+    def _check_not_routed(self) -> None:
+        if "routed_depth" in self.values:
+            raise ConfigError(
+                "depth.json is of a model of routed depth, which saves its layers by itself; decode it as it is"
+            )
+
+
+def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
+    """What ``calibrate`` found for this model, with whichever version of this package: its figures stay true of it.
+
+    Raises:
+      RunError: there is no calibration, or it is of another model.
+    """
+    path = Path(run) / FILE_NAME
+    if not path.exists():
+        raise RunError(f"there is no {path}; make it with: efftrain calibrate-depth {run}")
+    values = read_json(path)
+    if values.get("model") != model_digest(model):
+        raise RunError(f"{path} was measured on another model; measure this one with: efftrain calibrate-depth {run}")
+    probe = path.with_name(PROBE_NAME)
+    if not probe.exists():
+        return Calibrated(values, None)
+    with np.load(probe) as arrays:
+        return Calibrated(values, Probe(jnp.asarray(arrays["kernel_ed"]), jnp.asarray(arrays["bias_e"])))
+
+
+def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) -> dict[str, Any]:
+    """Measures the depths of a run's model, writes them beside it, and adds its figures to the run's scorecard.
+
+    When interrupted it continues with what it has not measured.
+
+    Args:
+      run: a training run.
+      options: of the measurement.
+      corpus: whose validation split is read to choose, and whose test split to report. None: that of the run.
+
+    Raises:
+      EfftrainError: the run, its corpus or the options do not fit.
+    """
+    model, settings = efftrain.load(run), read_json(run / "config.json")
+    if corpus is None and not settings.get("corpus"):
+        raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
+    corpus_path = corpus or Path(settings["corpus"])
+    opened = data.open(corpus_path)
+    opened.check_model(model.config.vocab_size)
+    check_tokenizer(Path(run), corpus_path)
+    length = settings["training"]["length"]
+    rows = _rows(corpus_path, length, options, opened.end_of_text_id)
+    size = len(rows[0]["tokens"])
+    chosen = 0 if has_routed_depth(model) else options.rows  # which depths a token takes, is no choice of ours
+    held_out = reporting(corpus_path, length, chosen=chosen, batch_size=size)
+    report_on = with_documents(
+        rows_to_report(held_out, options.rows - options.tuning_rows, size), opened.end_of_text_id
+    )
+    made_from = {"model": model_digest(model), "options": to_json(options), "corpus": content(corpus_path)}
+    with Kept(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS)) as kept:
+        texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
+        classes = token_classes(texts)
+        text, report_text = (Text(classes, opened.token_bytes(split)) for split in (CHOICES, held_out.split))
+        found = {"chosen_on": {"split": CHOICES, "rows": options.rows}}
+        report = {"split": held_out.split, "rows": size * len(report_on), "note": held_out.note}
+        if model.config.n_layers < 2 and not has_routed_depth(model):
+            raise ConfigError(f"the model of {run} has one layer, and none to leave out")
+        if has_routed_depth(model):
+            found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, report_on, report_text))}
+        else:
+            tuning, free = _split(rows, options)
+            prompts, others = (_prompts(of, options, model.config.max_length) for of in (rows, report_on))
+            found["self_speculation"] = _speculation(model, prompts, options, kept)
+            found["confidence_exit"], probe = _exits(model, tuning, free, text, options, kept)
+            report |= report_depth(model, report_on, others, report_text, found, probe, options.n_new, kept)
+            found["seconds"] = _seconds(model, others, found["confidence_exit"], probe, options, kept)
+            _write_probe(run / PROBE_NAME, probe)
+            found["chosen_rule"] = _best_rule(model, found["confidence_exit"])
+        result = kept.values | found | {"report": report, "environment": environment()}
+        write_json(run / FILE_NAME, result)
+        kept.remove()
+    add_to_scorecard(run, model, result, length)
+    return result
+
+
+def _rows(corpus: Path, length: int, options: Calibration, end_of_text_id: int) -> list[dict[str, np.ndarray]]:
+    """Validation rows in batches, those for tuning, then the others; with ``documents``, see ``with_documents``.
+
+    In the order of the corpus, in which documents are shuffled: so few of them are cut.
+
+    Raises:
+      CorpusError: there are not so many.
+    """
+    size = next(n for n in (8, 4, 2, 1) if options.tuning_rows % n == options.rows % n == 0)
+    whole = whole_rows(choosing(corpus, length), options.rows, size)
+    if len(whole) < options.rows // size:
+        raise CorpusError(
+            f"{corpus}: the validation split has {len(whole) * size} rows of {length} tokens and calibration.rows is "
+            f"{options.rows}; give fewer --rows"
+        )
+    return with_documents(whole, end_of_text_id)
+
+
+def _prompts(rows: Rows, options: Calibration, max_length: int) -> list[np.ndarray]:
+    if options.n_new >= max_length:
+        raise ConfigError(f"calibration.n_new is {options.n_new} and model.max_length {max_length}; draw fewer")
+    length = min(options.prompt_length, rows[0]["tokens"].shape[1], max_length - options.n_new)
+    tokens = np.concatenate([row["tokens"] for row in rows])[:, :length].astype(np.int32)
+    spread = np.linspace(0, len(tokens) - 1, min(options.prompts, len(tokens))).astype(int)  # over the documents
+    return [row[None] for row in tokens[spread]]
+
+
+def _split(rows: Rows, options: Calibration) -> tuple[Rows, Rows]:
+    """The rows for tuning, and those after them; raises ConfigError where these hold too few documents."""
+    n_tuning = options.tuning_rows // len(rows[0]["tokens"])
+    held_out = after_tuning(rows, n_tuning)
+    there, needed = count_documents(held_out), documents_needed(options.risk, options.error)
+    if there < needed:
+        raise ConfigError(
+            f"calibration.rows is {options.rows}, too few to show a risk of {options.risk} at an error of "
+            f"{options.error}: after those for tuning, {there} documents begin in them and {needed} are needed; give "
+            "more --rows, or a larger risk"
+        )
+    return rows[:n_tuning], held_out
+
+
+def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration, kept: Kept) -> dict[str, Any]:
+    """Every exit and draft length against plain decoding, in turn; the fastest of those that keep the tokens."""
+    exits = options.exits or tuple(range(1, model.config.n_layers // 2 + 1))
+    pairs = [SelfSpeculation(exit_layer=e, n_draft=k) for e in exits for k in options.drafts]
+    for pair in pairs:
+        pair.check(model.config)
+    grid = []
+    with Progress("drafts", len(pairs), unit="settings") as progress:
+        for pair in pairs:
+            name = f"draft {pair.n_draft} with {pair.exit_layer}"
+            progress.note(name)
+            grid.append(kept.cell(name, partial(measure_speculation, model, prompts, pair, options.n_new)))
+            progress.advance()
+    good = [cell for cell in grid if cell["identical"] and cell["speedup"] > 1]
+    best = max(good, key=lambda cell: cell["speedup"], default={"exit_layer": None, "n_draft": None})
+    return best | {"grid": grid}
+
+
+def _exits(
+    model: Decoder, tuning: Rows, held_out: Rows, text: Text, options: Calibration, kept: Kept
+) -> tuple[dict[str, Any], Probe]:
+    """For each rule a curve over thresholds, the boldest one within the risk, and the one within 1 % of the quality."""
+    tuned = kept.cell("tuned", lambda: tune(model, tuning))
+    probe = Probe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
+    full, found = full_choices(model, held_out), {}
+    with Progress("exits", len(RULES) * (len(QUANTILES) + 1), unit="thresholds") as progress:
+        for rule in RULES:
+            points = []
+            for threshold in (NEVER, *tuned["thresholds"][rule]):
+                progress.note(f"{rule} {threshold:.4f}")
+                measure = partial(
+                    measure_exit, model, held_out, full, text, ConfidenceExit(rule=rule), threshold, probe
+                )
+                points.append(kept.cell(f"{rule} {threshold}", measure))
+                progress.advance()
+            found[rule] = _choose(points, options) | {"tuned_on_tokens": tuned["tokens"]}
+    return found, probe
+
+
+def _seconds(
+    model: Decoder, prompts: list[np.ndarray], exits: dict, probe: Probe, options: Calibration, kept: Kept
+) -> dict[str, Any]:
+    """With each rule's point of small quality loss: one row, and eight."""
+    thresholds = {rule: found["within_quality_loss"]["threshold"] for rule, found in exits.items()}
+    eight = np.tile(np.concatenate(prompts), (8, 1))[:8]
+    return {
+        f"batch {len(p)}": kept.cell(
+            f"seconds {len(p)}", partial(measure_seconds, model, p, thresholds, probe, options.n_new)
+        )
+        for p in (prompts[0], eight)
+    }
+
+
+def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
+    safe = last_safe([point["document_losses"] for point in points], options.risk, options.error)
+    full = points[0]["bpb"]
+    if full is None:
+        raise RunError("the model has no finite bits per byte with all its layers; calibrate one that works")
+    good = [p for p in points if p["bpb"] is not None and p["bpb"] <= full * (1 + QUALITY_LOSS)]
+    curve = [_without_losses(point) for point in points]
+    return {
+        "threshold": points[safe]["threshold"] if safe else None,  # the first one is to leave out nothing
+        "risk": options.risk,
+        "error": options.error,
+        "within_quality_loss": _without_losses(min(good, key=lambda p: p["mean_depth"])),
+        "curve": curve,
+    }
+
+
+def _without_losses(point: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in point.items() if k != "document_losses"}
+
+
+def _write_probe(path: Path, probe: Probe) -> None:
+    temporary = path.with_name(f"writing-{path.name}")
+    np.savez(temporary, kernel_ed=np.asarray(probe.kernel_ed), bias_e=np.asarray(probe.bias_e))
+    os.replace(temporary, path)
+
+
+def _best_rule(model: Decoder, exits: Mapping[str, Any]) -> str:
+    """The rule whose point of small quality loss takes the fewest FLOPs."""
+    points = {rule: found["within_quality_loss"] for rule, found in exits.items()}
+    return min(points, key=lambda rule: flops_at(model, rule, points[rule], context=1))

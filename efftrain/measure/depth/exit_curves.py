@@ -1,0 +1,232 @@
+"""What leaving the stack early costs and saves: quality, depth and seconds over thresholds, and where layers go."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from efftrain.measure.depth.speculation import timed
+from efftrain.measure.quality.row_documents import Rows, losses_by_document
+from efftrain.measure.quality.token_classes import CLASSES
+from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import AllLayers, draw_tokens, read_prompts
+from efftrain.models.decoding.sampling import GREEDY
+from efftrain.models.decoding.unrolled import unrolled
+from efftrain.models.depth.early_exit import ConfidenceExit, Probe, confidence, exit_states, fit_probe
+from efftrain.models.depth.routed_depth import RoutedDepth, causally_routed
+from efftrain.ops.cross_entropy import token_nll
+from efftrain.progress import Progress
+
+RULES = ("similarity", "gap", "probe")
+# Quantiles of the confidence at which thresholds are tried, from all layers for nearly all tokens to few layers.
+QUANTILES = (0.999, 0.99, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
+
+MOST_PROBED = 20_000  # tokens that train the probes
+
+ROW = ("tokens", "targets", "segments", "positions", "mask")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What tokens stand for: a class (index into ``token_classes.CLASSES``), and bytes; (vocabulary,) each."""
+
+    classes: np.ndarray
+    token_bytes: np.ndarray
+
+
+def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
+    """What a curve needs, from rows that it does not see; as JSON.
+
+    Returns:
+      ``probe``: its arrays; ``thresholds``: for each rule, quantiles of the confidences that occur, careful ones first;
+      ``tokens``: how many both are from.
+    """
+    n = model.config.n_layers
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def states(state: nnx.State, row: Mapping[str, Array]) -> tuple[Array, Array, dict[str, Array]]:
+        model = nnx.merge(graph, state)
+        x_btd, exit_ebtd, _ = model.states(
+            row["tokens"], segments_bt=row["segments"], positions_bt=row["positions"], exits_e=jnp.arange(n - 1)
+        )
+        before = [model.embedding(row["tokens"]), *exit_ebtd]
+        wanted = model.exit_logits(x_btd).argmax(-1)
+        agree = jnp.stack([model.exit_logits(x).argmax(-1) == wanted for x in exit_ebtd])
+        measured = {
+            rule: jnp.stack([confidence(model, rule, None, before[e], exit_ebtd[e], e + 1) for e in range(n - 1)])
+            for rule in ("similarity", "gap")
+        }
+        return model.norm(exit_ebtd), agree, measured
+
+    parts: dict[str, list[np.ndarray]] = {"hidden": [], "agree": [], "similarity": [], "gap": []}
+    with Progress("probe", len(rows), unit="batches") as progress:
+        for row in rows:
+            mask_bt = np.asarray(row["mask"])
+            hidden, agree, measured = states(state, {k: row[k] for k in ROW})
+            for name, values in {"hidden": hidden, "agree": agree, **measured}.items():
+                parts[name].append(np.asarray(values)[:, mask_bt])
+            progress.advance()
+            if sum(a.shape[1] for a in parts["agree"]) >= MOST_PROBED:
+                break
+    found = {name: np.concatenate(arrays, axis=1) for name, arrays in parts.items()}
+    probe = fit_probe(jnp.asarray(found["hidden"]), jnp.asarray(found["agree"]))
+    logits = np.stack([probe(jnp.asarray(found["hidden"][e]), e + 1) for e in range(n - 1)])
+    found["probe"] = np.asarray(jax.nn.sigmoid(logits))
+    return {
+        "probe": {"kernel_ed": np.asarray(probe.kernel_ed).tolist(), "bias_e": np.asarray(probe.bias_e).tolist()},
+        "thresholds": {rule: np.quantile(found[rule], QUANTILES).tolist() for rule in RULES},
+        "tokens": found["agree"].shape[1],
+    }
+
+
+def full_choices(model: Decoder, rows: Rows) -> list[Array]:
+    """For each batch of rows, the likeliest next tokens (batch, length) when all layers are computed."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def choose(state: nnx.State, row: Mapping[str, Array]) -> Array:
+        model = nnx.merge(graph, state)
+        x_btd, _, _ = model.states(row["tokens"], segments_bt=row["segments"], positions_bt=row["positions"])
+        return model.exit_logits(x_btd).argmax(-1)
+
+    return [choose(state, {k: row[k] for k in ROW}) for row in rows]
+
+
+def measure_exit(
+    model: Decoder,
+    rows: Rows,
+    full: Sequence[Array],
+    text: Text,
+    exit_: ConfidenceExit,
+    threshold: float,
+    probe: Probe,
+) -> dict[str, Any]:
+    """One point of a curve; as JSON.
+
+    Args:
+      model, rows: measured on; rows also have ``documents``, see ``row_documents.with_documents``.
+      full: ``full_choices`` of them.
+      text: of the vocabulary.
+      exit_, threshold, probe: see ``early_exit.exit_states``.
+
+    Returns:
+      ``bpb``; ``document_losses``, for each document the share of tokens that are not those of all layers, and
+      ``differs``, their mean; mean depth and histograms by class of the token that is predicted.
+    """
+    graph, state = nnx.split(model)
+    totals, differs = None, []
+    for row, full_bt in zip(rows, full, strict=True):
+        differs_bt, *sums = _row_with_exits(
+            graph, state, {k: row[k] for k in ROW}, full_bt, exit_, threshold, probe, text.classes
+        )
+        differs.append(np.asarray(differs_bt))
+        sums = [np.asarray(a, np.float64) for a in sums]
+        totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
+    nats, histogram_cl = totals
+    counted, documents = (np.concatenate([row[name] for row in rows]) for name in ("mask", "documents"))
+    losses = losses_by_document(np.concatenate(differs), counted, documents).tolist()
+    n_bytes = sum(text.token_bytes[np.asarray(row["targets"])[np.asarray(row["mask"])]].sum() for row in rows)
+    return {
+        "threshold": threshold,
+        "bpb": float(nats / math.log(2) / n_bytes),
+        "differs": statistics.fmean(losses),
+        "document_losses": losses,
+    } | _depths(histogram_cl)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _row_with_exits(graph, state, row, full_bt, exit_, threshold, probe, classes_v):
+    """Which tokens are not those of all layers, (batch, length) bool; of all, nats and depths by class."""
+    model = nnx.merge(graph, state)
+    where = {"segments_bt": row["segments"], "positions_bt": row["positions"]}
+    found = exit_states(model, row["tokens"], exit_, threshold, probe=probe, **where)
+    logits, mask_bt = model.exit_logits(found.x_btd), row["mask"]
+    nats = jnp.where(mask_bt, token_nll(logits, row["targets"]), 0).sum()
+    histogram = _histogram(found.layers_bt, classes_v[row["targets"]], mask_bt, model.config.n_layers)
+    return logits.argmax(-1) != full_bt, nats, histogram
+
+
+def _histogram(layers_bt: Array, classes_bt: Array, mask_bt: Array, most: int) -> Array:
+    """(classes, most + 1) float32: tokens of each class by the number of their layers."""
+    cells = jnp.zeros((len(CLASSES), most + 1))
+    return cells.at[classes_bt, layers_bt].add(mask_bt.astype(jnp.float32))
+
+
+def _depths(histogram_cl: np.ndarray) -> dict[str, Any]:
+    """How many tokens; mean depth, by class too, and the shares of each class's tokens by depth."""
+    numbers, by_class = np.arange(histogram_cl.shape[1]), histogram_cl.sum(1)
+    there = [c for c in range(len(CLASSES)) if by_class[c]]
+    return {
+        "tokens": int(histogram_cl.sum()),
+        "mean_depth": float(histogram_cl.sum(0) @ numbers / histogram_cl.sum()),
+        "mean_depth_by_class": {CLASSES[c]: float(histogram_cl[c] @ numbers / by_class[c]) for c in there},
+        "histogram_by_class": {CLASSES[c]: (histogram_cl[c] / by_class[c]).round(5).tolist() for c in there},
+    }
+
+
+def measure_seconds(
+    model: Decoder, prompt_bp: np.ndarray, thresholds: Mapping[str, float], probe: Probe, n_new: int, rounds: int = 5
+) -> dict[str, Any]:
+    """Seconds of a token and mean depth in decoding, with all layers and with an exit by each rule, alternating.
+
+    Args:
+      prompt_bp: (batch, length) int32 without padding.
+      thresholds: of each rule.
+      probe: of the rule "probe".
+      n_new: tokens behind each prompt.
+      rounds: beyond one that warms up; the median counts.
+    """
+    graph, state = nnx.split(unrolled(model))
+    key, exits = jax.random.key(0), ConfidenceExit().places(model.config.n_layers)
+    lengths = np.full(len(prompt_bp), prompt_bp.shape[1], np.int32)
+    first, cache = read_prompts(graph, state, prompt_bp, lengths, key, n_new, GREEDY)
+    runs = {"all layers": (AllLayers(), 0.0)}
+    runs |= {rule: (ConfidenceExit(rule=rule, threshold=0.0, exits=exits), t) for rule, t in thresholds.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    layers: dict[str, float] = {}
+    for _ in range(1 + rounds):
+        for name, (depth, threshold) in runs.items():
+            how = (GREEDY, depth, None, threshold, None, probe)
+            (_, layers_b, _), s = timed(partial(draw_tokens, graph, state, first, cache, key, n_new, *how))
+            times[name].append(s)
+            layers[name] = float(layers_b.mean())
+    return {
+        name: {"s_per_token": statistics.median(s[1:]) / (n_new - 1), "mean_depth": layers[name]}
+        for name, s in times.items()
+    }
+
+
+def routed_depths(model: Decoder, rows: Rows, text: Text) -> dict[str, Any]:
+    """Layers of each token as decoding chooses them, by class of the target."""
+    graph, state = nnx.split(causally_routed(model))
+    most = sum(len(block.depth.passes()) for block in model.config.layers)
+
+    @jax.jit
+    def of_row(state: nnx.State, row: Mapping[str, Array], classes_v: Array) -> Array:
+        causal = nnx.merge(graph, state)
+        x_btd = causal.embedding(row["tokens"])
+        layers_bt = jnp.zeros(row["tokens"].shape, jnp.int32)
+        for layer in causal.layers():
+            if isinstance(layer, RoutedDepth):
+                x_btd, more_bt = layer.depths(x_btd, row["positions"], row["segments"], row["tokens"])
+            else:
+                (x_btd, _), more_bt = layer(x_btd, row["positions"], row["segments"], row["tokens"]), 1
+            layers_bt += more_bt
+        return _histogram(layers_bt, classes_v[row["targets"]], row["mask"], most)
+
+    total = 0
+    with Progress("depths", len(rows), unit="rows") as progress:
+        for row in rows:
+            found = of_row(state, {k: row[k] for k in ROW}, jnp.asarray(text.classes))
+            total = total + np.asarray(found, np.float64)
+            progress.advance()
+    return _depths(total)

@@ -1,0 +1,64 @@
+"""What drafting with the first layers is worth, by the clock."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.generate import AllLayers, draw_tokens, read_prompts
+from efftrain.models.decoding.sampling import GREEDY
+from efftrain.models.decoding.self_speculation import SelfSpeculation, extra_slots, speculate
+from efftrain.models.decoding.unrolled import unrolled
+
+
+def measure_speculation(
+    model: Decoder, prompts: list[np.ndarray], speculation: SelfSpeculation, n_new: int, rounds: int = 1
+) -> dict[str, Any]:
+    """Tokens a second of drafting and of plain decoding on the same prompts, alternating; reading prompts is left out.
+
+    Args:
+      prompts: each (batch, length) int32, without padding.
+      n_new: tokens that are drawn behind each.
+      rounds: over all prompts.
+
+    Returns:
+      ``speedup``: median over prompts and rounds of the ratio of the times; ``tokens_per_s`` and
+      ``plain_tokens_per_s`` of a row; ``acceptance``; and whether all tokens were ``identical``.
+    """
+    graph, state = nnx.split(unrolled(model))
+    key = jax.random.key(0)
+    times, identical, accepted, drafted = [], True, 0, 0
+    for number, prompt in enumerate(prompts * rounds):
+        lengths = np.full(len(prompt), prompt.shape[1], np.int32)
+        first, cache = read_prompts(graph, state, prompt, lengths, key, n_new + extra_slots(speculation), GREEDY)
+        plain = partial(draw_tokens, graph, state, first, cache, key, n_new, GREEDY, AllLayers(), None, 0.0, None, None)
+        drafting = partial(speculate, graph, state, first, cache, key, n_new, GREEDY, speculation)
+        if number == 0:
+            jax.block_until_ready((plain(), drafting()))
+        (tokens, *_), plain_s = timed(plain)
+        found, s = timed(drafting)
+        times.append((plain_s, s))
+        identical &= bool((np.asarray(tokens) == np.asarray(found.tokens_bn)).all())
+        accepted, drafted = accepted + int(found.accepted_b.sum()), drafted + int(found.drafted_b.sum())
+    drawn = n_new - 1  # the first one comes from the prompt
+    return asdict(speculation) | {
+        "speedup": statistics.median(p / s for p, s in times),
+        "tokens_per_s": drawn / statistics.median(s for _, s in times),
+        "plain_tokens_per_s": drawn / statistics.median(p for p, _ in times),
+        "acceptance": accepted / max(drafted, 1),
+        "identical": identical,
+    }
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What a program returns, when it is there, and the seconds until then."""
+    started = time.perf_counter()
+    found = jax.block_until_ready(run())
+    return found, time.perf_counter() - started

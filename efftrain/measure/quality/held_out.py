@@ -1,0 +1,90 @@
+"""Held-out rows: those on which something is chosen, and those on which the result is reported, never the same ones."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from efftrain import data
+from efftrain.errors import CorpusError
+from efftrain.measure.quality.evaluate import Evaluator, NumpyBatch
+
+CHOICES, REPORTS = "validation", "test"
+ROWS = 8  # of a batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Rows of a corpus, in its order.
+
+    Attributes:
+      corpus: its folder.
+      length: tokens of a row.
+      split: which one.
+      start: rows that are left out at the beginning; a multiple of the rows of a batch.
+      rows: how many, at least, as batches are read whole. None: all.
+      note: what a reader of the figures must know beside the split.
+    """
+
+    corpus: Path
+    length: int
+    split: str
+    start: int = 0
+    rows: int | None = None
+    note: str = ""
+
+    def batches(self, batch_size: int = ROWS, part: tuple[int, int] = (0, 1)) -> Iterator[NumpyBatch]:
+        """One pass; ``part`` of the batches is this process's, see ``data.batches``."""
+        loader = data.LoaderConfig(
+            corpora=(data.Part(path=self.corpus),),
+            length=self.length,
+            batch_size=batch_size,
+            split=self.split,
+            shuffle=False,
+            repeat=False,
+        )
+        end = None if self.rows is None else self.start + self.rows
+        first, last = self.start // batch_size, None if end is None else -(-end // batch_size)
+        return itertools.islice(data.batches(loader, *part, verify=False), first, last)
+
+    def evaluator(self, batch_size: int = ROWS, part: tuple[int, int] = (0, 1)) -> Evaluator:
+        max_batches = None if self.rows is None else -(-self.rows // batch_size)
+        token_bytes = data.open(self.corpus, verify=False).token_bytes(self.split)
+        return Evaluator(lambda: self.batches(batch_size, part), token_bytes, max_batches=max_batches)
+
+
+def choosing(corpus: Path, length: int, rows: int | None = None) -> HeldOut:
+    """The first rows of the validation split."""
+    return HeldOut(corpus=corpus, length=length, split=CHOICES, rows=rows, note=_first(rows))
+
+
+def reporting(
+    corpus: Path, length: int, rows: int | None = None, *, chosen: int = 0, batch_size: int = ROWS
+) -> HeldOut:
+    """Rows of the test split; of a corpus that has none, those of the validation split after the rows of choices.
+
+    Args:
+      rows: at least so many. None: all.
+      chosen: the first rows of the validation split, on which something was chosen.
+      batch_size: of the rows that are read together, there and here.
+
+    Raises:
+      CorpusError: there is neither a test split nor another row of the validation split.
+    """
+    opened = data.open(corpus, verify=False)
+    if REPORTS in opened.splits and opened.n_tokens(REPORTS) > length:
+        return HeldOut(corpus=corpus, length=length, split=REPORTS, rows=rows, note=_first(rows))
+    start = -(-chosen // batch_size) * batch_size
+    n_rows = len(data.PackedRows(opened, CHOICES, length))
+    if n_rows <= start:
+        raise CorpusError(
+            f"{corpus} has no test split of a row of {length} tokens, and all {n_rows} rows of its validation split "
+            "would be used to choose; give fewer --rows, or build the corpus with a test split"
+        )
+    without = f"without the first {start} rows, on which something was chosen" if start else ""
+    note = "; ".join(filter(None, ("the corpus has no test split", without, _first(rows))))
+    return HeldOut(corpus=corpus, length=length, split=CHOICES, start=start, rows=rows, note=note)
+
+
+def _first(rows: int | None) -> str:
+    return "" if rows is None else f"{rows:,} rows"

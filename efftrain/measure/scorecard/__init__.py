@@ -1,0 +1,4 @@
+"""The scorecard: a row per model, a column per figure, each with unit and method.
+
+It may import ``measure.cost``; ``measure.quality`` gives it figures and is not imported.
+"""

@@ -1,0 +1,223 @@
+"""Decoding with a cache: one jitted program for prompts, one for the new tokens, static shapes."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from efftrain.errors import ConfigError
+from efftrain.models.cache import Cache, RoutedCache, empty_cache
+from efftrain.models.decoder import Decoder
+from efftrain.models.decoding.prompts import Prompts, padded
+from efftrain.models.decoding.sampling import GREEDY, Sampling, sample
+from efftrain.models.decoding.self_speculation import SelfSpeculation, extra_slots, speculate
+from efftrain.models.decoding.unrolled import unrolled
+from efftrain.models.depth.early_exit import ConfidenceExit, Probe, advance, check_layers, extend_until_sure
+
+
+@dataclass(frozen=True)
+class AllLayers:
+    """Every new token passes every layer."""
+
+
+Depth = AllLayers | SelfSpeculation | ConfidenceExit
+
+
+@dataclass(frozen=True)
+class Generated:
+    """New tokens, and how they came about.
+
+    Attributes:
+      tokens_bn: (batch, n_new) int32.
+      layers_b: (batch,) float32, layers that a new token passed, on average up to the end of its row; beyond the first
+        one, which the prompt gives. None of self-speculation.
+      acceptance_b: (batch,) float32, the share of drafts that were accepted; of self-speculation, else None.
+      refused_b: (batch,) int32, tokens that routed layers had no room for; None of self-speculation.
+    """
+
+    tokens_bn: Array
+    layers_b: Array | None
+    acceptance_b: Array | None = None
+    refused_b: Array | None = None
+
+
+def generate(
+    model: Decoder,
+    prompts_bp: Prompts,
+    prompt_lengths_b: Array | None = None,
+    *,
+    n_new: int,
+    sampling: Sampling = GREEDY,
+    key: Array | None = None,
+    end_token: int | None = None,
+    depth: Depth = AllLayers(),
+    limit_b: Array | None = None,
+    probe: Probe | None = None,
+) -> Array:
+    """Continues each prompt by ``n_new`` tokens.
+
+    Args:
+      model: one with stacked layers is taken apart for the call, which holds its layers twice until it returns. For
+        several calls, or where memory is short, do that once: ``unrolled(model, donate=True)``.
+      prompts_bp: (batch, longest prompt) int32, padded on the right with anything; or a list of token ids for each row.
+      prompt_lengths_b: (batch,) tokens of each prompt, at least 1. None: those of the lists, or the width of the array.
+      n_new: how many tokens to draw.
+      sampling: how.
+      key: needed for a temperature above 0.
+      end_token: where a row has drawn it, the rest of the row repeats it, and the loop stops when all rows have.
+      depth: which layers new tokens pass. ``SelfSpeculation`` draws what ``AllLayers`` would, greedy to the token.
+      limit_b: (batch,) int32, the most layers that each row's new tokens pass: a knob of each request. Not of
+        ``SelfSpeculation``, which always answers for all layers.
+      probe: of a ``ConfidenceExit`` by the rule "probe".
+
+    Returns:
+      (batch, n_new) int32.
+
+    Raises:
+      ConfigError: prompt and new tokens together are longer than ``max_length``, a temperature has no key, or the model
+        has no such depth.
+    """
+    return generate_report(
+        model, prompts_bp, prompt_lengths_b, n_new=n_new, sampling=sampling, key=key, end_token=end_token, depth=depth,
+        limit_b=limit_b, probe=probe,
+    ).tokens_bn  # fmt: skip
+
+
+def generate_report(
+    model: Decoder,
+    prompts_bp: Prompts,
+    prompt_lengths_b: Array | None = None,
+    *,
+    n_new: int,
+    sampling: Sampling = GREEDY,
+    key: Array | None = None,
+    end_token: int | None = None,
+    depth: Depth = AllLayers(),
+    limit_b: Array | None = None,
+    probe: Probe | None = None,
+) -> Generated:
+    """``generate``, with the depth that it took."""
+    prompts_bp, prompt_lengths_b = padded(prompts_bp, prompt_lengths_b)
+    _check(model, prompts_bp.shape[1], n_new, sampling, key)
+    graph, state = nnx.split(unrolled(model))
+    key = jax.random.key(0) if key is None else key
+    extra = 0
+    if isinstance(depth, SelfSpeculation):
+        depth.check(model.config)
+        if limit_b is not None:
+            raise ConfigError("limit_b is of no use in self-speculation, which answers for all layers; leave one out")
+        extra = extra_slots(depth)
+    elif isinstance(depth, ConfidenceExit) or limit_b is not None:
+        check_layers(model.config, "depth=ConfidenceExit" if isinstance(depth, ConfidenceExit) else "limit_b")
+        limit_b = _checked_limit(limit_b, len(prompts_bp))
+        exit_ = depth if isinstance(depth, ConfidenceExit) else ConfidenceExit(threshold=2.0, exits=())
+        depth = replace(exit_, exits=exit_.places(model.config.n_layers))
+    first_b, cache = read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
+    if isinstance(depth, SelfSpeculation):
+        found = speculate(graph, state, first_b, cache, key, n_new, sampling, depth, end_token)
+        return Generated(found.tokens_bn, None, found.accepted_b / jnp.maximum(found.drafted_b, 1))
+    threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
+    static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
+    tokens_bn, layers_b, refused_b = draw_tokens(
+        graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, limit_b, probe
+    )
+    return Generated(tokens_bn, layers_b, refused_b=refused_b)
+
+
+def _checked_limit(limit_b: Array | None, batch: int) -> Array | None:
+    if limit_b is None:
+        return None
+    limits = np.asarray(limit_b)
+    if limits.shape != (batch,) or limits.min() < 1:
+        raise ConfigError(f"limit_b is {limits.tolist()}; give each of the {batch} rows a number of layers, at least 1")
+    return jnp.asarray(limits, jnp.int32)
+
+
+def _check(model: Decoder, prompt: int, n_new: int, sampling: Sampling, key: Array | None) -> None:
+    if n_new < 1:
+        raise ConfigError(f"n_new is {n_new}; it must be at least 1")
+    longest = prompt + n_new
+    if longest > model.config.max_length:
+        raise ConfigError(
+            f"prompt and new tokens are {longest} together and model.max_length is {model.config.max_length}; "
+            "shorten the prompt or draw fewer"
+        )
+    if sampling.temperature > 0 and key is None:
+        raise ConfigError(
+            f"sampling.temperature is {sampling.temperature}, which needs a key; pass jax.random.key(seed)"
+        )
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling):
+    """The first new token of each row, and the cache of the prompts with so much room."""
+    logits_bv, cache = prefill(nnx.merge(graph, state), prompts_bp, prompt_lengths_b, slots=prompts_bp.shape[1] + room)
+    return sample(logits_bv, jax.random.fold_in(key, 0), sampling), cache
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def draw_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
+    """(batch, n_new) tokens of which the first is given; the mean layers of the others; tokens without room."""
+    model = nnx.merge(graph, state)
+    layers = model.layers()
+    n_full = sum(block.depth.every_token for block in model.config.layers)
+    fill = 0 if end_token is None else end_token
+    out_bn = jnp.full((len(first_b), n_new), fill, jnp.int32).at[:, 0].set(first_b)
+
+    def goes_on(token_b):
+        return jnp.ones(token_b.shape, bool) if end_token is None else token_b != end_token
+
+    def next_logits(token_b, cache):
+        """Logits, the cache, and the layers that the token passed."""
+        if isinstance(depth, AllLayers):
+            hidden_btd, after = model.extend(token_b[:, None], cache, layers=layers)
+            passed_b = sum(r.passed_b() for r in _routed(after)) - sum(r.passed_b() for r in _routed(cache))
+            return model.logits(hidden_btd[:, 0]), after, n_full + passed_b
+        by = partial(advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, limit_b=limit_b)
+        x_btd, positions_bt = model.embedding(token_b[:, None]), cache.lengths_b[:, None]
+        ended_bt = ~goes_on(token_b)[:, None]
+        found, after = extend_until_sure(
+            model, layers, x_btd, positions_bt, cache.layers, by, ended_bt, tokens_bt=token_b[:, None]
+        )
+        return model.exit_logits(found.x_btd[:, 0]), Cache(after, cache.lengths_b + 1), found.layers_bt[:, 0]
+
+    def unfinished(carry):
+        i, token_b, *_ = carry
+        return (i < n_new) & goes_on(token_b).any()
+
+    def step(carry):
+        i, token_b, cache, out_bn, layers_b, steps_b = carry
+        logits_bv, cache, more_b = next_logits(token_b, cache)
+        active_b = goes_on(token_b)
+        drawn = sample(logits_bv, jax.random.fold_in(key, i), sampling)
+        if end_token is not None:
+            drawn = jnp.where(token_b == end_token, end_token, drawn)
+        out_bn = jax.lax.dynamic_update_slice(out_bn, drawn[:, None], (0, i))
+        return i + 1, drawn, cache, out_bn, layers_b + active_b * more_b, steps_b + active_b
+
+    zeros_b = jnp.zeros(first_b.shape, jnp.int32)
+    carry = (1, first_b, cache, out_bn, zeros_b, zeros_b)
+    _, _, cache, out_bn, layers_b, steps_b = jax.lax.while_loop(unfinished, step, carry)
+    refused_b = sum((routed.refused_lb.sum(0) for routed in _routed(cache)), zeros_b)
+    return out_bn, layers_b / jnp.maximum(steps_b, 1), refused_b
+
+
+def _routed(cache: Cache) -> list[RoutedCache]:
+    return [layer for layer in cache.layers if isinstance(layer, RoutedCache)]
+
+
+def prefill(model: Decoder, prompts_bp: Array, prompt_lengths_b: Array, *, slots: int) -> tuple[Array, Cache]:
+    """Reads padded prompts into a new cache.
+
+    Returns:
+      Logits (batch, vocab) behind each prompt's last token, and the cache. The slots of the padding hold what is never
+      seen: a query sees slots up to its own position, and each is written before its position is reached.
+    """
+    empty, lengths_b = empty_cache(model.config, len(prompts_bp), slots), prompt_lengths_b.astype(jnp.int32)
+    hidden_bpd, cache = model.extend(prompts_bp, empty, fresh=True, n_real_b=lengths_b)
+    last_bd = jnp.take_along_axis(hidden_bpd, (prompt_lengths_b - 1)[:, None, None], axis=1)[:, 0]
+    return model.logits(last_bd), cache

@@ -1,0 +1,69 @@
+"""Tokens that pass a routed layer: gathered from their rows, and put back."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efftrain.models.depth.depth_router import Choice
+from efftrain.sharding.rules import constrain, shard_count
+
+TILE, MANY_TILES = 128, 8  # where a row has at least MANY_TILES tiles, whole tiles pass
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens on their way: the real ones of a row are its first.
+
+    Attributes:
+      x_btd, positions_bt, segments_bt: as in ``Block``.
+      real_bt: bool.
+      ids_bt: (batch, tokens), for layers that read them, else None.
+    """
+
+    x_btd: Array
+    positions_bt: Array
+    segments_bt: Array
+    real_bt: Array
+    ids_bt: Array | None = None
+
+
+def gated(x_bnd: Array, y_bnd: Array, choice: Choice) -> Array:
+    """The stream (batch, n, d_model) of the chosen tokens, whose change by a round counts by their gates."""
+    return x_bnd + (y_bnd - x_bnd) * choice.gates_bn[..., None].astype(x_bnd.dtype)
+
+
+def take(tokens: Tokens, choice: Choice) -> Tokens:
+    """The chosen tokens of each row."""
+    if tokens.x_btd.shape[1] == 1:  # decoding: there is nothing to gather, and to scatter
+        return replace(tokens, real_bt=choice.real_bn)
+
+    def pick(a_bt: Array) -> Array:
+        return jnp.take_along_axis(a_bt, choice.places_bn, axis=1)
+
+    x_bnd = jax.vmap(lambda x, places: x[places])(tokens.x_btd, choice.places_bn)
+    # What is not real is in a segment of its own, that of padding.
+    return Tokens(
+        constrain(x_bnd, "batch", "length", None),
+        pick(tokens.positions_bt),
+        jnp.where(choice.real_bn, pick(tokens.segments_bt), 0),
+        choice.real_bn,
+        None if tokens.ids_bt is None else pick(tokens.ids_bt),
+    )
+
+
+def put(x_btd: Array, y_bnd: Array, choice: Choice) -> Array:
+    """x (batch, length, ...) with the real ones of the chosen tokens replaced."""
+    if x_btd.shape[1] == 1:
+        return jnp.where(choice.real_bn.reshape(-1, *[1] * (x_btd.ndim - 1)), y_bnd, x_btd)
+    places_bn = jnp.where(choice.real_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
+    scatter = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
+    return constrain(scatter(x_btd, places_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))
+
+
+def divisible(count: int, length: int) -> int:
+    """So many of a row's tokens, or a few more: for the mesh that splits the row, and the tiles of kernels."""
+    step = shard_count("length") * (TILE if length >= MANY_TILES * TILE else 1)
+    return min(length, -(-count // step) * step)

@@ -1,0 +1,88 @@
+"""A trained dense decoder as a mixture of experts that computes the same function, to be trained on."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from flax import nnx
+
+from efftrain.errors import ConfigError
+from efftrain.models.block import Block
+from efftrain.models.config import Dense, Full, ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.models.moe.layer import MoE, RoutedExperts
+
+
+def upcycle(dense: Decoder, config: ModelConfig, *, rngs: nnx.Rngs) -> Decoder:
+    """Every expert is a copy of its layer's dense feed-forward part; the routers are new.
+
+    The gates of a token sum to 1, so the first step computes what the dense model does. The copies part as they see
+    different tokens. Start at the learning rate at which the dense model was in the middle of its training.
+
+    Args:
+      dense: trained.
+      config: of the mixture: as the dense model's, but that feed-forward parts may be ``MoE`` with ``d_expert`` equal
+        to ``d_ff``.
+      rngs: of the routers.
+
+    Raises:
+      ConfigError: another shape, or gates that do not sum to 1.
+
+    Source: Komatsuzaki et al. 2022 (sparse upcycling), section 3; gates as in He et al. 2024.
+    """
+    check_upcycling(dense.config, config)
+    routed = Decoder(config, rngs=rngs)
+    layers = dense.layers()
+    for variable in ("embedding", "norm", *(() if config.tied_embedding else ("head",))):
+        nnx.update(getattr(routed, variable), nnx.state(getattr(dense, variable)))
+    for position, stack in enumerate(routed.blocks):
+        _fill(stack, layers[position :: len(config.pattern)])
+    return routed
+
+
+def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
+    """Raises ``ConfigError`` where ``upcycle`` cannot make the one from the other."""
+    for name in ("vocab_size", "d_model", "n_layers", "tied_embedding"):
+        if getattr(dense, name) != getattr(config, name):
+            raise ConfigError(
+                f"model.{name} is {getattr(config, name)} and the dense model has {getattr(dense, name)}; upcycling "
+                "keeps it"
+            )
+    for i, (old, new) in enumerate(zip(dense.layers, config.layers, strict=True)):
+        where = f"layer {i}: "
+        if not isinstance(old.mlp, Dense):
+            raise ConfigError(f"{where}the model to upcycle has {type(old.mlp).__name__} there; give a dense model")
+        if not old.depth == new.depth == Full():
+            raise ConfigError(f"{where}a depth policy stands there; upcycling copies blocks that every token passes")
+        if replace(old.attention, n_blocks=1, backend="auto") != replace(new.attention, n_blocks=1, backend="auto"):
+            raise ConfigError(f"{where}attention differs from the dense model's; upcycling keeps it")
+        if not isinstance(new.mlp, MoE):
+            if new.mlp != old.mlp:
+                raise ConfigError(f"{where}mlp is neither an MoE nor the dense model's; use one of both")
+        elif new.mlp.d_expert != old.mlp.d_ff:
+            raise ConfigError(
+                f"{where}moe.d_expert is {new.mlp.d_expert} and the dense model's d_ff {old.mlp.d_ff}; upcycling "
+                f"copies it whole, set d_expert to {old.mlp.d_ff}"
+            )
+        elif not new.mlp.gates_sum_to_one or new.mlp.n_shared:
+            raise ConfigError(
+                f"{where}upcycling needs gates that sum to 1 and nothing beside them; use moe.top_k 2 or more, "
+                "moe.renormalize and moe.n_shared 0"
+            )
+
+
+def _fill(stack: Block, layers: list[Block]) -> None:
+    """Writes single layers into a stacked block."""
+    routed = isinstance(stack.mlp, RoutedExperts)
+    for path, variable in nnx.to_flat_state(nnx.state(stack, nnx.Param)):
+        if path[:2] == ("mlp", "router"):
+            continue
+        expert = routed and path[0] == "mlp"
+        source = (*path, "kernel") if expert else path
+        values = jnp.stack([_variable(layer, source)[...] for layer in layers])
+        _variable(stack, path)[...] = jnp.broadcast_to(values[:, None], variable.shape) if expert else values
+
+
+def _variable(module: nnx.Module, path: tuple) -> nnx.Variable:
+    for name in path:
+        module = getattr(module, name)
+    return module

@@ -1,0 +1,4 @@
+"""Checkpoints of state, data position and configuration together, and the checks when they are read.
+
+It may import ``models``, ``ops`` and ``sharding``; it knows nothing of the loop.
+"""

@@ -1,0 +1,396 @@
+"""Checkpoints of state, data iterator and configuration together, written in the background by Orbax."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax import Array
+
+from efftrain.config import difference, digest
+from efftrain.errors import RunError
+from efftrain.progress import console
+from efftrain.sharding import hosts
+from efftrain.train.checkpoints.checkpoint_folder import check_writable, first_line, lock_folder, vanished
+from efftrain.train.checkpoints.fingerprints import fingerprints
+from efftrain.train.checkpoints.finite import check_finite
+from efftrain.train.checkpoints.sparse_storage import BITS, expand, squeeze, stored_names
+
+# Orbax reports each save in ten lines, and each failure once a thread before it raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    The state is kept as a flat dict from path (``params/embedding/table``) to array, so that a checkpoint can be read
+    without the classes that made it, and onto any mesh. Beside it stand a fingerprint of each array and of the data
+    iterator's state: Orbax does not notice when the bytes of an array change on disk.
+
+    Of several processes each writes and reads the shards of its own devices, in one folder that all of them see.
+    Where the folder is moved or deleted meanwhile, a warning says so, and the next checkpoint makes it again.
+
+    Args:
+      directory: where they are; a path, or a URL that etils knows (gs://bucket/folder).
+      keep: so many of the newest stay. None: all.
+      keep_every: those whose step is a multiple of it stay too.
+      read_only: nothing is made, tidied or deleted: another process may be writing here.
+
+    Raises:
+      InUseError: another command writes to the folder.
+      RunError: the folder cannot be written to by one of the processes, or is not the same one for all.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        read_only: bool = False,
+    ):
+        place = epath.Path(directory)
+        self.directory = place if "://" in str(directory) else Path(directory).absolute()
+        self._lock = None
+        if not read_only:
+            check_writable(epath.Path(self.directory))
+            self._lock = lock_folder(self.directory)
+        several = hosts.process_count() > 1
+        self._shapes: dict[int, dict[str, Any]] = {}
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                keep_period=keep_every,
+                enable_async_checkpointing=True,
+                read_only=read_only,
+                create=False,
+                cleanup_tmp_directories=not read_only,  # left by a process that was killed while it saved
+                # With names, Orbax lets them meet at the coordinator, where a wait has an end, and not on the devices.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(hosts.process_count())) if several else None
+                ),
+            ),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(self, step: int, state: Any, data_state: Any, config: Any, *, squeezed: bool = False) -> None:
+        """Starts a save and returns once the arrays are copied; a step that is there already is left as it is.
+
+        Args:
+          squeezed: arrays with many zeros without them (``sparse_storage``); for models, not for runs that go on.
+        """
+        if step in self._manager.all_steps():
+            return
+        flat = squeeze(flatten(state)) if squeezed else flatten(state)
+        data = {"iterator": data_state, "iterator_digest": digest(data_state), "fingerprints": fingerprints(flat)}
+        with self._writing():
+            self._manager.wait_until_finished()  # as the next call would
+            if vanished(self.directory, self.steps()):
+                self._manager.reload()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(flat),
+                    data=ocp.args.JsonSave(data),
+                    config=ocp.args.JsonSave(config),
+                ),
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Returns when everything started is on disk.
+
+        Raises:
+          RunError: it could not be written, or was moved or deleted at once.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+        newest = self.directory / str(max(self.steps(), default=""))
+        if not hosts.from_first(newest.exists):
+            raise RunError(
+                f"checkpoint {newest} was moved or deleted as soon as it was written; put it back, then the same "
+                "command continues from it"
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Waits for what was started, and closes."""
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, Any] | None:
+        """The newest complete checkpoint. Newer ones that are damaged are named and moved to ``damaged/`` beside the
+        directory: the run writes them again.
+
+        Args:
+          abstract_state: the state as ShapeDtypeStructs; where they carry shardings, the arrays come sharded so.
+
+        Returns:
+          (step, state, data iterator's state), or None where there is no checkpoint.
+
+        Raises:
+          RunError: the newest complete checkpoint is of another model, or checkpoints exist and none is complete.
+        """
+        wanted = flatten(abstract_state)
+        found = self._newest_complete(lambda step: self._read(step, wanted))
+        if found is None:
+            return None
+        step, (flat, data_state) = found
+        for newer in [s for s in self.steps() if s > step]:
+            self._set_aside(newer)
+        return step, unflatten(flat, abstract_state), data_state
+
+    def restore_model(self, abstract_variables: Any, *, finite: bool = True) -> Any:
+        """Only the model's variables, of the newest complete checkpoint: averaged ones where the run keeps them.
+
+        Args:
+          abstract_variables: as ShapeDtypeStructs.
+          finite: refuse a model with numbers that are not finite.
+
+        Raises:
+          RunError: as for ``restore``, and where there is no checkpoint; numbers are not finite.
+        """
+        variables = flatten(abstract_variables)
+        found = self._newest_complete(lambda step: self._read_model(step, variables))
+        if found is None:
+            raise RunError(f"{self.directory} holds no checkpoint; train the run first")
+        step, arrays = found
+        for name, array in arrays.items() if finite else ():
+            check_finite(array, name, variables, self.directory / str(step))
+        return unflatten(arrays, abstract_variables)
+
+    def model_arrays(self, abstract_variables: Any) -> Iterator[tuple[str, Array]]:
+        """What ``restore_model`` reads, array by array, large ones first: no two are held here at once.
+
+        Raises:
+          RunError: as there; also where an array after the first is damaged.
+        """
+        variables = flatten(abstract_variables)
+        first, *rest = sorted(variables, key=lambda name: (-variables[name].size, name))
+        found = self._newest_complete(lambda step: self._read_model(step, {first: variables[first]}))
+        if found is None:
+            raise RunError(f"{self.directory} holds no checkpoint; train the run first")
+        step, array = found
+        for name in (first, *rest):
+            if name not in array:
+                with self._reading(step):
+                    array = self._read_model(step, {name: variables[name]})
+            check_finite(array[name], name, variables, self.directory / str(step))
+            yield name, array.pop(name)
+
+    def _read_model(self, step: int, variables: dict[str, Any]) -> dict[str, Any]:
+        saved = self._saved_shapes(step)
+        trained = "ema" if any(name.startswith("ema/") for name in saved) else "params"
+        untrained = {name.removesuffix(BITS) for name in saved if name.startswith("model_state/")}
+        places = {name: f"model_state/{name}" for name in variables}
+        places = {name: place if place in untrained else f"{trained}/{name}" for name, place in places.items()}
+        wanted = {place: variables[name] for name, place in places.items()}
+        stored, _ = self._read(step, stored_names(wanted, saved), partial=True)
+        flat = expand(stored, wanted)
+        return {name: flat[place] for name, place in places.items()}
+
+    def restore_step(
+        self, step: int, abstract_state: Any, *, new: tuple[str, ...], instead: tuple[str, str]
+    ) -> tuple[dict[str, Array], Any]:
+        """One checkpoint, for another run to go on from.
+
+        Args:
+          step: of a checkpoint that is there.
+          abstract_state: of the run that goes on, with shardings.
+          new: arrays with one of these in their names may be lacking.
+          instead: a beginning of names, and the one that it has in a checkpoint where there is none that begins so.
+
+        Returns:
+          (arrays by name, data iterator's state).
+
+        Raises:
+          RunError: the checkpoint is damaged, holds a model alone, or is of another model or optimizer.
+        """
+        saved, (ours, theirs) = self._saved_shapes(step), instead
+        if not any(name.startswith(theirs) for name in saved):
+            raise RunError(
+                f"{self.directory / str(step)} holds a model without the state of an optimizer and a position in the "
+                "data, as efftrain compress leaves it; branch from the run that it was made from, or start a run from "
+                "this model with fit(initial=...)"
+            )
+        same = any(name.startswith(ours) for name in saved)
+        abstract = flatten(abstract_state)
+        place = {n: n if same or not n.startswith(ours) else theirs + n.removeprefix(ours) for n in abstract}
+        place = {n: p for n, p in place.items() if p in saved or not any(word in n for word in new)}
+        with self._reading(step):
+            arrays, data_state = self._read(step, {p: abstract[n] for n, p in place.items()})
+        return {n: arrays[p] for n, p in place.items()}, data_state
+
+    def _newest_complete(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                return step, read(step)
+            except RunError:
+                raise
+            except Exception as error:  # Orbax has no one class for a file that is missing, short or altered
+                damaged.append(str(step))
+                _ignore_late_callbacks()
+                console.print(
+                    f"warning: checkpoint {self.directory / str(step)} is damaged ({first_line(error)}); trying the "
+                    "one before",
+                    style="yellow",
+                    markup=False,
+                )
+        if damaged:
+            raise RunError(
+                f"no checkpoint in {self.directory} can be read (damaged: {', '.join(damaged)}); restore a copy, or "
+                "start again with another --out"
+            )
+        return None
+
+    def _saved_shapes(self, step: int) -> dict[str, Any]:
+        """Read once: ``model_arrays`` asks for every array, and a checkpoint that is complete does not change."""
+        if step not in self._shapes:
+            self._shapes[step] = dict(self._manager.item_metadata(step)["state"].tree)
+        return self._shapes[step]
+
+    def _read(self, step: int, wanted: dict[str, Any], *, partial: bool = False) -> tuple[dict[str, Any], Any]:
+        with _all_or_none():
+            restored = self._restore(step, wanted, partial=partial)
+        data = restored["data"]
+        _check_unaltered(restored["state"], data["fingerprints"], data["iterator"], data["iterator_digest"])
+        return restored["state"], data["iterator"]
+
+    def _restore(self, step: int, wanted: dict[str, Any], *, partial: bool) -> Any:
+        saved = self._saved_shapes(step)
+        if partial:
+            saved = {name: saved[name] for name in wanted if name in saved}
+        _check_same(self.directory / str(step), saved, wanted)
+        return self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=partial,
+                ),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+
+    def _set_aside(self, step: int) -> None:
+        target = epath.Path(self.directory).parent / "damaged" / str(step)
+        with hosts.together():
+            if hosts.process_index() == 0:
+                if target.exists():
+                    target.rmtree()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (epath.Path(self.directory) / str(step)).rename(target)
+        self._shapes.pop(step, None)
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Of one checkpoint, where there is no other to fall back to."""
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:  # as in _newest_complete
+            _ignore_late_callbacks()
+            raise RunError(
+                f"checkpoint {self.directory / str(step)} is damaged or was removed ({first_line(error)}); use "
+                "another one, or wait for the run to end"
+            ) from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors of the file system, which Orbax wraps in several ways and often raises one save later."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            _ignore_late_callbacks()
+            raise RunError(
+                f"cannot write a checkpoint to {self.directory} ({first_line(error)}); free the disk, then the same "
+                "command continues from the newest complete checkpoint"
+            ) from error
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[None]:
+    """What fails on one process, fails on all: what follows is computed by all of them together."""
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    said = hosts.exchange("" if problem is None else first_line(problem))
+    if problem is not None:
+        raise problem
+    for number, sentence in enumerate(said):
+        if sentence:
+            raise ValueError(f"process {number}: {sentence}")
+
+
+def flatten(state: Any) -> dict[str, Any]:
+    """A pytree as {path: leaf}, with paths such as ``params/blocks/0/mlp/up/kernel``."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+def unflatten(flat: dict[str, Any], like: Any) -> Any:
+    """The inverse of ``flatten``, in the structure of ``like``."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree.unflatten(tree, [flat[_name(path)] for path, _ in paths])
+
+
+def _check_unaltered(flat: dict[str, Any], saved: dict[str, int], data_state: Any, data_digest: str) -> None:
+    for name, found in fingerprints(flat).items():
+        if found != saved[name]:
+            raise ValueError(f"{name} has other bytes than were saved")
+    if digest(data_state) != data_digest:
+        raise ValueError("the data iterator's state is not the one that was saved")
+
+
+def _name(path: tuple) -> str:
+    in_variable = jax.tree_util.GetAttrKey("value")  # a module called ``value`` is a DictKey
+    return jax.tree_util.keystr(tuple(key for key in path if key != in_variable), simple=True, separator="/")
+
+
+def _check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    lines = difference(
+        {k: str(tuple(v.shape)) for k, v in saved.items()},
+        {k: str(tuple(v.shape)) for k, v in wanted.items()},
+    )
+    lines.sort(key=lambda line: not line.startswith("params/"))  # the optimizer only follows
+    if lines:
+        raise RunError(
+            f"{where} is a checkpoint of another model or optimizer: {lines[0]}"
+            f"{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}; use the configuration and the code "
+            "that wrote it, or start another run"
+        )
+
+
+def _ignore_late_callbacks() -> None:
+    """Orbax closes its event loop when one file fails, and every other file then prints a traceback."""
+    before = sys.unraisablehook
+
+    def hook(report: Any) -> None:
+        if str(report.exc_value) != "Event loop is closed":
+            before(report)
+
+    sys.unraisablehook = hook

@@ -1,0 +1,85 @@
+"""A trace of chosen steps: what the host and the devices did, and when.
+
+Calls of Python functions are not in it. Their tracer hooks into every thread of the process, slows each call down, and
+has ended a long-lived process with a segmentation fault; the phases of a step are annotated instead.
+"""
+
+from pathlib import Path
+
+import jax
+
+from efftrain.errors import ConfigError
+from efftrain.progress import console
+from efftrain.sharding import hosts
+from efftrain.train.metrics.recorder import Recorder
+
+
+def parse_steps(text: str, steps: int) -> tuple[int, int]:
+    """``"10:15"`` as (10, 15): the first and the last step, both included.
+
+    Args:
+      text: of ``training.profile``.
+      steps: of the whole run.
+
+    Raises:
+      ConfigError: it is not two steps of the run, in order.
+    """
+    try:
+        first, last = map(int, text.split(":"))
+    except ValueError as error:
+        raise ConfigError(f"training.profile is {text!r}; give the first and the last step, such as 10:15") from error
+    if not 1 <= first <= last:
+        raise ConfigError(f"training.profile is {text!r}; give the first step, from 1, then the last, such as 10:15")
+    if last > steps:
+        raise ConfigError(f"training.profile is {text!r} and the run has {steps} steps; end it at {steps} or before")
+    return first, last
+
+
+class Profiler:
+    """Traces the chosen steps into a directory; of several processes, the first one does. A context manager.
+
+    Args:
+      chosen: first and last step, or None for nothing.
+      directory: of the trace.
+      recorder: keeps what starting and writing a trace take out of the steps' times.
+      start: the step that was restored.
+    """
+
+    def __init__(self, chosen: tuple[int, int] | None, directory: Path, recorder: Recorder, *, start: int):
+        self._chosen = chosen if hosts.process_index() == 0 else None
+        self._directory, self._recorder, self._running = directory, recorder, False
+        if self._chosen and start >= self._chosen[1]:
+            console.print(f"no profile: this run continues after step {self._chosen[1]}", markup=False)
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._running:  # the steps are known only as far as they came
+            self._stop("the steps until it ended")
+
+    def before(self, number: int) -> None:
+        """Before the step asks for its input."""
+        if self._chosen and not self._running and self._chosen[0] <= number <= self._chosen[1]:
+            self._recorder.flush()
+            with self._recorder.phase("profile"):
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0
+                jax.profiler.start_trace(self._directory, profiler_options=options)
+            self._running = True
+
+    def after(self, number: int) -> None:
+        """When the step was dispatched; waits for it if it was the last one."""
+        if self._running and number == self._chosen[1]:
+            self._recorder.flush()
+            self._stop(f"steps {self._chosen[0]} to {self._chosen[1]}")
+
+    def _stop(self, what: str) -> None:
+        self._running = False
+        with self._recorder.phase("profile"):
+            jax.profiler.stop_trace()
+        console.print(
+            f"profile of {what}: {self._directory}; look at it with: pip install xprof && xprof --port 8791 "
+            f"{self._directory}, or open its *.trace.json.gz at https://ui.perfetto.dev",
+            markup=False,
+        )

@@ -1,0 +1,131 @@
+"""A model that an objective reads and nobody trains."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.models.depth.routed_depth import causally_routed
+from efftrain.models.quantization import matrices
+from efftrain.sharding.layout import state_shardings, with_shardings
+from efftrain.sharding.rules import ShardingRules
+from efftrain.train.objectives.objective import AUXILIARY, Batch, Metrics, Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A frozen model beside the one that is trained: on the same mesh, and no part of a checkpoint.
+
+    Attributes:
+      config: of the model; it may be stored quantised.
+      restore: abstract variables with shardings -> the variables; called once, when a run starts.
+      dtype: of its float32 matrices while they teach, such as bfloat16, which halves their bytes. None: as they are.
+    """
+
+    config: ModelConfig
+    restore: Callable[[nnx.State], nnx.State]
+    dtype: str | None = None
+
+    @staticmethod
+    def of(model: Decoder, **options: Any) -> "Teacher":
+        """A model in memory, which stays as it is."""
+        held = nnx.state(model)
+        copies = partial(jax.tree.map, lambda old, new: jax.device_put(old, new.sharding, may_alias=False), held)
+        return Teacher(config=model.config, restore=copies, **options)
+
+    def abstract_model(self) -> Decoder:
+        """With shapes in place of arrays."""
+        return nnx.eval_shape(self._build)
+
+    def abstract(self, mesh: Mesh, rules: ShardingRules) -> nnx.State:
+        """Its variables as ``jax.ShapeDtypeStruct``s that carry their sharding."""
+        return _abstract(self.abstract_model(), mesh, rules)
+
+    def place(self, mesh: Mesh, rules: ShardingRules) -> nnx.State:
+        """Its variables on the mesh."""
+        whole = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        state, wanted = self.restore(_abstract(whole, mesh, rules)), self.abstract(mesh, rules)
+        return jax.tree.map(lambda new, old: old.astype(new.dtype), wanted, state)
+
+    def merge(self, state: nnx.State) -> Decoder:
+        """The model, traced, whose variables no gradient reaches; it routes as it decodes, without looking ahead."""
+        graph = nnx.split(self.abstract_model())[0]
+        return causally_routed(nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, state)))
+
+    def _build(self) -> Decoder:
+        model = Decoder(self.config, rngs=nnx.Rngs(0))
+        for _, module, attribute in matrices(model) if self.dtype else ():
+            variable = getattr(module, attribute)
+            if variable.dtype == jnp.float32:
+                variable.set_value(variable[...].astype(self.dtype))
+        return model
+
+
+def _abstract(model: Decoder, mesh: Mesh, rules: ShardingRules) -> nnx.State:
+    state = nnx.state(model)
+    return with_shardings(state, state_shardings(state, mesh, rules))
+
+
+class Taught(Protocol):
+    """What makes the objective of a step from more than its batch; ``fit`` takes it where it takes an objective.
+
+    Attributes:
+      teacher: None: it has none.
+    """
+
+    teacher: Teacher | None
+
+    def at(self, teacher: Decoder | None, progress: Array) -> Objective:
+        """The objective of a step.
+
+        Args:
+          teacher: the model of ``teacher``.
+          progress: () float32, the share of the run's steps that are done.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """The sum of two objectives, each a mean over its own targets, such as a distillation and early exits.
+
+    Each makes a pass of its own. Metrics that both have are those of the first; statistics and auxiliary losses of the
+    model count once.
+    """
+
+    first: Taught
+    second: Objective
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self.first.teacher
+
+    def at(self, teacher: Decoder | None, progress: Array) -> Objective:
+        first = self.first.at(teacher, progress)
+
+        def both(model: nnx.Module, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+            loss, count, metrics = first(model, batch, key)
+            more, n, others = self.second(model, batch, key)
+            more -= others.get(AUXILIARY, (0.0, n))[0]
+            return loss + more * count / jnp.maximum(n, 1.0), count, others | metrics
+
+        return both
+
+
+def teacher_of(objective: Objective | Taught) -> Teacher | None:
+    return getattr(objective, "teacher", None)
+
+
+def objective_at(objective: Objective | Taught, frozen: nnx.State | None, progress: Array) -> Objective:
+    """The objective of a step; ``frozen`` are the variables of its teacher."""
+    if not hasattr(objective, "at"):
+        return objective
+    return objective.at(None if frozen is None else objective.teacher.merge(frozen), progress)

@@ -1,0 +1,347 @@
+"""The run directory: the unit of work, from which everything that was done can be loaded and continued."""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from efftrain.config import difference, finite_json, from_json, to_json
+from efftrain.errors import ConfigError, RunError
+from efftrain.lock import FILE_NAME as LOCK
+from efftrain.lock import Lock
+from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
+from efftrain.progress import console
+from efftrain.recipe import import_script
+from efftrain.sharding import hosts
+from efftrain.train.run.identity import (
+    FILE_NAME,
+    PACKAGES,
+    check_identity,
+    earlier_history,
+    keep_sources,
+    process_code,
+    run_identity,
+    run_sources,
+    steps_made,
+    with_entry,
+)
+from efftrain.train.run.writing import writing
+
+# Fields that say how a run is carried out and not what it computes: they may change when it continues.
+OPERATIONAL = (
+    *("mesh", "eval_every", "profile", "watchdog", "out"),
+    *("checkpoint_every", "keep_checkpoints", "keep_every", "checkpoints"),
+)
+
+
+class Run:
+    """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/``, ...
+
+    ``identity.json`` says which code and inputs the run was made by. An unfinished run continues with other code, as a
+    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. Every
+    script that trained it stays in ``code/``, with the user's own modules that it imports, and the ``history`` in
+    ``identity.json`` says which of them made which steps. A finished run of other code is refused, as it would be taken
+    for what this code trains. A directory whose run was refused or ended before its first step holds nothing that could
+    be lost: another configuration takes its place.
+
+    Several processes are one run: the first of them writes, and keeps every other command from the directory until
+    ``close``, the end of this object or of the process. Whoever only reads (``load``) needs no lock.
+
+    Args:
+      path: of the directory.
+      config: a dataclass.
+      script: kept as ``recipe.py``: it has the classes that the configuration names and efftrain has not. None: the one
+        that is running.
+      inputs: digests of what the run is made from, by name (``inputs.input_contents``). Names that the directory does
+        not know, or that are not given any more, are not compared.
+
+    Attributes:
+      checkpoints: the folder of the checkpoints: in the directory, or where the configuration says.
+
+    Raises:
+      InUseError: another command is training the run.
+      RunError: the directory holds a run of another configuration or of other inputs, a finished one of other code, or
+        something that is not a run; the processes differ in configuration, code or packages.
+    """
+
+    def __init__(
+        self, path: Path | str, config: Any, *, script: Path | None = None, inputs: Mapping[str, str] | None = None
+    ):
+        self.path, self.config = Path(path), to_json(config)
+        self._script = script or getattr(sys.modules["__main__"], "__file__", None)
+        self._identity = run_identity(config, inputs or {}, alone=script is not None)
+        self._sources = run_sources(config, alone=script is not None)
+        self.checkpoints = checkpoint_directory(self.path, self.config)
+        hosts.agree({"configuration": self.config} | process_code())
+        self._lock: Lock | None = None
+        with hosts.together():
+            if hosts.process_index() == 0:
+                try:
+                    self._make()
+                except BaseException:
+                    self.close()
+                    raise
+
+    def close(self) -> None:
+        """Lets other processes continue the run; so does the end of this object."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _make(self) -> None:
+        made = (self.path / "config.json").exists()
+        if not made and self.path.is_dir() and not all(map(_is_ours, self.path.iterdir())):
+            raise RunError(
+                f"{self.path} is not empty and holds no config.json, so it is not a run; choose another --out"
+            )
+        with writing(self.path):
+            self._lock = Lock(self.path / LOCK, self.path)
+        begun = has_begun(self.path)
+        if begun:
+            self._check_same_config()
+            self._check_same_identity()
+        elif made and read_json(self.path / "config.json") != self.config:
+            console.print(f"{self.path} holds a run without a step; this one takes its place", markup=False)
+        with writing(self.path):
+            self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
+            before = self._identity_before()
+            steps = steps_made(self.path, self.checkpoints, self.config) if begun else "none"
+            self._identity["history"] = earlier_history(self.path, before, steps=steps)
+            if before and steps == "all":
+                return  # what it was trained by stays written there
+            self.write_json("environment.json", environment())
+            self._copy_recipe()
+            self.write_json(FILE_NAME, self._identity)
+
+    def begin(self, step: int) -> None:
+        """Notes that the code of this process makes the steps from ``step`` on, and keeps its sources."""
+        if hosts.process_index() == 0:
+            with writing(self.path):
+                sources = keep_sources(self.path, self._sources)
+                entry = {"first_step": step, "code": self._identity["code"], "sources": sources}
+                self._identity["history"] = with_entry(self._identity["history"], entry)
+                self.write_json(FILE_NAME, self._identity)
+
+    def _check_same_config(self) -> None:
+        before = read_json(self.path / "config.json")
+        with contextlib.suppress(ConfigError):  # fields that did not exist then have their defaults
+            before = to_json(from_json(before, script=sys.modules["__main__"]))
+        lines = difference(_without_operational(before), _without_operational(self.config))
+        if lines:
+            more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+            raise RunError(
+                f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, where "
+                "--training.branch or --training.finetune go on from this run, or give the same configuration to "
+                "continue it"
+            )
+        place = checkpoint_directory(self.path, before)
+        moved = place != self.checkpoints and steps_made(self.path, place, before) != "none"
+        if moved and steps_made(self.path, self.checkpoints, self.config) == "none":
+            raise RunError(
+                f"{self.checkpoints} has no checkpoint and the run {self.path} has its own in {place}; move them there "
+                "or give training.checkpoints as it was"
+            )
+
+    def _identity_before(self) -> dict[str, Any] | None:
+        path = self.path / FILE_NAME
+        return read_json(path) if path.exists() else None
+
+    def _check_same_identity(self) -> None:
+        before = self._identity_before()
+        check_identity(self.path, before, self._identity, steps=steps_made(self.path, self.checkpoints, self.config))
+        self._identity["inputs"] = (before["inputs"] if before else {}) | self._identity["inputs"]
+
+    def _copy_recipe(self) -> None:
+        script, copy = self._script and Path(self._script), self.path / "recipe.py"
+        if script and script.suffix == ".py" and script.exists() and not (copy.exists() and copy.samefile(script)):
+            shutil.copyfile(script, copy)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a file of the run, whole or not at all."""
+        temporary = self.path / f".{name}.incomplete"
+        temporary.write_text(json.dumps(finite_json(value), indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, self.path / name)
+
+
+def checkpoint_directory(run: Path, config: Any) -> Any:
+    """Where a run of this configuration (JSON) has its checkpoints: a ``Path``, or an ``epath.Path`` for a URL."""
+    training = config.get("training") if isinstance(config, dict) else None
+    place = training.get("checkpoints") if isinstance(training, dict) else None
+    if place is None:
+        return run / "checkpoints"
+    if "://" not in place:
+        return Path(place)
+    from etils import epath
+
+    return epath.Path(place)
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a directory holds a run that has made a step: it has a checkpoint, figures or a row of metrics."""
+    if not (directory / "config.json").exists():
+        return False
+    settings = read_json(directory / "config.json")
+    steps = steps_made(directory, checkpoint_directory(directory, settings), settings)
+    return steps != "none" or ((rows := directory / "metrics.jsonl").exists() and rows.stat().st_size > 0)
+
+
+def load(directory: Path | str, *, finite: bool = True) -> Decoder:
+    """The trained model of a run directory, with averaged parameters where the run keeps them.
+
+    Args:
+      directory: of the run.
+      finite: refuse a model that holds NaN or infinity. False: return it, to see where it went wrong.
+
+    Raises:
+      RunError: the directory holds no run or no complete checkpoint, or the model holds numbers that are not finite.
+    """
+    directory = Path(directory)
+    model_config = load_model_config(directory)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
+    place = checkpoint_directory(directory, read_json(directory / "config.json"))
+    return nnx.merge(graph, load_variables(place, _on_one_device(abstract), finite=finite))
+
+
+def load_variables(checkpoints: Any, abstract: nnx.State, *, finite: bool = True) -> nnx.State:
+    """As ``load``: the model's variables in the newest of these checkpoints, in the shardings of ``abstract``."""
+    from efftrain.train.checkpoints.checkpoints import Checkpoints
+
+    with Checkpoints(checkpoints, read_only=True) as opened:
+        return opened.restore_model(abstract, finite=finite)
+
+
+def check_model(directory: Path) -> None:
+    """Reads the model of a run, array by array, so that what ``load`` refuses is refused before something is written.
+
+    Raises:
+      RunError: as for ``load``.
+    """
+    from efftrain.train.checkpoints.checkpoints import Checkpoints
+
+    model_config, settings = load_model_config(directory), read_json(directory / "config.json")
+    abstract = nnx.state(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
+    with Checkpoints(checkpoint_directory(directory, settings), read_only=True) as opened:
+        for _ in opened.model_arrays(_on_one_device(abstract)):
+            pass
+
+
+def _on_one_device(abstract: nnx.State) -> nnx.State:
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+
+
+def newest_step(directory: Path, settings: Any) -> int:
+    """Of a run's checkpoints; ``settings``: what its ``config.json`` holds.
+
+    Raises:
+      RunError: there is none.
+    """
+    from efftrain.train.checkpoints.checkpoints import Checkpoints
+
+    with Checkpoints(checkpoint_directory(directory, settings), read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+    if not steps:
+        raise RunError(f"{directory} holds no checkpoint; train it first")
+    return steps[-1]
+
+
+def load_model_config(directory: Path | str) -> ModelConfig:
+    """The ``model`` of a run's configuration; classes that its recipe defined come from the run's own ``recipe.py``."""
+    directory = Path(directory)
+    if not (directory / "config.json").exists():
+        raise RunError(f"{directory} holds no config.json, so it is not a run; give the --out of a training run")
+    return model_config(directory, read_json(directory / "config.json"))
+
+
+def model_config(directory: Path, settings: Any) -> ModelConfig:
+    """As ``load_model_config``, of what ``config.json`` holds."""
+    value = settings.get("model")
+    script = import_script(directory / "recipe.py") if ".py:" in json.dumps(value) else None
+    config = from_json(value, script=script)
+    if not isinstance(config, ModelConfig):
+        raise RunError(
+            f"{directory / 'config.json'} has no field 'model' that is a ModelConfig; was it a training run?"
+        )
+    return config
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on beside the configuration: versions, devices, commit."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.orig_argv[1:],
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "processes": jax.process_count(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "packages": {name: version(name) for name in PACKAGES},
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with ``+changes`` where files differ from it.
+
+    None for an installed package, also where its environment stands in a checkout of something else.
+    """
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("ls-files", "--error-unmatch", __file__) and git("rev-parse", "--short=12", "HEAD")
+    return commit and commit + ("+changes" if git("status", "--porcelain") else "")
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if (info.exists())
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def _is_ours(path: Path) -> bool:
+    """Left by a process that was killed before the directory was a run."""
+    return path.suffix == ".incomplete" or path.name == LOCK
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); restore it or choose another --out") from error
+
+
+def _without_operational(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_operational(v) for k, v in value.items() if k not in OPERATIONAL}
+    return [_without_operational(v) for v in value] if isinstance(value, list) else value

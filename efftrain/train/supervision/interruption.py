@@ -1,0 +1,110 @@
+"""SIGTERM and Ctrl-C as a wish that the loop fulfils at the end of a step, or in the middle of an evaluation."""
+
+import signal
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from efftrain.sharding import hosts
+from efftrain.train.metrics.recorder import VOTES
+from efftrain.train.objectives.objective import Metrics
+from efftrain.train.state import TrainState
+from efftrain.train.step import Step
+
+T = TypeVar("T")
+
+
+class _Ended(BaseException):
+    """Not an ``Exception``: an evaluation that catches those must end all the same."""
+
+
+class Interruption:
+    """Within the context, the first SIGTERM or SIGINT only sets ``asked``; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self._ends_work = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def until_asked(self, work: Callable[[], T]) -> T | None:
+        """The result of ``work``, which must not change anything; None where a signal ended it.
+
+        Several processes work together and cannot end at different places: theirs ends where it calls
+        ``end_if_asked``.
+        """
+        global _at_work
+        try:
+            _at_work, self._ends_work = self, hosts.process_count() == 1
+            if self.asked and self._ends_work:
+                return None
+            try:
+                return work()
+            finally:
+                self._ends_work = False
+        except _Ended:
+            return None
+        finally:
+            _at_work = None
+
+    def asked_anywhere(self) -> str | None:
+        """The signal that asked any of the processes, and which one where there are several. All must call it."""
+        if hosts.process_count() == 1:
+            return self.asked
+        said = enumerate(hosts.exchange(self.asked or ""))
+        return next((f"{name} on process {number}" for number, name in said if name), None)
+
+    def vote(self, mesh: Mesh) -> dict[str, jax.Array]:
+        """Whether a signal asked this process to stop, as a part of the batch: so all of them learn it at the same
+        step. Empty for a single process."""
+        if hosts.process_count() == 1:
+            return {}
+        asked_by = self.asked  # read once: a signal may come between two looks
+        vote = hosts.process_index() * 256 + signal.Signals[asked_by] if asked_by else -1
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        votes = np.full(len(mesh.local_devices), vote, np.int32)
+        return {VOTES: jax.make_array_from_process_local_data(sharding, votes, (mesh.size,))}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+        if self._ends_work:
+            self._ends_work = False
+            raise _Ended
+
+
+_at_work: Interruption | None = None
+
+
+def end_if_asked() -> None:
+    """Ends the work of several processes (``until_asked``) where one of them was asked. All must call it equally
+    often; a single process needs no call."""
+    if _at_work is not None and hosts.process_count() > 1 and _at_work.asked_anywhere():
+        raise _Ended
+
+
+def with_votes(step: Step) -> Step:
+    """A step whose metrics say which process was asked to stop, from the votes in its batch."""
+
+    def voting(
+        state: TrainState, batch: Mapping[str, jax.Array], frozen: nnx.State | None = None
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state, {name: rows for name, rows in batch.items() if name != VOTES}, frozen)
+        return state, metrics | {VOTES: (jnp.max(batch[VOTES]), 1)}
+
+    return voting
