@@ -40,7 +40,7 @@ from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import EarlyExitLoss, Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 

@@ -24,7 +24,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 

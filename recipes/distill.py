@@ -59,8 +59,8 @@ from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.config import Training
 from efftrain.train.inputs import model_digest
-from efftrain.train.loop import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.objectives.teacher import Teacher
 from efftrain.train.optimizers import AdamW

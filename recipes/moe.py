@@ -40,7 +40,7 @@ from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.run.directory import check_model, load_model_config

@@ -49,7 +49,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.ops.masks import NofM, Unstructured
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.program import Wrap

@@ -50,8 +50,7 @@ from efftrain.ops.number_formats import Integer
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.branch import parse_branch
-from efftrain.train.loop import Training
+from efftrain.train.config import Training, parse_branch
 from efftrain.train.objectives.objective import Objective, SelfDistillation, next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.schedules import Cosine

@@ -26,7 +26,7 @@ from efftrain.models.decoding.generate import generate
 from efftrain.models.decoding.sampling import Sampling
 from efftrain.progress import console
 from efftrain.recipe import import_script, run_recipe
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
 

@@ -68,8 +68,8 @@ from efftrain.ops.number_formats import Integer
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.hosts import Hosts
+from efftrain.train.config import Training
 from efftrain.train.inputs import input_contents
-from efftrain.train.loop import Training
 from efftrain.train.optimizers import AdamW, Muon
 from efftrain.train.run.directory import environment
 
@@ -82,7 +82,7 @@ class Config:
 
     Attributes:
       made_up: the task where no files are given.
-      labelled, test, unlabelled, text, label, generates, validation: see ``data.task.TaskFiles``.
+      labelled, test, unlabelled, text, label, generates, validation: see ``data.tasks.task.TaskFiles``.
       general: the run of a model that the teacher starts from. None: at random.
       tokenizer: of that model. None: of the corpus that its run names.
       teacher, student: models and their training.

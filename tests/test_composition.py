@@ -34,7 +34,8 @@ from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.models.zeros import zeros_share
 from efftrain.ops.number_formats import Integer
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.loop import Training, fit
+from efftrain.train.config import Training
+from efftrain.train.loop import fit
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.objectives.objective import EarlyExitLoss, Objective, next_token_loss
 from efftrain.train.objectives.teacher import Taught, Teacher, Together

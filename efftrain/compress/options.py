@@ -23,8 +23,8 @@ class Compression:
     activations: the format of what they are multiplied with. None: float.
     cache: the format of keys and values. None: float.
     layers: a regular expression for the names of matrices; see ``models.quantization.QuantizationRule``.
-    method: see ``compress.quantize.convert`` and, with ``sparsity``, ``compress.one_shot.prune``. None: "nearest", and
-      "sparsegpt".
+    method: see ``compress.quantization.convert.convert`` and, with ``sparsity``, ``compress.pruning.one_shot.prune``.
+      None: "nearest", and "sparsegpt".
     budget: bytes of the blocks' matrices as a share of float32, for which each layer gets a format of its own.
     rows: of the training split, for methods that look at text and for ``slim``; of the validation split, for each trial
       of a budget or a search and for the figures of a stage.

@@ -17,7 +17,7 @@ from efftrain.train.inputs import content
 from efftrain.train.run.directory import load_model_config, read_json
 
 FILE_NAME = "compression.json"
-CUT = ("compress", "data", "measure", "models", "ops")  # the rooms that decide what a conversion gives
+CUT = ("compress", "data", "experiment", "measure", "models", "ops")  # the rooms that decide what a conversion gives
 CUT_AND_TRAINED = (*CUT, "sharding", "train")
 
 

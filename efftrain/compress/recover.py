@@ -16,7 +16,7 @@ from efftrain.measure.scorecard.scorecard import Scorecard
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.run.directory import load_model_config, read_json
 from efftrain.train.schedules import WarmupStableDecay

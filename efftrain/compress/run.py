@@ -41,7 +41,7 @@ from efftrain.ops.number_formats import parse_format
 from efftrain.progress import console
 from efftrain.sharding.hosts import Hosts
 from efftrain.train.checkpoints.checkpoints import Checkpoints
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.run.directory import environment, load_model_config, newest_step, read_json
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.run.writing import writing
@@ -72,7 +72,7 @@ def compress(
       options: what to do.
       out: the new directory. None: the run's, with the options in its name.
       corpus: for calibration, training and scores. None: that of the run.
-      evaluated_rows: of the test split, for the score; see ``measure.held_out``. None: all.
+      evaluated_rows: of the test split, for the score; see ``measure.quality.held_out``. None: all.
 
     Raises:
       InUseError: another process makes ``out``.

@@ -23,7 +23,7 @@ class Text:
         return choosing(self.corpus, self.length, rows)
 
     def reporting(self, rows: int | None = None, *, chosen: int = 0) -> HeldOut:
-        """The rows on which a result is reported; see ``measure.held_out.reporting``."""
+        """The rows on which a result is reported; see ``measure.quality.held_out.reporting``."""
         return reporting(self.corpus, self.length, rows, chosen=chosen)
 
     def calibration(self, rows: int) -> Calibration:

@@ -22,8 +22,10 @@ from efftrain.sharding import hosts
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.mesh import make_mesh
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
+from efftrain.train.batches import batch_part
+from efftrain.train.config import Training
 from efftrain.train.inputs import input_contents
-from efftrain.train.loop import Training, batch_part, fit
+from efftrain.train.loop import fit
 from efftrain.train.metrics.metric_sink import MetricSink
 from efftrain.train.objectives.objective import Objective
 from efftrain.train.objectives.teacher import Taught

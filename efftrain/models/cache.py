@@ -51,7 +51,7 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutedCache:
-    """A routed layer (``models.routed_depth``): keys and values of the tokens that passed.
+    """A routed layer (``models.depth.routed_depth``): keys and values of the tokens that passed.
 
     Attributes:
       levels: for each round, the cache of each of its layers; slot i holds the i-th token that passed.

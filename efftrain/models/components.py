@@ -4,8 +4,8 @@ Each base says what the built module is called with; ``recipes/README.md`` lists
 has the metadata ``axes``, a logical name for each dimension (``sharding.rules``); None keeps a dimension whole.
 
 Whether a component states its FLOPs: products with parameter matrices are counted from the parameters. A base's
-``..._flops`` method states the other products of a token; where it returns None, ``measure.flops`` traces the module
-and counts them, those that a mask hides included.
+``..._flops`` method states the other products of a token; where it returns None, ``measure.cost.flops`` traces the
+module and counts them, those that a mask hides included.
 """
 
 from dataclasses import dataclass

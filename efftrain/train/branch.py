@@ -6,16 +6,18 @@ on top of one trunk, and compared with it from the same state on. The learning r
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from efftrain.errors import ConfigError, RunError
+from efftrain.errors import RunError
 from efftrain.models.quantization import RATIO
 from efftrain.progress import console
 from efftrain.sharding import hosts
+from efftrain.train.batches import Batches
 from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten, unflatten
+from efftrain.train.config import Training, parse_branch
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.program import Program
 from efftrain.train.run.directory import Run, checkpoint_directory, newest_step, read_json
@@ -23,10 +25,6 @@ from efftrain.train.run.identity import steps_made
 from efftrain.train.schedules import Capped, Rewarmed
 from efftrain.train.state import TrainState
 
-if TYPE_CHECKING:
-    from efftrain.train.loop import Batches, Training
-
-BranchSchedule = Literal["as_configured", "constant", "rewarm"]
 FILE_NAME = "branch.json"  # in a run, what it must know of its trunk, which may be gone when it goes on
 JUMP = 2.0  # a learning rate that rises by more is warned of, where nobody chose it
 AT_PEAK = 0.99  # of the largest rate of a run: still in its stable phase
@@ -36,22 +34,6 @@ WRAPPED, PLAIN = "opt_state/inner/", "opt_state/"  # the state of an optimizer w
 COUNT, FRESH, KEPT = "opt_state/count", "opt_state/fresh", "opt_state/kept/"
 HELPERS = "/helpers/"  # what an objective trains beside the model
 NEW = (RATIO, "opt_state/masks/", KEPT, FRESH, COUNT, HELPERS)
-
-
-def parse_branch(text: str, steps: int) -> tuple[Path, int]:
-    """``RUN@STEP``: a run directory, and the step of one of its checkpoints, before the last step of this run.
-
-    Raises:
-      ConfigError: something else.
-    """
-    run, at, step = text.rpartition("@")
-    if not (run and at and step.isdigit()):
-        raise ConfigError(
-            f"training.branch is {text!r}; give a run and the step of a checkpoint, such as runs/dense@480"
-        )
-    if int(step) >= steps:
-        raise ConfigError(f"training.branch is {text!r} and training.steps {steps}; a branch needs steps of its own")
-    return Path(run), int(step)
 
 
 def branch_from(text: str, steps: int, program: Program, abstract: TrainState) -> tuple[TrainState, Any]:
@@ -87,7 +69,7 @@ def branch_from(text: str, steps: int, program: Program, abstract: TrainState) -
     return unflatten(arrays, abstract), data_state
 
 
-def branched(config: "Training", run: Run) -> "Training":
+def branched(config: Training, run: Run) -> Training:
     """With the schedule that ``training.branch_schedule`` makes of that of a branch; other runs stay as they are.
 
     Raises:
@@ -102,7 +84,7 @@ def branched(config: "Training", run: Run) -> "Training":
     return replace(config, schedule=Capped(schedule=config.schedule, factor=rate / config.optimizer.peak_lr))
 
 
-def continue_data(batches: "Batches", position: Any, trunk: Path) -> None:
+def continue_data(batches: Batches, position: Any, trunk: Path) -> None:
     """Sets the data to the position in a trunk's.
 
     Raises:
@@ -117,7 +99,7 @@ def continue_data(batches: "Batches", position: Any, trunk: Path) -> None:
         ) from error
 
 
-def show_learning_rates(config: "Training", updates: int) -> None:
+def show_learning_rates(config: Training, updates: int) -> None:
     """Prints the learning rate at a run's first step and, where it is known, at the end of what it starts from.
 
     Warns where a branch more than doubles it and ``training.branch_schedule`` was not chosen.
@@ -180,7 +162,7 @@ def _kept_rate(run: Run, trunk: Path, step: int) -> float:
     return rate
 
 
-def _learning_rate(config: "Training", updates: int) -> float:
+def _learning_rate(config: Training, updates: int) -> float:
     """Of the update after so many."""
     return float(config.optimizer.peak_lr * config.schedule.build(config.steps)(updates))
 

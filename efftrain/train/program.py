@@ -1,8 +1,11 @@
-"""What a run computes, without its data: the loop runs it, ``measure.aot`` compiles it for chips that are not here."""
+"""What a run computes, without its data.
+
+The loop runs it; ``measure.compiled.aot`` compiles it for chips that are not here.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective
 from efftrain.train.objectives.teacher import Taught, Teacher, teacher_of
 from efftrain.train.optimizers import with_clipping
@@ -20,8 +24,6 @@ from efftrain.train.step import Step, batch_axes, make_step
 
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
-if TYPE_CHECKING:
-    from efftrain.train.loop import Training
 
 BATCH_TYPES = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "positions": jnp.int32, "mask": bool}
 
@@ -68,7 +70,7 @@ class Program:
 def make_program(
     build: Callable[[nnx.Rngs], nnx.Module],
     objective: Objective | Taught,
-    config: "Training",
+    config: Training,
     wrap: Wrap | None = None,
 ) -> Program:
     """The functions of a run; nothing is computed or allocated. Arguments: those of ``fit``."""
@@ -94,7 +96,7 @@ def make_program(
 
 
 def batch_sharding(
-    config: "Training", mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, shape: tuple[int, ...] | None = None
+    config: Training, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, shape: tuple[int, ...] | None = None
 ) -> NamedSharding:
     """Of an array of a batch, (batch_size, length) where no shape is given."""
     shape = (config.batch_size, config.length) if shape is None else shape
@@ -103,7 +105,7 @@ def batch_sharding(
 
 
 def abstract_batch(
-    config: "Training", mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+    config: Training, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of packed text as the loader gives it, without values."""
     sharding, shape = batch_sharding(config, mesh, rules), (config.batch_size, config.length)

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from efftrain.config import difference, to_json
 from efftrain.errors import RunError
@@ -15,16 +15,18 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.zeros import zeros_share
 from efftrain.progress import console
-from efftrain.train.branch import parse_branch
+from efftrain.sharding.rules import ShardingRules, without_mesh
+from efftrain.train.batches import Batches
+from efftrain.train.branch import branch_from, continue_data, show_learning_rates
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.config import Training, parse_branch
+from efftrain.train.program import Program
 from efftrain.train.run.directory import load_model_config
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.state import TrainState, split_model
 
-if TYPE_CHECKING:
-    from efftrain.train.loop import Training
 
-
-def check_start(config: "Training", model: ModelConfig, corpus: Path) -> None:
+def check_start(config: Training, model: ModelConfig, corpus: Path) -> None:
     """Checks the run that ``training.branch`` or ``training.finetune`` names; to be called for a run without steps.
 
     Args:
@@ -74,13 +76,49 @@ def with_warning_of_zeros(initial: Callable[[], nnx.Module]) -> Callable[[], nnx
         if share := zeros_share(model):
             console.print(
                 f"warning: {share:.0%} of the weights of the initial model's blocks are zero, and this training fills "
-                "them; to keep them zero, give fit(wrap=efftrain.compress.pruning.sparsify.hold_zeros().around(training))",
+                "them; to keep them zero, give fit(wrap=hold_zeros().around(training)), which "
+                "efftrain.compress.pruning.sparsify has",
                 style="yellow",
                 markup=False,
             )
         return model
 
     return made
+
+
+def restore_or_start(
+    program: Program,
+    checkpoints: Checkpoints,
+    batches: Batches,
+    mesh: Mesh,
+    rules: ShardingRules,
+    initial: Callable[[], nnx.Module] | None,
+    config: Training,
+) -> TrainState:
+    """The state of the newest checkpoint, or what a run without one starts from; sets the batches to its position.
+
+    Args:
+      initial: makes the model that a new run starts from; None: as built.
+    """
+    abstract = program.abstract_state(mesh, rules)
+    found = checkpoints.restore(abstract)
+    if found is None and config.branch is None:
+        state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
+        if initial is not None:
+            with without_mesh():  # it may lie on one device, as ``load`` gives it
+                model = initial()
+            state = start_from(model, state)
+            show_learning_rates(config, 0)
+        return state
+    if found is None:
+        state, data_state = branch_from(config.branch, config.steps, program, abstract)
+        continue_data(batches, data_state, parse_branch(config.branch, config.steps)[0])
+        show_learning_rates(config, int(state.step - state.skipped))
+        return state
+    step, state, data_state = found
+    console.print(f"continuing from step {step}")
+    batches.set_state(data_state)
+    return state
 
 
 def _check_same_variables(run: Path, model: ModelConfig) -> None:

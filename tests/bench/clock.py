@@ -11,7 +11,7 @@ from efftrain.compress.layerwise.observe import Calibration
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.mesh import make_mesh
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.objectives.teacher import Taught
 from efftrain.train.program import Wrap, make_program

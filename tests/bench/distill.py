@@ -25,7 +25,7 @@ from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.ops.divergence import distillation_loss, generalized_jsd
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.teacher import Teacher
 from efftrain.train.run.directory import environment
 

@@ -30,7 +30,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.moe import DISPATCH, MoE
 from efftrain.ops.platform import platform
 from efftrain.recipe import import_script, restart_with_huge_pages, use_compilation_cache
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.program import make_program
 from efftrain.train.run.directory import environment

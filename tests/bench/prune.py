@@ -35,7 +35,7 @@ from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
 from efftrain.ops.masks import NofM, Unstructured
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.optimizers import AdamW
 from efftrain.train.run.directory import environment
 

@@ -45,7 +45,7 @@ from efftrain.ops.number_formats import AnyFormat, Float8, Integer
 from efftrain.ops.quantize import quantize, quantized_product
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.checkpoints.checkpoints import Checkpoints
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.run.directory import Run, environment
 
 RESULTS = Path(__file__).parent / "results" / "quantize.json"

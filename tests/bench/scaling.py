@@ -33,7 +33,7 @@ from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.sharding.topologies import find_topology
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import next_token_loss
 
 ROOT = Path(__file__).parents[2]

@@ -20,11 +20,12 @@ from efftrain.models.depth.routed_depth import MixtureOfDepths
 from efftrain.ops.divergence import generalized_jsd
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import DEFAULT_RULES
-from efftrain.train.loop import Training, start_from
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.objectives.teacher import Teacher, Together
 from efftrain.train.program import make_program
 from efftrain.train.schedules import Ramp
+from efftrain.train.start import start_from
 from efftrain.train.state import merge_model
 
 LENGTH = 16

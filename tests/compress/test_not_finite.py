@@ -25,7 +25,7 @@ from efftrain.measure.kept import Kept, write_json
 from efftrain.measure.scorecard.scorecard import Figure, Scorecard, not_measured
 from efftrain.models.moe import MoE
 from efftrain.recipe import import_script
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.run.directory import Run
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN, LOCAL), n_repeats=2, max_length=32)

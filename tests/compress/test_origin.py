@@ -15,7 +15,7 @@ from efftrain.compress.run import _best_shape as best_shape
 from efftrain.compress.run import compress
 from efftrain.compress.text import Text
 from efftrain.errors import ConfigError, RunError
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=1, max_length=32)
 TRAINING = Training(steps=40, batch_size=8, length=LENGTH)

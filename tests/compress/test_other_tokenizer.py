@@ -21,7 +21,7 @@ from efftrain.errors import ConfigError, RunError
 from efftrain.experiment.experiment import Experiment, train_and_score
 from efftrain.measure.depth.calibrate_depth import Calibration, calibrate
 from efftrain.models.decoder import Decoder
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.start import check_start

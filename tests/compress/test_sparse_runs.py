@@ -10,7 +10,7 @@ from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.run import compress
 from efftrain.errors import ConfigError
 from efftrain.ops.masks import NofM
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=2, max_length=32)
 TRAINING = Training(steps=40, batch_size=8, length=LENGTH)

@@ -13,7 +13,7 @@ from efftrain.data.tasks.task import Example, Task
 from efftrain.errors import RunError
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 
 TEXTS = ["where is my kettle", "cancel the lamp please", "hello", "I want my money", "is the tent sold out", "no"]
 EXAMPLES = tuple(Example(text, ("where", "cancel")[i % 2], i) for i, text in enumerate(TEXTS))

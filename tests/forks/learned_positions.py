@@ -12,7 +12,8 @@ from efftrain.models.components import PositionConfig
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
-from efftrain.train.loop import Fitted, Training, fit
+from efftrain.train.config import Training
+from efftrain.train.loop import Fitted, fit
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.run.directory import Run

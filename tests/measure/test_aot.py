@@ -26,7 +26,7 @@ from efftrain.sharding.chips import CHIPS
 from efftrain.sharding.layout import Placed
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.topologies import find_topology
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import next_token_loss
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,8 @@ from efftrain.experiment.compare import equal_quality_flops
 from efftrain.experiment.experiment import Experiment
 from efftrain.measure.scorecard.scorecard import FILE_NAME, Figure, Scorecard, not_measured
 from efftrain.models.config import llama
+from efftrain.train.config import Training
 from efftrain.train.inputs import input_contents
-from efftrain.train.loop import Training
 from efftrain.train.run.directory import Run
 
 MODEL = llama(vocab_size=32, d_model=8, n_layers=1, n_heads=2, d_ff=8, max_length=8)

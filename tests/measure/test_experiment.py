@@ -23,7 +23,7 @@ from efftrain.measure.scorecard.score import quality_figures
 from efftrain.measure.scorecard.scorecard import Scorecard
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.objectives.objective import next_token_loss
 

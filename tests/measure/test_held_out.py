@@ -22,7 +22,7 @@ from efftrain.measure.quality.held_out import choosing, reporting
 from efftrain.measure.scorecard.score import quality_figures
 from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.decoder import Decoder
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=2, max_length=32)
 TRAINING = Training(steps=40, batch_size=8, length=LENGTH)

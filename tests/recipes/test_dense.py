@@ -24,7 +24,7 @@ from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.models.config import llama
 from efftrain.recipe import import_script
 from efftrain.sharding.rules import DEFAULT_RULES
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.objectives.objective import next_token_loss
 

@@ -9,7 +9,8 @@ import tiny
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.recipe import run_recipe
-from efftrain.train.loop import Training, fit
+from efftrain.train.config import Training
+from efftrain.train.loop import fit
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.run.directory import Run
 

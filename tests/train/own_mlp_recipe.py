@@ -13,7 +13,8 @@ from efftrain.models.config import Attention, BlockConfig, MlpConfig, ModelConfi
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Linear
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.loop import Training, fit
+from efftrain.train.config import Training
+from efftrain.train.loop import fit
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.run.directory import Run
 

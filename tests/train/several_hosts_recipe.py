@@ -21,7 +21,8 @@ from efftrain.models.decoder import Decoder
 from efftrain.recipe import exit_cleanly
 from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.loop import batch_part, fit
+from efftrain.train.batches import batch_part
+from efftrain.train.loop import fit
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.run.directory import Run
 

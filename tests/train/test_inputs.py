@@ -12,8 +12,8 @@ import tiny
 
 import efftrain
 from efftrain.recipe import import_script
+from efftrain.train.config import Training
 from efftrain.train.inputs import content, input_contents, model_digest
-from efftrain.train.loop import Training
 from efftrain.train.run.directory import load
 
 BLOCK = """

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from efftrain.errors import ConfigError
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.metrics.profile import parse_steps
 from efftrain.train.run.directory import load

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.run.directory import Run
 
 @dataclass(frozen=True, kw_only=True)

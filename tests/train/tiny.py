@@ -15,7 +15,8 @@ from flax import nnx
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.train.checkpoints.checkpoints import flatten
-from efftrain.train.loop import Fitted, Training, fit
+from efftrain.train.config import Training
+from efftrain.train.loop import Fitted, fit
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW

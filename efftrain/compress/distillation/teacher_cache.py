@@ -1,6 +1,6 @@
 """``efftrain teacher``: a frozen teacher's predictions for a corpus, kept on disk for the training of students.
 
-The format is that of ``data.teacher_cache``; the loader reads it together with the rows.
+The format is that of ``data.storage.teacher_cache``; the loader reads it together with the rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ from efftrain.train.inputs import model_digest
 from efftrain.train.run.directory import load_model_config, newest_step, read_json
 from efftrain.train.run.tokenizers import check_tokenizer
 
-ROOMS = ("compress/teacher_cache", "data", "models", "ops")  # that decide what is kept
+ROOMS = ("compress/distillation/teacher_cache", "data", "models", "ops")  # that decide what is kept
 READ = ("tokens", "segments", "positions")  # of a row, by the model
 
 

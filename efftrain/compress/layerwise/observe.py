@@ -40,7 +40,7 @@ class Calibration:
     """Rows of text as a model reads them in training: (rows, length) int32 each; segment 0 is padding.
 
     Attributes:
-      tokens, segments, positions: see ``data.packing.row``.
+      tokens, segments, positions: see ``data.storage.packing.row``.
       rows_asked: how many rows were asked for, where that is known; for reports.
     """
 

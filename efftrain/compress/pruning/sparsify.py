@@ -44,7 +44,7 @@ from efftrain.ops.masks import (
     unpack_bits,
 )
 from efftrain.ops.platform import conditional
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.schedules import WarmupStableDecay
 
 Arrays = dict[str, Array]  # by the names of matrices

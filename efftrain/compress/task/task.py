@@ -67,7 +67,7 @@ class TaskLoss:
             raise ConfigError(f"text_weight is {self.text_weight}; it must not be negative")
 
     def __call__(self, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        """As ``train.objective.next_token_loss``, of the rows that ``data.task_rows`` makes; counted are questions.
+        """As ``objective.next_token_loss``, of the rows that ``data.tasks.rows`` makes; counted are questions.
 
         Raises:
           ConfigError: alpha is above 0 and the rows have no teacher's logits.

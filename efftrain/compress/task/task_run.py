@@ -20,8 +20,9 @@ from efftrain.measure.quality.task_scores import classification, exact_match
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.vocabulary import with_vocabulary
+from efftrain.train.config import Training
 from efftrain.train.inputs import content
-from efftrain.train.loop import Training, fit
+from efftrain.train.loop import fit
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.run.directory import Run, check_model, load_model_config
 from efftrain.train.run.tokenizers import check_same_tokenizer, find_tokenizer

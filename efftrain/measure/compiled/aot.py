@@ -24,7 +24,7 @@ from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.roofline import Roofline, axis_bandwidth, roofline
 from efftrain.sharding.rules import use
 from efftrain.sharding.topologies import Topology
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective
 from efftrain.train.program import Wrap, abstract_batch, make_program
 
@@ -74,7 +74,7 @@ class Report:
 
     Attributes:
       flops: that the program computes, products only.
-      model_flops: that the mathematics needs (see ``measure.flops``).
+      model_flops: that the mathematics needs (see ``measure.cost.flops``).
       counted_from: "program", or "formulas" where the text of the program could not be had.
       times: by roofline; None for a chip without known peaks.
     """

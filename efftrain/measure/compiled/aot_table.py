@@ -1,4 +1,4 @@
-"""A report of ``measure.aot`` for a person."""
+"""A report of ``measure.compiled.aot`` for a person."""
 
 from rich.console import Console
 from rich.filesize import decimal

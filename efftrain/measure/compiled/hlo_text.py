@@ -1,4 +1,4 @@
-"""The text of a compiled XLA program as computations of instructions: what ``measure.hlo`` counts in."""
+"""The text of a compiled XLA program as computations of instructions: what ``measure.compiled.hlo`` counts in."""
 
 import math
 import re

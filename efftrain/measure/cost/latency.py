@@ -63,7 +63,7 @@ class Latency:
 def measure_latency(
     model: Decoder, *, batch: int, prompt_length: int, n_new: int, rounds: int = 5
 ) -> tuple[Latency, Latency]:
-    """Times reading prompts, and drawing tokens behind them: the two halves of ``models.decode.generate``.
+    """Times reading prompts, and drawing tokens behind them: the two halves of ``models.decoding.generate.generate``.
 
     Prefill ends with the first new token. The decoding loop finds the prompt in the cache, which has
     ``prompt_length + n_new`` slots; it takes the stack apart once a run, which n_new spreads over the tokens.

@@ -25,7 +25,7 @@ from efftrain.models.moe import MoE
 from efftrain.ops.head_loss import CHUNK_ELEMENTS
 from efftrain.sharding.roofline import Roofline, axis_bandwidth, sent_bytes
 from efftrain.sharding.topologies import Topology
-from efftrain.train.loop import Training
+from efftrain.train.config import Training
 
 # Tensors of (tokens, d_model) that one block reads and writes in a forward pass: norms, projections, rotations,
 # residuals and a feed-forward part of some three times the width.

@@ -85,7 +85,8 @@ def numbers(variable: nnx.Variable) -> int:
 def active_size(variable: nnx.Variable) -> float:
     """How many of a variable's numbers one token is multiplied with, on average over tokens.
 
-    In its metadata, ``active`` is their share, and ``passes`` how often a token meets them (``models.routed_depth``).
+    In its metadata, ``active`` is their share, and ``passes`` how often a token meets them, see
+    ``models.depth.routed_depth``.
     """
     return numbers(variable) * variable.get_metadata().get("active", 1.0) * min(passes(variable), 1.0)
 

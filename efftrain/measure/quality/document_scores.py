@@ -1,7 +1,7 @@
 """Bits per byte of every document under a trained model: the signal of perplexity pruning.
 
 A small reference model is enough to choose the training text of a larger one (Ankner et al. 2024, 2405.20541).
-``data.score_table.ScoreTable`` is the rule that reads what is written here.
+``data.rules.score_table.ScoreTable`` is the rule that reads what is written here.
 """
 
 import itertools

@@ -15,7 +15,7 @@ def document_numbers(tokens_bt: np.ndarray, segments_bt: np.ndarray, end_of_text
     """The number of the document that each token belongs to, for consecutive rows of a token stream.
 
     Args:
-      tokens_bt, segments_bt: (rows, length) integers, see ``data.packing.row``.
+      tokens_bt, segments_bt: (rows, length) integers, see ``data.storage.packing.row``.
       end_of_text_id: the token before each document.
 
     Returns:

@@ -59,7 +59,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """The figures of one model, by name, and what they depend on (see ``train.run.environment``)."""
+    """The figures of one model, by name, and what they depend on (see ``train.run.directory.environment``)."""
 
     name: str
     figures: dict[str, Figure]

@@ -1,0 +1,124 @@
+"""How a model is trained, as data."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from efftrain.errors import ConfigError
+from efftrain.sharding.mesh import MeshConfig
+from efftrain.train.metrics.profile import parse_steps
+from efftrain.train.optimizers import AdamW, OptimizerConfig
+from efftrain.train.schedules import ScheduleConfig, WarmupStableDecay
+from efftrain.train.supervision.watchdog import Watchdog
+
+BranchSchedule = Literal["as_configured", "constant", "rewarm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+      steps: how many.
+      batch_size: rows of a step, over all devices.
+      length: tokens of a row.
+      optimizer: and its peak learning rate.
+      schedule: of the learning rate.
+      n_microbatches: a step's rows are taken in so many parts; saves memory, and time where memory is slow.
+      clip_norm: largest global gradient norm. None: no clip.
+      ema_decay: keep an exponential moving average of the parameters, and evaluate and load that. The decay grows to
+        this with the updates, see ``averages.average_decay``. A run that was begun with a constant decay, as versions
+        before had it, goes on with the growing one, by which the initial parameters' part in its average fades. None:
+        no average.
+      seed: of parameters and randomness; the data have their own.
+      max_bad_steps: stop after so many consecutive steps that were not finite; each is skipped and counted.
+      eval_every: steps between evaluations. None: only at the end.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: the newest ones that stay.
+      keep_every: every checkpoint whose step is a multiple of this stays too. None: only the newest.
+      checkpoints: the folder of this run's checkpoints, also on a bucket (gs://bucket/run). None: in the run directory.
+      branch: start from a checkpoint of another run, such as runs/dense@480 for step 480: with its optimizer state, at
+        its place in the data. None: from the beginning.
+      branch_schedule: the learning rate of a branch. "as_configured": that of ``schedule`` at its step, which is smooth
+        where the other run was in its stable phase (Haegele et al. 2024). "constant": the last one of the other run,
+        until ``schedule`` is below it. "rewarm": all of ``schedule``, warm-up included, over the added steps (Ibrahim
+        et al. 2024). None: "as_configured", with a warning where the rate more than doubles.
+      finetune: start from the model of another run, such as runs/dense: its parameters alone, averaged ones where it
+        keeps them, with a new optimizer state, at the beginning of the data. None: from random parameters.
+      mesh: how the devices are used.
+      profile: first and last step of a trace, such as 10:15, written to the run directory. None: no trace.
+      watchdog: when a run counts as hung.
+    """
+
+    steps: int
+    batch_size: int
+    length: int
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
+    schedule: ScheduleConfig = field(default_factory=WarmupStableDecay)
+    n_microbatches: int = 1
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+    seed: int = 0
+    max_bad_steps: int = 10
+    eval_every: int | None = None
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    keep_every: int | None = None
+    checkpoints: str | None = None
+    branch: str | None = None
+    branch_schedule: BranchSchedule | None = None
+    finetune: Path | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: str | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
+
+    def __post_init__(self):
+        names = ("steps", "batch_size", "length", "n_microbatches", "max_bad_steps", "checkpoint_every")
+        for name in (*names, "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise ConfigError(f"training.eval_every is {self.eval_every}; give at least 1, or None")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ConfigError(
+                f"training.keep_every is {self.keep_every}; give a multiple of checkpoint_every "
+                f"{self.checkpoint_every}, or None"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"training.clip_norm is {self.clip_norm}; give a positive number or None")
+        if self.batch_size % self.n_microbatches:
+            raise ConfigError(
+                f"training.batch_size is {self.batch_size}, which n_microbatches {self.n_microbatches} does not divide"
+                "; make it a multiple"
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number between 0 and 1, or None")
+        if self.profile is not None:
+            parse_steps(self.profile, self.steps)
+        if self.branch is None and self.branch_schedule is not None:
+            raise ConfigError("training.branch_schedule has no effect without training.branch; set both, or neither")
+        if self.branch is not None:
+            parse_branch(self.branch, self.steps)
+            if self.finetune is not None:
+                raise ConfigError("training.branch and training.finetune are both set; set only one of them")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole run reads."""
+        return self.steps * self.batch_size * self.length
+
+
+def parse_branch(text: str, steps: int) -> tuple[Path, int]:
+    """``RUN@STEP``: a run directory, and the step of one of its checkpoints, before the last step of this run.
+
+    Raises:
+      ConfigError: something else.
+    """
+    run, at, step = text.rpartition("@")
+    if not (run and at and step.isdigit()):
+        raise ConfigError(
+            f"training.branch is {text!r}; give a run and the step of a checkpoint, such as runs/dense@480"
+        )
+    if int(step) >= steps:
+        raise ConfigError(f"training.branch is {text!r} and training.steps {steps}; a branch needs steps of its own")
+    return Path(run), int(step)
