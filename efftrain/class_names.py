@@ -15,7 +15,14 @@ from pathlib import Path
 from efftrain.errors import ConfigError
 
 SCRIPT_PREFIX = "efftrain_script_"  # of the module names that ``recipe.import_script`` gives
-RENAMED: dict[str, str] = {}  # a name that earlier versions wrote -> what the class is called now
+# A name that earlier versions wrote -> what the class is called now.
+RENAMED = {
+    "Calibration": "DepthCalibration",
+    "NofM": "SemiStructured",
+    "Regrow": "RigL",
+    "RepeatedLines": "LineDeduplication",
+    "Zeros": "FrozenMask",
+}
 
 _PACKAGE = Path(__file__).parent
 _OF_MODULE = re.compile(r"efftrain(?:\.\w+)*:(\w+)")

@@ -153,10 +153,12 @@ def calibrate_depth(
       risk: the share of tokens that an exit may change.
       error: the probability that it changes more.
     """
-    from efftrain.measure.depth.calibrate_depth import Calibration, calibrate
+    from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate
     from efftrain.measure.depth.depth_table import summary
 
-    options = Calibration(exits=exits, drafts=drafts, prompts=prompts, n_new=n_new, rows=rows, risk=risk, error=error)
+    options = DepthCalibration(
+        exits=exits, drafts=drafts, prompts=prompts, n_new=n_new, rows=rows, risk=risk, error=error
+    )
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for table in summary(calibrate(run, options, corpus=corpus)):
         out.print(table)
@@ -268,7 +270,7 @@ def teacher(
       corpus: that the students will be trained on; by default that of the run.
       out: the folder; by default the run's name with these options.
     """
-    from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
+    from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
 
     options = CacheOptions(
         top_k=64 if top_k is None and samples is None else top_k,

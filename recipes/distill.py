@@ -31,6 +31,8 @@ from flax import nnx
 
 import efftrain
 from efftrain import data
+from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
 from efftrain.compress.distillation.distill import (
     Distill,
     FromCache,
@@ -41,11 +43,9 @@ from efftrain.compress.distillation.distill import (
     teacher_run,
 )
 from efftrain.compress.distillation.student import cut_from, from_layers, same_parameters, spread_layers
-from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.structured.shape import Shape, shaped
 from efftrain.compress.structured.shapes import candidates
-from efftrain.compress.text import Text
 from efftrain.config import finite_json
 from efftrain.errors import ConfigError
 from efftrain.experiment.compare import Comparison, compare
@@ -297,13 +297,15 @@ def teach(config: Config) -> Scorecard:
 
 def begun(config: Config) -> Decoder:
     """The student before its first step, made of its teacher."""
-    pieces = Pieces.read(config.teacher)
+    pieces = LayerwiseModel.read(config.teacher)
     if config.initial == "layers":
         model = from_layers(pieces, spread_layers(config.model.n_layers, pieces.config.n_layers))
         if not same_parameters(model.config, config.model):
             raise ConfigError("a student of its teacher's layers has its widths too; change model, or begin at random")
         return model
-    return cut_from(pieces, config.model, Text(config.corpus, config.training.length).calibration(CALIBRATION_ROWS))
+    return cut_from(
+        pieces, config.model, CorpusRows(config.corpus, config.training.length).calibration(CALIBRATION_ROWS)
+    )
 
 
 def compare_ways(config: Config) -> Comparison:

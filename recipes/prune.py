@@ -30,23 +30,23 @@ from flax import nnx
 
 import efftrain
 from efftrain.code_identity import code_identity
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.options import Compression
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.pruning.sparsify import Sparsity
 from efftrain.compress.pruning.sparsity_schedules import Gradual
 from efftrain.compress.run import compress
-from efftrain.compress.text import Text
 from efftrain.config import digest, finite_json
 from efftrain.errors import ConfigError
 from efftrain.experiment.compare import Comparison, compare
 from efftrain.experiment.experiment import Experiment, finished, reported, train_and_score
 from efftrain.measure.cost.latency import measure_latency
-from efftrain.measure.kept import Kept
+from efftrain.measure.measurements import Measurements
 from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
-from efftrain.ops.masks import NofM, Unstructured
+from efftrain.ops.masks import SemiStructured, Unstructured
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.train.config import Training
@@ -175,7 +175,7 @@ def compare_ways(config: Config) -> Comparison:
     variants = {
         "dense": dense_run(base),
         "sparse": base,
-        "sparse-2of4": replace(base, sparsity=replace(base.sparsity, structure=NofM(n=2, m=4))),
+        "sparse-2of4": replace(base, sparsity=replace(base.sparsity, structure=SemiStructured(n=2, m=4))),
     }
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
@@ -184,7 +184,7 @@ def compare_ways(config: Config) -> Comparison:
     for i, seed in enumerate(config.seeds):
         dense = out / f"dense-seed{seed}"
         made_from = {"dense": digest(asdict(found.cards["dense"][i]))}
-        kept = Kept(out / f"cuts-seed{seed}.json", made_from, code_identity(base, main))
+        kept = Measurements(out / f"cuts-seed{seed}.json", made_from, code_identity(base, main))
         at_once = kept.cell("at once", lambda dense=dense: prune_at_once(base, dense))
         measured.append(kept)
         tuned = cut_and_tune(base, dense, seed)
@@ -201,12 +201,12 @@ def compare_ways(config: Config) -> Comparison:
 
 def prune_at_once(config: Config, dense: Path) -> dict[str, float]:
     """Bits per byte on some rows, without training behind the cut."""
-    text = Text(config.corpus, config.training.length)
+    text = CorpusRows(config.corpus, config.training.length)
     evaluate, calibration = text.reporting(EVALUATED_ROWS).evaluator(), text.calibration(CALIBRATION_ROWS)
     found = {"dense": evaluate(efftrain.load(dense))["bpb"]}
-    for name, structure in {"half": Unstructured(sparsity=0.5), "2of4": NofM(n=2, m=4)}.items():
+    for name, structure in {"half": Unstructured(sparsity=0.5), "2of4": SemiStructured(n=2, m=4)}.items():
         for method in ("magnitude", "wanda", "sparsegpt"):
-            model, _ = prune(Pieces.read(dense), structure, method=method, calibration=calibration)
+            model, _ = prune(LayerwiseModel.read(dense), structure, method=method, calibration=calibration)
             found[f"{name}, {method}"] = evaluate(model)["bpb"]
     return found
 

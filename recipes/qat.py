@@ -32,16 +32,16 @@ from flax import nnx
 
 import efftrain
 from efftrain.code_identity import code_identity
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.quantization.convert import Method, convert
-from efftrain.compress.text import Text
 from efftrain.config import digest, finite_json
 from efftrain.errors import ConfigError
 from efftrain.experiment.compare import Comparison, compare
 from efftrain.experiment.experiment import Experiment, train_and_score
 from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, training_flops
 from efftrain.measure.cost.parameters import abstract_decoder
-from efftrain.measure.kept import Kept
+from efftrain.measure.measurements import Measurements
 from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
@@ -263,7 +263,9 @@ def compare_formats(config: Config) -> Comparison:
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
     code = code_identity(base, main)
-    kept = [Kept(out / f"conversions-seed{s}.json", scorecards(found, i), code) for i, s in enumerate(config.seeds)]
+    kept = [
+        Measurements(out / f"conversions-seed{s}.json", scorecards(found, i), code) for i, s in enumerate(config.seeds)
+    ]
     conversions = [convert_and_evaluate(base, out, s, k) for s, k in zip(config.seeds, kept, strict=True)]
     result = {"conversions": conversions, "cost_share": costs(conversions)}
     found.write(out / "comparison.json", **result)
@@ -273,7 +275,7 @@ def compare_formats(config: Config) -> Comparison:
     return found
 
 
-def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Kept) -> dict[str, float]:
+def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Measurements) -> dict[str, float]:
     """Bits per byte of the float run's model after each conversion, and of the trained ones after theirs."""
     weights = config.model.quantization.rules[0].weights
     ways: dict[str, tuple[str, Quantization | None, Method]] = {
@@ -287,12 +289,12 @@ def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Kept) -> di
         "int4, awq": ("float", quantization(weights), "awq"),
         **{f"trained {name}": (name, None, "nearest") for name in ("int4", "int4-fixed-steps")},
     }
-    text = Text(config.corpus, config.training.length)
+    text = CorpusRows(config.corpus, config.training.length)
     evaluate, found = text.reporting(EVALUATED_ROWS).evaluator(), {}
     for name, (run, wanted, method) in ways.items():
 
         def measure(run: str = run, wanted: Quantization | None = wanted, method: Method = method) -> float:
-            pieces = Pieces.read(out / f"{run}-seed{seed}")
+            pieces = LayerwiseModel.read(out / f"{run}-seed{seed}")
             calibration = text.calibration(128) if method != "nearest" else None
             model = convert(pieces, wanted or pieces.config.quantization, method=method, calibration=calibration)[0]
             return evaluate(model)["bpb"]

@@ -37,7 +37,7 @@ from rich.table import Table
 
 import efftrain
 from efftrain.code_identity import code_identity
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.quantization.convert import convert
 from efftrain.compress.task.task_run import (
     Learner,
@@ -56,7 +56,7 @@ from efftrain.data.tasks.synthetic import write_amounts, write_questions
 from efftrain.data.tasks.task import Task, TaskFiles, open_task
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.task_cost import cost, side_by_side, size
-from efftrain.measure.kept import Kept, write_json
+from efftrain.measure.measurements import Measurements, write_json
 from efftrain.measure.quality.few_shot import few_shot
 from efftrain.measure.quality.probe import fit_probe, frozen_features
 from efftrain.measure.quality.task_scores import classification
@@ -186,7 +186,9 @@ def main(config: Config) -> dict[str, Any]:
     console.print(f"task: {len(task.labels)} labels; {parts}", markup=False)
     seeds = config.seeds if config.compare else config.seeds[:1]
     made_from = {"config": digest(replace(config, compare=False)), "task": task.fingerprint}
-    kept = Kept(config.out / "task.json", made_from | {"inputs": input_contents(config)}, code_identity(config, main))
+    kept = Measurements(
+        config.out / "task.json", made_from | {"inputs": input_contents(config)}, code_identity(config, main)
+    )
     general: dict[str, list[dict[str, float]]] = {}
     if config.compare and config.general is not None and task.labels:
         probe = kept.cell("general, probe", lambda: by_probe(config, task))
@@ -235,7 +237,7 @@ def task_files(config: Config) -> TaskFiles:
     )
 
 
-def with_seed(config: Config, task: Task, seed: int, kept: Kept) -> dict[str, dict[str, float]]:
+def with_seed(config: Config, task: Task, seed: int, kept: Measurements) -> dict[str, dict[str, float]]:
     """A teacher, its student, and the same student without it: their figures, those of the test among them."""
     teacher, student = (seeded(learner, seed) for learner in (config.teacher, config.student))
     ids = task_ids(task, teacher) if config.general is None else general_ids(config.general, task, config.tokenizer)
@@ -278,7 +280,7 @@ def with_seed(config: Config, task: Task, seed: int, kept: Kept) -> dict[str, di
 def in_8_bits(run: Path) -> Decoder:
     """A run's model with all matrices stored in 8 bits."""
     rule = QuantizationRule(layers="blocks/.*|embedding", weights=Integer(bits=8))
-    return convert(Pieces.read(run), Quantization(rules=(rule,)))[0]
+    return convert(LayerwiseModel.read(run), Quantization(rules=(rule,)))[0]
 
 
 def seeded(learner: Learner, seed: int) -> Learner:

@@ -29,7 +29,7 @@ WRITTEN_BY_4F30595 = {  # module -> the configurations that it had: in config.js
     "efftrain.compress.task.task": "TaskLoss",
     "efftrain.compress.task.task_run": "Learner TaskRun",
     "efftrain.compress.task.task_texts": "Augmentation",
-    "efftrain.compress.distillation.teacher_cache": "CacheOptions",
+    "efftrain.compress.distillation.build_teacher_cache": "CacheOptions",
     "efftrain.data.rules.classifier": "NgramClassifier",
     "efftrain.data.corpus": "CorpusConfig",
     "efftrain.data.decontamination.decontaminate": "EvaluationSet Decontaminate",

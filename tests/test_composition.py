@@ -18,8 +18,8 @@ import efftrain
 from efftrain.compress.distillation.distill import Distill, FromCache, FromTeacher, distilled
 from efftrain.compress.distillation.features import HiddenStates
 from efftrain.compress.distillation.on_policy import OnPolicy
-from efftrain.compress.layerwise.observe import Calibration
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.calibration import CalibrationRows
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.sparsify import Magnitude, Sparsity
 from efftrain.compress.pruning.sparsity_schedules import OneShot
 from efftrain.compress.quantization.convert import convert
@@ -38,7 +38,7 @@ from efftrain.train.config import Training
 from efftrain.train.loop import fit
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.objectives.objective import EarlyExitLoss, Objective, next_token_loss
-from efftrain.train.objectives.teacher import Taught, Teacher, Together
+from efftrain.train.objectives.teacher import Teacher, TeacherObjective, Together
 from efftrain.train.optimizers import Muon
 from efftrain.train.run.directory import Run
 from efftrain.train.schedules import Ramp
@@ -170,14 +170,14 @@ def triples(names: list[str], apart: list[set[str]]) -> list[tuple[str, ...]]:
 def slimmed(config: ModelConfig) -> Decoder:
     """Of a new model, by what it does on the rows."""
     rows = Rows().batch
-    pieces = Pieces.of(Decoder(config, rngs=nnx.Rngs(1)))
+    pieces = LayerwiseModel.of(Decoder(config, rngs=nnx.Rngs(1)))
     dense = any(isinstance(block.mlp, Dense) for block in config.pattern)
     shape = dataclasses.replace(Shape.of(config), d_model=8, ffn=0.5 if dense else 1.0)
-    found = importance(pieces, Calibration(rows["tokens"], rows["segments"], rows["positions"]))
+    found = importance(pieces, CalibrationRows(rows["tokens"], rows["segments"], rows["positions"]))
     return slim(pieces, shape, found)[0]
 
 
-def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective | Taught]:
+def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective | TeacherObjective]:
     def build(rngs: nnx.Rngs) -> Decoder:
         return Decoder(config.model, rngs=rngs)
 
@@ -269,7 +269,7 @@ def test_techniques_work_together(names: tuple[str, ...], tmp_path: Path):
         assert zeros_share(fitted.model) == 0.5
     if config.model.quantization != Quantization():  # what was trained is what is stored
         trained = efftrain.load(tmp_path)
-        stored = convert(Pieces.read(tmp_path), config.model.quantization)[0]
+        stored = convert(LayerwiseModel.read(tmp_path), config.model.quantization)[0]
         tokens = batch["tokens"]
         if config.model.dtype == "float32":
             np.testing.assert_array_equal(stored(tokens), trained(tokens))
@@ -301,7 +301,9 @@ def answering() -> FromTeacher:
     [(from_cache, MeshConfig(fsdp=2, tensor=2, context=2)), (answering, MeshConfig(fsdp=4, tensor=2))],
     ids=["cached", "on policy"],
 )
-def test_a_mesh_changes_nothing_of_what_is_learned(objective: Callable[[], Taught], mesh: MeshConfig, tmp_path: Path):
+def test_a_mesh_changes_nothing_of_what_is_learned(
+    objective: Callable[[], TeacherObjective], mesh: MeshConfig, tmp_path: Path
+):
     """Rows and tokens over devices: the losses of one device."""
     losses = []
     for n, shape in ((1, MeshConfig(fsdp=1)), (8, mesh)):

@@ -9,7 +9,7 @@ from efftrain.compress.structured.shape_count import By
 from efftrain.compress.structured.shapes import Way
 from efftrain.errors import ConfigError
 from efftrain.models.quantization import Quantization, QuantizationRule
-from efftrain.ops.masks import NofM, Structure, Unstructured
+from efftrain.ops.masks import SemiStructured, Structure, Unstructured
 from efftrain.ops.number_formats import AnyFormat, parse_format
 
 ALL_BLOCKS = "blocks/.*"
@@ -100,7 +100,7 @@ class Compression:
                 raise ConfigError("--sparsity goes together with neither --cache nor --budget; compress its run again")
             if quantized and self.method not in (None, "sparsegpt"):
                 raise ConfigError("--sparsity and --quantize go together by sparsegpt alone; leave --method out")
-            if isinstance(structure, NofM) and self.rounds > 1:
+            if isinstance(structure, SemiStructured) and self.rounds > 1:
                 raise ConfigError(f"--sparsity {self.sparsity} is reached in one round; leave --rounds out")
         if self.recover < 0 or self.rounds < 1:
             raise ConfigError(f"--recover is {self.recover} and --rounds {self.rounds}; give no negative number")
@@ -120,7 +120,7 @@ class Compression:
         """
         n, colon, m = self.sparsity.partition(":")
         try:
-            return NofM(n=int(n), m=int(m)) if colon else Unstructured(sparsity=float(n))
+            return SemiStructured(n=int(n), m=int(m)) if colon else Unstructured(sparsity=float(n))
         except ValueError as error:
             raise ConfigError(f"--sparsity is {self.sparsity!r}; give a share such as 0.5, or 2:4") from error
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from efftrain.code_identity import code_identity
+from efftrain.compress.corpus_rows import CorpusRows
 from efftrain.compress.options import Compression
-from efftrain.compress.text import Text
 from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
-from efftrain.measure.kept import other_origin, write_json
+from efftrain.measure.measurements import other_origin, write_json
 from efftrain.measure.scorecard.scorecard import FILE_NAME as SCORECARD
 from efftrain.progress import console
 from efftrain.train.inputs import content
@@ -21,7 +21,7 @@ CUT = ("compress", "data", "experiment", "measure", "models", "ops")  # the room
 CUT_AND_TRAINED = (*CUT, "sharding", "train")
 
 
-def origin(run: Path, options: Compression, text: Text, *, rooms: tuple[str, ...]) -> dict[str, Any]:
+def origin(run: Path, options: Compression, text: CorpusRows, *, rooms: tuple[str, ...]) -> dict[str, Any]:
     """What a result is made from, as JSON: places, what lies there, options and code."""
     return {
         "run": str(run),
@@ -48,7 +48,7 @@ def check_made_from(out: Path, made_from: dict[str, Any]) -> None:
 
 
 def rounds_are_done(
-    run: Path, options: Compression, text: Text, out: Path, stages: Path, evaluated_rows: int | None
+    run: Path, options: Compression, text: CorpusRows, out: Path, stages: Path, evaluated_rows: int | None
 ) -> bool:
     """Whether all rounds are; leaves in their folder what they are made from, and none of other code that is not."""
     made_from = origin(run, options, text, rooms=CUT_AND_TRAINED) | {"evaluated_rows": evaluated_rows}

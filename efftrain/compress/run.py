@@ -11,7 +11,8 @@ import numpy as np
 
 import efftrain
 from efftrain import data
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.options import ALL_BLOCKS, Compression, parse
 from efftrain.compress.origin import CUT, FILE_NAME, check_made_from, made_otherwise, origin, rounds_are_done
 from efftrain.compress.pruning.one_shot import prune
@@ -23,12 +24,11 @@ from efftrain.compress.structured.importance import importance
 from efftrain.compress.structured.shape import Shape
 from efftrain.compress.structured.shape_latency import fast_shapes
 from efftrain.compress.structured.shapes import Way, candidates
-from efftrain.compress.text import Text
 from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.experiment.experiment import reported
 from efftrain.lock import Lock, beside
-from efftrain.measure.kept import Kept, write_json
+from efftrain.measure.measurements import Measurements, write_json
 from efftrain.measure.quality.held_out import CHOICES, HeldOut
 from efftrain.measure.scorecard.score import score
 from efftrain.measure.scorecard.scorecard import FILE_NAME as SCORECARD
@@ -86,7 +86,7 @@ def compress(
         raise ConfigError(f"the model of {run} is converted already; convert the one it was made from")
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
-    text = Text(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
+    text = CorpusRows(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
     check_tokenizer(run, text.corpus)
     if options.slim is not None or options.recover:  # before a stage is written
         _check_input(run, options)
@@ -100,7 +100,7 @@ def compress(
         return _compress(run, options, text, out, evaluated_rows)
 
 
-def _compress(run: Path, options: Compression, text: Text, out: Path, evaluated_rows: int | None) -> Scorecard:
+def _compress(run: Path, options: Compression, text: CorpusRows, out: Path, evaluated_rows: int | None) -> Scorecard:
     if options.recover:
         return _in_rounds(run, options, text, out, evaluated_rows)
     model = _stage(run, options, text, out, evaluated_rows=evaluated_rows)
@@ -121,7 +121,7 @@ def _check_input(run: Path, options: Compression) -> None:
         )
 
 
-def _in_rounds(run: Path, options: Compression, text: Text, out: Path, evaluated_rows: int | None) -> Scorecard:
+def _in_rounds(run: Path, options: Compression, text: CorpusRows, out: Path, evaluated_rows: int | None) -> Scorecard:
     """Cut and train, as often as there are rounds."""
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
     trained, sparse = run, options.sparsity is not None
@@ -164,7 +164,7 @@ def _best_shape(
     run: Path,
     options: Compression,
     once: Compression,
-    text: Text,
+    text: CorpusRows,
     folder: Path,
     training: Training,
     teacher: Path | None,
@@ -202,7 +202,7 @@ def _best_shape(
     return shapes[int(np.nanargmin(bpb))]
 
 
-def _shapes(config: ModelConfig, options: Compression, way: Way, text: Text) -> list[Shape]:
+def _shapes(config: ModelConfig, options: Compression, way: Way, text: CorpusRows) -> list[Shape]:
     if options.by == "latency":
         return fast_shapes(config, 1 - options.slim, way=way, length=text.length)
     return candidates(config, 1 - options.slim, way=way, by=options.by, length=text.length)
@@ -211,7 +211,7 @@ def _shapes(config: ModelConfig, options: Compression, way: Way, text: Text) -> 
 def _stage(
     run: Path,
     options: Compression,
-    text: Text,
+    text: CorpusRows,
     out: Path,
     shape: Shape | None = None,
     evaluated_rows: int | None = None,
@@ -221,7 +221,7 @@ def _stage(
     made_from = origin(run, options, text, rooms=CUT)
     made_from |= {"step": newest_step(run, settings), "shape": None if shape is None else to_json(shape)}
     made_from |= {"evaluated_rows": evaluated_rows}
-    with Kept(out, made_from, made_from["code"]) as kept:
+    with Measurements(out, made_from, made_from["code"]) as kept:
         if out.exists():
             check_made_from(out, made_from)
             kept.remove()
@@ -238,20 +238,20 @@ def _stage(
     return model
 
 
-def _slim(run: Path, config: ModelConfig, options: Compression, text: Text, shape: Shape | None) -> Changed:
+def _slim(run: Path, config: ModelConfig, options: Compression, text: CorpusRows, shape: Shape | None) -> Changed:
     shape = _shapes(config, options, options.way, text)[0] if shape is None else shape
-    pieces = Pieces.read(run)
+    pieces = LayerwiseModel.read(run)
     model, report = slim(pieces, shape, importance(pieces, text.calibration(options.rows)))
     return model, {"slim": report.as_json()} | _quality(run, model, options, text)
 
 
-def _prune(run: Path, config: ModelConfig, options: Compression, text: Text) -> Changed:
+def _prune(run: Path, config: ModelConfig, options: Compression, text: CorpusRows) -> Changed:
     method = options.method or "sparsegpt"
     quantization = None
     if options.quantize or options.activations:
         quantization = Quantization(rules=_rules(options, config), cache=config.quantization.cache)
     model, report = prune(
-        Pieces.read(run),
+        LayerwiseModel.read(run),
         options.structure,
         method=method,
         calibration=None if method == "magnitude" else text.calibration(options.rows),
@@ -261,7 +261,7 @@ def _prune(run: Path, config: ModelConfig, options: Compression, text: Text) -> 
     return model, report.as_json() | _quality(run, model, options, text)
 
 
-def _quality(run: Path, model: Decoder, options: Compression, text: Text) -> dict[str, Any]:
+def _quality(run: Path, model: Decoder, options: Compression, text: CorpusRows) -> dict[str, Any]:
     """Bits per byte on some rows before and after the cut; that of the result is in its scorecard."""
     held_out = text.choosing(options.rows)
     bpb = {"bpb_before": efftrain.load(run), "bpb": model}
@@ -269,7 +269,7 @@ def _quality(run: Path, model: Decoder, options: Compression, text: Text) -> dic
     return {"split": held_out.split, "rows": options.rows} | {name: evaluate(of)["bpb"] for name, of in bpb.items()}
 
 
-def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, kept: Kept) -> Changed:
+def _quantize(run: Path, config: ModelConfig, options: Compression, text: CorpusRows, kept: Measurements) -> Changed:
     method = options.method or "nearest"
     calibration = text.calibration(options.rows) if method != "nearest" else None
     cache = parse(options.cache) or config.quantization.cache
@@ -290,7 +290,7 @@ def _quantize(run: Path, config: ModelConfig, options: Compression, text: Text, 
             )
         return model, {"bytes_share": None, "matrices": []}
     model, report = convert(
-        Pieces.read(run), quantization, method=method, calibration=calibration, unrolled=chosen is not None
+        LayerwiseModel.read(run), quantization, method=method, calibration=calibration, unrolled=chosen is not None
     )
     changes = report.as_json()
     if chosen is not None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from efftrain.config import digest
 from efftrain.data.decontamination.decontaminate import Decontaminate
-from efftrain.data.dedup.lines import RepeatedLines
+from efftrain.data.dedup.lines import LineDeduplication
 from efftrain.data.dedup.minhash import MinHash
 from efftrain.data.documents import Document
 from efftrain.data.rules import Edit, Rule, RuleSet, default_rules
@@ -65,7 +65,7 @@ class CorpusConfig:
     rules: tuple[Rule | RuleSet | Edit, ...] | None = None
     within: Literal["corpus", "source"] = "corpus"
     deduplicate: bool = True
-    repeated_lines: RepeatedLines | None = None
+    repeated_lines: LineDeduplication | None = None
     near_duplicates: MinHash | None = None
     decontaminate: Decontaminate | None = field(default_factory=Decontaminate)
     quality: str | None = None
@@ -179,10 +179,10 @@ class Corpus:
     def n_tokens(self, split: str) -> int:
         return self._split(split)["tokens"]
 
-    def tokens(self, split: str) -> "Tokens":
+    def tokens(self, split: str) -> "TokenStream":
         """The split as one stream of tokens, ``end_of_text`` before every document."""
         self._split(split)
-        return Tokens(_data_source(self.path / "tokens", split), self.n_tokens(split), self.manifest["block"])
+        return TokenStream(_data_source(self.path / "tokens", split), self.n_tokens(split), self.manifest["block"])
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split, in the order of its tokens."""
@@ -207,7 +207,7 @@ class Corpus:
         return self.splits[split]
 
 
-class Tokens:
+class TokenStream:
     """A stream of tokens on disk; ``tokens[start:stop]`` reads the blocks that the range touches."""
 
     def __init__(self, blocks: Any, n_tokens: int, block: int):

@@ -28,7 +28,7 @@ from efftrain.train.inputs import input_contents
 from efftrain.train.loop import fit
 from efftrain.train.metrics.metric_sink import MetricSink
 from efftrain.train.objectives.objective import Objective
-from efftrain.train.objectives.teacher import Taught
+from efftrain.train.objectives.teacher import TeacherObjective
 from efftrain.train.program import Wrap
 from efftrain.train.run.directory import (
     Run,
@@ -68,7 +68,7 @@ class Experiment:
 def train_and_score(
     config: Experiment,
     build: Callable[[nnx.Rngs], Decoder],
-    objective: Objective | Taught,
+    objective: Objective | TeacherObjective,
     wrap: Wrap | None = None,
     *,
     part: data.Part | None = None,

@@ -5,7 +5,7 @@ import math
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure.compiled.aot import Report, Target, compile_target
+from efftrain.measure.compiled.aot import CompiledStep, Target, compile_target
 from efftrain.measure.cost.mesh_estimate import Estimate, estimate
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use
@@ -13,7 +13,7 @@ from efftrain.sharding.topologies import Topology
 from efftrain.train.program import abstract_batch, make_program
 
 
-def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[list[Estimate], list[Report]]:
+def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[list[Estimate], list[CompiledStep]]:
     """Mesh shapes for a slice, fastest first by formulas among those that fit; the best few are compiled.
 
     Raises:

@@ -17,7 +17,7 @@ from efftrain.models.stack import add_metrics, dropout_rates, dropout_strength, 
 from efftrain.sharding.rules import constrain
 
 
-class Steps(nnx.Variable):
+class StepCount(nnx.Variable):
     """How many training steps the model has seen: what a ramp is measured by. Not trained."""
 
 
@@ -43,7 +43,7 @@ class Decoder(nnx.Module):
                 config.d_model, config.vocab_size, axes=("embed", "vocab"), dtype=config.dtype, rngs=rngs
             )
         if config.layer_dropout.rate:
-            self.steps = Steps(jnp.zeros((), jnp.int32), axes=(), units=())
+            self.steps = StepCount(jnp.zeros((), jnp.int32), axes=(), units=())
         prepare(self, config.quantization)
 
     def __call__(

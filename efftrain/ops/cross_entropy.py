@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efftrain.ops.head_loss import choose_chunks, head_loss
+from efftrain.ops.fused_linear_loss import choose_chunks, fused_linear_loss
 
 
 def cross_entropy(
@@ -16,7 +16,7 @@ def cross_entropy(
     n_chunks: int | None = None,
     shards: int = 1,
 ) -> Array:
-    """Weighted sum of the negative log likelihoods of the targets; see ``head_loss``.
+    """Weighted sum of the negative log likelihoods of the targets; see ``fused_linear_loss``.
 
     Args:
       x_btd: (batch, length, d_model) hidden states, any float dtype.
@@ -35,7 +35,7 @@ def cross_entropy(
         n_chunks = choose_chunks(length, batch * length * kernel_dv.shape[1] // shards)
     # int32: the targets are compared with 0 .. vocab - 1, which a smaller type may not hold.
     arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32)
-    return head_loss(_weighted_nll, x_btd, kernel_dv, arrays, n_chunks=n_chunks)[0]
+    return fused_linear_loss(_weighted_nll, x_btd, kernel_dv, arrays, n_chunks=n_chunks)[0]
 
 
 def token_nll(logits: Array, targets: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from efftrain.ops.cross_entropy import at_targets
-from efftrain.ops.head_loss import choose_chunks, head_loss, logits_of
+from efftrain.ops.fused_linear_loss import choose_chunks, fused_linear_loss, logits_of
 
 LOG_OF_ZERO = math.log(np.finfo(np.float32).tiny)  # stands for the logarithm of a probability of 0, which is masked
 SMALLEST_TAIL = 1e-6  # is added to a student's probability outside of what a cache keeps: float32 resolves no less
@@ -122,7 +122,7 @@ def distillation_loss(
     loss_of = partial(_to_teacher, beta=beta, as_is=isinstance(temperature, float | int) and temperature == 1)
     arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32), teacher_btd
     constants = teacher_dv, jnp.float32(alpha), jnp.float32(temperature)
-    loss, (nll, divergence) = head_loss(loss_of, x_btd, kernel_dv, arrays, constants, n_chunks=n_chunks)
+    loss, (nll, divergence) = fused_linear_loss(loss_of, x_btd, kernel_dv, arrays, constants, n_chunks=n_chunks)
     return loss, nll, divergence
 
 
@@ -145,7 +145,9 @@ def kept_distillation_loss(
         n_chunks = choose_chunks(length, batch * length * kernel_dv.shape[1] // shards)
     arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32), ids_btk, probs_btk
     loss_of = partial(_to_kept, tail=tail)
-    loss, (nll, divergence) = head_loss(loss_of, x_btd, kernel_dv, arrays, jnp.float32(alpha), n_chunks=n_chunks)
+    loss, (nll, divergence) = fused_linear_loss(
+        loss_of, x_btd, kernel_dv, arrays, jnp.float32(alpha), n_chunks=n_chunks
+    )
     return loss, nll, divergence
 
 

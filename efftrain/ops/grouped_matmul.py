@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from efftrain.ops.grouped_megablox import megablox_matmul, row_tile
-from efftrain.ops.grouped_rows import Layout, layout, unsorted_layout
+from efftrain.ops.grouped_rows import Layout, group_layout, unsorted_layout
 from efftrain.ops.platform import platform
 
 Dispatch = Literal["each", "capacity", "blocks", "megablox", "ragged"]
@@ -45,15 +45,15 @@ def block_sizes(n_assignments: int, n_groups: int) -> tuple[int, int]:
 
 
 def dispatch_layout(groups_nk: Array, n_groups: int, dispatch: Dispatch, *, capacity: int) -> Layout:
-    """The rows that ``grouped_swiglu`` takes; ``capacity`` is for the dispatch of that name. See ``layout``."""
+    """The rows that ``grouped_swiglu`` takes; ``capacity`` is for the dispatch of that name. See ``group_layout``."""
     if dispatch == "each":
         return unsorted_layout(groups_nk, n_groups)
     if dispatch == "capacity":
-        return layout(groups_nk, n_groups, capacity=capacity)
+        return group_layout(groups_nk, n_groups, capacity=capacity)
     # The last block of the last group may reach behind it; the kernel wants whole tiles.
     rest = block_sizes(groups_nk.size, n_groups)[-1]
     slack = {"blocks": rest, "megablox": -groups_nk.size % row_tile(groups_nk.size), "ragged": 0}
-    return layout(groups_nk, n_groups, slack=slack[dispatch])
+    return group_layout(groups_nk, n_groups, slack=slack[dispatch])
 
 
 def grouped_swiglu(

@@ -38,7 +38,7 @@ class Layout:
         return self.assignment_r.shape[0]
 
 
-def layout(groups_nk: Array, n_groups: int, *, capacity: int | None = None, slack: int = 0) -> Layout:
+def group_layout(groups_nk: Array, n_groups: int, *, capacity: int | None = None, slack: int = 0) -> Layout:
     """Lays out the assignments, those of a group in the order of the tokens.
 
     Args:
@@ -66,7 +66,7 @@ def layout(groups_nk: Array, n_groups: int, *, capacity: int | None = None, slac
 
 
 def unsorted_layout(groups_nk: Array, n_groups: int) -> Layout:
-    """A row for each assignment, in their order; empty where it belongs to no group. Arguments: see ``layout``."""
+    """A row for each assignment, in order; empty where it belongs to no group. Arguments: as of ``group_layout``."""
     flat = groups_nk.reshape(-1)
     number, belongs = jnp.arange(flat.shape[0], dtype=jnp.int32), flat < n_groups
     return Layout(

@@ -91,7 +91,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NofM:
+class SemiStructured:
     """Of ``m`` inputs that follow each other ``n`` stay, for each output: 2 of 4 is what NVIDIA's sparse cores read."""
 
     n: int = 2
@@ -121,7 +121,7 @@ class NofM:
         return keep_lgu.reshape(n, d // self.m, f, self.m).swapaxes(2, 3).reshape(shape)
 
 
-Structure = Unstructured | Blocks | NofM
+Structure = Unstructured | Blocks | SemiStructured
 
 
 def kept_units(structure: Structure, units: int, share: Array | float = 1.0, sparsity: float | None = None) -> Array:

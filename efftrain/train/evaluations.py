@@ -5,8 +5,8 @@ from collections.abc import Callable
 from flax import nnx
 
 from efftrain.sharding import hosts
+from efftrain.train.metrics.metric_logger import MetricLogger
 from efftrain.train.metrics.metrics_log import read_metrics
-from efftrain.train.metrics.recorder import Recorder
 from efftrain.train.run.directory import Run
 from efftrain.train.supervision.interruption import Interruption
 
@@ -36,7 +36,7 @@ class Evaluations:
         """Whether a process saved this step and ended before its evaluation. All processes must call it."""
         return self.due(step) and not hosts.from_first(lambda: self._written(step))
 
-    def write(self, step: int, model: nnx.Module, recorder: Recorder, interruption: Interruption) -> bool:
+    def write(self, step: int, model: nnx.Module, recorder: MetricLogger, interruption: Interruption) -> bool:
         """Evaluates and writes the figures; False where a signal ended it, and nothing is written."""
         with recorder.phase("evaluation"):
             found = interruption.until_asked(lambda: self._evaluate(model))

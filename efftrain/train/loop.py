@@ -21,13 +21,13 @@ from efftrain.train.branch import branched
 from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.config import Training
 from efftrain.train.evaluations import Evaluate, Evaluations
+from efftrain.train.metrics.metric_logger import MetricLogger, read_figures
 from efftrain.train.metrics.metric_sink import MetricSink
 from efftrain.train.metrics.metrics_log import keep_lost_rows, read_metrics
 from efftrain.train.metrics.profile import Profiler, parse_steps
-from efftrain.train.metrics.recorder import Recorder, read_figures
 from efftrain.train.metrics.timing import Timing
 from efftrain.train.objectives.objective import Objective
-from efftrain.train.objectives.teacher import Taught
+from efftrain.train.objectives.teacher import TeacherObjective
 from efftrain.train.program import Wrap, make_program
 from efftrain.train.run.directory import Run, load
 from efftrain.train.start import restore_or_start, with_warning_of_zeros
@@ -39,7 +39,7 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: everything is saved, the same command cont
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class TrainResult:
     """What ``fit`` returns.
 
     Attributes:
@@ -55,7 +55,7 @@ class Fitted:
 
 def fit(
     build: Callable[[nnx.Rngs], nnx.Module],
-    objective: Objective | Taught,
+    objective: Objective | TeacherObjective,
     batches: Batches,
     config: Training,
     run: Run,
@@ -67,7 +67,7 @@ def fit(
     sinks: Sequence[MetricSink] = (),
     rules: ShardingRules = DEFAULT_RULES,
     devices: Sequence[jax.Device] | None = None,
-) -> Fitted:
+) -> TrainResult:
     """Trains a model, or continues the run that the directory holds.
 
     Args:
@@ -127,7 +127,7 @@ def fit(
         compiled = None
         chosen = config.profile and parse_steps(config.profile, config.steps)
         with (
-            Recorder(
+            MetricLogger(
                 run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps, sinks=sinks
             ) as recorder,
             config.watchdog.watch(timing, run.path),
@@ -183,12 +183,12 @@ def fit(
     return _fitted(program.graph, state, run)
 
 
-def _fitted(graph: nnx.GraphDef, state: TrainState, run: Run) -> Fitted:
+def _fitted(graph: nnx.GraphDef, state: TrainState, run: Run) -> TrainResult:
     def kept() -> dict[str, Any]:
         rows = [row for row in read_metrics(run.path, "validation") if row["step"] == int(state.step)]
         return {"figures": read_figures(run), "evaluation": rows[-1] if rows else None}
 
-    return Fitted(model=merge_model(graph, state), **hosts.from_first(kept))
+    return TrainResult(model=merge_model(graph, state), **hosts.from_first(kept))
 
 
 def peak_flops(mesh: Mesh) -> float | None:

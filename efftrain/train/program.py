@@ -17,7 +17,7 @@ from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules
 from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective
-from efftrain.train.objectives.teacher import Taught, Teacher, teacher_of
+from efftrain.train.objectives.teacher import Teacher, TeacherObjective, teacher_of
 from efftrain.train.optimizers import with_clipping
 from efftrain.train.state import TrainState, init_state, split_model
 from efftrain.train.step import Step, batch_axes, make_step
@@ -69,7 +69,7 @@ class Program:
 
 def make_program(
     build: Callable[[nnx.Rngs], nnx.Module],
-    objective: Objective | Taught,
+    objective: Objective | TeacherObjective,
     config: Training,
     wrap: Wrap | None = None,
 ) -> Program:

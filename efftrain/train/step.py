@@ -14,7 +14,7 @@ from jax import Array
 from efftrain.sharding.rules import constrain
 from efftrain.train.averages import average_decay, averaged
 from efftrain.train.objectives.objective import WHOLE, Batch, Metrics, Objective, Whole
-from efftrain.train.objectives.teacher import Taught, objective_at
+from efftrain.train.objectives.teacher import TeacherObjective, objective_at
 from efftrain.train.state import TrainState, split_model
 
 Step = Callable[[TrainState, Batch, nnx.State | None], tuple[TrainState, Metrics]]
@@ -22,7 +22,7 @@ Step = Callable[[TrainState, Batch, nnx.State | None], tuple[TrainState, Metrics
 
 def make_step(
     graph: nnx.GraphDef,
-    objective: Objective | Taught,
+    objective: Objective | TeacherObjective,
     optimizer: optax.GradientTransformation,
     *,
     n_steps: int = 1,
@@ -38,7 +38,7 @@ def make_step(
       graph: static part of the model.
       objective: see ``objective`` and ``teacher``.
       optimizer: over ``TrainState.params``.
-      n_steps: of the run, by which a ``Taught`` objective knows how far it is.
+      n_steps: of the run, by which a ``TeacherObjective`` objective knows how far it is.
       n_microbatches: rows are taken in so many parts, one after the other; divides the batch.
       ema_decay: of the averaged parameters, for a state that has them; see ``averages.average_decay``.
       learning_rate: the one in ``optimizer``, to be reported.

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from efftrain.errors import ConfigError
-from efftrain.measure.compiled.aot import Report, Target, compile_target, read_target
+from efftrain.measure.compiled.aot import CompiledStep, Target, compile_target, read_target
 from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, training_flops
 from efftrain.measure.cost.mesh_estimate import axis_traffic
 from efftrain.models.config import Dense, ModelConfig
@@ -62,7 +62,7 @@ def reduced(recipe: Path, name: str | None = None, **mesh) -> Target:
     return Target(recipe.stem, build, objective, training, *wrap)
 
 
-def check(report: Report, target: Target) -> None:
+def check(report: CompiledStep, target: Target) -> None:
     model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
     state = report.memory.parameters + report.memory.optimizer + report.memory.other_state + report.memory.batch
     assert report.memory.fits

@@ -25,7 +25,7 @@ import numpy as np
 import efftrain
 from efftrain import data
 from efftrain.measure.cost.latency import measure_latency
-from efftrain.measure.depth.calibrate_depth import FILE_NAME, Calibration, calibrate, read_calibration
+from efftrain.measure.depth.calibrate_depth import FILE_NAME, DepthCalibration, calibrate, read_calibration
 from efftrain.measure.depth.speculation import measure_speculation
 from efftrain.models.cache import empty_cache
 from efftrain.models.decoder import Decoder
@@ -60,7 +60,7 @@ def cache_bytes(model: Decoder, slots: int) -> int:
 
 def speculation(run: Path, n_prompts: int) -> dict:
     if not (run / FILE_NAME).exists():
-        calibrate(run, Calibration())
+        calibrate(run, DepthCalibration())
     model, values = efftrain.load(run), read_json(run / FILE_NAME)
     chosen = read_calibration(run, model).speculation()
     seen = values["options"]

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from efftrain.compress.layerwise.observe import Calibration
+from efftrain.compress.layerwise.calibration import CalibrationRows
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.mesh import make_mesh
 from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
-from efftrain.train.objectives.teacher import Taught
+from efftrain.train.objectives.teacher import TeacherObjective
 from efftrain.train.program import Wrap, make_program
 
 
@@ -26,7 +26,7 @@ class Stepper:
         training: Training,
         wrap: Wrap | None = None,
         *,
-        objective: Objective | Taught = next_token_loss,
+        objective: Objective | TeacherObjective = next_token_loss,
         more: Mapping[str, np.ndarray] | None = None,
     ):
         """``more``: arrays that the objective finds in a batch beside the text."""
@@ -58,6 +58,6 @@ def in_turn(programs: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def random_text(rows: int = 128) -> Calibration:
+def random_text(rows: int = 128) -> CalibrationRows:
     tokens = np.random.default_rng(0).integers(0, 4096, (rows, 256)).astype(np.int32)
-    return Calibration(tokens, np.ones_like(tokens), np.tile(np.arange(256, dtype=np.int32), (rows, 1)))
+    return CalibrationRows(tokens, np.ones_like(tokens), np.tile(np.arange(256, dtype=np.int32), (rows, 1)))

@@ -23,7 +23,7 @@ import jax
 from clock import Stepper, in_turn, random_text
 from flax import nnx
 
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.pruning.sparsify import Magnitude, Sparsity, sparsify
 from efftrain.compress.pruning.sparsity_schedules import Gradual, OneShot
@@ -33,7 +33,7 @@ from efftrain.measure.cost.latency import measure_latency
 from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
-from efftrain.ops.masks import NofM, Unstructured
+from efftrain.ops.masks import SemiStructured, Unstructured
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.config import Training
 from efftrain.train.optimizers import AdamW
@@ -89,10 +89,10 @@ def at_once(model: ModelConfig) -> dict[str, float]:
     """Seconds for each 100M parameters of blocks, compiling included as a user has it."""
     decoder, found = Decoder(model, rngs=nnx.Rngs(0)), {}
     text = random_text(32)
-    for name, structure in {"half": Unstructured(sparsity=0.5), "2of4": NofM(n=2, m=4)}.items():
+    for name, structure in {"half": Unstructured(sparsity=0.5), "2of4": SemiStructured(n=2, m=4)}.items():
         for method in ("magnitude", "wanda", "sparsegpt"):
             start = time.perf_counter()
-            pruned, _ = prune(Pieces.of(decoder), structure, method=method, calibration=text)
+            pruned, _ = prune(LayerwiseModel.of(decoder), structure, method=method, calibration=text)
             jax.block_until_ready(nnx.state(pruned))
             n = count_parameters(decoder).non_embedding
             found[f"{name}, {method}"] = (time.perf_counter() - start) * 1e8 / n

@@ -32,7 +32,7 @@ from clock import Stepper, in_turn, random_text
 from flax import nnx
 
 import efftrain
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.quantization.convert import convert
 from efftrain.measure.cost.latency import draw
 from efftrain.measure.cost.memory import host_peak_bytes
@@ -94,7 +94,7 @@ def decoding(model: ModelConfig, rounds: int, *, float8: bool) -> dict[str, dict
         "int8, int8 cache": replace(weights(INT8), cache=INT8),
         **({"fp8, fp8 activations": weights(Float8(), Float8())} if float8 else {}),
     }.items():
-        models[name] = convert(Pieces.of(plain), quantization)[0]
+        models[name] = convert(LayerwiseModel.of(plain), quantization)[0]
     found = {name: {"bytes": stored_bytes(each)} for name, each in models.items()}
     for batch in (1, 8):
         times = in_turn({name: drawing(each, batch) for name, each in models.items()}, rounds)
@@ -171,7 +171,7 @@ def conversion(model: ModelConfig) -> dict[str, float]:
     in_blocks = sum(v.size for path, v in nnx.to_flat_state(nnx.state(plain, nnx.Param)) if path[0] == "blocks")
     for method in ("nearest", "gptq", "awq"):
         start = time.perf_counter()
-        converted, _ = convert(Pieces.of(plain), weights(INT4), method=method, calibration=random_text())
+        converted, _ = convert(LayerwiseModel.of(plain), weights(INT4), method=method, calibration=random_text())
         jax.block_until_ready(nnx.state(converted))
         found[method] = (time.perf_counter() - start) * 1e8 / in_blocks
     return found
@@ -183,7 +183,7 @@ def memory(model: ModelConfig) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         plain = Decoder(model, rngs=nnx.Rngs(0))
         models = {"float32": plain}
-        models |= {n: convert(Pieces.of(plain), weights(f))[0] for n, f in (("int8", INT8), ("int4:g32", INT4))}
+        models |= {n: convert(LayerwiseModel.of(plain), weights(f))[0] for n, f in (("int8", INT8), ("int4:g32", INT4))}
         for name, each in models.items():
             run = Run(Path(folder) / name.replace(":", ""), Holder(each.config))
             params, rest = nnx.split(each, nnx.Param, ...)[1:]
@@ -218,7 +218,7 @@ def report_memory(what: str, run: Path) -> None:
         model = efftrain.load(run)
     else:
         text = random_text() if what != "nearest" else None
-        model = convert(Pieces.read(run), weights(INT4), method=what, calibration=text)[0]
+        model = convert(LayerwiseModel.read(run), weights(INT4), method=what, calibration=text)[0]
     jax.block_until_ready(nnx.state(model))
     gc.collect()
     after = psutil.Process().memory_info().rss

@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-from efftrain.measure.compiled.aot import Report, Target, compile_target, read_target
+from efftrain.measure.compiled.aot import CompiledStep, Target, compile_target, read_target
 from efftrain.measure.cost.mesh_estimate import axis_traffic
 from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.config import llama
@@ -76,7 +76,7 @@ def strong_on_cpu() -> tuple[list[dict], float]:
 def weak_on_v5e() -> tuple[list[dict], float]:
     """The same work on each chip of larger and larger slices."""
     dense = read_target(ROOT / "recipes" / "dense.py", "v5e-64")
-    reports: list[Report] = []
+    reports: list[CompiledStep] = []
     print(f"\nv5e, dense v5e-64, {ROWS_PER_CHIP} rows of {dense.training.length} tokens a chip, replica x fsdp\n")
     heading = (
         f"{'slice':>10}{'TFLOPs':>9}{'/ first':>9}{'GB memory':>11}{'ms':>8}{'by':>9}{'GB sent':>9}{'compile s':>11}"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.layerwise.observe import Calibration, forward, relative_error
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward, relative_error
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.quantization.awq import CLIPS, clipped, part_errors, shared_inputs, tried_factors
 from efftrain.compress.quantization.convert import convert
 from efftrain.models.quantization import Quantization, QuantizationRule
@@ -19,9 +19,9 @@ INT4 = Integer(bits=4)
 MHA = replace(PLAIN, attention=replace(PLAIN.attention, n_kv_heads=4))
 
 
-def text(n: int = 24, length: int = 16, seed: int = 3) -> Calibration:
+def text(n: int = 24, length: int = 16, seed: int = 3) -> CalibrationRows:
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (n, length))
-    return Calibration(tokens(n, length, seed=seed), np.ones((n, length), np.int32), positions)
+    return CalibrationRows(tokens(n, length, seed=seed), np.ones((n, length), np.int32), positions)
 
 
 def with_outliers(seed: int):
@@ -38,7 +38,7 @@ def with_outliers(seed: int):
 def test_outputs_of_a_block_with_outliers_change_less_than_by_rounding(seed):
     """On tokens that AWQ did not see."""
     model, held_out = with_outliers(seed), text(seed=100 + seed)
-    layer, x = Pieces.of(model).layers[0], np.asarray(model.embedding(held_out.tokens))
+    layer, x = LayerwiseModel.of(model).layers[0], np.asarray(model.embedding(held_out.tokens))
 
     def outputs(layer) -> tuple[np.ndarray, np.ndarray]:
         attended = layer.attention(layer.attention_norm(x), held_out.positions, held_out.segments)
@@ -47,7 +47,7 @@ def test_outputs_of_a_block_with_outliers_change_less_than_by_rounding(seed):
     before, errors = outputs(layer), {}
     for method in ("nearest", "awq"):
         quantization = Quantization(rules=(QuantizationRule(weights=INT4),))
-        found, _ = convert(Pieces.of(model), quantization, method=method, calibration=text(seed=seed))
+        found, _ = convert(LayerwiseModel.of(model), quantization, method=method, calibration=text(seed=seed))
         after = outputs(found.layers()[0])
         errors[method] = [np.square(a - b).mean() for a, b in zip(after, before, strict=True)]
     assert errors["awq"][0] < 0.8 * errors["nearest"][0]
@@ -56,7 +56,7 @@ def test_outputs_of_a_block_with_outliers_change_less_than_by_rounding(seed):
 
 def test_errors_are_those_of_the_attentions_output_on_tokens_that_are_no_padding():
     """With factors 1 those of plain rounding of queries, keys and values together."""
-    block, given = Pieces.of(build(config(pattern=(MHA,), n_repeats=1))).layers[0], text(8)
+    block, given = LayerwiseModel.of(build(config(pattern=(MHA,), n_repeats=1))).layers[0], text(8)
     segments = np.where(np.arange(16) < 11, given.segments, 0)
     x = np.random.default_rng(0).normal(size=(8, 16, 16)).astype(np.float32)
     x[:, 11:] *= 100
@@ -68,7 +68,7 @@ def test_errors_are_those_of_the_attentions_output_on_tokens_that_are_no_padding
     where = given.positions[:, :11], given.segments[:, :11]
     before = block.attention(read, *where)
     for power in (0, 12):
-        rounded = Pieces.of(build(config(pattern=(MHA,), n_repeats=1))).layers[0].attention
+        rounded = LayerwiseModel.of(build(config(pattern=(MHA,), n_repeats=1))).layers[0].attention
         for product in (rounded.query, rounded.key, rounded.value):
             scaled = product.kernel[...] * factors[power][:, None]
             product.kernel[...] = fake_quantize(scaled, INT4) / factors[power][:, None]
@@ -102,7 +102,7 @@ def test_clips_are_the_best_of_those_that_are_tried_for_each_group_and_output(fo
 def test_a_matrix_whose_inputs_cannot_be_scaled_is_clipped_and_the_report_says_so():
     model = build(config(pattern=(PLAIN,), n_repeats=1))  # two heads read one value
     quantization = Quantization(rules=(QuantizationRule(weights=INT4),))
-    _, report = convert(Pieces.of(model), quantization, method="awq", calibration=text())
+    _, report = convert(LayerwiseModel.of(model), quantization, method="awq", calibration=text())
     rows = {m.name.removeprefix("blocks/0/"): m for m in report.matrices}
     assert rows["attention/out"].method == "awq"
     assert rows["attention/out"].why.startswith("clipped alone; its inputs cannot be scaled")

@@ -18,9 +18,9 @@ from tiny_runs import LENGTH, OWN_BLOCK, VOCABULARY, with_own_block, write_corpu
 
 import efftrain
 from efftrain import code_identity, data
-from efftrain.compress.distillation import teacher_cache
-from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.distillation import build_teacher_cache as teacher_cache
+from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.quantization.convert import convert
 from efftrain.data.storage.teacher_cache import TeacherCache
 from efftrain.errors import ConfigError, CorpusError, RunError
@@ -87,7 +87,7 @@ def dense(batch: dict[str, np.ndarray]) -> np.ndarray:
 
 def quantized() -> Decoder:
     rule = QuantizationRule(layers=".*", weights=Integer(bits=8))
-    return convert(Pieces.of(sharp(MODEL)), Quantization(rules=(rule,)))[0]
+    return convert(LayerwiseModel.of(sharp(MODEL)), Quantization(rules=(rule,)))[0]
 
 
 TEACHERS = {
@@ -147,7 +147,9 @@ def test_a_record_takes_four_bytes_a_probability(run, tmp_path):
 
 def test_logits_are_made_in_chunks_of_tokens(corpus, run, monkeypatch):
     """A chunk takes every n-th token; what comes out is in the order of the row."""
-    monkeypatch.setattr("efftrain.ops.head_loss.CHUNK_ELEMENTS", 2 * MODEL.vocab_size * 4)  # 4 positions of 2 rows
+    monkeypatch.setattr(
+        "efftrain.ops.fused_linear_loss.CHUNK_ELEMENTS", 2 * MODEL.vocab_size * 4
+    )  # 4 positions of 2 rows
     batch, model = rows_of(corpus, range(2)), efftrain.load(run)
     seen, (graph, state) = [], nnx.split(model)
     read = {name: batch[name] for name in teacher_cache.READ}

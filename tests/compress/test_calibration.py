@@ -11,14 +11,14 @@ from tiny_models import PLAIN, build, config, tokens
 from tiny_runs import LENGTH as ROW
 from tiny_runs import write_corpus
 
-from efftrain.compress.layerwise.observe import Calibration, CalibrationSize, grams, magnitudes
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.layerwise.calibration import CalibrationRows, CalibrationSize, grams, magnitudes
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.quantization.convert import convert
 from efftrain.compress.structured.cut import slim
 from efftrain.compress.structured.importance import importance
 from efftrain.compress.structured.shape import Shape
-from efftrain.compress.text import Text
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.masks import Unstructured
@@ -29,7 +29,7 @@ INT4 = Quantization(rules=(QuantizationRule(weights=Integer(bits=4)),))
 N, LENGTH = 8, 16
 
 
-def padded(n: int = N, fillers: int = 8) -> Calibration:
+def padded(n: int = N, fillers: int = 8) -> CalibrationRows:
     """Two documents a row and padding after the second one, then rows of padding; tokens of padding are like others."""
     place = np.arange(LENGTH)[None]
     end, cut = 9 + np.arange(n)[:, None] % 8, 3 + np.arange(n)[:, None] % 4
@@ -37,12 +37,12 @@ def padded(n: int = N, fillers: int = 8) -> Calibration:
     positions = np.where(place >= cut, place - cut, place)
     filling = np.zeros((fillers, LENGTH), np.int32)
     both = (np.concatenate([a, filling]).astype(np.int32) for a in (segments, positions))
-    return Calibration(tokens(n + fillers, LENGTH, seed=3), *both, rows_asked=n + fillers)
+    return CalibrationRows(tokens(n + fillers, LENGTH, seed=3), *both, rows_asked=n + fillers)
 
 
 def test_sums_over_inputs_are_those_of_the_valid_tokens():
     """Of every product of a block, where padding is a thousand times as large as text."""
-    block, text = Pieces.of(build(config(pattern=(PLAIN,), n_repeats=1))).layers[0], padded()
+    block, text = LayerwiseModel.of(build(config(pattern=(PLAIN,), n_repeats=1))).layers[0], padded()
     valid = text.segments > 0
     x = np.random.default_rng(0).normal(size=(*valid.shape, 16)).astype(np.float32)
     x[~valid] *= 1000
@@ -66,12 +66,14 @@ def test_sums_over_inputs_are_those_of_the_valid_tokens():
 
 
 METHODS = {
-    "gptq": lambda model, text: convert(Pieces.of(model), INT4, method="gptq", calibration=text),
-    "awq": lambda model, text: convert(Pieces.of(model), INT4, method="awq", calibration=text),
-    "wanda": lambda model, text: prune(Pieces.of(model), Unstructured(), method="wanda", calibration=text),
-    "sparsegpt": lambda model, text: prune(Pieces.of(model), Unstructured(), method="sparsegpt", calibration=text),
+    "gptq": lambda model, text: convert(LayerwiseModel.of(model), INT4, method="gptq", calibration=text),
+    "awq": lambda model, text: convert(LayerwiseModel.of(model), INT4, method="awq", calibration=text),
+    "wanda": lambda model, text: prune(LayerwiseModel.of(model), Unstructured(), method="wanda", calibration=text),
+    "sparsegpt": lambda model, text: prune(
+        LayerwiseModel.of(model), Unstructured(), method="sparsegpt", calibration=text
+    ),
     "slim": lambda model, text: slim(
-        Pieces.of(model), replace(Shape.of(model.config), ffn=0.5), importance(Pieces.of(model), text)
+        LayerwiseModel.of(model), replace(Shape.of(model.config), ffn=0.5), importance(LayerwiseModel.of(model), text)
     ),
 }
 
@@ -79,7 +81,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_padding_change_nothing_and_the_report_says_how_much_text_there_was(method):
     model, text = build(config(pattern=(PLAIN,), n_repeats=1)), padded()
-    plain = Calibration(*(a[:N] for a in (text.tokens, text.segments, text.positions)))
+    plain = CalibrationRows(*(a[:N] for a in (text.tokens, text.segments, text.positions)))
     (with_fillers, report), (without, other) = (METHODS[method](model, calibration) for calibration in (text, plain))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(with_fillers), nnx.state(without))
     n_tokens = int((plain.segments > 0).sum())
@@ -93,7 +95,7 @@ def test_experts_that_no_token_of_the_text_reached_are_named():
     block = replace(PLAIN, mlp=MoE(n_experts=12, top_k=1, d_expert=8))
     model, text = build(config(pattern=(block,), n_repeats=1)), padded(1, 7)
     model.blocks[0].mlp.bias[...] = jnp.zeros((1, 12))
-    layer = Pieces.of(model).layers[0]
+    layer = LayerwiseModel.of(model).layers[0]
     x = model.embedding(text.tokens)
     read = layer.mlp_norm(x + layer.attention(layer.attention_norm(x), text.positions, text.segments))
     logits = np.asarray(read) @ np.asarray(layer.mlp.router[...])
@@ -113,7 +115,7 @@ def test_experts_that_no_token_of_the_text_reached_are_named():
         assert row.why.startswith(f"{method} is for dense products")
         assert row.why.endswith(f"; no token of the calibration reached the experts {names}")
         assert "reached" not in next(m for m in report.matrices if m.name == "blocks/0/attention/out").why
-    pieces = Pieces.of(model)
+    pieces = LayerwiseModel.of(model)
     _, cut = slim(pieces, Shape.of(model.config), importance(pieces, text))
     assert cut.layers[0].idle_experts == idle
 
@@ -121,7 +123,7 @@ def test_experts_that_no_token_of_the_text_reached_are_named():
 def test_fewer_rows_than_asked_for_are_said_and_are_not_filled_up(tmp_path, capsys):
     corpus = write_corpus(tmp_path)
     capsys.readouterr()
-    found = Text(corpus.path, ROW).calibration(500)
+    found = CorpusRows(corpus.path, ROW).calibration(500)
     n_tokens = corpus.n_tokens("train")
     rows = -(-(n_tokens - 1) // ROW)
     assert rows % 8
@@ -130,5 +132,5 @@ def test_fewer_rows_than_asked_for_are_said_and_are_not_filled_up(tmp_path, caps
     assert n_tokens - 1 <= found.size.tokens <= n_tokens
     said = " ".join(capsys.readouterr().err.split())
     assert f"the training split has {rows} rows of {ROW} tokens and 500 were asked for" in said
-    assert Text(corpus.path, ROW).calibration(8).size == CalibrationSize(rows=8, rows_asked=8, tokens=8 * ROW)
+    assert CorpusRows(corpus.path, ROW).calibration(8).size == CalibrationSize(rows=8, rows_asked=8, tokens=8 * ROW)
     assert "asked for" not in capsys.readouterr().err

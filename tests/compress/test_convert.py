@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 from tiny_models import LOCAL, PLAIN, build, config, tokens
 
-from efftrain.compress.layerwise.observe import Calibration, forward, grams
-from efftrain.compress.layerwise.pieces import Pieces, assemble
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward, grams
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.quantization.awq import scale_inputs
 from efftrain.compress.quantization.convert import convert
 from efftrain.compress.quantization.mixed_precision import choose_formats
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.parameters import stored_bytes
-from efftrain.measure.kept import Kept, write_json
+from efftrain.measure.measurements import Measurements, write_json
 from efftrain.models.config import LayerDropout
 from efftrain.models.decoder import Decoder
 from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
@@ -40,9 +40,9 @@ def logits(model: Decoder, batch: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda state, batch: nnx.merge(graph, state)(batch))(state, batch))
 
 
-def calibration(n: int = 24, length: int = 16) -> Calibration:
+def calibration(n: int = 24, length: int = 16) -> CalibrationRows:
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (n, length))
-    return Calibration(tokens(n, length, seed=3), np.ones((n, length), np.int32), positions)
+    return CalibrationRows(tokens(n, length, seed=3), np.ones((n, length), np.int32), positions)
 
 
 def trained_for(model: Decoder, quantization: Quantization) -> Decoder:
@@ -67,7 +67,7 @@ MODELS = {
 def test_pieces_make_the_model_that_they_were(name):
     model = build(MODELS[name])
     for unrolled in (False, True):
-        pieces = Pieces.of(model)
+        pieces = LayerwiseModel.of(model)
         target = pieces.unrolled() if unrolled else pieces.config
         again = assemble(target, pieces.outer, [nnx.state(layer) for layer in pieces.layers])
         np.testing.assert_array_equal(logits(again, tokens()), logits(model, tokens()))
@@ -79,7 +79,7 @@ def test_pieces_make_the_model_that_they_were(name):
 @pytest.mark.parametrize("unrolled", [False, True], ids=["stacked", "unrolled"])
 def test_rounding_gives_what_training_for_it_computes_to_the_bit(name, unrolled):
     model = build(MODELS[name])
-    converted, report = convert(Pieces.of(model), weights(INT4), unrolled=unrolled)
+    converted, report = convert(LayerwiseModel.of(model), weights(INT4), unrolled=unrolled)
     np.testing.assert_array_equal(logits(converted, tokens()), logits(trained_for(model, weights(INT4)), tokens()))
     assert converted.config.quantization.stored
     assert report.bytes_share == (0.5 + 2 / 4) / 4
@@ -90,10 +90,10 @@ def test_rounding_gives_what_training_for_it_computes_to_the_bit(name, unrolled)
 
 def test_learned_steps_become_the_scales():
     model = build(config(quantization=weights(INT4, learned_step=True)))
-    converted, _ = convert(Pieces.of(model), model.config.quantization)
+    converted, _ = convert(LayerwiseModel.of(model), model.config.quantization)
     np.testing.assert_array_equal(logits(converted, tokens()), logits(model, tokens()))
     # With other rules they are not used: as if they had not been learned.
-    forgotten, _ = convert(Pieces.of(model), weights(INT4))
+    forgotten, _ = convert(LayerwiseModel.of(model), weights(INT4))
     assert np.abs(logits(forgotten, tokens()) - logits(model, tokens())).max() > 1e-3
 
 
@@ -103,7 +103,7 @@ def test_methods_that_look_at_text_change_outputs_less(method):
     model, text = build(config(pattern=(MHA,), n_repeats=3, max_length=32)), calibration(48)
     errors = {}
     for how in ("nearest", method):
-        found, report = convert(Pieces.of(model), weights(Integer(bits=4)), method=how, calibration=text)
+        found, report = convert(LayerwiseModel.of(model), weights(Integer(bits=4)), method=how, calibration=text)
         difference = np.abs(logits(found, tokens(16, 16, seed=9)) - logits(model, tokens(16, 16, seed=9))).mean()
         errors[how] = difference, {m.name: m.output_error for m in report.matrices if m.method == how}
     assert errors[method][0] < errors["nearest"][0]
@@ -112,7 +112,7 @@ def test_methods_that_look_at_text_change_outputs_less(method):
 
 
 def test_awq_changes_nothing_before_rounding():
-    block = Pieces.of(build(config(pattern=(MHA,), n_repeats=1))).layers[0]
+    block = LayerwiseModel.of(build(config(pattern=(MHA,), n_repeats=1))).layers[0]
     text = calibration()
     x = np.random.default_rng(0).normal(size=(24, 16, 16)).astype(np.float32) * np.linspace(
         0.1, 4, 16, dtype=np.float32
@@ -127,7 +127,7 @@ def test_awq_changes_nothing_before_rounding():
 
 
 def test_products_of_inputs_are_those_of_the_text():
-    block = Pieces.of(build(config(pattern=(PLAIN,), n_repeats=1))).layers[0]
+    block = LayerwiseModel.of(build(config(pattern=(PLAIN,), n_repeats=1))).layers[0]
     text = calibration(12)  # not a whole number of batches
     x = np.random.default_rng(0).normal(size=(12, 16, 16)).astype(np.float32)
     found = grams(block, x, text)
@@ -141,7 +141,7 @@ def test_the_report_says_what_a_method_was_not_for():
     model = build(MODELS["experts, layers left out"])
     bias = model.blocks[1].mlp.bias
     bias[...] = jnp.zeros_like(bias[...])  # every expert is reached
-    _, report = convert(Pieces.of(model), weights(INT4, ".*"), method="gptq", calibration=calibration())
+    _, report = convert(LayerwiseModel.of(model), weights(INT4, ".*"), method="gptq", calibration=calibration())
     assert report.idle_experts == {}
     rows = {m.name: m for m in report.matrices}
     assert (rows["blocks/0/mlp/up"].method, rows["blocks/0/mlp/up"].why) == ("gptq", "")
@@ -152,7 +152,7 @@ def test_the_report_says_what_a_method_was_not_for():
     assert rows["blocks/1/mlp/shared/up"].method == "gptq"
     assert rows["head"].why == "gptq is for the products of blocks"
     routed = build(MODELS["mixture of depths, scan"])
-    _, report = convert(Pieces.of(routed), weights(INT4), method="awq", calibration=calibration())
+    _, report = convert(LayerwiseModel.of(routed), weights(INT4), method="awq", calibration=calibration())
     assert {m.why for m in report.matrices if m.name.startswith("blocks/1/")} == {"awq is for plain blocks"}
 
 
@@ -170,7 +170,7 @@ def test_no_more_is_held_than_the_float_model_and_two_layers():
     def measure(number: int) -> None:
         held.append(sum(a.nbytes for a in jax.live_arrays()) - before)
 
-    pieces = Pieces(model_config, ((name, jnp.asarray(array)) for name, array in arrays.items()))
+    pieces = LayerwiseModel(model_config, ((name, jnp.asarray(array)) for name, array in arrays.items()))
     measure(0)
     converted, _ = convert(pieces, weights(INT8), each_layer=measure)
     assert held[0] <= whole + layer
@@ -190,14 +190,14 @@ def test_no_more_is_held_than_the_float_model_and_two_layers():
     ],
 )
 def test_what_cannot_be_converted_is_refused(changes, arguments, message):
-    pieces = Pieces.of(build(config(**changes)))
+    pieces = LayerwiseModel.of(build(config(**changes)))
     with pytest.raises(ConfigError, match=message):
         convert(pieces, **{"quantization": weights(INT8)} | arguments)
 
 
 def test_calibration_text_of_no_row_is_refused():
     with pytest.raises(ConfigError, match="shorter than one row"):
-        Calibration(np.zeros((0, 16), np.int32), np.zeros((0, 16), np.int32), np.zeros((0, 16), np.int32))
+        CalibrationRows(np.zeros((0, 16), np.int32), np.zeros((0, 16), np.int32), np.zeros((0, 16), np.int32))
 
 
 def test_a_budget_is_tried_on_float_matrices(tmp_path):
@@ -210,14 +210,16 @@ def test_a_budget_is_tried_on_float_matrices(tmp_path):
         seen.append(logits(candidate, tokens()))
         return 0.0
 
-    choose_formats(model, (Integer(bits=4, group=8), INT8), 0.2, bpb, Kept(tmp_path / "choice.json", {}, {}))
+    choose_formats(model, (Integer(bits=4, group=8), INT8), 0.2, bpb, Measurements(tmp_path / "choice.json", {}, {}))
     plain = build(config(pattern=(PLAIN,), n_repeats=1))
     np.testing.assert_array_equal(seen[0], logits(trained_for(plain, weights(INT8)), tokens()))
     np.testing.assert_array_equal(logits(model, tokens()), before)
     with pytest.raises(ConfigError, match="int8 and fp8 take as many bytes; leave one of them out"):
-        choose_formats(model, (INT8, Float8()), 0.2, bpb, Kept(tmp_path / "choice.json", {}, {}))
+        choose_formats(model, (INT8, Float8()), 0.2, bpb, Measurements(tmp_path / "choice.json", {}, {}))
     n = len(seen)
-    choose_formats(model, (INT8, INT4), 0.9, bpb, Kept(tmp_path / "choice.json", {}, {}))  # all fit in int8: no trials
+    choose_formats(
+        model, (INT8, INT4), 0.9, bpb, Measurements(tmp_path / "choice.json", {}, {})
+    )  # all fit in int8: no trials
     assert len(seen) == n
 
 
@@ -225,11 +227,11 @@ def test_errors_of_outputs_are_measured_where_inputs_were_scaled():
     """AWQ's report against the outputs themselves, of the first layer's products."""
     model, text = build(config(pattern=(MHA,), n_repeats=1)), calibration()
     x = np.asarray(model.embedding(text.tokens))
-    seen = np.asarray(Pieces.of(model).layers[0].attention_norm(x)).reshape(-1, 16)
-    converted, report = convert(Pieces.of(model), weights(INT4), method="awq", calibration=text)
+    seen = np.asarray(LayerwiseModel.of(model).layers[0].attention_norm(x)).reshape(-1, 16)
+    converted, report = convert(LayerwiseModel.of(model), weights(INT4), method="awq", calibration=text)
     new = converted.layers()[0]
     scaled = np.asarray(new.attention_norm(x)).reshape(-1, 16)
-    before = seen @ np.asarray(Pieces.of(model).layers[0].attention.query.kernel[...])
+    before = seen @ np.asarray(LayerwiseModel.of(model).layers[0].attention.query.kernel[...])
     change = scaled @ np.asarray(new.attention.query.cast_kernel()) - before
     error = next(m.output_error for m in report.matrices if m.name == "blocks/0/attention/query")
     assert error == pytest.approx(np.linalg.norm(change) / np.linalg.norm(before), rel=1e-3)
@@ -238,7 +240,9 @@ def test_errors_of_outputs_are_measured_where_inputs_were_scaled():
 def test_learned_steps_are_kept_by_every_method():
     model = build(config(pattern=(MHA,), n_repeats=1, quantization=weights(INT4, learned_step=True)))
     for method in ("gptq", "awq"):
-        found, report = convert(Pieces.of(model), model.config.quantization, method=method, calibration=calibration())
+        found, report = convert(
+            LayerwiseModel.of(model), model.config.quantization, method=method, calibration=calibration()
+        )
         np.testing.assert_array_equal(logits(found, tokens()), logits(model, tokens()))
         assert {m.why for m in report.matrices if m.name.startswith("blocks")} == {"its steps were learned"}
 
@@ -260,10 +264,10 @@ def test_a_budget_goes_to_the_layers_that_need_it(tmp_path):
         return total
 
     formats = (INT8, Integer(bits=4, group=8))
-    choice = choose_formats(model, formats, 0.22, bpb, Kept(tmp_path / "choice.json", {}, {}))
+    choice = choose_formats(model, formats, 0.22, bpb, Measurements(tmp_path / "choice.json", {}, {}))
     assert choice.share <= 0.22
     rules = {rule.weights.bits: rule for rule in choice.rules}
-    converted, report = convert(Pieces.of(model), Quantization(rules=choice.rules), unrolled=True)
+    converted, report = convert(LayerwiseModel.of(model), Quantization(rules=choice.rules), unrolled=True)
     by_name = {m.name: m.format for m in report.matrices}
     assert by_name["blocks/2/attention/query"] == "int8"
     assert set(by_name.values()) == {"int8", "int4:g8", "float32"}
@@ -273,23 +277,25 @@ def test_a_budget_goes_to_the_layers_that_need_it(tmp_path):
     # What was measured is not measured again.
     n = len(calls)
     assert n == 1 + 4 * 2
-    assert choose_formats(model, formats, 0.22, bpb, Kept(tmp_path / "choice.json", {}, {})) == choice
+    assert choose_formats(model, formats, 0.22, bpb, Measurements(tmp_path / "choice.json", {}, {})) == choice
     assert len(calls) == n
     with pytest.raises(ConfigError, match=r"--budget 0\.1 is below 0\.1875, the share of int4:g8 everywhere"):
-        choose_formats(model, formats, 0.1, bpb, Kept(tmp_path / "choice.json", {}, {}))
+        choose_formats(model, formats, 0.1, bpb, Measurements(tmp_path / "choice.json", {}, {}))
     # A part whose bits per byte are not finite in a format has it last.
     spoiled = iter([1.0, *(1.1,) * 4, math.nan, *(1.1,) * 3])
-    choice = choose_formats(model, formats, 0.2, lambda _: next(spoiled), Kept(tmp_path / "spoiled.json", {}, {}))
+    choice = choose_formats(
+        model, formats, 0.2, lambda _: next(spoiled), Measurements(tmp_path / "spoiled.json", {}, {})
+    )
     (in_8_bits,) = (rule.layers for rule in choice.rules if rule.weights.bits == 8)
     assert in_8_bits == "blocks/((2)/attention(/.*)?)"
     write_json(tmp_path / "report.json", choice.as_json())
     assert json.loads((tmp_path / "report.json").read_text())["costs"]["layer 2 attention in int4:g8"] is None
     with pytest.raises(ConfigError, match="no finite bits per byte in int8"):
-        choose_formats(model, formats, 0.2, lambda _: math.inf, Kept(tmp_path / "none.json", {}, {}))
+        choose_formats(model, formats, 0.2, lambda _: math.inf, Measurements(tmp_path / "none.json", {}, {}))
 
 
 def test_local_layers_are_plain_blocks():
     """Windows and normalised keys are no reason to round."""
     model = build(config(pattern=(LOCAL,), n_repeats=2))
-    _, report = convert(Pieces.of(model), weights(Integer(bits=4)), method="gptq", calibration=calibration())
+    _, report = convert(LayerwiseModel.of(model), weights(Integer(bits=4)), method="gptq", calibration=calibration())
     assert {m.method for m in report.matrices if m.name.startswith("blocks")} == {"gptq"}

@@ -12,16 +12,16 @@ from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
 import efftrain
 from efftrain import data
+from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
 from efftrain.compress.distillation.distill import teacher_run
-from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
 from efftrain.compress.options import Compression
 from efftrain.compress.run import compress
 from efftrain.config import finite_json, from_json, to_json
 from efftrain.data.rules.score_table import ScoreTable
 from efftrain.errors import RunError
 from efftrain.experiment.compare import Comparison
-from efftrain.measure.depth.calibrate_depth import Calibration, calibrate
-from efftrain.measure.kept import Kept, write_json
+from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate
+from efftrain.measure.measurements import Measurements, write_json
 from efftrain.measure.scorecard.scorecard import Figure, Scorecard, not_measured
 from efftrain.models.moe import MoE
 from efftrain.recipe import import_script
@@ -49,7 +49,7 @@ COMMANDS = {
     "slim": lambda run: compress(run, Compression(slim=0.3, rows=2)),
     "rounds": lambda run: compress(run, Compression(slim=0.3, recover=4096, rounds=2, rows=2)),
     "teacher": lambda run: build_cache(run, CacheOptions(rows=2)),
-    "calibrate-depth": lambda run: calibrate(run, Calibration(rows=6, risk=0.9, error=0.5)),
+    "calibrate-depth": lambda run: calibrate(run, DepthCalibration(rows=6, risk=0.9, error=0.5)),
     "load": efftrain.load,
     "distil": lambda run: teacher_run(run, run.parent / "text" / "corpus"),
 }
@@ -105,7 +105,7 @@ def test_no_file_holds_what_json_has_no_word_for(tmp_path):
     Scorecard("diverged", {}, values).write(tmp_path / "scorecard.json")
     assert strict(tmp_path / "compression.json") == strict(tmp_path / "run" / "training.json") == plain
     assert strict(tmp_path / "scorecard.json")["environment"] == plain
-    kept = Kept(tmp_path / "choice.json", {}, {})
+    kept = Measurements(tmp_path / "choice.json", {}, {})
     assert kept.cell("bpb", lambda: math.nan) is None
     assert strict(tmp_path / ".choice.json.incomplete")["cells"] == {"bpb": None}
 

@@ -9,23 +9,23 @@ import pytest
 from flax import nnx
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.layerwise.observe import Calibration, forward, grams, inputs_of
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward, grams, inputs_of
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import mask_by_inputs, mask_by_magnitude, prune
 from efftrain.compress.quantization.convert import convert
 from efftrain.errors import ConfigError
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule, matrices
-from efftrain.ops.masks import Blocks, NofM, Unstructured
+from efftrain.ops.masks import Blocks, SemiStructured, Unstructured
 from efftrain.ops.number_formats import Integer
 from efftrain.train.checkpoints.checkpoints import flatten
 
 HALF = Unstructured(sparsity=0.5)
 
 
-def calibration(n: int = 24, length: int = 16) -> Calibration:
+def calibration(n: int = 24, length: int = 16) -> CalibrationRows:
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (n, length))
-    return Calibration(tokens(n, length, seed=3), np.ones((n, length), np.int32), positions)
+    return CalibrationRows(tokens(n, length, seed=3), np.ones((n, length), np.int32), positions)
 
 
 def stacked(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -39,22 +39,24 @@ def test_wanda_ranks_each_output_by_size_times_norm_of_the_input():
     score = np.abs(w) * np.linalg.norm(x, axis=0)[:, None]
     for column, kept in zip(score.T, mask.T, strict=True):
         assert set(np.flatnonzero(~kept)) == set(np.argsort(column)[:3])
-    pairs = np.asarray(mask_by_inputs(jnp.asarray(w), jnp.asarray(x.T @ x), NofM(n=1, m=2)))
+    pairs = np.asarray(mask_by_inputs(jnp.asarray(w), jnp.asarray(x.T @ x), SemiStructured(n=1, m=2)))
     want = score.reshape(6, 2, 7).argmax(1)
     np.testing.assert_array_equal(pairs.reshape(6, 2, 7).argmax(1), want)
     assert (pairs.reshape(6, 2, 7).sum(1) == 1).all()
 
 
-@pytest.mark.parametrize("structure", [HALF, NofM(n=2, m=4), Blocks(rows=4, columns=2)], ids=["half", "2of4", "blocks"])
+@pytest.mark.parametrize(
+    "structure", [HALF, SemiStructured(n=2, m=4), Blocks(rows=4, columns=2)], ids=["half", "2of4", "blocks"]
+)
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_every_matrix_of_blocks_has_its_zeros(method, structure):
     if method == "sparsegpt" and isinstance(structure, Blocks):
         with pytest.raises(ConfigError, match="does not prune blocks"):
-            prune(Pieces.of(build(config())), structure, method=method, calibration=calibration())
+            prune(LayerwiseModel.of(build(config())), structure, method=method, calibration=calibration())
         return
     model = build(config())
     before = jax.tree.map(np.array, nnx.state(model))
-    pruned, report = prune(Pieces.of(model), structure, method=method, calibration=calibration())
+    pruned, report = prune(LayerwiseModel.of(model), structure, method=method, calibration=calibration())
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)  # the caller's is as it was
     for name, layers in stacked(pruned).items():
         for layer in layers:
@@ -69,12 +71,12 @@ def test_every_matrix_of_blocks_has_its_zeros(method, structure):
 def test_methods_that_look_at_text_change_outputs_less():
     found = {}
     for method in ("magnitude", "wanda", "sparsegpt"):
-        _, report = prune(Pieces.of(build(config())), HALF, method=method, calibration=calibration())
+        _, report = prune(LayerwiseModel.of(build(config())), HALF, method=method, calibration=calibration())
         errors = [m.output_error for m in report.matrices if m.name.startswith("blocks/0/")]
         found[method] = None if None in errors else np.mean(errors)
     assert found["magnitude"] is None  # it was not asked what its inputs are
     assert found["sparsegpt"] < found["wanda"]
-    pieces = Pieces.of(build(config()))
+    pieces = LayerwiseModel.of(build(config()))
     first = grams(pieces.layers[0], inputs_of(pieces.outer, calibration()), calibration())
     errors = []
     for name, module, attribute in matrices(pieces.layers[0]):
@@ -85,8 +87,8 @@ def test_methods_that_look_at_text_change_outputs_less():
 
 
 def test_a_layer_is_pruned_by_what_pruned_layers_before_it_say():
-    pruned, _ = prune(Pieces.of(build(config())), HALF, method="wanda", calibration=calibration())
-    dense, halves = Pieces.of(build(config())), Pieces.of(pruned)
+    pruned, _ = prune(LayerwiseModel.of(build(config())), HALF, method="wanda", calibration=calibration())
+    dense, halves = LayerwiseModel.of(build(config())), LayerwiseModel.of(pruned)
     x = {}
     for name, pieces in (("dense", dense), ("pruned", halves)):
         x[name] = inputs_of(pieces.outer, calibration())
@@ -105,7 +107,9 @@ def test_experts_are_pruned_by_magnitude_and_the_report_says_so():
     model = build(config(pattern=(replace(PLAIN, mlp=MoE(n_experts=4, d_expert=8, n_shared=1)),)))
     bias = model.blocks[0].mlp.bias
     bias[...] = jnp.zeros_like(bias[...])  # every expert is reached
-    pruned, report = prune(Pieces.of(model), HALF, method="wanda", calibration=calibration(), layers="blocks/0/mlp/.*")
+    pruned, report = prune(
+        LayerwiseModel.of(model), HALF, method="wanda", calibration=calibration(), layers="blocks/0/mlp/.*"
+    )
     assert report.idle_experts == {}
     by_name = {m.name.removeprefix("blocks/1/"): m for m in report.matrices if m.name.startswith("blocks/1/")}
     assert by_name["mlp/gate"].why == "wanda is for dense products of plain blocks"
@@ -118,9 +122,9 @@ def test_experts_are_pruned_by_magnitude_and_the_report_says_so():
 
 def test_a_report_counts_the_zeros_that_are_stored():
     """Of a 2:4 model that is quantised afterwards: half by pruning, and what rounding adds."""
-    sparse, _ = prune(Pieces.of(build(config())), NofM(n=2, m=4), method="magnitude")
+    sparse, _ = prune(LayerwiseModel.of(build(config())), SemiStructured(n=2, m=4), method="magnitude")
     rules = QuantizationRule(layers="blocks/.*/mlp/.*", weights=Integer(bits=4, group=4))
-    stored, report = convert(Pieces.of(sparse), Quantization(rules=(rules,)))
+    stored, report = convert(LayerwiseModel.of(sparse), Quantization(rules=(rules,)))
     rows = {m.name: m for m in report.matrices}
     assert rows["blocks/3/attention/query"].sparsity == 0.5  # float
     assert rows["head"].sparsity == 0
@@ -134,7 +138,11 @@ def test_a_report_counts_the_zeros_that_are_stored():
 def test_pruned_and_quantised_in_one_pass_is_stored_so():
     quantization = Quantization(rules=(QuantizationRule(weights=Integer(bits=4, group=4)),))
     pruned, report = prune(
-        Pieces.of(build(config())), HALF, method="sparsegpt", calibration=calibration(), quantization=quantization
+        LayerwiseModel.of(build(config())),
+        HALF,
+        method="sparsegpt",
+        calibration=calibration(),
+        quantization=quantization,
     )
     assert pruned.config.quantization.stored
     assert {m.format for m in report.matrices} == {"int4:g4"}
@@ -150,7 +158,7 @@ def test_pruned_and_quantised_in_one_pass_is_stored_so():
 def test_a_model_that_is_trained_for_a_quantisation_stays_one():
     rules = (QuantizationRule(weights=Integer(bits=4, group=4)),)
     model = build(config(quantization=Quantization(rules=rules)))
-    pruned, report = prune(Pieces.of(model), HALF, method="magnitude")
+    pruned, report = prune(LayerwiseModel.of(model), HALF, method="magnitude")
     assert pruned.config == model.config
     assert {m.format for m in report.matrices} == {"float32"}
     for name, layers in stacked(pruned).items():
@@ -159,11 +167,13 @@ def test_a_model_that_is_trained_for_a_quantisation_stays_one():
         assert np.count_nonzero(layers) == layers.size // 2
     learned = Quantization(rules=(replace(rules[0], learned_step=True),))
     with pytest.raises(ConfigError, match="has learned its steps"):
-        prune(Pieces.of(model), HALF, calibration=calibration(), quantization=learned)
+        prune(LayerwiseModel.of(model), HALF, calibration=calibration(), quantization=learned)
 
 
 def test_only_what_is_chosen_has_to_fit():
-    pruned, _ = prune(Pieces.of(build(config())), NofM(n=1, m=3), method="magnitude", layers=".*/mlp/down")
+    pruned, _ = prune(
+        LayerwiseModel.of(build(config())), SemiStructured(n=1, m=3), method="magnitude", layers=".*/mlp/down"
+    )
     down = stacked(pruned)["blocks/1/mlp/down"]  # 12 inputs; attention has 16
     assert (np.count_nonzero(down.reshape(2, 4, 3, -1), axis=2) == 1).all()
 
@@ -173,7 +183,7 @@ def test_only_what_is_chosen_has_to_fit():
     [
         ({"method": "wonder"}, "use one of magnitude, wanda, sparsegpt"),
         ({"method": "wanda"}, "needs calibration text"),
-        ({"method": "magnitude", "structure": NofM(n=2, m=5)}, "groups of 5 do not divide its 16 inputs"),
+        ({"method": "magnitude", "structure": SemiStructured(n=2, m=5)}, "groups of 5 do not divide its 16 inputs"),
         ({"method": "magnitude", "layers": "blocks/7/.*"}, "matches no matrix; they are blocks/0/attention/key"),
         ({"method": "magnitude", "quantization": Quantization()}, "only sparsegpt prunes and quantises"),
     ],
@@ -181,5 +191,5 @@ def test_only_what_is_chosen_has_to_fit():
 def test_what_cannot_be_pruned_is_refused(arguments, message):
     arguments = {"structure": HALF} | arguments
     with pytest.raises(ConfigError) as error:
-        prune(Pieces.of(build(config())), **arguments)
+        prune(LayerwiseModel.of(build(config())), **arguments)
     assert message in str(error.value)

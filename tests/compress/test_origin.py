@@ -9,11 +9,11 @@ from tiny_models import PLAIN, build, config
 from tiny_runs import LENGTH, OWN_BLOCK, VOCABULARY, with_own_block, write_corpus, write_run
 
 from efftrain import code_identity
+from efftrain.compress.corpus_rows import CorpusRows
 from efftrain.compress.options import Compression
 from efftrain.compress.origin import rounds_are_done
 from efftrain.compress.run import _best_shape as best_shape
 from efftrain.compress.run import compress
-from efftrain.compress.text import Text
 from efftrain.errors import ConfigError, RunError
 from efftrain.train.config import Training
 
@@ -70,7 +70,7 @@ def test_rounds_of_other_code_begin_again_until_they_are_done(run, corpus, tmp_p
     out, stages = tmp_path / "out", tmp_path / "out.stages"
 
     def done(options: Compression = PRUNED) -> bool:
-        return rounds_are_done(run, options, Text(corpus.path, LENGTH), out, stages, None)
+        return rounds_are_done(run, options, CorpusRows(corpus.path, LENGTH), out, stages, None)
 
     def stopped_in_the_last_round() -> None:
         for folder in (stages / "1-cut", out):
@@ -97,7 +97,7 @@ def test_rounds_of_other_code_begin_again_until_they_are_done(run, corpus, tmp_p
 
 def test_finished_rounds_of_other_code_are_refused_and_kept(run, corpus, tmp_path, edited):
     out, stages = tmp_path / "out", tmp_path / "out.stages"
-    arguments = run, PRUNED, Text(corpus.path, LENGTH), out, stages, None
+    arguments = run, PRUNED, CorpusRows(corpus.path, LENGTH), out, stages, None
     assert not rounds_are_done(*arguments)
     (stages / "1-cut").mkdir()
     out.mkdir()
@@ -115,12 +115,12 @@ def test_a_search_that_was_refused_leaves_nothing_that_refuses_the_corrected_one
     options, folder = Compression(slim=0.3, search=9, rows=2, recover=2 * 8 * LENGTH), tmp_path / "1-search"
     folder.mkdir()
     (folder / "shapes.json").write_text(json.dumps({"run": "another one", "options": None, "shapes": []}))
-    text = Text(corpus.path, 999)  # no row is so long: refused before the first cut
+    text = CorpusRows(corpus.path, 999)  # no row is so long: refused before the first cut
     with pytest.raises(ConfigError, match="length 999 needs 1000 tokens"):
         best_shape(run, options, replace(options, search=None, recover=0), text, folder, TRAINING, None)
     assert json.loads((folder / "shapes.json").read_text())["run"] == str(run)
     (folder / "1-cut").mkdir()
-    text = Text(corpus.path, 998)
+    text = CorpusRows(corpus.path, 998)
     (folder / "shapes.json").write_text(json.dumps({"run": "another one", "options": None, "shapes": []}))
     with pytest.raises(RunError, match="1-search was made with other options or inputs"):
         best_shape(run, options, replace(options, search=None, recover=0), text, folder, TRAINING, None)

@@ -12,14 +12,14 @@ import pytest
 from tiny_models import PLAIN, build, config
 from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
-from efftrain.compress.distillation.teacher_cache import CacheOptions, build_cache
+from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
 from efftrain.compress.options import Compression
 from efftrain.compress.run import compress
 from efftrain.compress.task.task_run import general_ids
 from efftrain.data.tasks.task import Example, Task
 from efftrain.errors import ConfigError, RunError
 from efftrain.experiment.experiment import Experiment, train_and_score
-from efftrain.measure.depth.calibrate_depth import Calibration, calibrate
+from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate
 from efftrain.models.decoder import Decoder
 from efftrain.train.config import Training
 from efftrain.train.objectives.objective import next_token_loss
@@ -65,7 +65,7 @@ def test_every_command_refuses_it(run, corpus, other, tmp_path):
         "compress": lambda: compress(run, Compression(quantize="int8"), out=out, corpus=other.path),
         "recover": lambda: compress(run, Compression(slim=0.3, recover=999), out=out, corpus=other.path),
         "teacher": lambda: build_cache(run, CacheOptions(rows=2), out=out, corpus=other.path),
-        "calibrate": lambda: calibrate(run, Calibration(rows=6, risk=0.9, error=0.5), corpus=other.path),
+        "calibrate": lambda: calibrate(run, DepthCalibration(rows=6, risk=0.9, error=0.5), corpus=other.path),
         "task": lambda: general_ids(run, task(), other.path / "tokenizer.json"),
     }
     before = sorted(tmp_path.rglob("*"))

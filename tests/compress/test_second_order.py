@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efftrain.compress.layerwise.observe import relative_error
+from efftrain.compress.layerwise.calibration import relative_error
 from efftrain.compress.layerwise.second_order import BLOCK, DAMPING, compensated, gptq, inverse_factor, sparse_gpt
 from efftrain.errors import ConfigError
-from efftrain.ops.masks import NofM, Unstructured
+from efftrain.ops.masks import SemiStructured, Unstructured
 from efftrain.ops.number_formats import Integer
 from efftrain.ops.quantize import quantize
 
@@ -120,7 +120,7 @@ def pruned_by_definition(w: np.ndarray, gram: np.ndarray, n: int, m: int) -> np.
 def test_sparse_gpt_is_what_the_definition_says(d):
     w, gram = problem(d, 5)
     with jax.enable_x64(True):
-        found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), NofM(n=2, m=4))
+        found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), SemiStructured(n=2, m=4))
     wanted = pruned_by_definition(w, gram, 2, 4)
     same = (np.asarray(found) == 0) == (wanted == 0)
     assert same.mean() > 0.99  # float32 within; two costs may change places

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 from tiny_models import LOCAL, PLAIN, build, config, tokens
 
-from efftrain.compress.layerwise.observe import Calibration, forward
-from efftrain.compress.layerwise.pieces import Pieces, assemble
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.structured.cut import kept_layers, largest, slim
 from efftrain.compress.structured.importance import _observe, importance
 from efftrain.compress.structured.shape import Shape, head_parts, shaped
@@ -47,16 +47,16 @@ def logits(model, batch: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda state, batch: nnx.merge(graph, state)(batch))(state, batch))
 
 
-def calibration(n: int = 8, length: int = 16) -> Calibration:
+def calibration(n: int = 8, length: int = 16) -> CalibrationRows:
     """Two documents a row, and padding behind the second one, in each row of another length."""
     place = np.arange(length)[None]
     end, cut = 9 + np.arange(n)[:, None] % 8, 3 + np.arange(n)[:, None] % 4
     segments = np.where(place >= end, 0, 1 + (place >= cut))
     positions = np.where(place >= cut, place - cut, place)
-    return Calibration(tokens(n, length, seed=3), segments.astype(np.int32), positions.astype(np.int32))
+    return CalibrationRows(tokens(n, length, seed=3), segments.astype(np.int32), positions.astype(np.int32))
 
 
-def walk(pieces: Pieces, text: Calibration) -> list[np.ndarray]:
+def walk(pieces: LayerwiseModel, text: CalibrationRows) -> list[np.ndarray]:
     """The residual stream before each layer and behind the last one, without what is padding: zero there."""
     x = np.asarray(pieces.outer.embedding(text.tokens))
     found = [x]
@@ -65,7 +65,7 @@ def walk(pieces: Pieces, text: Calibration) -> list[np.ndarray]:
     return found
 
 
-def row_norm(a_ntd: np.ndarray, text: Calibration) -> np.ndarray:
+def row_norm(a_ntd: np.ndarray, text: CalibrationRows) -> np.ndarray:
     """The formula of Minitron, row by row."""
     rows = [np.abs(a_td[real]).mean(0) for a_td, real in zip(np.asarray(a_ntd), text.segments > 0, strict=True)]
     return np.sqrt(np.square(rows).sum(0))
@@ -75,14 +75,14 @@ def whole(model_config, **changes) -> Shape:
     return replace(Shape.of(model_config), **changes)
 
 
-def slimmed(model, text: Calibration | None = None, **changes):
-    pieces = Pieces.of(model)
+def slimmed(model, text: CalibrationRows | None = None, **changes):
+    pieces = LayerwiseModel.of(model)
     return slim(pieces, whole(model.config, **changes), importance(pieces, text or calibration()))
 
 
 def test_importance_is_the_formula_on_tokens_that_are_no_padding():
     model, text = build(config(pattern=(PLAIN, ROUTED), n_repeats=1)), calibration()
-    pieces = Pieces.of(model)
+    pieces = LayerwiseModel.of(model)
     found = importance(pieces, text)
     streams, hidden = walk(pieces, text), np.zeros(16)
     for i, layer in enumerate(pieces.layers):
@@ -126,7 +126,7 @@ def gate_times_norm(mlp: RoutedExperts, x_nd: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_influence_of_a_block_is_how_far_it_turns_the_stream(n):
     model, text = build(MODELS["two kinds"]), calibration()
-    pieces = Pieces.of(model)
+    pieces = LayerwiseModel.of(model)
     found, streams = importance(pieces, text), walk(pieces, text)
     for first in range(5 - n):
         a, b = (x[text.segments > 0] for x in (streams[first], streams[first + n]))
@@ -136,7 +136,7 @@ def test_the_influence_of_a_block_is_how_far_it_turns_the_stream(n):
 
 def test_a_pass_compiles_each_kind_of_layer_once_and_leaves_the_model_as_it_was():
     model = build(config(n_repeats=4, norm_eps=1e-4))  # an eps of its own: another compiled program
-    pieces, before = Pieces.of(model), _observe._cache_size()
+    pieces, before = LayerwiseModel.of(model), _observe._cache_size()
     found = importance(pieces, calibration(16))
     assert _observe._cache_size() - before == 2
     again = assemble(model.config, pieces.outer, [nnx.state(layer) for layer in pieces.layers])
@@ -144,13 +144,15 @@ def test_a_pass_compiles_each_kind_of_layer_once_and_leaves_the_model_as_it_was(
     # Rows of padding only, in a batch that is not full, count nothing.
     text = calibration(16)
     more = {"tokens": 3, "segments": 0, "positions": 0}
-    padded = Calibration(**{k: np.pad(getattr(text, k), ((0, 3), (0, 0)), constant_values=v) for k, v in more.items()})
+    padded = CalibrationRows(
+        **{k: np.pad(getattr(text, k), ((0, 3), (0, 0)), constant_values=v) for k, v in more.items()}
+    )
     np.testing.assert_allclose(importance(pieces, padded).hidden, found.hidden, rtol=1e-5)
 
 
 def zeroed(model, report):
     """The whole model with nothing behind the units and groups that the report has not kept."""
-    pieces = Pieces.of(model)
+    pieces = LayerwiseModel.of(model)
     for cut, layer in zip(report.layers, pieces.layers, strict=True):
         n = 16 // head_parts(layer.attention.config)
         kept = {layer.attention.out: np.concatenate([np.arange(g * n, (g + 1) * n) for g in cut.heads])}
@@ -178,7 +180,7 @@ def test_with_one_kv_head_the_query_heads_that_do_least_go():
     """By the formula, head by head; key and value stay as they are."""
     model, text = build(config(pattern=(ONE_GROUP,), n_repeats=1)), calibration()
     smaller, report = slimmed(model, heads=0.75)
-    (layer,) = Pieces.of(model).layers
+    (layer,) = LayerwiseModel.of(model).layers
     layer.attention.out.kernel[...] = jnp.eye(16)
     read = layer.attention_norm(np.asarray(model.embedding(text.tokens)))
     columns = row_norm(layer.attention(read, text.positions, text.segments), text)
@@ -296,7 +298,7 @@ def test_layers_that_do_nothing_are_not_missed(scan):
 @pytest.mark.parametrize(("n_dropped", "dropped"), [(1, [2]), (2, [2, 3]), (3, [2, 3, 4]), (4, [1, 2, 3, 4])])
 def test_layers_go_in_one_block_between_the_first_and_the_last(n_dropped, dropped):
     """These two do next to nothing here, and stay."""
-    found = importance(Pieces.of(build(config(pattern=(PLAIN,), n_repeats=6))), calibration())
+    found = importance(LayerwiseModel.of(build(config(pattern=(PLAIN,), n_repeats=6))), calibration())
     turned = np.cumsum([0, 0.001, 0.3, 0.05, 0.1, 0.15, 0.001])
     found = replace(found, cosines=1 - np.abs(turned - turned[:, None]))
     assert sorted(set(range(6)) - set(kept_layers(found, 6 - n_dropped))) == dropped
@@ -418,7 +420,7 @@ def test_impossible_shares_are_refused(changes, message):
 )
 def test_models_that_cannot_be_pruned_are_refused(changes, message):
     model_config = config(**changes)
-    pieces = Pieces.of(build(model_config))
+    pieces = LayerwiseModel.of(build(model_config))
     with pytest.raises(ConfigError, match=message):
         importance(pieces, calibration())
     with pytest.raises(ConfigError, match=message):

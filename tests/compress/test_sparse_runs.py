@@ -4,12 +4,12 @@ import pytest
 from tiny_models import PLAIN, build, config
 from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.options import Compression
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.run import compress
 from efftrain.errors import ConfigError
-from efftrain.ops.masks import NofM
+from efftrain.ops.masks import SemiStructured
 from efftrain.train.config import Training
 
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=2, max_length=32)
@@ -20,7 +20,7 @@ TRAINING = Training(steps=40, batch_size=8, length=LENGTH)
 def sparse(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text").mkdir()
-    model, _ = prune(Pieces.of(build(MODEL)), NofM(n=2, m=4), method="magnitude")
+    model, _ = prune(LayerwiseModel.of(build(MODEL)), SemiStructured(n=2, m=4), method="magnitude")
     return write_run(folder / "2of4", model, write_corpus(folder / "text"), TRAINING)
 
 

@@ -14,12 +14,12 @@ from flax import nnx
 from tiny_models import build, config
 
 import efftrain
-from efftrain.compress.pruning.sparsify import Magnitude, Regrow, Saliency, Sparsity, hold_zeros, new_masks, sparsify
+from efftrain.compress.pruning.sparsify import Magnitude, RigL, Saliency, Sparsity, hold_zeros, new_masks, sparsify
 from efftrain.compress.pruning.sparsity_schedules import Constant, ErdosRenyi, Global, Gradual, Iterative, OneShot
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import matrices
-from efftrain.ops.masks import Blocks, NofM, Unstructured, keep_highest, pack_bits, unpack_bits
+from efftrain.ops.masks import Blocks, SemiStructured, Unstructured, keep_highest, pack_bits, unpack_bits
 from efftrain.train.optimizers import AdamW, Muon
 from efftrain.train.schedules import Cosine
 
@@ -100,8 +100,8 @@ def test_every_layer_loses_exactly_its_share_and_nothing_else(score, structure):
 
 
 def test_two_of_four_inputs_stay_for_each_output_and_they_are_the_largest():
-    before, _ = run(Sparsity(structure=NofM(n=2, m=4), schedule=OneShot(at=0.5)), steps=5)[-1]
-    history = run(Sparsity(structure=NofM(n=2, m=4), schedule=OneShot(at=0.5)), inner=optax.sgd(0.0), steps=6)
+    before, _ = run(Sparsity(structure=SemiStructured(n=2, m=4), schedule=OneShot(at=0.5)), steps=5)[-1]
+    history = run(Sparsity(structure=SemiStructured(n=2, m=4), schedule=OneShot(at=0.5)), inner=optax.sgd(0.0), steps=6)
     for name, layers in stacked(history[-1][0]).items():
         groups = layers.reshape(len(layers), -1, 4, layers.shape[-1])
         assert (np.count_nonzero(groups, axis=2) == 2).all(), name
@@ -125,7 +125,7 @@ def test_sparsity_grows_by_the_cubic_and_then_stands_still():
 
 
 def test_n_of_m_grows_group_by_group():
-    history = run(Sparsity(structure=NofM(n=1, m=4), schedule=Gradual(start=0.0, end=0.9, updates=9)))
+    history = run(Sparsity(structure=SemiStructured(n=1, m=4), schedule=Gradual(start=0.0, end=0.9, updates=9)))
     kept = []
     for model, _ in history:
         layers = stacked(model)["blocks/0/mlp/up"]
@@ -198,7 +198,7 @@ def test_straight_through_trains_what_is_pruned_and_lets_it_come_back():
 
 def test_regrowth_keeps_the_number_and_starts_from_zero():
     for by in ("gradient", "random"):
-        sparsity = Sparsity(score=Regrow(by=by), schedule=Constant(start=0.0, end=0.8, updates=4))
+        sparsity = Sparsity(score=RigL(by=by), schedule=Constant(start=0.0, end=0.8, updates=4))
         history = run(sparsity, inner=optax.sgd(0.0))
         counts, first = [], None
         for _, state in history:
@@ -216,7 +216,7 @@ def test_regrowth_keeps_the_number_and_starts_from_zero():
 
 def test_regrowth_by_the_gradient_grows_where_it_is_largest():
     params = nnx.state(build(config()), nnx.Param)
-    sparsity = Sparsity(score=Regrow(exchanged=0.5), schedule=Constant(start=0.0, end=0.8, updates=4))
+    sparsity = Sparsity(score=RigL(exchanged=0.5), schedule=Constant(start=0.0, end=0.8, updates=4))
     grown = jax.tree.map(lambda a: jnp.zeros_like(a).at[..., :1, :].set(100.0) if a.ndim > 2 else a, params)
     _, state = run(sparsity, inner=optax.sgd(0.0), gradient=lambda number, params: grown)[-1]
     mask = state.masks["blocks/0/mlp/up"]
@@ -386,16 +386,16 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for make, words in (
         (lambda: Unstructured(sparsity=1.0), "below 1"),
         (lambda: Unstructured(sparsity=-0.1), "from 0"),
-        (lambda: NofM(n=5, m=4), "0 < n <= m"),
+        (lambda: SemiStructured(n=5, m=4), "0 < n <= m"),
         (lambda: Gradual(start=0.5, end=0.5), "start < end"),
-        (lambda: Sparsity(structure=NofM(), distribution=Global()), "n:m is the same"),
-        (lambda: Sparsity(score=Regrow()), "Constant"),
+        (lambda: Sparsity(structure=SemiStructured(), distribution=Global()), "n:m is the same"),
+        (lambda: Sparsity(score=RigL()), "Constant"),
         (lambda: Sparsity(layers="("), "regular expression"),
         (lambda: Sparsity(schedule=Iterative(sparsity=0.8)), "the same to both"),
         (lambda: Sparsity(schedule=Gradual(end=0.9)).around(tiny.TRAINING), "decays from 0.8"),
         (lambda: Sparsity(schedule=OneShot(at=1.0)).around(replace(tiny.TRAINING, schedule=Cosine())), "the last one"),
         (lambda: run(Sparsity(layers="blocks/9/.*"), steps=1), "matches no matrix; they are blocks/0/attention/key"),
-        (lambda: run(Sparsity(structure=NofM(n=2, m=5)), steps=1), "groups of 5 do not divide its 16 inputs"),
+        (lambda: run(Sparsity(structure=SemiStructured(n=2, m=5)), steps=1), "groups of 5 do not divide its 16 inputs"),
         (lambda: run(Sparsity(structure=Blocks(columns=5)), steps=1), "do not divide its 16 x"),
     ):
         with pytest.raises(ConfigError) as error:

@@ -8,7 +8,7 @@ from test_one_shot import calibration
 from tiny_models import PLAIN, build, config, tokens
 
 from efftrain.compress.distillation.student import cut_from, from_layers, shape_within, spread_layers
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.errors import ConfigError
 from efftrain.models.config import ModelConfig
 
@@ -30,7 +30,7 @@ def test_layers_at_equal_distances_up_to_the_last(n, of, want):
 
 def test_some_layers_compute_what_they_did():
     teacher = build(DEEP)
-    student = from_layers(Pieces.of(teacher), (1, 3))
+    student = from_layers(LayerwiseModel.of(teacher), (1, 3))
     assert student.config.n_layers == 2
     x, t = teacher.embedding(tokens()), np.broadcast_to(np.arange(11), (2, 11))
     for i in (1, 3):
@@ -40,7 +40,7 @@ def test_some_layers_compute_what_they_did():
 
 def test_layers_of_two_kinds_keep_their_kind():
     teacher = build(config())  # plain and local, twice
-    student = from_layers(Pieces.of(teacher), (1, 3))
+    student = from_layers(LayerwiseModel.of(teacher), (1, 3))
     assert student.config.layers == (teacher.config.layers[1], teacher.config.layers[3])
     assert np.isfinite(student(tokens())).all()
 
@@ -48,12 +48,12 @@ def test_layers_of_two_kinds_keep_their_kind():
 def test_a_cut_has_the_student_shape():
     teacher = build(DEEP)
     student = narrow(DEEP)
-    found = cut_from(Pieces.of(teacher), student, calibration())
+    found = cut_from(LayerwiseModel.of(teacher), student, calibration())
     assert found.config == student
     assert shape_within(DEEP, DEEP).d_model == DEEP.d_model
     one_group = DEEP.replace(pattern=(replace(PLAIN, attention=replace(PLAIN.attention, n_kv_heads=1)),))
     assert shape_within(student, one_group).heads == 0.5  # two query heads of four
-    whole = cut_from(Pieces.of(teacher), DEEP, calibration())
+    whole = cut_from(LayerwiseModel.of(teacher), DEEP, calibration())
     np.testing.assert_allclose(whole(tokens()), teacher(tokens()), rtol=1e-4, atol=1e-4)
 
 
@@ -65,4 +65,4 @@ def narrow(model: ModelConfig) -> ModelConfig:
 def test_another_head_size_cannot_be_cut():
     block = replace(PLAIN, attention=replace(PLAIN.attention, d_head=8))
     with pytest.raises(ConfigError, match="start it at random"):
-        cut_from(Pieces.of(build(DEEP)), DEEP.replace(pattern=(block,)), calibration())
+        cut_from(LayerwiseModel.of(build(DEEP)), DEEP.replace(pattern=(block,)), calibration())

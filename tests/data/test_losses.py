@@ -9,7 +9,7 @@ import pytest
 
 from efftrain import data
 from efftrain.data import documents
-from efftrain.data.report.alarms import alarms
+from efftrain.data.report.alerts import alarms
 from efftrain.data.rules import AtMost
 from efftrain.data.sources import base as sources
 from efftrain.data.stages.engines import Local

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efftrain import data
-from efftrain.data.dedup.lines import RepeatedLines
+from efftrain.data.dedup.lines import LineDeduplication
 from efftrain.data.splits import SPLITS
 from efftrain.data.stages.engines import Local
 from efftrain.errors import ConfigError
@@ -33,7 +33,7 @@ def build(pages, out, config_for, lines, **engine):
 
 
 def test_a_line_stays_in_the_first_document_only(pages, tmp_path, config_for):
-    corpus = build(pages, tmp_path / "out", config_for, RepeatedLines())
+    corpus = build(pages, tmp_path / "out", config_for, LineDeduplication())
     texts = {d.id: d.text for split in SPLITS for d in corpus.documents(split)}
     before = {row["id"]: row["text"] for row in map(json.loads, pages.read_text().splitlines())}
     holders = [id for id, text in texts.items() if NOTICE.lower() in text.lower()]
@@ -47,19 +47,19 @@ def test_a_line_stays_in_the_first_document_only(pages, tmp_path, config_for):
 
 
 def test_short_lines_stay(pages, tmp_path, config_for):
-    corpus = build(pages, tmp_path / "out", config_for, RepeatedLines())
+    corpus = build(pages, tmp_path / "out", config_for, LineDeduplication())
     assert all(d.text.count("}") == 2 for split in SPLITS for d in corpus.documents(split))
 
 
 def test_little_memory_gives_the_same(pages, tmp_path, config_for, monkeypatch):
-    one = build(pages, tmp_path / "one", config_for, RepeatedLines())
+    one = build(pages, tmp_path / "one", config_for, LineDeduplication())
     monkeypatch.setattr(Local, "budget", 1000)
-    other = build(pages, tmp_path / "other", config_for, RepeatedLines())
+    other = build(pages, tmp_path / "other", config_for, LineDeduplication())
     assert one.token_fingerprint == other.token_fingerprint
 
 
 def test_paragraphs_are_what_blank_lines_part():
-    config = RepeatedLines(unit="paragraph", min_chars=3)
+    config = LineDeduplication(unit="paragraph", min_chars=3)
     text = "one\nstill one\n\ntwo\n \n\none\nstill one"
     assert "".join(config.split(text)) == text
     counts = Counter(hash for _, hash in config.hashes(text))
@@ -71,10 +71,10 @@ def test_nothing_is_lost_in_splitting(unit):
     rng = np.random.default_rng(0)
     for _ in range(200):
         text = "".join(rng.choice(list("ab \n\r\t\x0b"), size=30))
-        assert "".join(RepeatedLines(unit=unit).split(text)) == text
+        assert "".join(LineDeduplication(unit=unit).split(text)) == text
 
 
 @pytest.mark.parametrize("fields", [{"unit": "page"}, {"min_chars": 0}])
 def test_impossible_configurations_are_refused(fields):
     with pytest.raises(ConfigError, match=r"repeated_lines\."):
-        RepeatedLines(**fields)
+        LineDeduplication(**fields)

@@ -13,7 +13,7 @@ import report_corpus
 import efftrain.data.report.tables as tables
 from efftrain.data.documents import Text
 from efftrain.data.report import funnel, size, write_report
-from efftrain.data.report.alarms import alarms
+from efftrain.data.report.alerts import alarms
 from efftrain.data.report.figures import (
     collision_curve,
     expected_recall,

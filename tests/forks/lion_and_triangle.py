@@ -12,7 +12,7 @@ from flax import nnx
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.train.config import Training
-from efftrain.train.loop import Fitted, fit
+from efftrain.train.loop import TrainResult, fit
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import OptimizerConfig
 from efftrain.train.run.directory import Run
@@ -73,7 +73,7 @@ class Rows:
         pass
 
 
-def main(out: Path) -> Fitted:
+def main(out: Path) -> TrainResult:
     run = Run(out, config, script=Path(__file__))
 
     def build(rngs: nnx.Rngs) -> Decoder:

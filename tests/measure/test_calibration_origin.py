@@ -12,12 +12,12 @@ import efftrain
 from efftrain import code_identity
 from efftrain.errors import RunError
 from efftrain.measure.depth import calibrate_depth
-from efftrain.measure.depth.calibrate_depth import Calibration, calibrate, read_calibration
+from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate, read_calibration
 from efftrain.models.depth.routed_depth import MixtureOfDepths
 
 ROUTED = replace(PLAIN, depth=MixtureOfDepths(capacity=0.5))
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN, ROUTED), n_repeats=1, max_length=32)
-OPTIONS = Calibration(rows=6, risk=0.9, error=0.5)
+OPTIONS = DepthCalibration(rows=6, risk=0.9, error=0.5)
 
 
 @pytest.fixture(scope="module")

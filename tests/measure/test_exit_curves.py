@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tiny_models import PLAIN, build, config, rows, tokens
 
-from efftrain.measure.depth.exit_curves import QUANTILES, RULES, Text, full_choices, measure_exit, tune
+from efftrain.measure.depth.exit_curves import QUANTILES, RULES, TokenTable, full_choices, measure_exit, tune
 from efftrain.measure.quality.row_documents import with_documents
-from efftrain.models.depth.early_exit import ConfidenceExit, Probe
+from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def test_thresholds_and_probe_are_from_valid_tokens_and_say_from_how_many(model,
     expected = np.quantile(np.concatenate(similarities), QUANTILES)
     np.testing.assert_allclose(found["thresholds"]["similarity"], expected, atol=1e-4)
     assert found["thresholds"].keys() == set(RULES)
-    probe = Probe(**{name: np.asarray(values, np.float32) for name, values in found["probe"].items()})
-    text = Text(np.zeros(29, np.int32), np.ones(29))
+    probe = ExitProbe(**{name: np.asarray(values, np.float32) for name, values in found["probe"].items()})
+    text = TokenTable(np.zeros(29, np.int32), np.ones(29))
     of_documents = with_documents(batches, end_of_text_id=0)
     full = full_choices(model, of_documents)
     point = measure_exit(model, of_documents, full, text, ConfidenceExit(rule="similarity"), 2.0, probe)

@@ -7,19 +7,19 @@ from lock_holder import Holder
 
 from efftrain.errors import InUseError
 from efftrain.lock import beside
-from efftrain.measure.kept import Kept
+from efftrain.measure.measurements import Measurements
 
 VALUES, CODE = {"options": {"rows": (1, 2)}, "model": "a"}, {"efftrain": "1", "recipe.py": "x"}
 
 
 def measured(path, values=VALUES, code=CODE):
-    return Kept(path, values, code).cell("first", lambda: 3.0)
+    return Measurements(path, values, code).cell("first", lambda: 3.0)
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, capfd):
     path = tmp_path / "depth.json"
     assert measured(path) == 3.0
-    assert Kept(path, VALUES, CODE).cell("first", lambda: 4.0) == 3.0
+    assert Measurements(path, VALUES, CODE).cell("first", lambda: 4.0) == 3.0
     assert not capfd.readouterr().err
 
 
@@ -34,7 +34,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, capfd):
 def test_other_code_and_other_values_are_measured_again(tmp_path, capfd, values, code, words):
     path = tmp_path / "depth.json"
     measured(path)
-    assert Kept(path, values, code).cell("first", lambda: 4.0) == 4.0
+    assert Measurements(path, values, code).cell("first", lambda: 4.0) == 4.0
     assert words in " ".join(capfd.readouterr().err.split())
 
 
@@ -50,7 +50,7 @@ def test_two_processes_do_not_measure_for_one_file(tmp_path):
     with pytest.raises(InUseError, match=rf"depth.json is in use by process {holder.pid} on \S+; wait for it"):
         measured(path)
     holder.kill()
-    kept = Kept(path, VALUES, CODE)
+    kept = Measurements(path, VALUES, CODE)
     assert kept.cell("first", lambda: 3.0) == 3.0
     kept.remove()
     assert list(path.parent.iterdir()) == []

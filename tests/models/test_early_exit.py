@@ -11,12 +11,12 @@ from efftrain.models.cache import Cache
 from efftrain.models.decoding.generate import generate, generate_report, prefill
 from efftrain.models.depth.early_exit import (
     ConfidenceExit,
-    Probe,
+    ExitProbe,
     advance,
     confidence,
     exit_states,
     extend_until_sure,
-    fit_probe,
+    fit_exit_probe,
 )
 
 LENGTH = 9
@@ -30,7 +30,7 @@ def model():
 @pytest.fixture(scope="module")
 def probe():
     rng = np.random.default_rng(2)
-    return Probe(jnp.asarray(rng.normal(size=(3, 16)), jnp.float32), jnp.zeros(3))
+    return ExitProbe(jnp.asarray(rng.normal(size=(3, 16)), jnp.float32), jnp.zeros(3))
 
 
 # Thresholds at which some tokens of the tiny model leave at each exit.
@@ -149,7 +149,7 @@ def test_a_probe_learns_what_can_be_told_from_the_state():
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 2000, 8)).astype(np.float32)
     agree = np.stack([hidden[0, :, 3] > 0.5, rng.random(2000) < 0.8])
-    found = fit_probe(jnp.asarray(hidden), jnp.asarray(agree))
+    found = fit_exit_probe(jnp.asarray(hidden), jnp.asarray(agree))
     told = np.asarray(found(jnp.asarray(hidden[0]), 1)) > 0
     assert (told == agree[0]).mean() > 0.97
     # What cannot be told comes out as the base rate.

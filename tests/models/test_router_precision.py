@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 from efftrain.models.depth.depth_router import Router
-from efftrain.models.depth.early_exit import Probe
+from efftrain.models.depth.early_exit import ExitProbe
 from efftrain.models.moe import MoE
 
 X_BTD = jnp.zeros((2, 5, 12))
-PROBE = Probe(jnp.zeros((3, 12)), jnp.zeros(3))
+PROBE = ExitProbe(jnp.zeros((3, 12)), jnp.zeros(3))
 
 
 def depth_router(call):

@@ -11,7 +11,7 @@ import pytest
 
 from efftrain.ops import head_loss as module
 from efftrain.ops.cross_entropy import cross_entropy, token_nll
-from efftrain.ops.head_loss import choose_chunks
+from efftrain.ops.fused_linear_loss import choose_chunks
 
 BATCH, LENGTH, D, VOCAB = 3, 8, 5, 11
 

@@ -21,7 +21,7 @@ from efftrain.models.zeros import zeros_share
 from efftrain.ops.number_formats import Integer
 from efftrain.train.branch import branched
 from efftrain.train.checkpoints.checkpoints import Checkpoints
-from efftrain.train.loop import Fitted, fit
+from efftrain.train.loop import TrainResult, fit
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.run.directory import Run
@@ -30,7 +30,7 @@ from efftrain.train.state import split_model
 INT4 = Integer(bits=4, group=8)
 
 
-def train(out: Path, config: Config, batches: Walks | None = None, **changes) -> Fitted:
+def train(out: Path, config: Config, batches: Walks | None = None, **changes) -> TrainResult:
     training = dataclasses.replace(config.training, **changes)
     config = dataclasses.replace(config, training=training)
     model = config.model

@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 from efftrain.errors import RunError
 from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.metrics import timing as timing_module
+from efftrain.train.metrics.metric_logger import MetricLogger
 from efftrain.train.metrics.metrics_log import MetricsLog, read_metrics
-from efftrain.train.metrics.recorder import Recorder
 from efftrain.train.metrics.timing import Timing
 from efftrain.train.run.directory import Run
 
@@ -35,8 +35,8 @@ def metrics_of(number: int, reads: list[str], **values: float) -> dict:
     return {name: (OnDevice(f"{name} {number}", value, reads), 1) for name, value in values.items()}
 
 
-def recorder(run: Run, *, max_bad_steps: int = 3) -> Recorder:
-    return Recorder(run, Timing(64, None, None), start=0, steps=9, max_bad_steps=max_bad_steps)
+def recorder(run: Run, *, max_bad_steps: int = 3) -> MetricLogger:
+    return MetricLogger(run, Timing(64, None, None), start=0, steps=9, max_bad_steps=max_bad_steps)
 
 
 @pytest.fixture

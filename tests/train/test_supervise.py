@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from efftrain.errors import ConfigError
-from efftrain.train.loop import Fitted
+from efftrain.train.loop import TrainResult
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.run.directory import load
 from efftrain.train.supervision.supervise import supervise
@@ -75,7 +75,7 @@ def test_crash_kill_and_preemption_are_survived_and_the_run_is_the_same(tmp_path
     assert "(restart 1 of 2 since step 3)" in said
     assert "(restart 1 of 2 since step 7)" in said
     assert [row["step"] for row in read_metrics(run.out)] == list(range(1, STEPS + 1))
-    ends_like(run.out, Fitted(model=load(run.out), figures={}, evaluation=None))
+    ends_like(run.out, TrainResult(model=load(run.out), figures={}, evaluation=None))
 
 
 def test_it_gives_up_where_restarts_bring_no_newer_checkpoint(tmp_path):

@@ -13,7 +13,7 @@ import tiny
 from efftrain.errors import ConfigError
 from efftrain.sharding import hosts
 from efftrain.train.metrics.metrics_log import read_metrics
-from efftrain.train.metrics.timing import Standing, Timing
+from efftrain.train.metrics.timing import Timing, WatchdogStatus
 from efftrain.train.supervision.supervise import PROGRESS_FILE
 from efftrain.train.supervision.watchdog import EXIT_HUNG, Watchdog
 
@@ -96,11 +96,11 @@ def test_none_watches_nothing(tmp_path):
 
 def test_limits_by_hand():
     watchdog = Watchdog(factor=20, min_s=300, aside_s=7200)
-    assert watchdog.limit_s(Standing("compute", 0, median_s=1)) == 300
-    assert watchdog.limit_s(Standing("compute", 0, median_s=30)) == 600
-    assert watchdog.limit_s(Standing("input_wait", 0, median_s=30)) == 600
-    assert watchdog.limit_s(Standing("compute", 0, median_s=None)) == 7200  # the first steps
-    assert watchdog.limit_s(Standing("checkpoint", 0, median_s=1)) == 7200
+    assert watchdog.limit_s(WatchdogStatus("compute", 0, median_s=1)) == 300
+    assert watchdog.limit_s(WatchdogStatus("compute", 0, median_s=30)) == 600
+    assert watchdog.limit_s(WatchdogStatus("input_wait", 0, median_s=30)) == 600
+    assert watchdog.limit_s(WatchdogStatus("compute", 0, median_s=None)) == 7200  # the first steps
+    assert watchdog.limit_s(WatchdogStatus("checkpoint", 0, median_s=1)) == 7200
 
 
 @pytest.mark.parametrize(

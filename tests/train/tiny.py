@@ -16,7 +16,7 @@ from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.train.checkpoints.checkpoints import flatten
 from efftrain.train.config import Training
-from efftrain.train.loop import Fitted, fit
+from efftrain.train.loop import TrainResult, fit
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW
@@ -128,7 +128,7 @@ def train(
     initial=None,
     wrap=None,
     **changes,
-) -> Fitted:
+) -> TrainResult:
     """``fit`` of the tiny run on so many devices, with fields of its ``Training`` changed."""
     config = Config(model=model, training=dataclasses.replace(TRAINING, **changes))
     return fit(

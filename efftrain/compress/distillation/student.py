@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from flax import nnx
 
-from efftrain.compress.layerwise.observe import Calibration
-from efftrain.compress.layerwise.pieces import Pieces, assemble
+from efftrain.compress.layerwise.calibration import CalibrationRows
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.structured.cut import slim
 from efftrain.compress.structured.importance import importance
 from efftrain.compress.structured.shape import Shape, shaped
@@ -22,7 +22,7 @@ def spread_layers(n_student: int, n_teacher: int) -> tuple[int, ...]:
     return tuple(-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student))
 
 
-def from_layers(teacher: Pieces, layers: Sequence[int]) -> Decoder:
+def from_layers(teacher: LayerwiseModel, layers: Sequence[int]) -> Decoder:
     """Some layers of a model, with its embedding, last norm and head.
 
     Source: Sanh et al. 2019 (DistilBERT), section 2: this mattered more than the loss.
@@ -36,7 +36,7 @@ def from_layers(teacher: Pieces, layers: Sequence[int]) -> Decoder:
     return assemble(config, teacher.outer, [nnx.state(teacher.layers[i]) for i in layers])
 
 
-def cut_from(teacher: Pieces, student: ModelConfig, calibration: Calibration) -> Decoder:
+def cut_from(teacher: LayerwiseModel, student: ModelConfig, calibration: CalibrationRows) -> Decoder:
     """What is most important of a teacher, in the shape of a student.
 
     Raises:

@@ -14,7 +14,7 @@ import scipy.linalg
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.ops.masks import NofM, Unstructured, keep_highest
+from efftrain.ops.masks import SemiStructured, Unstructured, keep_highest
 from efftrain.ops.number_formats import Format
 from efftrain.ops.quantize import QuantizedArray, group_size, quantize, step_of, stored_scale
 
@@ -142,7 +142,7 @@ def gptq(w_df: Array, gram_dd: Array, format: Format) -> tuple[QuantizedArray, f
 
 
 def sparse_gpt(
-    w_df: Array, gram_dd: Array, structure: Unstructured | NofM, format: Format | None = None
+    w_df: Array, gram_dd: Array, structure: Unstructured | SemiStructured, format: Format | None = None
 ) -> tuple[Array, float]:
     """The matrix with zeros so that its products with the calibration's inputs change least.
 
@@ -168,7 +168,11 @@ def sparse_gpt(
 
 @partial(jax.jit, static_argnames=("structure", "format"))
 def _sparse_gpt(
-    w_df: Array, factor_dd: Array, scale_gf: Array | None, structure: Unstructured | NofM, format: Format | None
+    w_df: Array,
+    factor_dd: Array,
+    scale_gf: Array | None,
+    structure: Unstructured | SemiStructured,
+    format: Format | None,
 ) -> Array:
     def project(row_f: Array, i: Array) -> Array:
         if format is None:
@@ -181,14 +185,14 @@ def _sparse_gpt(
 
     def select(rows_gf: Array, diagonal_g: Array, first: Array) -> Array:
         cost_gf = (rows_gf / diagonal_g[:, None]) ** 2
-        if isinstance(structure, NofM):
+        if isinstance(structure, SemiStructured):
             return keep_highest(cost_gf.T, structure.n).T
         starts = np.arange(len(w_df))
         ends = np.minimum(starts + len(rows_gf), len(w_df))  # of rows that fill up the last block, none is kept
         n_keep = jnp.asarray(kept_before[ends] - kept_before[starts], jnp.int32)[first]
         return keep_highest(cost_gf.reshape(-1), n_keep).reshape(cost_gf.shape)
 
-    group = structure.m if isinstance(structure, NofM) else None
+    group = structure.m if isinstance(structure, SemiStructured) else None
     return compensated(w_df, factor_dd, project, select=select, group=group)
 
 

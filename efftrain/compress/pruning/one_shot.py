@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.observe import Calibration, grams, idle_experts, relative_error, unreached
-from efftrain.compress.layerwise.pieces import Pieces, abstract_variables, assemble
+from efftrain.compress.layerwise.calibration import CalibrationRows, grams, idle_experts, relative_error, unreached
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, abstract_variables, assemble
 from efftrain.compress.layerwise.second_order import damped, sparse_gpt
-from efftrain.compress.quantization.convert import Converted, Report, stored_bytes
+from efftrain.compress.quantization.convert import ConversionReport, Converted, quantized_bytes
 from efftrain.errors import ConfigError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
@@ -26,14 +26,14 @@ PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
 
 
 def prune(
-    pieces: Pieces,
+    pieces: LayerwiseModel,
     structure: Structure,
     *,
     method: PruneMethod = "sparsegpt",
-    calibration: Calibration | None = None,
+    calibration: CalibrationRows | None = None,
     quantization: Quantization | None = None,
     layers: str = "blocks/.*",
-) -> tuple[Decoder, Report]:
+) -> tuple[Decoder, ConversionReport]:
     """Makes weights zero, layer by layer, each by its inputs behind the layers that are pruned already.
 
     What is not a dense product of a plain block (experts) is pruned by magnitude. Embedding, head, norms and routers
@@ -92,7 +92,9 @@ def prune(
             rows.append(replace(row, why=row.why + unreached(idle)) if experts else row)
             del gram
         states.append(nnx.state(layer))
-    return assemble(config, pieces.outer, states), Report(tuple(rows), None if text is None else text.size, all_idle)
+    return assemble(config, pieces.outer, states), ConversionReport(
+        tuple(rows), None if text is None else text.size, all_idle
+    )
 
 
 def mask_by_magnitude(w: Array, structure: Structure) -> Array:
@@ -151,7 +153,7 @@ def _prune(name, module, attribute, structure, format, how: str, asked: str, gra
         value = quantize(after, format, scale=stored_scale(step_of(before, format), format))
         after = value.dequantize()
         store(module, attribute, value)
-        bytes_after = stored_bytes(value)
+        bytes_after = quantized_bytes(value)
     change = after - before
     weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
     output_error = None if gram is None else relative_error(change, before, gram)

@@ -34,7 +34,7 @@ from efftrain.compress.pruning.sparsity_state import Mask, SparsifyState, is_var
 from efftrain.errors import ConfigError
 from efftrain.ops.joint_ranking import keep_highest_together
 from efftrain.ops.masks import (
-    NofM,
+    SemiStructured,
     Structure,
     Unstructured,
     keep_highest,
@@ -75,7 +75,7 @@ class Saliency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regrow:
+class RigL:
     """Sparse from the start: each update drops the smallest weights and grows others in their place, from zero.
 
     Attributes:
@@ -98,11 +98,11 @@ class Regrow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Zeros:
+class FrozenMask:
     """What is zero stays zero: to train a model that was pruned, with any optimizer."""
 
 
-Score = Magnitude | Saliency | Regrow | Zeros
+Score = Magnitude | Saliency | RigL | FrozenMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +121,11 @@ class Sparsity:
     layers: str = "blocks/.*"
 
     def __post_init__(self):
-        if isinstance(self.structure, NofM) and not isinstance(self.distribution, Uniform):
+        if isinstance(self.structure, SemiStructured) and not isinstance(self.distribution, Uniform):
             raise ConfigError("sparsity n:m is the same in every matrix; use the distribution Uniform")
-        if isinstance(self.score, Regrow) != isinstance(self.schedule, Constant):
+        if isinstance(self.score, RigL) != isinstance(self.schedule, Constant):
             raise ConfigError("the score Regrow and the schedule Constant are for each other; use both or neither")
-        if isinstance(self.score, Regrow) and isinstance(self.distribution, Global):
+        if isinstance(self.score, RigL) and isinstance(self.distribution, Global):
             raise ConfigError("Regrow exchanges weights within a matrix; use the distribution Uniform or ErdosRenyi")
         if isinstance(self.schedule, Iterative):
             if self.schedule.sparsity != self.structure.sparsity:
@@ -163,7 +163,7 @@ class Sparsity:
 
 def hold_zeros() -> Sparsity:
     """For a model that was pruned: what is zero at the start stays zero."""
-    return Sparsity(schedule=OneShot(at=0.0), score=Zeros())
+    return Sparsity(schedule=OneShot(at=0.0), score=FrozenMask())
 
 
 def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: int) -> optax.GradientTransformation:
@@ -256,7 +256,7 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
       step: () int32.
     """
     structure, score, distribution = sparsity.structure, sparsity.score, sparsity.distribution
-    if isinstance(score, Zeros):
+    if isinstance(score, FrozenMask):
         return {name: w[name] != 0 for name in w}
     shapes = {name: _three(a) for name, a in w.items()}
     share = sparsity.schedule.share(step, n_steps)
@@ -274,7 +274,7 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
         keep = {}
         for i, (name, score_lgu) in enumerate(scores.items()):
             n_keep = kept_units(structure, score_lgu.shape[-1], share, targets[name])
-            if not isinstance(score, Regrow):
+            if not isinstance(score, RigL):
                 keep[name] = jax.lax.map(partial(keep_highest, n_keep=n_keep), score_lgu)  # one matrix at a time
                 continue
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), i)

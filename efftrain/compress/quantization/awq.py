@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.observe import Calibration, Grams, Tap, magnitudes
+from efftrain.compress.layerwise.calibration import CalibrationRows, Grams, Tap, magnitudes
 from efftrain.models.attention import SelfAttention
 from efftrain.models.block import Block
 from efftrain.models.mlp import SwiGLU
@@ -67,7 +67,7 @@ def shared_inputs(block: Block) -> list[Shared]:
     return sorted(found, key=lambda shared: shared.source.endswith("scale"))
 
 
-def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: Calibration, grams: Grams) -> dict[str, Array]:
+def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, grams: Grams) -> dict[str, Array]:
     """Scales a plain block, whose matrices have their rules, in place; not those whose steps were learned.
 
     Args:
@@ -123,7 +123,7 @@ def part_errors(
     formats: tuple[Format, ...],
     factors_pd: Array,
     x_ntd: np.ndarray,
-    calibration: Calibration,
+    calibration: CalibrationRows,
 ) -> np.ndarray:
     """(p,) sums over tokens of the squared change of the output of a part of a block, its other matrices in float.
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.observe import (
-    Calibration,
+from efftrain.compress.layerwise.calibration import (
+    CalibrationRows,
     CalibrationSize,
     grams,
     idle_experts,
     relative_error,
     unreached,
 )
-from efftrain.compress.layerwise.pieces import Pieces, abstract_variables, assemble
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, abstract_variables, assemble
 from efftrain.compress.layerwise.second_order import damped, gptq
 from efftrain.compress.quantization.awq import clipped, is_clipped, scale_inputs
 from efftrain.errors import ConfigError
@@ -61,7 +61,7 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion did, matrix by matrix.
 
     Attributes:
@@ -86,14 +86,14 @@ class Report:
 
 
 def convert(
-    pieces: Pieces,
+    pieces: LayerwiseModel,
     quantization: Quantization,
     *,
     method: Method = "nearest",
-    calibration: Calibration | None = None,
+    calibration: CalibrationRows | None = None,
     unrolled: bool = False,
     each_layer: Callable[[int], None] = lambda number: None,
-) -> tuple[Decoder, Report]:
+) -> tuple[Decoder, ConversionReport]:
     """Converts layer by layer; of the float layers none is kept.
 
     Steps that were learned in training (a model that has the same rules) become the scales; else these are those of the
@@ -155,7 +155,7 @@ def convert(
             why = f"{method} is for the products of blocks" if observe else ""
             rows.append(_convert(name, module, attribute, "nearest", why, None))
     size = calibration.size if observe and calibration is not None else None
-    return assemble(config, outer, states), Report(tuple(rows), size, all_idle)
+    return assemble(config, outer, states), ConversionReport(tuple(rows), size, all_idle)
 
 
 def _how(
@@ -203,7 +203,7 @@ def _convert(
         method,
         why,
         n_bytes,
-        stored_bytes(value),
+        quantized_bytes(value),
         weight_error,
         output_error,
         zeros,
@@ -211,6 +211,6 @@ def _convert(
     )
 
 
-def stored_bytes(value: QuantizedArray) -> int:
+def quantized_bytes(value: QuantizedArray) -> int:
     """Of levels and scales."""
     return sum(a.size * a.dtype.itemsize for a in (value.packed, value.scale))

@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from efftrain.compress.quantization.convert import stored_bytes
+from efftrain.compress.quantization.convert import quantized_bytes
 from efftrain.errors import ConfigError
-from efftrain.measure.kept import Kept
+from efftrain.measure.measurements import Measurements
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import QuantizationRule, in_float, matrices
 from efftrain.ops.number_formats import AnyFormat, format_name
@@ -26,7 +26,7 @@ Part = tuple[int, str]  # number of the layer, first word of the matrices' names
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenFormats:
     """Rules for the model with every layer in its pattern, and why.
 
     Attributes:
@@ -52,8 +52,8 @@ def choose_formats(
     formats: Sequence[AnyFormat],
     budget: float,
     bpb: Callable[[Decoder], float],
-    kept: Kept,
-) -> Choice:
+    kept: Measurements,
+) -> ChosenFormats:
     """Chooses a format for each part of each block; embedding and head stay float.
 
     Args:
@@ -95,10 +95,10 @@ def choose_formats(
     used = sorted(set(at.values()))
     rules = tuple(QuantizationRule(layers=_pattern([p for p in parts if at[p] == i]), weights=formats[i]) for i in used)
     named = {_name(part, formats[i]): cost for (part, i), cost in costs.items()}
-    return Choice(rules, named, values.share(at))
+    return ChosenFormats(rules, named, values.share(at))
 
 
-def _costs(values: "_Values", bpb: Callable[[Decoder], float], kept: Kept) -> dict[tuple[Part, int], float]:
+def _costs(values: "_Values", bpb: Callable[[Decoder], float], kept: Measurements) -> dict[tuple[Part, int], float]:
     """Bits per byte that each part costs in each format but the first, alone; infinite where they are not finite."""
     formats, parts, first, costs = values.formats, values.parts, dict.fromkeys(values.parts, 0), {}
     base = kept.cell("first format", lambda: bpb(values.model(first)))
@@ -132,7 +132,7 @@ class _Values:
         found = {name: getattr(m, a) for name, m, a in matrices(self._float) if name.startswith("blocks/")}
 
         def size(variable: nnx.Variable, format: AnyFormat) -> int:
-            return stored_bytes(quantize(variable[0], format, variable.get_metadata()["contraction"]))
+            return quantized_bytes(quantize(variable[0], format, variable.get_metadata()["contraction"]))
 
         self.formats = sorted(formats, key=lambda format: -sum(size(v, format) for v in found.values()))
         # Of one layer: float32, by format.

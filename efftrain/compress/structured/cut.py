@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efftrain.compress.layerwise.observe import CalibrationSize, idle
-from efftrain.compress.layerwise.pieces import Pieces, abstract_variables, assemble
+from efftrain.compress.layerwise.calibration import CalibrationSize, idle
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, abstract_variables, assemble
 from efftrain.compress.structured.importance import NORMS, Importance, check_prunable
 from efftrain.compress.structured.shape import Shape, check_fits, shaped
 from efftrain.errors import ConfigError
@@ -77,7 +77,7 @@ class SlimReport:
         return dataclasses.asdict(self)
 
 
-def slim(pieces: Pieces, shape: Shape, importance: Importance) -> tuple[Decoder, SlimReport]:
+def slim(pieces: LayerwiseModel, shape: Shape, importance: Importance) -> tuple[Decoder, SlimReport]:
     """Keeps what is most important, in the order in which it stands.
 
     Layers go in one block, that of the least influence. Where hidden channels go, a norm divides by the root mean

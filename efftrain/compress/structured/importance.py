@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.observe import Calibration, CalibrationSize, Tap, inputs_of, keep_saliency
-from efftrain.compress.layerwise.pieces import Pieces
+from efftrain.compress.layerwise.calibration import CalibrationRows, CalibrationSize, Tap, inputs_of, keep_saliency
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.structured.shape import head_parts
 from efftrain.errors import ConfigError
 from efftrain.models.config import Attention, BlockConfig, Full, ModelConfig, PreNorm
@@ -64,7 +64,7 @@ class Importance:
         return float(1 - self.cosines[first, first + n])
 
 
-def importance(pieces: Pieces, calibration: Calibration) -> Importance:
+def importance(pieces: LayerwiseModel, calibration: CalibrationRows) -> Importance:
     """Runs the calibration's rows through the model, layer by layer.
 
     Args:
@@ -174,7 +174,7 @@ def _row_means(a_btd: Array, valid_bt: Array) -> Array:
     return jnp.square(jnp.abs(a_btd.astype(jnp.float32)).sum(1) / n_b1).sum(0)
 
 
-def _pass(observe, module: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dict:
+def _pass(observe, module: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict:
     """The sums of all rows; the module's output is in the place of its input."""
     graph, state = nnx.split(module)
     sums = None
@@ -186,7 +186,7 @@ def _pass(observe, module: nnx.Module, x_ntd: np.ndarray, calibration: Calibrati
     return sums
 
 
-def _sample(calibration: Calibration) -> np.ndarray:
+def _sample(calibration: CalibrationRows) -> np.ndarray:
     """Places of tokens in the flattened rows, evenly spread."""
     real = np.flatnonzero(calibration.segments.reshape(-1) > 0)
     return real[np.linspace(0, len(real) - 1, min(len(real), SAMPLE)).astype(int)]

@@ -15,7 +15,7 @@ from efftrain.compress.task.task_texts import Augmentation, agreed_answers, answ
 from efftrain.config import to_json
 from efftrain.data.tasks.items import Item, TaskIds, completions, questions
 from efftrain.data.tasks.task import Example, Task
-from efftrain.measure.kept import other_origin
+from efftrain.measure.measurements import other_origin
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.train.inputs import model_digest

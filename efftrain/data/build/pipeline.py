@@ -24,12 +24,12 @@ from efftrain.data.decontamination.stages import CONTAMINATED, decontaminate
 from efftrain.data.dedup.exact_duplicates import EXACT_DUPLICATE, remove_exact_duplicates
 from efftrain.data.dedup.lines import REPEATED, remove_repeated_lines
 from efftrain.data.dedup.near_duplicates import NEAR_DUPLICATE, remove_near_duplicates
-from efftrain.data.report.alarms import alarms
+from efftrain.data.report.alerts import alarms
 from efftrain.data.rules import flatten, prefers_high, scoring
 from efftrain.data.splits import N_BUCKETS, assign_buckets, bucket
 from efftrain.data.stages.engines import Local
 from efftrain.data.stages.exclusion_log import join_tables
-from efftrain.data.stages.kept import Kept, Reader
+from efftrain.data.stages.kept_documents import KeptDocuments, Reader
 from efftrain.data.stages.removals import Survivors
 from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, read_summary, run_stage, stem
@@ -135,7 +135,7 @@ class _Build:
         within_source = config.within == "source"
         pieces = list_pieces(config.sources)
         summaries = self._read(pieces, scores)
-        kept = Kept(work / "read", [summary["kept"] for summary in summaries])
+        kept = KeptDocuments(work / "read", [summary["kept"] for summary in summaries])
         left = Survivors(kept, summaries)
         left.funnels.total().check_something_left(len(kept), _score_names(config))
         if config.deduplicate:

@@ -21,9 +21,9 @@ from efftrain.data.dedup.exact import text_digest
 from efftrain.data.documents import UNREADABLE, Document, Skipped, Text
 from efftrain.data.rules import Edit, Judgement, Rule, RuleFailed, RuleSet, flatten, judge
 from efftrain.data.sources.base import Piece, Source
-from efftrain.data.stages.exclusion_log import Evidence, clean
-from efftrain.data.stages.filter_statistics import Funnels, example
-from efftrain.data.stages.kept import INDEX, index_entry
+from efftrain.data.stages.exclusion_log import ExclusionLog, clean
+from efftrain.data.stages.filter_statistics import FilterStatistics, example
+from efftrain.data.stages.kept_documents import INDEX, index_entry
 from efftrain.data.stages.spool import pack_document
 from efftrain.data.stages.stage import stem
 from efftrain.errors import CorpusError, EfftrainError
@@ -121,7 +121,7 @@ class _Output:
 
     def __init__(self, path: Path, task: Read, rules: Sequence[Rule | Edit]):
         self._path, self._task, self._rules = path, task, rules
-        self._funnels = Funnels()
+        self._funnels = FilterStatistics()
         self._index: list[tuple] = []
         self._unreadable: Counter[str] = Counter()
         self._offset = 0
@@ -129,7 +129,7 @@ class _Output:
     def __enter__(self) -> "_Output":
         with contextlib.ExitStack() as files:
             self._records = files.enter_context(Path(f"{self._path}.records").open("wb"))
-            self._evidence = Evidence(Path(f"{self._path}.removed.parquet"))
+            self._evidence = ExclusionLog(Path(f"{self._path}.removed.parquet"))
             files.callback(self._evidence.close)
             self._scores = RuleScores(Path(f"{self._path}.scores.parquet"), self._rules)
             files.callback(self._scores.close)

@@ -23,7 +23,7 @@ from efftrain.data.decontamination.ngram_index import NgramIndex, hits
 from efftrain.data.decontamination.readings import readings
 from efftrain.data.dedup.shingles import distinct, ngram_hashes, wide_shingle_hashes
 from efftrain.data.splits import SPLITS
-from efftrain.data.stages.kept import Kept
+from efftrain.data.stages.kept_documents import KeptDocuments
 from efftrain.data.stages.removals import Removal, Survivors
 from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, run_stage, stem
@@ -40,7 +40,7 @@ class HashHeldOut:
       held_out: .npy (documents,) bool.
     """
 
-    kept: Kept
+    kept: KeptDocuments
     held_out: Path
     n: int
 
@@ -72,7 +72,7 @@ class CheckTraining:
       sets: the evaluation sets.
     """
 
-    kept: Kept
+    kept: KeptDocuments
     train: Path
     config: Decontaminate
     held_out: Path
@@ -128,7 +128,7 @@ class CheckTraining:
 class CheckHeldOut:
     """Removes held-out documents whose n-grams are in the training split."""
 
-    kept: Kept
+    kept: KeptDocuments
     held_out: Path
     split_of: Path
     config: Decontaminate
@@ -198,7 +198,7 @@ def decontaminate(
     return figures
 
 
-def _blocks(kept: Kept, mask: np.ndarray, piece: int) -> Iterator[tuple[list[int], list[bytes]]]:
+def _blocks(kept: KeptDocuments, mask: np.ndarray, piece: int) -> Iterator[tuple[list[int], list[bytes]]]:
     """Yields (numbers, records) of blocks of documents that are small enough to be hashed fast."""
     start, stop = kept.starts[piece : piece + 2]
     numbers = (start + np.flatnonzero(mask[start:stop])).tolist()

@@ -16,7 +16,7 @@ from efftrain.data.dedup.minhash import MinHash
 from efftrain.data.dedup.shingles import shingle_set, words
 from efftrain.data.dedup.verify import jaccard
 from efftrain.data.documents import Document, Text
-from efftrain.data.stages.kept import INDEX, Kept, index_entry
+from efftrain.data.stages.kept_documents import INDEX, KeptDocuments, index_entry
 from efftrain.data.stages.spool import pack_document, unpack_record
 from efftrain.data.stages.stage import stem
 
@@ -38,7 +38,7 @@ def edited_copy(found: Sequence[bytes], similarity: float, shingle: int, rng: np
     return [*found[:start], *new, *found[start + n_replaced :]]
 
 
-def plant(kept: Kept, alive: np.ndarray, config: MinHash) -> Kept:
+def plant(kept: KeptDocuments, alive: np.ndarray, config: MinHash) -> KeptDocuments:
     """Writes the piece of planted pairs, an original and its copy in turn, beside the others.
 
     Returns:
@@ -71,11 +71,11 @@ def plant(kept: Kept, alive: np.ndarray, config: MinHash) -> Kept:
                 )
                 records.write(record)
     np.save(kept.folder / f"{stem(kept.n_pieces)}.index.npy", np.array(index, INDEX))
-    return Kept(kept.folder, [*np.diff(kept.starts), len(index)])
+    return KeptDocuments(kept.folder, [*np.diff(kept.starts), len(index)])
 
 
 def check_recall(
-    planted: Kept, found: set[int], members: np.ndarray, labels: np.ndarray, config: MinHash
+    planted: KeptDocuments, found: set[int], members: np.ndarray, labels: np.ndarray, config: MinHash
 ) -> dict[str, Any]:
     """Compares what the stages found with what was planted.
 
@@ -110,7 +110,7 @@ def check_recall(
     }
 
 
-def _words(kept: Kept, alive: np.ndarray) -> list[bytes]:
+def _words(kept: KeptDocuments, alive: np.ndarray) -> list[bytes]:
     """Normalised words of the first documents."""
     pool: list[bytes] = []
     left = _POOL_BYTES

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from efftrain.data.dedup.exact import survivors
-from efftrain.data.stages.kept import Kept, Reader
+from efftrain.data.stages.kept_documents import KeptDocuments, Reader
 from efftrain.data.stages.removals import Removal, Survivors
 from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, run_stage
@@ -24,7 +24,7 @@ class DropRepeats:
       repeats: .npy (documents,) bool, which are removed.
     """
 
-    kept: Kept
+    kept: KeptDocuments
     survivors: Path
     repeats: Path
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from efftrain.data.stages.kept import Kept
+from efftrain.data.stages.kept_documents import KeptDocuments
 from efftrain.data.stages.removals import Removal, Survivors
 from efftrain.data.stages.spool import replace_text, unpack_record
 from efftrain.data.stages.stage import Engine, run_stage, stem
@@ -24,7 +24,7 @@ _PLACE = np.dtype([("hash", "<u8"), ("document", "<u8"), ("unit", "<u4")])
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepeatedLines:
+class LineDeduplication:
     """What is compared, without case and surrounding space.
 
     Attributes:
@@ -62,9 +62,9 @@ class HashLines:
       within_source: units of different sources are never the same.
     """
 
-    kept: Kept
+    kept: KeptDocuments
     alive: Path
-    config: RepeatedLines
+    config: LineDeduplication
     within_source: bool
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
@@ -103,9 +103,9 @@ class FindRepeats:
 class CutLines:
     """Rewrites the records of piece ``number`` without the repeats; a document that had nothing else is removed."""
 
-    kept: Kept
+    kept: KeptDocuments
     alive: Path
-    config: RepeatedLines
+    config: LineDeduplication
     repeats: Path
     parts: int
 
@@ -141,7 +141,7 @@ class CutLines:
 
 
 def remove_repeated_lines(
-    engine: Engine, work: Path, left: Survivors, config: RepeatedLines, *, within_source: bool
+    engine: Engine, work: Path, left: Survivors, config: LineDeduplication, *, within_source: bool
 ) -> dict[str, int]:
     """Runs the stages; ``left`` then has the shorter documents. Returns what the manifest says."""
     kept, alive = left.kept, left.save(work / "lines.alive.npy")
@@ -154,7 +154,7 @@ def remove_repeated_lines(
     cut = CutLines(kept, alive, config, work / "repeats", parts)
     summaries = run_stage(engine, work, "cut", cut, kept.n_pieces, "Cutting repeated lines")
     removed = left.apply(work / "cut", summaries)
-    left.kept = Kept(work / "cut", np.diff(kept.starts))
+    left.kept = KeptDocuments(work / "cut", np.diff(kept.starts))
     return {
         "repeats": sum(summary["repeats"] for summary in found),
         "edited": sum(summary["edited"] for summary in summaries),

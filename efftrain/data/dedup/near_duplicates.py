@@ -20,7 +20,7 @@ from efftrain.data.dedup.lsh import band_edges, band_hashes, components
 from efftrain.data.dedup.minhash import MinHash, document_hashes, signatures
 from efftrain.data.dedup.shingles import shingle_set
 from efftrain.data.dedup.verify import Match, leaders
-from efftrain.data.stages.kept import Kept, Reader
+from efftrain.data.stages.kept_documents import KeptDocuments, Reader
 from efftrain.data.stages.removals import Removal, Survivors
 from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, run_stage, stem
@@ -40,7 +40,7 @@ class Sign:
     NNNNNN.numbers.npy (m,) int64, NNNNNN.signatures.npy (m, permutations) uint32, NNNNNN.bands.npy (bands, m) uint64.
     """
 
-    kept: Kept
+    kept: KeptDocuments
     alive: Path
     config: MinHash
     within_source: bool
@@ -69,7 +69,7 @@ class Signed:
     def load(self, piece: int, what: str) -> np.ndarray:
         return np.load(self.folder / f"{stem(piece)}.{what}.npy", mmap_mode="r")
 
-    def signatures(self, kept: Kept, numbers: np.ndarray) -> np.ndarray:
+    def signatures(self, kept: KeptDocuments, numbers: np.ndarray) -> np.ndarray:
         """(m, permutations) uint32 of some documents."""
         rows = []
         for number in numbers:
@@ -111,7 +111,7 @@ class Verify:
       first_planted: number of the first document that ``canary.plant`` wrote.
     """
 
-    kept: Kept
+    kept: KeptDocuments
     signed: Signed
     config: MinHash
     members: Path

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from efftrain.data.report.alarms import alarms
+from efftrain.data.report.alerts import alarms
 from efftrain.data.report.figures import RECALL_STEP, collision_curve, expected_recall, score_histogram
 from efftrain.data.report.scores import Histogram, histograms, intervals, number
 from efftrain.data.report.tables import REMOVED, LargestClusters, RandomRows, batches, count_removed, total, visible

@@ -7,7 +7,7 @@ from typing import Any
 EXCERPT = 200  # characters of the removed text that are kept
 
 
-class Evidence:
+class ExclusionLog:
     """Rows of ``removed.parquet``, written as they come.
 
     id, source, rule, score, bytes, excerpt; for duplicates the survivor; for near duplicates the estimated similarity

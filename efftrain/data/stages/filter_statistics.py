@@ -64,7 +64,7 @@ class Funnel:
         return [row | ({"example": self._examples[s]} if (s := row["stage"]) in self._examples else {}) for row in rows]
 
 
-class Funnels:
+class FilterStatistics:
     """One funnel a source."""
 
     def __init__(self):

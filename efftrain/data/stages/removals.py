@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from efftrain.data.stages.exclusion_log import Evidence
-from efftrain.data.stages.filter_statistics import Funnels, example
-from efftrain.data.stages.kept import Kept
+from efftrain.data.stages.exclusion_log import ExclusionLog
+from efftrain.data.stages.filter_statistics import FilterStatistics, example
+from efftrain.data.stages.kept_documents import KeptDocuments
 from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import stem
 
@@ -18,11 +18,11 @@ class Removal:
 
     def __init__(self, folder: Path, number: int):
         self._path = folder / stem(number)
-        self._evidence = Evidence(Path(f"{self._path}.removed.parquet"))
-        self._funnels, self._gone = Funnels(), []
+        self._evidence = ExclusionLog(Path(f"{self._path}.removed.parquet"))
+        self._funnels, self._gone = FilterStatistics(), []
 
     def add(self, number: int, record: bytes, rule: str, **evidence: Any) -> None:
-        """Removes document ``number``, whose record is given; ``evidence`` as for ``Evidence.add``."""
+        """Removes document ``number``, whose record is given; ``evidence`` as for ``ExclusionLog.add``."""
         id, source, _, utf8 = unpack_record(record)
         text = utf8.decode()
         self._gone.append(number)
@@ -49,9 +49,9 @@ class Survivors:
       evidence: the Parquet files that say why.
     """
 
-    def __init__(self, kept: Kept, read: Sequence[dict[str, Any]]):
+    def __init__(self, kept: KeptDocuments, read: Sequence[dict[str, Any]]):
         self.kept, self.alive = kept, np.ones(len(kept), bool)
-        self.funnels = Funnels()
+        self.funnels = FilterStatistics()
         self.evidence = [kept.folder / f"{stem(number)}.removed.parquet" for number in range(kept.n_pieces)]
         for summary in read:
             self.funnels.add(summary["sources"])

@@ -23,7 +23,7 @@ from efftrain.progress import Progress
 from efftrain.recipe import import_script
 
 
-class Task(Protocol):
+class StageTask(Protocol):
     """A frozen dataclass that can be pickled."""
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Stage:
 
     name: str
     folder: Path
-    task: Task
+    task: StageTask
 
     def save(self) -> None:
         """Writes the task for workers in other processes, with the scripts that define its rules and sources."""
@@ -83,7 +83,7 @@ class Stage:
         return read_summary(self.folder / f"{stem(number)}.json")
 
 
-def run_stage(engine: Engine, work: Path, name: str, task: Task, n_items: int, title: str) -> list[dict[str, Any]]:
+def run_stage(engine: Engine, work: Path, name: str, task: StageTask, n_items: int, title: str) -> list[dict[str, Any]]:
     """Does the items that are not done yet.
 
     Returns:

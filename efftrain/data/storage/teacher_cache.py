@@ -228,7 +228,7 @@ class TeacherCache:
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise CorpusError(_what_is_missing(path))
-        manifest = read_manifest(path)
+        manifest = read_cache_manifest(path)
         try:
             cache = cls(path, manifest)
             check_files(path, manifest, contents=verify, hint=f"delete the folder and {_command(path)}")
@@ -320,7 +320,7 @@ class TeacherCache:
         return f"run {made_by.get('run')}, step {made_by.get('step')}"
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_cache_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a cache.
 
     Raises:

@@ -69,7 +69,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class CompiledStep:
     """What was found out about a step on one device.
 
     Attributes:
@@ -121,7 +121,7 @@ def read_target(recipe: Path, name: str | None = None) -> Target:
     return Target(f"{Path(recipe).stem} {name}", build, objective, configs[name].training, *wrap)
 
 
-def compile_target(target: Target, topology: Topology) -> Report:
+def compile_target(target: Target, topology: Topology) -> CompiledStep:
     """Compiles the step that ``fit`` would run on this slice. Takes seconds to minutes; nothing is run or allocated.
 
     Raises:
@@ -153,7 +153,7 @@ def compile_target(target: Target, topology: Topology) -> Report:
     if topology.chip is not None:
         ici_s = formulas.times.ici_s if text is None else _ici_seconds(text, mesh, topology)
         times = roofline(topology.chip, flops=flops, hbm_bytes=hbm_bytes, ici_s=ici_s)
-    return Report(
+    return CompiledStep(
         target=target.name,
         topology=topology.name,
         devices=mesh.size,

@@ -4,11 +4,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from efftrain.measure.compiled.aot import Report
+from efftrain.measure.compiled.aot import CompiledStep
 from efftrain.measure.cost.mesh_estimate import Estimate
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: CompiledStep, console: Console) -> None:
     """Prints memory, work and traffic of one device, then what to look at."""
     mesh = ", ".join(f"{axis}={n}" for axis, n in report.mesh.items() if n > 1) or "one device"
     console.print(f"{report.target} on {report.topology}: {report.devices} devices, {mesh}", markup=False)

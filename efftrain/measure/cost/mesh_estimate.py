@@ -22,7 +22,7 @@ from efftrain.measure.cost.flops import (
 from efftrain.measure.cost.parameters import count_parameters, parameters
 from efftrain.models.config import MlpConfig, ModelConfig, standard_attention
 from efftrain.models.moe import MoE
-from efftrain.ops.head_loss import CHUNK_ELEMENTS
+from efftrain.ops.fused_linear_loss import CHUNK_ELEMENTS
 from efftrain.sharding.roofline import Roofline, axis_bandwidth, sent_bytes
 from efftrain.sharding.topologies import Topology
 from efftrain.train.config import Training

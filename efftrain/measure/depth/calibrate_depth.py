@@ -23,7 +23,7 @@ from efftrain.measure.depth.exit_curves import (
     QUANTILES,
     RULES,
     Rows,
-    Text,
+    TokenTable,
     full_choices,
     measure_exit,
     measure_seconds,
@@ -32,13 +32,13 @@ from efftrain.measure.depth.exit_curves import (
 )
 from efftrain.measure.depth.risk import documents_needed, last_safe
 from efftrain.measure.depth.speculation import measure_speculation
-from efftrain.measure.kept import Kept, write_json
+from efftrain.measure.measurements import Measurements, write_json
 from efftrain.measure.quality.held_out import CHOICES, choosing, reporting
 from efftrain.measure.quality.row_documents import after_tuning, count_documents, with_documents
 from efftrain.measure.quality.token_classes import token_classes
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.self_speculation import SelfSpeculation
-from efftrain.models.depth.early_exit import ConfidenceExit, Probe
+from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe
 from efftrain.models.depth.routed_depth import has_routed_depth
 from efftrain.progress import Progress
 from efftrain.train.inputs import content, model_digest
@@ -52,7 +52,7 @@ QUALITY_LOSS = 0.01  # of the bits per byte, that the named point of a curve may
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class DepthCalibration:
     """What is measured, and how thoroughly.
 
     Attributes:
@@ -98,7 +98,7 @@ class Calibrated:
     """A calibration that was read back, for the model that it was made for."""
 
     values: Mapping[str, Any]
-    probe: Probe | None
+    probe: ExitProbe | None
 
     def speculation(self) -> SelfSpeculation:
         """The fastest that was measured, of those with the tokens of plain decoding.
@@ -154,10 +154,10 @@ def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
     if not probe.exists():
         return Calibrated(values, None)
     with np.load(probe) as arrays:
-        return Calibrated(values, Probe(jnp.asarray(arrays["kernel_ed"]), jnp.asarray(arrays["bias_e"])))
+        return Calibrated(values, ExitProbe(jnp.asarray(arrays["kernel_ed"]), jnp.asarray(arrays["bias_e"])))
 
 
-def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) -> dict[str, Any]:
+def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = None) -> dict[str, Any]:
     """Measures the depths of a run's model, writes them beside it, and adds its figures to the run's scorecard.
 
     When interrupted it continues with what it has not measured.
@@ -186,10 +186,10 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
         rows_to_report(held_out, options.rows - options.tuning_rows, size), opened.end_of_text_id
     )
     made_from = {"model": model_digest(model), "options": to_json(options), "corpus": content(corpus_path)}
-    with Kept(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS)) as kept:
+    with Measurements(run / FILE_NAME, made_from, code_identity(model.config, rooms=ROOMS)) as kept:
         texts = opened.tokenizer().decode_batch([[i] for i in range(opened.vocab_size)], skip_special_tokens=True)
         classes = token_classes(texts)
-        text, report_text = (Text(classes, opened.token_bytes(split)) for split in (CHOICES, held_out.split))
+        text, report_text = (TokenTable(classes, opened.token_bytes(split)) for split in (CHOICES, held_out.split))
         found = {"chosen_on": {"split": CHOICES, "rows": options.rows}}
         report = {"split": held_out.split, "rows": size * len(report_on), "note": held_out.note}
         if model.config.n_layers < 2 and not has_routed_depth(model):
@@ -212,7 +212,7 @@ def calibrate(run: Path, options: Calibration, *, corpus: Path | None = None) ->
     return result
 
 
-def _rows(corpus: Path, length: int, options: Calibration, end_of_text_id: int) -> list[dict[str, np.ndarray]]:
+def _rows(corpus: Path, length: int, options: DepthCalibration, end_of_text_id: int) -> list[dict[str, np.ndarray]]:
     """Validation rows in batches, those for tuning, then the others; with ``documents``, see ``with_documents``.
 
     In the order of the corpus, in which documents are shuffled: so few of them are cut.
@@ -230,7 +230,7 @@ def _rows(corpus: Path, length: int, options: Calibration, end_of_text_id: int) 
     return with_documents(whole, end_of_text_id)
 
 
-def _prompts(rows: Rows, options: Calibration, max_length: int) -> list[np.ndarray]:
+def _prompts(rows: Rows, options: DepthCalibration, max_length: int) -> list[np.ndarray]:
     if options.n_new >= max_length:
         raise ConfigError(f"calibration.n_new is {options.n_new} and model.max_length {max_length}; draw fewer")
     length = min(options.prompt_length, rows[0]["tokens"].shape[1], max_length - options.n_new)
@@ -239,7 +239,7 @@ def _prompts(rows: Rows, options: Calibration, max_length: int) -> list[np.ndarr
     return [row[None] for row in tokens[spread]]
 
 
-def _split(rows: Rows, options: Calibration) -> tuple[Rows, Rows]:
+def _split(rows: Rows, options: DepthCalibration) -> tuple[Rows, Rows]:
     """The rows for tuning, and those after them; raises ConfigError where these hold too few documents."""
     n_tuning = options.tuning_rows // len(rows[0]["tokens"])
     held_out = after_tuning(rows, n_tuning)
@@ -253,7 +253,9 @@ def _split(rows: Rows, options: Calibration) -> tuple[Rows, Rows]:
     return rows[:n_tuning], held_out
 
 
-def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration, kept: Kept) -> dict[str, Any]:
+def _speculation(
+    model: Decoder, prompts: list[np.ndarray], options: DepthCalibration, kept: Measurements
+) -> dict[str, Any]:
     """Every exit and draft length against plain decoding, in turn; the fastest of those that keep the tokens."""
     exits = options.exits or tuple(range(1, model.config.n_layers // 2 + 1))
     pairs = [SelfSpeculation(exit_layer=e, n_draft=k) for e in exits for k in options.drafts]
@@ -272,11 +274,11 @@ def _speculation(model: Decoder, prompts: list[np.ndarray], options: Calibration
 
 
 def _exits(
-    model: Decoder, tuning: Rows, held_out: Rows, text: Text, options: Calibration, kept: Kept
-) -> tuple[dict[str, Any], Probe]:
+    model: Decoder, tuning: Rows, held_out: Rows, text: TokenTable, options: DepthCalibration, kept: Measurements
+) -> tuple[dict[str, Any], ExitProbe]:
     """For each rule a curve over thresholds, the boldest one within the risk, and the one within 1 % of the quality."""
     tuned = kept.cell("tuned", lambda: tune(model, tuning))
-    probe = Probe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
+    probe = ExitProbe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
     full, found = full_choices(model, held_out), {}
     with Progress("exits", len(RULES) * (len(QUANTILES) + 1), unit="thresholds") as progress:
         for rule in RULES:
@@ -293,7 +295,12 @@ def _exits(
 
 
 def _seconds(
-    model: Decoder, prompts: list[np.ndarray], exits: dict, probe: Probe, options: Calibration, kept: Kept
+    model: Decoder,
+    prompts: list[np.ndarray],
+    exits: dict,
+    probe: ExitProbe,
+    options: DepthCalibration,
+    kept: Measurements,
 ) -> dict[str, Any]:
     """With each rule's point of small quality loss: one row, and eight."""
     thresholds = {rule: found["within_quality_loss"]["threshold"] for rule, found in exits.items()}
@@ -306,7 +313,7 @@ def _seconds(
     }
 
 
-def _choose(points: list[dict], options: Calibration) -> dict[str, Any]:
+def _choose(points: list[dict], options: DepthCalibration) -> dict[str, Any]:
     safe = last_safe([point["document_losses"] for point in points], options.risk, options.error)
     full = points[0]["bpb"]
     if full is None:
@@ -326,7 +333,7 @@ def _without_losses(point: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in point.items() if k != "document_losses"}
 
 
-def _write_probe(path: Path, probe: Probe) -> None:
+def _write_probe(path: Path, probe: ExitProbe) -> None:
     temporary = path.with_name(f"writing-{path.name}")
     np.savez(temporary, kernel_ed=np.asarray(probe.kernel_ed), bias_e=np.asarray(probe.bias_e))
     os.replace(temporary, path)

@@ -11,15 +11,15 @@ import numpy as np
 
 from efftrain.errors import CorpusError
 from efftrain.measure.cost.flops import decode_flops, head_flops
-from efftrain.measure.depth.exit_curves import Rows, Text, full_choices, measure_exit
+from efftrain.measure.depth.exit_curves import Rows, TokenTable, full_choices, measure_exit
 from efftrain.measure.depth.speculation import measure_speculation
-from efftrain.measure.kept import Kept
+from efftrain.measure.measurements import Measurements
 from efftrain.measure.quality.held_out import HeldOut
 from efftrain.measure.scorecard.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard.scorecard import Figure, Scorecard
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.self_speculation import SelfSpeculation
-from efftrain.models.depth.early_exit import ConfidenceExit, Probe
+from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe
 from efftrain.progress import console
 
 
@@ -48,11 +48,11 @@ def report_depth(
     model: Decoder,
     rows: Rows,
     prompts: Sequence[np.ndarray],
-    text: Text,
+    text: TokenTable,
     chosen: Mapping[str, Any],
-    probe: Probe,
+    probe: ExitProbe,
     n_new: int,
-    kept: Kept,
+    kept: Measurements,
 ) -> dict[str, Any]:
     """The quality of all layers and of each rule's chosen threshold, and the speed of the chosen drafts; JSON.
 

@@ -20,7 +20,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.generate import AllLayers, draw_tokens, read_prompts
 from efftrain.models.decoding.sampling import GREEDY
 from efftrain.models.decoding.unrolled import unrolled
-from efftrain.models.depth.early_exit import ConfidenceExit, Probe, confidence, exit_states, fit_probe
+from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, confidence, exit_states, fit_exit_probe
 from efftrain.models.depth.routed_depth import RoutedDepth, causally_routed
 from efftrain.ops.cross_entropy import token_nll
 from efftrain.progress import Progress
@@ -35,7 +35,7 @@ ROW = ("tokens", "targets", "segments", "positions", "mask")
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenTable:
     """What tokens stand for: a class (index into ``token_classes.CLASSES``), and bytes; (vocabulary,) each."""
 
     classes: np.ndarray
@@ -78,7 +78,7 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
             if sum(a.shape[1] for a in parts["agree"]) >= MOST_PROBED:
                 break
     found = {name: np.concatenate(arrays, axis=1) for name, arrays in parts.items()}
-    probe = fit_probe(jnp.asarray(found["hidden"]), jnp.asarray(found["agree"]))
+    probe = fit_exit_probe(jnp.asarray(found["hidden"]), jnp.asarray(found["agree"]))
     logits = np.stack([probe(jnp.asarray(found["hidden"][e]), e + 1) for e in range(n - 1)])
     found["probe"] = np.asarray(jax.nn.sigmoid(logits))
     return {
@@ -105,10 +105,10 @@ def measure_exit(
     model: Decoder,
     rows: Rows,
     full: Sequence[Array],
-    text: Text,
+    text: TokenTable,
     exit_: ConfidenceExit,
     threshold: float,
-    probe: Probe,
+    probe: ExitProbe,
 ) -> dict[str, Any]:
     """One point of a curve; as JSON.
 
@@ -174,7 +174,12 @@ def _depths(histogram_cl: np.ndarray) -> dict[str, Any]:
 
 
 def measure_seconds(
-    model: Decoder, prompt_bp: np.ndarray, thresholds: Mapping[str, float], probe: Probe, n_new: int, rounds: int = 5
+    model: Decoder,
+    prompt_bp: np.ndarray,
+    thresholds: Mapping[str, float],
+    probe: ExitProbe,
+    n_new: int,
+    rounds: int = 5,
 ) -> dict[str, Any]:
     """Seconds of a token and mean depth in decoding, with all layers and with an exit by each rule, alternating.
 
@@ -205,7 +210,7 @@ def measure_seconds(
     }
 
 
-def routed_depths(model: Decoder, rows: Rows, text: Text) -> dict[str, Any]:
+def routed_depths(model: Decoder, rows: Rows, text: TokenTable) -> dict[str, Any]:
     """Layers of each token as decoding chooses them, by class of the target."""
     graph, state = nnx.split(causally_routed(model))
     most = sum(len(block.depth.passes()) for block in model.config.layers)

@@ -26,7 +26,7 @@ from efftrain.errors import ConfigError, CorpusError
 from efftrain.lock import Lock, beside
 from efftrain.models.decoder import Decoder
 from efftrain.ops.cross_entropy import token_nll
-from efftrain.ops.head_loss import choose_chunks, over_chunks
+from efftrain.ops.fused_linear_loss import choose_chunks, over_chunks
 from efftrain.progress import track
 from efftrain.train.objectives.objective import Batch
 

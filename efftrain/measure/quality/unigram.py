@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from efftrain.data.corpus import Corpus, Tokens
+from efftrain.data.corpus import Corpus, TokenStream
 
 CHUNK = 1 << 20  # tokens read at once
 
@@ -20,7 +20,7 @@ def unigram_bpb(corpus: Corpus, *, split: str = "validation") -> float:
     return float(nats / np.log(2) / (seen * corpus.token_bytes(split)).sum())
 
 
-def _counts(tokens: Tokens, n_entries: int) -> np.ndarray:
+def _counts(tokens: TokenStream, n_entries: int) -> np.ndarray:
     found = np.zeros(n_entries, np.float64)
     for start in range(0, len(tokens), CHUNK):
         found += np.bincount(tokens[start : start + CHUNK], minlength=n_entries)

@@ -16,7 +16,7 @@ from efftrain.models.decoding.prompts import Prompts, padded
 from efftrain.models.decoding.sampling import GREEDY, Sampling, sample
 from efftrain.models.decoding.self_speculation import SelfSpeculation, extra_slots, speculate
 from efftrain.models.decoding.unrolled import unrolled
-from efftrain.models.depth.early_exit import ConfidenceExit, Probe, advance, check_layers, extend_until_sure
+from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, advance, check_layers, extend_until_sure
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ Depth = AllLayers | SelfSpeculation | ConfidenceExit
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generation:
     """New tokens, and how they came about.
 
     Attributes:
@@ -56,7 +56,7 @@ def generate(
     end_token: int | None = None,
     depth: Depth = AllLayers(),
     limit_b: Array | None = None,
-    probe: Probe | None = None,
+    probe: ExitProbe | None = None,
 ) -> Array:
     """Continues each prompt by ``n_new`` tokens.
 
@@ -98,8 +98,8 @@ def generate_report(
     end_token: int | None = None,
     depth: Depth = AllLayers(),
     limit_b: Array | None = None,
-    probe: Probe | None = None,
-) -> Generated:
+    probe: ExitProbe | None = None,
+) -> Generation:
     """``generate``, with the depth that it took."""
     prompts_bp, prompt_lengths_b = padded(prompts_bp, prompt_lengths_b)
     _check(model, prompts_bp.shape[1], n_new, sampling, key)
@@ -119,13 +119,13 @@ def generate_report(
     first_b, cache = read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
     if isinstance(depth, SelfSpeculation):
         found = speculate(graph, state, first_b, cache, key, n_new, sampling, depth, end_token)
-        return Generated(found.tokens_bn, None, found.accepted_b / jnp.maximum(found.drafted_b, 1))
+        return Generation(found.tokens_bn, None, found.accepted_b / jnp.maximum(found.drafted_b, 1))
     threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
     static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
     tokens_bn, layers_b, refused_b = draw_tokens(
         graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, limit_b, probe
     )
-    return Generated(tokens_bn, layers_b, refused_b=refused_b)
+    return Generation(tokens_bn, layers_b, refused_b=refused_b)
 
 
 def _checked_limit(limit_b: Array | None, batch: int) -> Array | None:

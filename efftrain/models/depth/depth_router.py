@@ -17,7 +17,7 @@ Causal = Literal["predictor", "auxiliary", "none"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenTokens:
     """Tokens of each row that pass a round: (batch, n) places in the row, ascending, and their gates."""
 
     places_bn: Array
@@ -67,19 +67,19 @@ class Router(nnx.Module):
         return rms_norm(x_btd.astype(jnp.float32), jnp.ones(()), self.eps)
 
 
-def best(scores_bt: Array, n: int) -> Choice:
+def best(scores_bt: Array, n: int) -> ChosenTokens:
     """The n tokens of each row with the highest scores, in the order of the row; -inf is not a real token."""
     places_bn = jnp.sort(jax.lax.top_k(scores_bt, n)[1], axis=-1)
     scores_bn = jnp.take_along_axis(scores_bt, places_bn, axis=1)
     real_bn = scores_bn > -jnp.inf
-    return Choice(places_bn, real_bn, _gate(jnp.where(real_bn, scores_bn, 0)))
+    return ChosenTokens(places_bn, real_bn, _gate(jnp.where(real_bn, scores_bn, 0)))
 
 
-def first(wanted_bt: Array, scores_bt: Array, n: int) -> Choice:
+def first(wanted_bt: Array, scores_bt: Array, n: int) -> ChosenTokens:
     """The first n wanted tokens of each row; where there are fewer, the rest is not real."""
     places_bn = jnp.argsort(~wanted_bt, axis=1, stable=True)[:, :n]
     real_bn = jnp.take_along_axis(wanted_bt, places_bn, axis=1)
-    return Choice(places_bn, real_bn, _gate(jnp.take_along_axis(scores_bt, places_bn, axis=1)))
+    return ChosenTokens(places_bn, real_bn, _gate(jnp.take_along_axis(scores_bt, places_bn, axis=1)))
 
 
 def causal_metrics(logits_bt: Array, chosen_bt: Array, real_bt: Array, weight: float) -> dict:

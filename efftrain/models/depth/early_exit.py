@@ -58,7 +58,7 @@ class ConfidenceExit:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Probe:
+class ExitProbe:
     """A logistic regression for each exit, on the normalised state: kernel_ed (layers - 1, d_model), bias_e."""
 
     kernel_ed: Array
@@ -107,7 +107,7 @@ def check_layers(config: ModelConfig, technique: str) -> None:
 
 
 def confidence(
-    model: Decoder, rule: Rule, probe: Probe | None, before_btd: Array, x_btd: Array, n_layers_passed: int
+    model: Decoder, rule: Rule, probe: ExitProbe | None, before_btd: Array, x_btd: Array, n_layers_passed: int
 ) -> Array:
     """(batch, length) float32, 1 at most: how sure the state behind a layer is; see ``ConfidenceExit``."""
     if rule == "similarity":
@@ -140,7 +140,7 @@ def advance(
     n_layers_passed: int,
     *,
     threshold: Array | float,
-    probe: Probe | None = None,
+    probe: ExitProbe | None = None,
     limit_b: Array | None = None,
 ) -> ExitState:
     """A layer later: ``y_btd`` is what it made of ``state.x_btd``; tokens that are done keep what they had."""
@@ -159,7 +159,7 @@ def exit_states(
     exit: ConfidenceExit,
     threshold: Array | float,
     *,
-    probe: Probe | None = None,
+    probe: ExitProbe | None = None,
     segments_bt: Array | None = None,
     positions_bt: Array | None = None,
 ) -> ExitState:
@@ -215,7 +215,7 @@ def extend_until_sure(
     return state, tuple(after)
 
 
-def fit_probe(hidden_end: Array, agree_en: Array, *, steps: int = 300, rate: float = 0.05) -> Probe:
+def fit_exit_probe(hidden_end: Array, agree_en: Array, *, steps: int = 300, rate: float = 0.05) -> ExitProbe:
     """Trains the probe of every exit; the model stays as it is.
 
     Args:
@@ -226,9 +226,9 @@ def fit_probe(hidden_end: Array, agree_en: Array, *, steps: int = 300, rate: flo
     import optax
 
     optimizer = optax.adam(rate)
-    probe = Probe(jnp.zeros((len(hidden_end), hidden_end.shape[-1])), jnp.zeros(len(hidden_end)))
+    probe = ExitProbe(jnp.zeros((len(hidden_end), hidden_end.shape[-1])), jnp.zeros(len(hidden_end)))
 
-    def loss_of(probe: Probe) -> Array:
+    def loss_of(probe: ExitProbe) -> Array:
         product_en = jnp.einsum("end,ed->en", hidden_end.astype(jnp.float32), probe.kernel_ed, precision="highest")
         logits_en = product_en + probe.bias_e[:, None]
         return optax.losses.sigmoid_binary_cross_entropy(logits_en, agree_en.astype(jnp.float32)).mean(1).sum()

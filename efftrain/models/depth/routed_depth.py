@@ -19,8 +19,8 @@ from jax import Array
 from efftrain.errors import ConfigError
 from efftrain.models.cache import RoutedCache
 from efftrain.models.config import BlockConfig, DepthConfig, ModelConfig
-from efftrain.models.depth.depth_router import Causal, Choice, Router, best, causal_metrics, first, mark
-from efftrain.models.depth.routed_tokens import Tokens, divisible, gated, put, take
+from efftrain.models.depth.depth_router import Causal, ChosenTokens, Router, best, causal_metrics, first, mark
+from efftrain.models.depth.routed_tokens import RoutedTokens, divisible, gated, put, take
 from efftrain.models.stack import add_metrics
 
 
@@ -182,10 +182,10 @@ class RoutedDepth(nnx.Module):
         tokens = self._tokens(x_btd, positions_bt, segments_bt, segments_bt != 0, tokens_bt)
         return self._rounds(0, tokens, length=x_btd.shape[1])[:2]
 
-    def _tokens(self, x_btd, positions_bt, segments_bt, real_bt, tokens_bt: Array | None) -> Tokens:
-        return Tokens(x_btd, positions_bt, segments_bt, real_bt, tokens_bt if self.reads_tokens else None)
+    def _tokens(self, x_btd, positions_bt, segments_bt, real_bt, tokens_bt: Array | None) -> RoutedTokens:
+        return RoutedTokens(x_btd, positions_bt, segments_bt, real_bt, tokens_bt if self.reads_tokens else None)
 
-    def _rounds(self, level: int, tokens: Tokens, *, length: int) -> tuple[Array, Array, dict]:
+    def _rounds(self, level: int, tokens: RoutedTokens, *, length: int) -> tuple[Array, Array, dict]:
         """A round and those behind it: what the tokens become, the layers that they pass, and metrics."""
         if level == len(self.config.capacities()):
             return tokens.x_btd, jnp.zeros(tokens.real_bt.shape, jnp.int32), {}
@@ -208,7 +208,7 @@ class RoutedDepth(nnx.Module):
         none_bt = jnp.zeros(tokens.real_bt.shape, jnp.int32)
         return put(tokens.x_btd, y_bnd, choice), put(none_bt, layers_bn, choice), metrics
 
-    def _choose(self, level: int, tokens: Tokens, length: int) -> tuple[Choice | None, dict]:
+    def _choose(self, level: int, tokens: RoutedTokens, length: int) -> tuple[ChosenTokens | None, dict]:
         if str(level) not in self.routers:
             return None, {}
         router = self.routers[str(level)]
@@ -238,7 +238,9 @@ class RoutedDepth(nnx.Module):
         tokens = self._tokens(x_btd, positions_bt, real_bt.astype(jnp.int32), real_bt, tokens_bt)
         return self._extend_rounds(0, tokens, cache, fresh)
 
-    def _extend_rounds(self, level: int, tokens: Tokens, cache: RoutedCache, fresh: bool) -> tuple[Array, RoutedCache]:
+    def _extend_rounds(
+        self, level: int, tokens: RoutedTokens, cache: RoutedCache, fresh: bool
+    ) -> tuple[Array, RoutedCache]:
         if level == len(cache.levels):
             return tokens.x_btd, cache
         if str(level) not in self.routers:
@@ -263,7 +265,7 @@ class RoutedDepth(nnx.Module):
         return jax.lax.cond(fits, partial(pass_some, few), partial(pass_some, most), cache)
 
     def _extend_round(
-        self, level: int, tokens: Tokens, cache: RoutedCache, fresh: bool, choice: Choice | None = None
+        self, level: int, tokens: RoutedTokens, cache: RoutedCache, fresh: bool, choice: ChosenTokens | None = None
     ) -> tuple[Array, RoutedCache]:
         """The layers on the tokens that pass, and the rounds behind it."""
         y_bnd, layers = self._extend_layers(tokens, cache.levels[level], cache.stored_lb[level], fresh)
@@ -277,7 +279,7 @@ class RoutedDepth(nnx.Module):
         return self._extend_rounds(level + 1, replace(tokens, x_btd=y_bnd), cache, fresh)
 
     def _extend_layers(
-        self, tokens: Tokens, caches: tuple[Any, ...], stored_b: Array, fresh: bool
+        self, tokens: RoutedTokens, caches: tuple[Any, ...], stored_b: Array, fresh: bool
     ) -> tuple[Array, tuple[Any, ...]]:
         x_bnd, positions_bn, ids_bn = tokens.x_btd, tokens.positions_bt, tokens.ids_bt
         slots_bn = stored_b[:, None] + jnp.arange(x_bnd.shape[1])

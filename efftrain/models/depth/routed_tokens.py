@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efftrain.models.depth.depth_router import Choice
+from efftrain.models.depth.depth_router import ChosenTokens
 from efftrain.sharding.rules import constrain, shard_count
 
 TILE, MANY_TILES = 128, 8  # where a row has at least MANY_TILES tiles, whole tiles pass
@@ -14,7 +14,7 @@ TILE, MANY_TILES = 128, 8  # where a row has at least MANY_TILES tiles, whole ti
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Tokens:
+class RoutedTokens:
     """Tokens on their way: the real ones of a row are its first.
 
     Attributes:
@@ -30,12 +30,12 @@ class Tokens:
     ids_bt: Array | None = None
 
 
-def gated(x_bnd: Array, y_bnd: Array, choice: Choice) -> Array:
+def gated(x_bnd: Array, y_bnd: Array, choice: ChosenTokens) -> Array:
     """The stream (batch, n, d_model) of the chosen tokens, whose change by a round counts by their gates."""
     return x_bnd + (y_bnd - x_bnd) * choice.gates_bn[..., None].astype(x_bnd.dtype)
 
 
-def take(tokens: Tokens, choice: Choice) -> Tokens:
+def take(tokens: RoutedTokens, choice: ChosenTokens) -> RoutedTokens:
     """The chosen tokens of each row."""
     if tokens.x_btd.shape[1] == 1:  # decoding: there is nothing to gather, and to scatter
         return replace(tokens, real_bt=choice.real_bn)
@@ -45,7 +45,7 @@ def take(tokens: Tokens, choice: Choice) -> Tokens:
 
     x_bnd = jax.vmap(lambda x, places: x[places])(tokens.x_btd, choice.places_bn)
     # What is not real is in a segment of its own, that of padding.
-    return Tokens(
+    return RoutedTokens(
         constrain(x_bnd, "batch", "length", None),
         pick(tokens.positions_bt),
         jnp.where(choice.real_bn, pick(tokens.segments_bt), 0),
@@ -54,7 +54,7 @@ def take(tokens: Tokens, choice: Choice) -> Tokens:
     )
 
 
-def put(x_btd: Array, y_bnd: Array, choice: Choice) -> Array:
+def put(x_btd: Array, y_bnd: Array, choice: ChosenTokens) -> Array:
     """x (batch, length, ...) with the real ones of the chosen tokens replaced."""
     if x_btd.shape[1] == 1:
         return jnp.where(choice.real_bn.reshape(-1, *[1] * (x_btd.ndim - 1)), y_bnd, x_btd)

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from efftrain.ops.grouped_matmul import Dispatch, dispatch_layout, grouped_swiglu
-from efftrain.ops.grouped_rows import Layout, from_rows, layout, to_rows
+from efftrain.ops.grouped_rows import Layout, from_rows, group_layout, to_rows
 from efftrain.sharding.rules import activation_axes, activation_spec
 
 Weights = tuple[Array, Array, Array]
@@ -147,7 +147,7 @@ def _exchange(x_nd: Array, experts_nk: Array, local, run: ExpertRun, axes) -> tu
     def swap(a: Array) -> Array:
         return jax.lax.all_to_all(a, axes, split_axis=0, concat_axis=0, tiled=True)
 
-    sent = layout(experts_nk // n_local, devices, capacity=rows)
+    sent = group_layout(experts_nk // n_local, devices, capacity=rows)
     there_r = experts_nk.reshape(-1)[jnp.maximum(sent.assignment_r, 0)] % n_local
     there_r = jnp.where(sent.assignment_r >= 0, there_r, n_local)
     y_rd, where, dropped = local(swap(to_rows(x_nd, sent)), swap(there_r)[:, None], n_tokens=len(x_nd) * devices)

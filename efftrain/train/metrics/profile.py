@@ -11,7 +11,7 @@ import jax
 from efftrain.errors import ConfigError
 from efftrain.progress import console
 from efftrain.sharding import hosts
-from efftrain.train.metrics.recorder import Recorder
+from efftrain.train.metrics.metric_logger import MetricLogger
 
 
 def parse_steps(text: str, steps: int) -> tuple[int, int]:
@@ -45,7 +45,7 @@ class Profiler:
       start: the step that was restored.
     """
 
-    def __init__(self, chosen: tuple[int, int] | None, directory: Path, recorder: Recorder, *, start: int):
+    def __init__(self, chosen: tuple[int, int] | None, directory: Path, recorder: MetricLogger, *, start: int):
         self._chosen = chosen if hosts.process_index() == 0 else None
         self._directory, self._recorder, self._running = directory, recorder, False
         if self._chosen and start >= self._chosen[1]:

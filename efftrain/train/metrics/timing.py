@@ -14,7 +14,7 @@ N_RECENT = 100  # steps behind the median that a watchdog compares with
 
 
 @dataclass(frozen=True)
-class Standing:
+class WatchdogStatus:
     """What a watchdog sees: the phase, seconds since a step or a phase aside ended, median seconds of recent steps."""
 
     phase: str
@@ -72,11 +72,11 @@ class Timing:
         """What comes is no step after a step (an evaluation, a checkpoint): the next arrival starts anew."""
         self._last = None
 
-    def standing(self) -> Standing:
+    def standing(self) -> WatchdogStatus:
         """May be called from another thread."""
         recent = self._steps[-N_RECENT:]
         quiet_s = time.perf_counter() - self._beat
-        return Standing(self._phase, quiet_s, statistics.median(recent) if recent else None)
+        return WatchdogStatus(self._phase, quiet_s, statistics.median(recent) if recent else None)
 
     def figures(self) -> dict[str, float]:
         """Seconds of each phase and of all together; over all steps that have a time: median and 95th percentile, rates

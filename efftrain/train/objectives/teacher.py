@@ -74,7 +74,7 @@ def _abstract(model: Decoder, mesh: Mesh, rules: ShardingRules) -> nnx.State:
     return with_shardings(state, state_shardings(state, mesh, rules))
 
 
-class Taught(Protocol):
+class TeacherObjective(Protocol):
     """What makes the objective of a step from more than its batch; ``fit`` takes it where it takes an objective.
 
     Attributes:
@@ -101,7 +101,7 @@ class Together:
     model count once.
     """
 
-    first: Taught
+    first: TeacherObjective
     second: Objective
 
     @property
@@ -120,11 +120,11 @@ class Together:
         return both
 
 
-def teacher_of(objective: Objective | Taught) -> Teacher | None:
+def teacher_of(objective: Objective | TeacherObjective) -> Teacher | None:
     return getattr(objective, "teacher", None)
 
 
-def objective_at(objective: Objective | Taught, frozen: nnx.State | None, progress: Array) -> Objective:
+def objective_at(objective: Objective | TeacherObjective, frozen: nnx.State | None, progress: Array) -> Objective:
     """The objective of a step; ``frozen`` are the variables of its teacher."""
     if not hasattr(objective, "at"):
         return objective

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efftrain.sharding import hosts
-from efftrain.train.metrics.recorder import VOTES
+from efftrain.train.metrics.metric_logger import VOTES
 from efftrain.train.objectives.objective import Metrics
 from efftrain.train.state import TrainState
 from efftrain.train.step import Step

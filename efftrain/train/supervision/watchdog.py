@@ -11,7 +11,7 @@ from pathlib import Path
 
 from efftrain.errors import ConfigError
 from efftrain.sharding import hosts
-from efftrain.train.metrics.timing import IN_STEP, Standing, Timing
+from efftrain.train.metrics.timing import IN_STEP, Timing, WatchdogStatus
 from efftrain.train.supervision.supervise import is_supervised
 
 EXIT_HUNG = 70  # EX_SOFTWARE: nothing was saved; the same command continues from the newest checkpoint
@@ -41,7 +41,7 @@ class Watchdog:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"watchdog.{name} is {getattr(self, name)}; give a positive number of seconds")
 
-    def limit_s(self, standing: Standing) -> float:
+    def limit_s(self, standing: WatchdogStatus) -> float:
         """How long this may last."""
         if standing.phase not in IN_STEP or standing.median_s is None:
             return max(self.aside_s, self.min_s)
@@ -71,7 +71,7 @@ class Watchdog:
                 self._report(standing, directory)
             reported = late
 
-    def _report(self, standing: Standing, directory: Path) -> None:
+    def _report(self, standing: WatchdogStatus, directory: Path) -> None:
         end = is_supervised() if self.end is None else self.end
         process = hosts.process_index()
         try:
@@ -90,7 +90,7 @@ class Watchdog:
             os._exit(EXIT_HUNG)  # the main thread cannot be asked any more
 
 
-def dump(directory: Path, process: int, standing: Standing) -> Path:
+def dump(directory: Path, process: int, standing: WatchdogStatus) -> Path:
     """Appends the Python stacks of all threads of this process to a file, and returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"stacks-{process}.txt"

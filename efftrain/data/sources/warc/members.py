@@ -46,7 +46,7 @@ class Damage:
 Event = bytes | MemberEnd | Damage
 
 
-class Decoder(Protocol):
+class Decompressor(Protocol):
     """Unpacks one member; the interface of ``zlib.decompressobj``."""
 
     eof: bool
@@ -62,7 +62,7 @@ class Gzip:
     magic = b"\x1f\x8b\x08"
     chunk = 1 << 13  # a byte unpacks to at most 1,032
 
-    def decoder(self, head: bytes) -> Decoder:
+    def decoder(self, head: bytes) -> Decompressor:
         return zlib.decompressobj(31)
 
     def errors(self) -> tuple[type[Exception], ...]:
@@ -84,7 +84,7 @@ class Zstd:
 
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def decoder(self, head: bytes) -> Decoder:
+    def decoder(self, head: bytes) -> Decompressor:
         if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:
             return _SkippableFrame(self._use_dictionary if head[0] == 0x5D else None)
         return self._decompressor.decompressobj()

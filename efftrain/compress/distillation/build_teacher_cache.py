@@ -26,14 +26,14 @@ from efftrain.data.storage.teacher_cache import (
     describe,
     encode_sampled,
     encode_top_k,
-    read_manifest,
+    read_cache_manifest,
     write_shard,
 )
 from efftrain.errors import ConfigError, CorpusError
-from efftrain.measure.kept import other_origin
+from efftrain.measure.measurements import other_origin
 from efftrain.models.config import ModelConfig
 from efftrain.models.depth.routed_depth import causally_routed, routes_causally
-from efftrain.ops.head_loss import choose_chunks, over_chunks
+from efftrain.ops.fused_linear_loss import choose_chunks, over_chunks
 from efftrain.progress import Progress, console
 from efftrain.sharding.hosts import Hosts
 from efftrain.train.inputs import model_digest
@@ -303,7 +303,7 @@ def _is_there(out: Path, plan: CachePlan, code: dict[str, str]) -> bool:
         return False
     if not (out / store.MANIFEST).is_file():
         raise CorpusError(f"{out} exists and is not a teacher cache; choose another --out")
-    manifest = read_manifest(out)
+    manifest = read_cache_manifest(out)
     before = manifest.get("plan", {}) | {"code": manifest.get("made_by", {}).get("code")}
     if reason := other_origin(before, asdict(plan) | {"code": code}):
         raise CorpusError(f"{out} was made with {reason}; choose another --out, or delete it")

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from efftrain.compress.layerwise.observe import Calibration, forward, inputs_of
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward, inputs_of
 from efftrain.models.block import Block
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
@@ -23,7 +23,7 @@ from efftrain.train.run.directory import checkpoint_directory, load_model_config
 BLOCKS = "blocks/"
 
 
-class Pieces:
+class LayerwiseModel:
     """A decoder whose layers have arrays of their own.
 
     Attributes:
@@ -58,12 +58,12 @@ class Pieces:
             self.layers.append(nnx.merge(layer_def, unflatten(flat, state)))
 
     @staticmethod
-    def of(model: Decoder) -> "Pieces":
+    def of(model: Decoder) -> "LayerwiseModel":
         """Of a model in memory, which stays as it is."""
-        return Pieces(model.config, iter(flatten(nnx.state(model)).items()))
+        return LayerwiseModel(model.config, iter(flatten(nnx.state(model)).items()))
 
     @staticmethod
-    def read(run: Path) -> "Pieces":
+    def read(run: Path) -> "LayerwiseModel":
         """Of a run's newest checkpoint, array by array: the most that is held is the model and its smallest array."""
         config = load_model_config(run)
         here = SingleDeviceSharding(jax.local_devices()[0])
@@ -71,11 +71,11 @@ class Pieces:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.state(abstract_variables(config))
         )
         with Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints:
-            return Pieces(config, checkpoints.model_arrays(variables))
+            return LayerwiseModel(config, checkpoints.model_arrays(variables))
 
     def walk(
-        self, title: str, calibration: Calibration | None = None
-    ) -> Iterator[tuple[int, nnx.Module, tuple[np.ndarray, Calibration] | None]]:
+        self, title: str, calibration: CalibrationRows | None = None
+    ) -> Iterator[tuple[int, nnx.Module, tuple[np.ndarray, CalibrationRows] | None]]:
         """Every layer, to be changed, first to last; they are gone afterwards.
 
         Args:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from efftrain.compress.layerwise.observe import Calibration
+from efftrain.compress.layerwise.calibration import CalibrationRows
 from efftrain.errors import ConfigError
 from efftrain.measure.quality.held_out import HeldOut, choosing, reporting
 from efftrain.progress import console
 
 
 @dataclass(frozen=True)
-class Text:
+class CorpusRows:
     """Rows of a corpus, of so many tokens."""
 
     corpus: Path
@@ -26,7 +26,7 @@ class Text:
         """The rows on which a result is reported; see ``measure.quality.held_out.reporting``."""
         return reporting(self.corpus, self.length, rows, chosen=chosen)
 
-    def calibration(self, rows: int) -> Calibration:
+    def calibration(self, rows: int) -> CalibrationRows:
         """Rows of the training split; says where there are fewer than asked for."""
         held = HeldOut(corpus=self.corpus, length=self.length, split="train", rows=rows)
         batches = list(held.batches())
@@ -35,7 +35,7 @@ class Text:
         names = ("tokens", "segments", "positions")
         arrays = [np.concatenate([b[name] for b in batches])[:rows] for name in names]
         valid = (arrays[1] > 0).any(1)  # the last batch is filled up with padding
-        found = Calibration(*(array[valid] for array in arrays), rows_asked=rows)
+        found = CalibrationRows(*(array[valid] for array in arrays), rows_asked=rows)
         if found.size.rows < rows:
             console.print(
                 f"warning: {self.corpus}: the training split has {found.size.rows} rows of {self.length} tokens and "

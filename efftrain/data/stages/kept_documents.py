@@ -57,7 +57,7 @@ def index_entry(
     )
 
 
-class Kept:
+class KeptDocuments:
     """Documents numbered from 0 through all pieces.
 
     Attributes:
@@ -104,12 +104,12 @@ class Kept:
 
 
 class Reader:
-    """Single documents of ``Kept`` by their number; neighbours are fastest. A context manager.
+    """Single documents of ``KeptDocuments`` by their number; neighbours are fastest. A context manager.
 
     One file and the indices of some pieces are held.
     """
 
-    def __init__(self, kept: Kept):
+    def __init__(self, kept: KeptDocuments):
         self._kept = kept
         self._index = functools.lru_cache(maxsize=_INDICES)(kept.index)
         self._open: tuple[int, BinaryIO] | None = None

@@ -14,7 +14,7 @@ from efftrain.lock import Lock, beside
 from efftrain.progress import console
 
 
-class Kept:
+class Measurements:
     """What was measured so far for a file that does not exist yet, beside it; ``remove`` when the file is written.
 
     Until then, the end of the ``with`` block or of this object, no other process can measure for the same file.
@@ -42,7 +42,7 @@ class Kept:
         elif cells:
             console.print(f"{self._path} was measured with {reason}; measuring again", markup=False)
 
-    def __enter__(self) -> "Kept":
+    def __enter__(self) -> "Measurements":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -36,7 +36,7 @@ class CalibrationSize:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationRows:
     """Rows of text as a model reads them in training: (rows, length) int32 each; segment 0 is padding.
 
     Attributes:
@@ -98,7 +98,7 @@ class _Product:
         return self.linear(x)
 
 
-def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> np.ndarray:
+def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> np.ndarray:
     """The layer's output (rows, length, d_model) for its input, some rows at a time."""
     graph, state = nnx.split(layer)
     out_ntd = np.empty_like(x_ntd)
@@ -107,7 +107,7 @@ def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> n
     return out_ntd
 
 
-def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dict[str, Array]:
+def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
     """For each dense product of a plain block, by its path in it, the sum of ``x x^T`` over the calibration's tokens.
 
     Products that see the same input share one array.
@@ -123,12 +123,12 @@ def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dic
     return _input_sums(_gram, layer, x_ntd, calibration)
 
 
-def magnitudes(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> dict[str, Array]:
+def magnitudes(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
     """As ``grams``, the sum of ``|x|``, (d_in,) float32 each."""
     return _input_sums(_magnitude, layer, x_ntd, calibration)
 
 
-def idle_experts(layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration) -> tuple[int, ...]:
+def idle_experts(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> tuple[int, ...]:
     """Numbers of the experts of a plain block that no token of the calibration reached; arguments as of ``grams``."""
     if not isinstance(layer.mlp, RoutedExperts):
         return ()
@@ -165,7 +165,7 @@ def _magnitude(x_nd: Array) -> Array:
 
 
 def _input_sums(
-    statistic: Callable[[Array], Array], layer: nnx.Module, x_ntd: np.ndarray, calibration: Calibration
+    statistic: Callable[[Array], Array], layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows
 ) -> dict[str, Array]:
     graph, state = nnx.split(layer)
     leader = _same_input(layer)
@@ -222,7 +222,7 @@ def _saliency(graph, state, x_btd, positions_bt, segments_bt) -> Array:
     return layer(x_btd, positions_bt, segments_bt)[1]["statistics"]["saliency"]
 
 
-def inputs_of(outer: nnx.Module, calibration: Calibration) -> np.ndarray:
+def inputs_of(outer: nnx.Module, calibration: CalibrationRows) -> np.ndarray:
     """What the first layer reads: embedded tokens (rows, length, d_model)."""
     return np.asarray(outer.embedding(jnp.asarray(calibration.tokens)))
 

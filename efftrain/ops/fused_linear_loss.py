@@ -14,7 +14,7 @@ CHUNK_ELEMENTS = 2**25  # logits that exist at once on a device: 128 MiB in floa
 LogitsLoss = Callable[[Array, tuple[Array, ...], Any], tuple[Array, Any]]
 
 
-def head_loss(
+def fused_linear_loss(
     loss_of: LogitsLoss,
     x_btd: Array,
     kernel_dv: Array,

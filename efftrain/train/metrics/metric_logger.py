@@ -11,7 +11,7 @@ import numpy as np
 from efftrain.errors import RunError
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
-from efftrain.train.metrics.alarms import Alarms
+from efftrain.train.metrics.alerts import Alerts
 from efftrain.train.metrics.metric_sink import MetricSink
 from efftrain.train.metrics.metrics_log import MetricsLog
 from efftrain.train.metrics.timing import Timing
@@ -22,7 +22,7 @@ from efftrain.train.run.identity import FIGURES
 VOTES = "votes"  # among the metrics of several processes: process * 256 + signal that asks it to stop, or -1
 
 
-class Recorder:
+class MetricLogger:
     """Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host.
 
     Of several processes all read, and the first one writes.
@@ -54,10 +54,10 @@ class Recorder:
         self._asked: tuple[int, str] | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._figures: dict[str, float] = {}
-        self._alarms = Alarms()
+        self._alarms = Alerts()
         self.progress = Progress("train", steps, unit="steps", initial=start)
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "MetricLogger":
         self.progress.__enter__()
         return self
 

@@ -25,7 +25,7 @@ ALARMS = (
 )
 
 
-class Alarms:
+class Alerts:
     """Says each alarm the first time that its figure calls for it."""
 
     def __init__(self) -> None:
