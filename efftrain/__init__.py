@@ -4,6 +4,8 @@ Importing the package imports neither JAX nor TFDS; the rooms (``efftrain.data``
 they need.
 """
 
+import efftrain.moved  # noqa: F401  old names of modules are found
+
 __version__ = "0.1.0"
 __all__ = ["load"]
 

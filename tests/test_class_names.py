@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,26 +19,26 @@ from efftrain.models.config import Dense
 from efftrain.recipe import import_script
 
 WRITTEN_BY_4F30595 = {  # module -> the configurations that it had: in config.json "module:Class"
-    "efftrain.compress.distillation.distill": "Distill",
-    "efftrain.compress.distillation.features": "HiddenStates Relations",
-    "efftrain.compress.distillation.on_policy": "OnPolicy",
+    "efftrain.compress.distill": "Distill",
+    "efftrain.compress.features": "HiddenStates Relations",
+    "efftrain.compress.on_policy": "OnPolicy",
     "efftrain.compress.options": "Compression",
     "efftrain.compress.recover": "Recovery",
-    "efftrain.compress.structured.shape": "Shape",
-    "efftrain.compress.pruning.sparsify": "Magnitude Saliency Regrow Zeros Sparsity",
-    "efftrain.compress.pruning.sparsity_schedules": "OneShot Gradual Iterative Constant Uniform ErdosRenyi Global",
-    "efftrain.compress.task.task": "TaskLoss",
-    "efftrain.compress.task.task_run": "Learner TaskRun",
-    "efftrain.compress.task.task_texts": "Augmentation",
-    "efftrain.compress.distillation.build_teacher_cache": "CacheOptions",
-    "efftrain.data.rules.classifier": "NgramClassifier",
+    "efftrain.compress.shape": "Shape",
+    "efftrain.compress.sparsify": "Magnitude Saliency Regrow Zeros Sparsity",
+    "efftrain.compress.sparsity_schedules": "OneShot Gradual Iterative Constant Uniform ErdosRenyi Global",
+    "efftrain.compress.task": "TaskLoss",
+    "efftrain.compress.task_run": "Learner TaskRun",
+    "efftrain.compress.task_texts": "Augmentation",
+    "efftrain.compress.teacher_cache": "CacheOptions",
+    "efftrain.data.classify": "NgramClassifier",
     "efftrain.data.corpus": "CorpusConfig",
-    "efftrain.data.decontamination.decontaminate": "EvaluationSet Decontaminate",
-    "efftrain.data.sources.huggingface": "HuggingFaceDataset",
-    "efftrain.data.loading.loader": "Part LoaderConfig",
-    "efftrain.data.dedup.minhash": "MinHash",
-    "efftrain.data.sources.parquet": "Columns Parquet",
-    "efftrain.data.dedup.lines": "RepeatedLines",
+    "efftrain.data.decontaminate": "EvaluationSet Decontaminate",
+    "efftrain.data.huggingface_source": "HuggingFaceDataset",
+    "efftrain.data.loader": "Part LoaderConfig",
+    "efftrain.data.minhash": "MinHash",
+    "efftrain.data.parquet_source": "Columns Parquet",
+    "efftrain.data.repeated_lines": "RepeatedLines",
     "efftrain.data.rules.base": "AtMost AtLeast Between",
     "efftrain.data.rules.c4": "C4Lines LoremIpsum CurlyBrackets Sentences C4",
     "efftrain.data.rules.code": "TooShort TooLong NonText Generated LongLine LongLines FewLetters TableLike Code",
@@ -51,30 +52,30 @@ WRITTEN_BY_4F30595 = {  # module -> the configurations that it had: in config.js
         "DuplicateLines DuplicateParagraphs DuplicateLineChars DuplicateParagraphChars TopNgram "
         "DuplicateNgrams GopherRepetition"
     ),
-    "efftrain.data.rules.score_table": "ScoreTable",
-    "efftrain.data.sources.base": "PythonFiles TextFolder JsonLines",
+    "efftrain.data.score_table": "ScoreTable",
+    "efftrain.data.sources": "PythonFiles TextFolder JsonLines",
     "efftrain.data.splits": "SplitByPackage",
-    "efftrain.data.tasks.task": "TaskFiles",
-    "efftrain.data.sources.tfds": "Tfds",
-    "efftrain.data.sources.warc.source": "Warc",
-    "efftrain.measure.depth.calibrate_depth": "Calibration",
-    "efftrain.experiment.experiment": "Experiment",
+    "efftrain.data.task": "TaskFiles",
+    "efftrain.data.tfds_source": "Tfds",
+    "efftrain.data.warc_source": "Warc",
+    "efftrain.measure.calibrate_depth": "Calibration",
+    "efftrain.measure.experiment": "Experiment",
     "efftrain.models.config": "Attention MlpConfig Dense DepthConfig Full BlockConfig LayerDropout ModelConfig",
-    "efftrain.models.depth.early_exit": "ConfidenceExit",
-    "efftrain.models.moe.layer": "MoE",
+    "efftrain.models.early_exit": "ConfidenceExit",
+    "efftrain.models.moe": "MoE",
     "efftrain.models.quantization": "QuantizationRule Quantization",
-    "efftrain.models.depth.routed_depth": "RoutedDepthConfig MixtureOfDepths Recursion",
-    "efftrain.models.decoding.sampling": "Sampling",
-    "efftrain.models.decoding.self_speculation": "SelfSpeculation",
+    "efftrain.models.routed_depth": "RoutedDepthConfig MixtureOfDepths Recursion",
+    "efftrain.models.sampling": "Sampling",
+    "efftrain.models.self_speculation": "SelfSpeculation",
     "efftrain.ops.masks": "Unstructured Blocks NofM",
     "efftrain.ops.number_formats": "Format Integer Ternary Float8",
     "efftrain.sharding.mesh": "MeshConfig",
     "efftrain.train.classifier": "ClassifierTraining",
     "efftrain.train.loop": "Training",
-    "efftrain.train.objectives.objective": "SelfDistillation EarlyExitLoss",
+    "efftrain.train.objective": "SelfDistillation EarlyExitLoss",
     "efftrain.train.optimizers": "AdamW Muon",
     "efftrain.train.schedules": "WarmupStableDecay Cosine Ramp",
-    "efftrain.train.supervision.watchdog": "Watchdog",
+    "efftrain.train.watchdog": "Watchdog",
 }
 
 
@@ -102,6 +103,29 @@ def test_a_name_of_an_earlier_version_is_found(module):
         found = find_class(f"{module}:{name}", None)
         assert dataclasses.is_dataclass(found)
         assert class_name(found) == current_name(f"{module}:{name}")
+
+
+@pytest.mark.parametrize("module", WRITTEN_BY_4F30595)
+def test_a_recipe_of_an_earlier_version_imports_what_it_did(module):
+    """Runs keep their recipes, and a model with a block of its own is loaded by them."""
+    for name in WRITTEN_BY_4F30595[module].split():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            assert getattr(importlib.import_module(module), name) is find_class(f"{module}:{name}", None)
+
+
+def test_an_old_name_says_what_it_is_called_now():
+    with pytest.warns(
+        DeprecationWarning, match=r"efftrain\.models\.decode\.generate is now efftrain\.models\.decoding\."
+    ):
+        from efftrain.models.decode import generate
+    from efftrain.models.decoding import generate as now
+
+    assert generate is now.generate
+    with pytest.raises(ImportError):
+        from efftrain.models.decode import nothing  # noqa: F401
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("efftrain.models.nowhere")
 
 
 def test_a_class_keeps_its_name_where_it_moves(monkeypatch):

@@ -24,7 +24,7 @@ _HOMES = {
     "Decontaminate": "decontamination.decontaminate",
     "EvaluationSet": "decontamination.decontaminate",
     "MinHash": "dedup.minhash",
-    "RepeatedLines": "dedup.lines",
+    "LineDeduplication": "dedup.lines",
     "Local": "stages.engines",
     "Beam": "stages.engines",
     "JsonLines": "sources.json",

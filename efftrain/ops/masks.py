@@ -9,7 +9,10 @@ from jax import Array
 from jax.experimental.multihost_utils import process_allgather
 
 from efftrain.errors import ConfigError
+from efftrain.moved import old_names
 from efftrain.ops.counts import as_count
+
+__getattr__ = old_names(__name__)
 
 
 def keep_highest(scores: Array, n_keep: Array | int) -> Array:

@@ -270,7 +270,7 @@ def test_lines_end_alike_and_begin_without_a_mark_whatever_the_file(tmp_path):
         sources=(data.TextFolder(path=tmp_path / "texts"),),
         rules=(),
         vocabulary=300,
-        repeated_lines=data.RepeatedLines(unit="paragraph"),
+        repeated_lines=data.LineDeduplication(unit="paragraph"),
     )
     corpus = build(config, tmp_path / "out")
     found = {d.id: d.text for split in corpus.splits for d in corpus.documents(split)}

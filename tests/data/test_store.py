@@ -349,7 +349,7 @@ def test_scores_are_used_again_for_a_file_with_a_badly_encoded_name(documents, t
 
 
 def test_kept_bytes_are_those_of_the_splits_also_where_texts_were_edited(documents, tmp_path, config_for):
-    config = config_for(documents, rules=(WithoutFirstWord(),), repeated_lines=data.RepeatedLines(min_chars=5))
+    config = config_for(documents, rules=(WithoutFirstWord(),), repeated_lines=data.LineDeduplication(min_chars=5))
     corpus = data.build(config, tmp_path / "out")
     rows = {row["stage"]: row for row in corpus.funnel}
     assert rows["edited"]["documents"] == 0

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from efftrain.ops import head_loss as module
+from efftrain.ops import fused_linear_loss as module
 from efftrain.ops.cross_entropy import cross_entropy, token_nll
 from efftrain.ops.fused_linear_loss import choose_chunks
 

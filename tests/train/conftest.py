@@ -11,7 +11,7 @@ CRASH_AT = 8  # this batch never comes: checkpoints of steps 3 and 6, metrics of
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory) -> tuple[Path, tiny.Fitted]:
+def unbroken(tmp_path_factory) -> tuple[Path, tiny.TrainResult]:
     out = tmp_path_factory.mktemp("unbroken") / "run"
     return out, tiny.train(out)
 
@@ -31,10 +31,10 @@ def crashed(crashed_run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def ends_like(unbroken) -> Callable[[Path, tiny.Fitted], None]:
+def ends_like(unbroken) -> Callable[[Path, tiny.TrainResult], None]:
     """Asserts that a run ended exactly as the unbroken one."""
 
-    def check(out: Path, fitted: tiny.Fitted) -> None:
+    def check(out: Path, fitted: tiny.TrainResult) -> None:
         assert tiny.numbers(out) == tiny.numbers(unbroken[0])
         tiny.assert_same_parameters(fitted.model, unbroken[1].model)
 

@@ -124,9 +124,9 @@ class Sparsity:
         if isinstance(self.structure, SemiStructured) and not isinstance(self.distribution, Uniform):
             raise ConfigError("sparsity n:m is the same in every matrix; use the distribution Uniform")
         if isinstance(self.score, RigL) != isinstance(self.schedule, Constant):
-            raise ConfigError("the score Regrow and the schedule Constant are for each other; use both or neither")
+            raise ConfigError("the score RigL and the schedule Constant are for each other; use both or neither")
         if isinstance(self.score, RigL) and isinstance(self.distribution, Global):
-            raise ConfigError("Regrow exchanges weights within a matrix; use the distribution Uniform or ErdosRenyi")
+            raise ConfigError("RigL exchanges weights within a matrix; use the distribution Uniform or ErdosRenyi")
         if isinstance(self.schedule, Iterative):
             if self.schedule.sparsity != self.structure.sparsity:
                 raise ConfigError(

@@ -111,7 +111,7 @@ class Iterative:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The target from the start on, with updates that exchange weights: for ``Regrow``."""
+    """The target from the start on, with updates that exchange weights: for ``RigL``."""
 
     start: float = 0.0
     end: float = 0.75

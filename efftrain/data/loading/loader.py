@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
-WRITTEN_TYPE = "efftrain.data.loading.loader:LoaderConfig"  # in the identity of positions, wherever the class is by now
+WRITTEN_TYPE = "efftrain.data.loader:LoaderConfig"  # in the identity of positions, wherever the class is by now
 
 
 @dataclass(frozen=True, kw_only=True)

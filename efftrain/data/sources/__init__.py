@@ -2,3 +2,7 @@
 
 It may import ``data.documents``.
 """
+
+from efftrain.moved import old_names
+
+__getattr__ = old_names(__name__)

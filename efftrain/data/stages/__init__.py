@@ -2,3 +2,7 @@
 
 It may import ``data.storage`` and ``data.documents``; it knows no particular stage.
 """
+
+from efftrain.moved import old_names
+
+__getattr__ = old_names(__name__)

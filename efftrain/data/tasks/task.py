@@ -21,7 +21,7 @@ from efftrain.errors import ConfigError, CorpusError
 
 _END_OF_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)?")
 
-WRITTEN_TYPE = "efftrain.data.tasks.task:Example"  # in fingerprints of tasks, wherever the class is by now
+WRITTEN_TYPE = "efftrain.data.task:Example"  # in fingerprints of tasks, wherever the class is by now
 
 Record = tuple[int, dict[str, Any]]  # the line at which it begins, and its fields
 

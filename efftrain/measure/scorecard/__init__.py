@@ -2,3 +2,7 @@
 
 It may import ``measure.cost``; ``measure.quality`` gives it figures and is not imported.
 """
+
+from efftrain.moved import old_names
+
+__getattr__ = old_names(__name__)

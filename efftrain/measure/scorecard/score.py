@@ -51,7 +51,7 @@ def score(
       quality: ``bpb`` and ``loss`` on held-out rows, see ``evaluate.Evaluator``.
       split, note: of the corpus, whose rows these were, and what is to be said of them.
       training_tokens: that the whole run read, padding included.
-      training_figures: of ``train.loop.Fitted``.
+      training_figures: of ``train.loop.TrainResult``.
       steps: of the whole run, see ``flops.training_flops``.
       extra_flops: of a training token, beside the model's.
       checkpoint: the directory (or file) of the one checkpoint that holds this model.

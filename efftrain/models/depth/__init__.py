@@ -2,3 +2,7 @@
 
 It may import the decoder and its blocks; decoding imports it.
 """
+
+from efftrain.moved import old_names
+
+__getattr__ = old_names(__name__)

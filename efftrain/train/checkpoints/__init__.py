@@ -2,3 +2,7 @@
 
 It may import ``models``, ``ops`` and ``sharding``; it knows nothing of the loop.
 """
+
+from efftrain.moved import old_names
+
+__getattr__ = old_names(__name__)
