@@ -16,7 +16,7 @@ from rich.table import Table
 
 from efftrain.errors import ConfigError
 from efftrain.models.config import ModelConfig, llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import abstract_decoder
 from efftrain.recipe import HUGE_PAGES, JAX_CACHE, import_script
 from efftrain.sharding.layout import layout_table
 from efftrain.sharding.mesh import AXES, MeshConfig, make_mesh
@@ -137,7 +137,7 @@ def _model(config: Any, recipe: Path | None) -> tuple[ModelConfig, str]:
 
 def _abstract_parameters(model: ModelConfig) -> Any:
     """Shapes and logical axes of the model's parameters; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))), nnx.Param, ...)[1]
+    return nnx.split(abstract_decoder(model), nnx.Param, ...)[1]
 
 
 def _host_memory() -> int:

@@ -32,10 +32,9 @@ from efftrain.errors import ConfigError
 from efftrain.experiment.compare import Comparison, compare
 from efftrain.experiment.experiment import Experiment, train_and_score
 from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, head_flops, prefill_flops, training_flops
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import DepthConfig, Full, LayerDropout, ModelConfig, llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.progress import console
 from efftrain.recipe import run_recipe

@@ -50,11 +50,11 @@ from efftrain.config import finite_json
 from efftrain.errors import ConfigError
 from efftrain.experiment.compare import Comparison, compare
 from efftrain.experiment.experiment import Experiment, finished, reported, train_and_score
-from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.cost.parameters import count_parameters
 from efftrain.measure.quality.unigram import unigram_bpb
 from efftrain.measure.scorecard.scorecard import FILE_NAME, Scorecard, table
 from efftrain.models.config import ModelConfig, llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding import hosts

@@ -30,10 +30,9 @@ from efftrain.config import finite_json
 from efftrain.experiment.compare import Comparison, compare, equal_quality_flops
 from efftrain.experiment.experiment import Experiment, train_and_score
 from efftrain.measure.cost.flops import training_flops
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import Dense, MlpConfig, ModelConfig, llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.moe import MoE
 from efftrain.models.moe.upcycle import check_upcycling, upcycle
 from efftrain.progress import console

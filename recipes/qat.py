@@ -40,11 +40,10 @@ from efftrain.errors import ConfigError
 from efftrain.experiment.compare import Comparison, compare
 from efftrain.experiment.experiment import Experiment, train_and_score
 from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, training_flops
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.measure.measurements import Measurements
 from efftrain.measure.scorecard.scorecard import Scorecard, table
 from efftrain.models.config import llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.quantization import Quantization, QuantizationRule, give_rules
 from efftrain.ops.number_formats import Integer
 from efftrain.progress import console

@@ -49,7 +49,7 @@ from efftrain.compress.task.task_run import (
     teacher_items,
     train_on_task,
 )
-from efftrain.compress.task.task_teach import Lesson, student_items, teach
+from efftrain.compress.task.task_teach import TeacherLabels, student_items, teach
 from efftrain.compress.task.task_texts import Augmentation
 from efftrain.config import digest, to_json
 from efftrain.data.tasks.synthetic import write_amounts, write_questions
@@ -263,7 +263,7 @@ def with_seed(config: Config, task: Task, seed: int, kept: Measurements) -> dict
     ):
         loss = task_loss(own, text_weight=student.text_weight, alpha=alpha, temperature=config.temperature)
         run = config.out / f"{name.split()[0]}-seed{seed}"
-        made_from = {"taught": opinions(taught)} if name == "student" else {}
+        made_from = {"taught": digest_of_labels(taught)} if name == "student" else {}
         small, spent = train_on_task(run, student, own, task, items, loss, made_from=made_from)
         models[name] = (small, own, student, spent)
     models["student, 8 bits"] = (in_8_bits(config.out / f"student-seed{seed}"), own, student, {})
@@ -287,7 +287,7 @@ def seeded(learner: Learner, seed: int) -> Learner:
     return replace(learner, training=replace(learner.training, seed=seed))
 
 
-def opinions(taught: Lesson) -> str:
+def digest_of_labels(taught: TeacherLabels) -> str:
     """A fingerprint of what a student learns from."""
     logits = None if taught.logits is None else np.round(taught.logits, 2).tolist()
     return digest({"texts": taught.texts, "answers": taught.answers, "logits": logits})

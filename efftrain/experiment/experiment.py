@@ -10,13 +10,12 @@ from flax import nnx
 from efftrain import data
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.measure.quality.held_out import HeldOut, choosing, reporting
 from efftrain.measure.scorecard.score import quality_figures, score
 from efftrain.measure.scorecard.scorecard import FILE_NAME, Scorecard
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.sharding.layout import state_shardings, with_shardings
@@ -195,7 +194,7 @@ def reported(
         held_out = reporting(corpus, training.length, rows, chosen=chosen, batch_size=training.batch_size)
     if (card.figures["bpb"].split, card.figures["bpb"].note) == (held_out.split, held_out.note):
         return card
-    model = nnx.eval_shape(lambda: Decoder(load_model_config(run), rngs=nnx.Rngs(0)))
+    model = abstract_decoder(load_model_config(run))
     graph, abstract = nnx.split(model)
     mesh, places = make_mesh(training.mesh), checkpoint_directory(run, read_json(run / "config.json"))
     with use(mesh):

@@ -32,7 +32,7 @@ class AttentionModule(nnx.Module):
         """Training: every token sees the earlier tokens of its segment. (batch, tokens, d_model)."""
         raise NotImplementedError
 
-    def remember(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
+    def write_cache(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
         """The cache with new tokens.
 
         Args:
@@ -44,13 +44,15 @@ class AttentionModule(nnx.Module):
         """
         raise NotImplementedError
 
-    def recall(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Array:
-        """What new tokens that the cache already has see in it; arguments as in ``remember``."""
+    def attend_cached(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Array:
+        """What new tokens that the cache already has see in it; arguments as in ``write_cache``."""
         raise NotImplementedError
 
-    def read(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> tuple[Array, Any]:
+    def prefill(
+        self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None
+    ) -> tuple[Array, Any]:
         """Decoding, where the cache is empty: the new tokens see each other, and the cache keeps them."""
-        return self(x_btd, positions_bt), self.remember(x_btd, positions_bt, cache, slots_bt)
+        return self(x_btd, positions_bt), self.write_cache(x_btd, positions_bt, cache, slots_bt)
 
 
 class SelfAttention(AttentionModule):
@@ -93,19 +95,21 @@ class SelfAttention(AttentionModule):
     def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> Array:
         return self._attend_fresh(*self._project(x_btd, positions_bt), positions_bt, segments_bt)
 
-    def read(
+    def prefill(
         self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
     ) -> tuple[Array, LayerCache]:
         q_bthd, k_btkd, v_btkd = self._project(x_btd, positions_bt)
         cache = cache.store(k_btkd, v_btkd, positions_bt, slots_bt, consecutive=True)
         return self._attend_fresh(q_bthd, k_btkd, v_btkd, positions_bt, None), cache
 
-    def remember(
+    def write_cache(
         self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
     ) -> LayerCache:
         return cache.store(*self._keys_and_values(x_btd, positions_bt), positions_bt, slots_bt)
 
-    def recall(self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None) -> Array:
+    def attend_cached(
+        self, x_btd: Array, positions_bt: Array, cache: LayerCache, slots_bt: Array | None = None
+    ) -> Array:
         slots_bt = positions_bt if slots_bt is None else slots_bt
         q_bthd = self._queries(x_btd, positions_bt)
         mod = None

@@ -18,8 +18,8 @@ class Block(nnx.Module):
 
     A subclass that replaces ``join`` is another kind of block, in training and in decoding.
 
-    Decoding falls in two parts for those who skip the second: ``remember`` puts the keys and values of new tokens into
-    the cache, which later tokens need from every token, and ``recall`` computes the block.
+    Decoding has two parts, of which early exits skip the second: ``write_cache`` puts the keys and values of new tokens
+    into the cache, where later tokens need them, and ``attend_cached`` computes the block.
     """
 
     def __init__(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs):
@@ -70,7 +70,7 @@ class Block(nnx.Module):
         cache: Any,
         *,
         fresh: bool,
-        real_bt: Array | None = None,
+        valid_bt: Array | None = None,
         tokens_bt: Array | None = None,
     ) -> tuple[Array, Any]:
         """New tokens after those in the cache.
@@ -80,16 +80,16 @@ class Block(nnx.Module):
           positions_bt: (batch, new tokens), consecutive in each row.
           cache: this layer's.
           fresh: the cache is empty, so the new tokens see only each other.
-          real_bt: (batch, new tokens) bool, False after the end of a shorter row. Of no concern here: what such a
+          valid_bt: (batch, new tokens) bool, False after the end of a shorter row. Of no concern here: what such a
             token leaves in the cache is overwritten before it is seen.
           tokens_bt: as in the call.
         """
         if not fresh:
-            cache = self.remember(x_btd, positions_bt, cache)
-            return self.recall(x_btd, positions_bt, cache, tokens_bt=tokens_bt), cache
-        return self.read(x_btd, positions_bt, cache, tokens_bt=tokens_bt)
+            cache = self.write_cache(x_btd, positions_bt, cache)
+            return self.attend_cached(x_btd, positions_bt, cache, tokens_bt=tokens_bt), cache
+        return self.prefill(x_btd, positions_bt, cache, tokens_bt=tokens_bt)
 
-    def read(
+    def prefill(
         self,
         x_btd: Array,
         positions_bt: Array,
@@ -97,15 +97,15 @@ class Block(nnx.Module):
         slots_bt: Array | None = None,
         tokens_bt: Array | None = None,
     ) -> tuple[Array, Any]:
-        """``remember`` and ``recall`` for an empty cache: the slots are not read."""
-        out_btd, cache = self.attention.read(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
+        """``write_cache`` and ``attend_cached`` for an empty cache: the slots are not read."""
+        out_btd, cache = self.attention.prefill(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
         return self._join(x_btd, out_btd, tokens_bt)[0], cache
 
-    def remember(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
+    def write_cache(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
         """The cache with the new tokens; ``slots_bt``: where, consecutive. None: at their positions."""
-        return self.attention.remember(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
+        return self.attention.write_cache(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
 
-    def recall(
+    def attend_cached(
         self,
         x_btd: Array,
         positions_bt: Array,
@@ -113,8 +113,8 @@ class Block(nnx.Module):
         slots_bt: Array | None = None,
         tokens_bt: Array | None = None,
     ) -> Array:
-        """What the block makes of new tokens whose keys and values the cache has; arguments as in ``read``."""
-        out_btd = self.attention.recall(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
+        """What the block makes of new tokens whose keys and values the cache has; arguments as in ``prefill``."""
+        out_btd = self.attention.attend_cached(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
         return self._join(x_btd, out_btd, tokens_bt)[0]
 
     def after_step(self, statistics: dict) -> dict:

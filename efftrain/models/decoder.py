@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
             positions_bt,
             cache.layers,
             fresh=fresh,
-            real_bt=jnp.arange(length) < n_real_b[:, None],
+            valid_bt=jnp.arange(length) < n_real_b[:, None],
             tokens_bt=tokens_bt,
         )
         return self.norm(x_btd), Cache(layers=layer_caches, lengths_b=cache.lengths_b + n_real_b)
@@ -211,14 +211,19 @@ def extend_layers(
     caches: Sequence[Any],
     *,
     fresh: bool = False,
-    real_bt: Array | None = None,
+    valid_bt: Array | None = None,
     tokens_bt: Array | None = None,
 ) -> tuple[Array, tuple[Any, ...]]:
     """Some consecutive layers on new tokens; arguments as in ``Block.extend``. The stream and the layers' caches."""
     after = []
     for layer, layer_cache in zip(layers, caches, strict=True):
         x_btd, layer_cache = layer.extend(
-            x_btd, positions_bt, layer_cache, fresh=fresh, real_bt=real_bt, tokens_bt=tokens_bt
+            x_btd, positions_bt, layer_cache, fresh=fresh, valid_bt=valid_bt, tokens_bt=tokens_bt
         )
         after.append(layer_cache)
     return x_btd, tuple(after)
+
+
+def abstract_decoder(config: ModelConfig) -> Decoder:
+    """The decoder with shapes in place of arrays: to count in, without memory."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))

@@ -10,6 +10,7 @@ from jax import Array
 from efftrain.errors import ConfigError
 from efftrain.models.config import LayerDropout
 from efftrain.ops.platform import conditional
+from efftrain.sharding.layout import is_variable
 
 Policy = Callable[..., bool] | None
 Carry = tuple[Array, Array | None]
@@ -29,7 +30,7 @@ def stack_layers(build: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs
     """
     layer_def, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     states = jax.vmap(lambda key: nnx.state(build(nnx.Rngs(params=key))))(jax.random.split(rngs.params(), n))
-    return nnx.merge(layer_def, jax.tree.map(_with_layer_axis(n), states, is_leaf=_is_variable))
+    return nnx.merge(layer_def, jax.tree.map(_with_layer_axis(n), states, is_leaf=is_variable))
 
 
 def _with_layer_axis(n: int):
@@ -51,10 +52,6 @@ def _without_layer_axis(variable: nnx.Variable) -> nnx.Variable:
     return variable.replace(axes=metadata["axes"][1:], units=metadata["units"][1:])
 
 
-def _is_variable(leaf: object) -> bool:
-    return isinstance(leaf, nnx.Variable)
-
-
 def unstack(state: nnx.State, n: int) -> list[nnx.State]:
     """The states of the single layers.
 
@@ -64,7 +61,7 @@ def unstack(state: nnx.State, n: int) -> list[nnx.State]:
     leaves, tree = jax.tree.flatten(state)
     pieces = [[jnp.squeeze(p, 0) for p in jax.lax.split(leaf, [1] * n, axis=0)] for leaf in leaves]
     layers = [jax.tree.unflatten(tree, layer) for layer in zip(*pieces, strict=True)]
-    return jax.tree.map(_without_layer_axis, layers, is_leaf=_is_variable)
+    return jax.tree.map(_without_layer_axis, layers, is_leaf=is_variable)
 
 
 def run_layers(

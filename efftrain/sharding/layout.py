@@ -50,11 +50,11 @@ def state_shardings(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        name, metadata = _name(path), leaf.get_metadata() if _is_variable(leaf) else None
+        name, metadata = _name(path), leaf.get_metadata() if is_variable(leaf) else None
         # A variable is itself a tree: of one array, or of none where optax masked it.
         return jax.tree.map(lambda x: NamedSharding(mesh, _spec(name, x, metadata, mesh, rules)), leaf)
 
-    return jax.tree_util.tree_map_with_path(place, state, is_leaf=_is_variable)
+    return jax.tree_util.tree_map_with_path(place, state, is_leaf=is_variable)
 
 
 def with_shardings(state: Any, shardings: Any) -> Any:
@@ -64,11 +64,11 @@ def with_shardings(state: Any, shardings: Any) -> Any:
 
 def layout(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> list[Placed]:
     """How each array of ``state`` is laid out, in tree order. Arguments and errors: ``state_shardings``."""
-    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_variable)
-    shardings = jax.tree.leaves(state_shardings(state, mesh, rules), is_leaf=_is_variable)
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable)
+    shardings = jax.tree.leaves(state_shardings(state, mesh, rules), is_leaf=is_variable)
     rows = []
     for (path, leaf), sharding_leaf in zip(leaves, shardings, strict=True):
-        axes = leaf.get_metadata().get("axes") or () if _is_variable(leaf) else ()
+        axes = leaf.get_metadata().get("axes") or () if is_variable(leaf) else ()
         for x, sharding in zip(jax.tree.leaves(leaf), jax.tree.leaves(sharding_leaf), strict=True):
             rows.append(
                 Placed(
@@ -125,7 +125,7 @@ def _spec(name: str, x: Any, metadata: dict[str, Any] | None, mesh: Mesh, rules:
     return rules.resolve(metadata["axes"], x.shape, mesh, units=metadata.get("units"), name=name)
 
 
-def _is_variable(leaf: Any) -> bool:
+def is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from efftrain.errors import ConfigError
+from efftrain.sharding.layout import is_variable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def muon_or_adam(params: Any) -> Any:
     return jax.tree.map(
         lambda variable: variable.replace("adam" if variable.get_value() is None else "muon"),
         muon_dimensions(params),
-        is_leaf=_is_variable,
+        is_leaf=is_variable,
     )
 
 
@@ -123,11 +124,7 @@ def _per_parameter(rule: Callable[[tuple[str | None, ...]], Any], params: Any) -
     def answer(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(rule(variable.get_metadata()["axes"]))
 
-    return jax.tree.map(answer, params, is_leaf=_is_variable)
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
+    return jax.tree.map(answer, params, is_leaf=is_variable)
 
 
 def _own_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from efftrain.config import difference, to_json
 from efftrain.errors import RunError
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import abstract_decoder
 from efftrain.models.zeros import zeros_share
 from efftrain.progress import console
 from efftrain.sharding.rules import ShardingRules, without_mesh
@@ -133,6 +133,6 @@ def _check_same_variables(run: Path, model: ModelConfig) -> None:
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    state = nnx.state(abstract_decoder(config))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}

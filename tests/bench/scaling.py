@@ -28,9 +28,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 from efftrain.measure.compiled.aot import CompiledStep, Target, compile_target, read_target
 from efftrain.measure.cost.mesh_estimate import axis_traffic
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.config import llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.sharding.topologies import find_topology
 from efftrain.train.config import Training

@@ -12,7 +12,7 @@ from tiny_runs import LENGTH as ROW
 from tiny_runs import write_corpus
 
 from efftrain.compress.corpus_rows import CorpusRows
-from efftrain.compress.layerwise.calibration import CalibrationRows, CalibrationSize, grams, magnitudes
+from efftrain.compress.layerwise.calibration import CalibrationRows, CalibrationSize, hessians, magnitudes
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.quantization.convert import convert
@@ -46,7 +46,7 @@ def test_sums_over_inputs_are_those_of_the_valid_tokens():
     valid = text.segments > 0
     x = np.random.default_rng(0).normal(size=(*valid.shape, 16)).astype(np.float32)
     x[~valid] *= 1000
-    found = grams(block, x, text), magnitudes(block, x, text)
+    found = hessians(block, x, text), magnitudes(block, x, text)
     read = block.attention_norm(x)
     attended = block.attention(read, text.positions, text.segments)
     inside = block.mlp_norm(x + attended)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from tiny_models import LOCAL, PLAIN, build, config, tokens
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, forward, grams
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward, hessians
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.quantization.awq import scale_inputs
 from efftrain.compress.quantization.convert import convert
@@ -117,7 +117,7 @@ def test_awq_changes_nothing_before_rounding():
     x = np.random.default_rng(0).normal(size=(24, 16, 16)).astype(np.float32) * np.linspace(
         0.1, 4, 16, dtype=np.float32
     )
-    before, found = forward(block, x, text), grams(block, x, text)
+    before, found = forward(block, x, text), hessians(block, x, text)
     give_rules(block, weights(INT4), "blocks/0/")
     factors = scale_inputs(block, x, text, found)
     give_rules(block, Quantization())
@@ -130,7 +130,7 @@ def test_products_of_inputs_are_those_of_the_text():
     block = LayerwiseModel.of(build(config(pattern=(PLAIN,), n_repeats=1))).layers[0]
     text = calibration(12)  # not a whole number of batches
     x = np.random.default_rng(0).normal(size=(12, 16, 16)).astype(np.float32)
-    found = grams(block, x, text)
+    found = hessians(block, x, text)
     seen = np.asarray(block.attention_norm(x)).reshape(-1, 16)
     for name in ("query", "key", "value"):
         np.testing.assert_allclose(found[f"attention/{name}"], seen.T @ seen, rtol=1e-4, atol=1e-3)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, forward, grams, inputs_of
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward, hessians, inputs_of
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import mask_by_inputs, mask_by_magnitude, prune
 from efftrain.compress.quantization.convert import convert
@@ -77,7 +77,7 @@ def test_methods_that_look_at_text_change_outputs_less():
     assert found["magnitude"] is None  # it was not asked what its inputs are
     assert found["sparsegpt"] < found["wanda"]
     pieces = LayerwiseModel.of(build(config()))
-    first = grams(pieces.layers[0], inputs_of(pieces.outer, calibration()), calibration())
+    first = hessians(pieces.layers[0], inputs_of(pieces.outer, calibration()), calibration())
     errors = []
     for name, module, attribute in matrices(pieces.layers[0]):
         w = getattr(module, attribute)[...]
@@ -96,8 +96,8 @@ def test_a_layer_is_pruned_by_what_pruned_layers_before_it_say():
             x[name] = forward(layer, x[name], calibration())
     masks = {}
     for name in x:
-        gram = grams(dense.layers[3], x[name], calibration())["attention/query"]
-        masks[name] = np.asarray(mask_by_inputs(dense.layers[3].attention.query.kernel[...], gram, HALF))
+        hessian = hessians(dense.layers[3], x[name], calibration())["attention/query"]
+        masks[name] = np.asarray(mask_by_inputs(dense.layers[3].attention.query.kernel[...], hessian, HALF))
     found = np.asarray(halves.layers[3].attention.query.kernel[...]) != 0
     np.testing.assert_array_equal(found, masks["pruned"])
     assert (found != masks["dense"]).any()

@@ -16,18 +16,18 @@ INT4 = Integer(bits=4, group=16, scale_dtype="float32")
 
 
 def problem(d: int, f: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix, and the Gram matrix of correlated inputs of unequal size."""
+    """A matrix, and the Hessian of correlated inputs of unequal size."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(4 * d, d)) @ rng.normal(size=(d, d)) * rng.uniform(0.1, 2, d)
     return rng.normal(size=(d, f)).astype(np.float32), (x.T @ x).astype(np.float32)
 
 
-def by_definition(w: np.ndarray, gram: np.ndarray, project) -> np.ndarray:
-    """Optimal brain surgery: after each row, the others move by the inverse of the Gram matrix of what is left."""
+def by_definition(w: np.ndarray, hessian: np.ndarray, project) -> np.ndarray:
+    """Optimal brain surgery: after each row, the others move by the inverse of the Hessian of what is left."""
     d, w, out = len(w), w.astype(np.float64).copy(), np.zeros(w.shape)
-    gram = gram.astype(np.float64) + DAMPING * np.mean(np.diag(gram)) * np.eye(d)
+    hessian = hessian.astype(np.float64) + DAMPING * np.mean(np.diag(hessian)) * np.eye(d)
     for i in range(d):
-        inverse = np.linalg.inv(gram[i:, i:])
+        inverse = np.linalg.inv(hessian[i:, i:])
         out[i] = project(w[i], i)
         w[i:] -= np.outer(inverse[:, 0] / inverse[0, 0], w[i] - out[i])
     return out
@@ -36,19 +36,19 @@ def by_definition(w: np.ndarray, gram: np.ndarray, project) -> np.ndarray:
 @pytest.mark.parametrize("d", [24, BLOCK + 32, BLOCK + 3])
 def test_rows_are_made_up_for_as_the_definition_says(d):
     """To halves, in one block of rows and in several."""
-    w, gram = problem(d, 5)
+    w, hessian = problem(d, 5)
 
     def halves(row, i):
         return jnp.round(row * 2) / 2
 
     with jax.enable_x64(True):  # in float32 a tie falls to the other side, and what follows differs
-        exact = jnp.asarray(w, jnp.float64), jnp.asarray(gram, jnp.float64)
+        exact = jnp.asarray(w, jnp.float64), jnp.asarray(hessian, jnp.float64)
         np.testing.assert_array_equal(
             compensated(exact[0], inverse_factor(exact[1])[0], halves),
-            wanted := by_definition(w, gram, lambda row, i: np.round(row * 2) / 2),
+            wanted := by_definition(w, hessian, lambda row, i: np.round(row * 2) / 2),
         )
-    found = compensated(jnp.asarray(w), inverse_factor(jnp.asarray(gram))[0], halves)
-    x = np.linalg.cholesky(gram.astype(np.float64) + 1e-3 * np.eye(d)).T
+    found = compensated(jnp.asarray(w), inverse_factor(jnp.asarray(hessian))[0], halves)
+    x = np.linalg.cholesky(hessian.astype(np.float64) + 1e-3 * np.eye(d)).T
 
     def error(values):
         return np.linalg.norm(x @ (np.asarray(values, np.float64) - w))
@@ -58,9 +58,9 @@ def test_rows_are_made_up_for_as_the_definition_says(d):
 
 
 def test_gptq_changes_outputs_less_than_rounding():
-    w, gram = problem(64, 32)
-    nearest, better = quantize(jnp.asarray(w), INT4), gptq(jnp.asarray(w), jnp.asarray(gram), INT4)[0]
-    errors = [relative_error(q.dequantize() - w, jnp.asarray(w), jnp.asarray(gram)) for q in (better, nearest)]
+    w, hessian = problem(64, 32)
+    nearest, better = quantize(jnp.asarray(w), INT4), gptq(jnp.asarray(w), jnp.asarray(hessian), INT4)[0]
+    errors = [relative_error(q.dequantize() - w, jnp.asarray(w), jnp.asarray(hessian)) for q in (better, nearest)]
     assert errors[0] < 0.7 * errors[1]
     np.testing.assert_array_equal(better.scale, nearest.scale)
     assert better.levels().min() >= -8
@@ -74,43 +74,43 @@ def test_with_independent_equal_inputs_gptq_is_rounding():
 
 
 def test_an_input_that_is_never_used_is_rounded():
-    w, gram = problem(32, 8)
-    gram[3], gram[:, 3] = 0, 0
-    found, _ = gptq(jnp.asarray(w), jnp.asarray(gram), INT4)
+    w, hessian = problem(32, 8)
+    hessian[3], hessian[:, 3] = 0, 0
+    found, _ = gptq(jnp.asarray(w), jnp.asarray(hessian), INT4)
     nearest = quantize(jnp.asarray(w), INT4).dequantize()
     np.testing.assert_allclose(np.abs(found.dequantize() - w)[3], np.abs(nearest - w)[3], atol=1e-5)
     assert np.isfinite(found.dequantize()).all()
 
 
 def test_too_little_text_is_damped_until_it_works():
-    """A Gram matrix of rank one, and one that rounding has made indefinite; how much was needed is said."""
+    """A Hessian of rank one, and one that rounding has made indefinite; how much was needed is said."""
     x = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32) * 1e3
     broken = x.T @ x - 0.05 * np.eye(32, dtype=np.float32) * np.mean(x**2)
-    for gram, needed in ((x.T @ x, DAMPING), (broken, 10 * DAMPING)):
-        factor, damping = inverse_factor(jnp.asarray(gram, jnp.float32))
+    for hessian, needed in ((x.T @ x, DAMPING), (broken, 10 * DAMPING)):
+        factor, damping = inverse_factor(jnp.asarray(hessian, jnp.float32))
         assert np.isfinite(factor).all()
         assert damping == pytest.approx(needed)
-        damped = gram.astype(np.float64) + needed * np.mean(np.diag(gram)) * np.eye(32)
+        damped = hessian.astype(np.float64) + needed * np.mean(np.diag(hessian)) * np.eye(32)
         np.testing.assert_allclose(factor.T @ factor, np.linalg.inv(damped), rtol=1e-2, atol=1e-9)
-        for _, said in (gptq(jnp.eye(32), gram, INT4), sparse_gpt(jnp.eye(32), gram, Unstructured(sparsity=0.5))):
+        for _, said in (gptq(jnp.eye(32), hessian, INT4), sparse_gpt(jnp.eye(32), hessian, Unstructured(sparsity=0.5))):
             assert said == damping
     with pytest.raises(ConfigError, match="are not finite; calibrate a model that works"):
         inverse_factor(jnp.full((4, 4), jnp.nan))
 
 
-def pruned_by_definition(w: np.ndarray, gram: np.ndarray, n: int, m: int) -> np.ndarray:
+def pruned_by_definition(w: np.ndarray, hessian: np.ndarray, n: int, m: int) -> np.ndarray:
     """In every group of m rows, those of which going costs least, given what was pruned before, for each column."""
     d, w, out = len(w), w.astype(np.float64).copy(), np.zeros(w.shape)
-    gram = gram.astype(np.float64) + DAMPING * np.mean(np.diag(gram)) * np.eye(d)
+    hessian = hessian.astype(np.float64) + DAMPING * np.mean(np.diag(hessian)) * np.eye(d)
     # U_jj^2 is what the row alone has left once all rows before it are settled.
-    left = np.array([np.linalg.inv(gram[i:, i:])[0, 0] for i in range(d)])
+    left = np.array([np.linalg.inv(hessian[i:, i:])[0, 0] for i in range(d)])
     for start in range(0, d, m):
         cost = w[start : start + m] ** 2 / left[start : start + m, None]
         gone = np.argsort(cost, axis=0, kind="stable")[: m - n]
         keep = np.ones(cost.shape, bool)
         np.put_along_axis(keep, gone, False, axis=0)
         for i in range(start, start + m):
-            inverse = np.linalg.inv(gram[i:, i:])
+            inverse = np.linalg.inv(hessian[i:, i:])
             out[i] = np.where(keep[i - start], w[i], 0)
             w[i:] -= np.outer(inverse[:, 0] / inverse[0, 0], w[i] - out[i])
     return out
@@ -118,10 +118,10 @@ def pruned_by_definition(w: np.ndarray, gram: np.ndarray, n: int, m: int) -> np.
 
 @pytest.mark.parametrize("d", [24, BLOCK + 32])
 def test_sparse_gpt_is_what_the_definition_says(d):
-    w, gram = problem(d, 5)
+    w, hessian = problem(d, 5)
     with jax.enable_x64(True):
-        found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), SemiStructured(n=2, m=4))
-    wanted = pruned_by_definition(w, gram, 2, 4)
+        found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(hessian), SemiStructured(n=2, m=4))
+    wanted = pruned_by_definition(w, hessian, 2, 4)
     same = (np.asarray(found) == 0) == (wanted == 0)
     assert same.mean() > 0.99  # float32 within; two costs may change places
     groups = np.asarray(found).reshape(-1, 4, 5)
@@ -133,36 +133,36 @@ def test_sparse_gpt_is_what_the_definition_says(d):
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.77])
 def test_sparse_gpt_prunes_exactly_its_share_and_as_much_of_every_block_of_rows(sparsity):
-    w, gram = problem(3 * BLOCK, 5)
-    found = np.asarray(sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=sparsity))[0])
+    w, hessian = problem(3 * BLOCK, 5)
+    found = np.asarray(sparse_gpt(jnp.asarray(w), jnp.asarray(hessian), Unstructured(sparsity=sparsity))[0])
     assert np.count_nonzero(found) == round((1 - sparsity) * found.size)
     for block in found.reshape(3, -1):
         assert abs(np.count_nonzero(block) - (1 - sparsity) * block.size) <= 1
 
 
 def test_gptq_leaves_zeros_of_a_pruned_matrix():
-    w, gram = problem(64, 16)
+    w, hessian = problem(64, 16)
     w = np.where(np.random.default_rng(1).random(w.shape) < 0.5, w, 0)
-    found, _ = gptq(jnp.asarray(w), jnp.asarray(gram), INT4)
+    found, _ = gptq(jnp.asarray(w), jnp.asarray(hessian), INT4)
     assert not np.asarray(found.dequantize())[w == 0].any()
 
 
 def test_sparse_gpt_rounds_what_stays_in_the_same_pass():
-    w, gram = problem(64, 32)
-    found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=0.5), INT4)
+    w, hessian = problem(64, 32)
+    found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(hessian), Unstructured(sparsity=0.5), INT4)
     stored = quantize(found, INT4, scale=quantize(jnp.asarray(w), INT4).scale)
     np.testing.assert_allclose(stored.dequantize(), found, atol=1e-6)
     assert np.count_nonzero(stored.levels()) <= found.size // 2
-    apart, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=0.5))
+    apart, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(hessian), Unstructured(sparsity=0.5))
     rounded = quantize(apart, INT4, scale=stored.scale).dequantize()
-    errors = [relative_error(a - w, jnp.asarray(w), jnp.asarray(gram)) for a in (found, rounded)]
+    errors = [relative_error(a - w, jnp.asarray(w), jnp.asarray(hessian)) for a in (found, rounded)]
     assert errors[0] < errors[1]
 
 
 def test_what_reads_an_input_that_is_never_used_goes_first():
-    w, gram = problem(32, 8)
-    gram[3], gram[:, 3] = 0, 0
-    found = np.asarray(sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=0.5))[0])
+    w, hessian = problem(32, 8)
+    hessian[3], hessian[:, 3] = 0, 0
+    found = np.asarray(sparse_gpt(jnp.asarray(w), jnp.asarray(hessian), Unstructured(sparsity=0.5))[0])
     assert not found[3].any()
     assert np.isfinite(found).all()
 
@@ -172,8 +172,8 @@ def test_a_prime_number_of_inputs_is_pruned_as_well_as_a_whole_block(sparsity):
     """131 inputs and 128 of the same kind: the error hardly differs, and the share is exact."""
     errors = {}
     for d in (BLOCK, 131):
-        w, gram = problem(d, 32, seed=1)
-        found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(gram), Unstructured(sparsity=sparsity))
+        w, hessian = problem(d, 32, seed=1)
+        found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(hessian), Unstructured(sparsity=sparsity))
         assert np.count_nonzero(found) == round((1 - sparsity) * found.size)
-        errors[d] = relative_error(found - w, jnp.asarray(w), jnp.asarray(gram))
+        errors[d] = relative_error(found - w, jnp.asarray(w), jnp.asarray(hessian))
     assert errors[131] < 1.1 * errors[BLOCK]

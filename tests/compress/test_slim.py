@@ -20,8 +20,9 @@ from efftrain.compress.structured.shape_count import Count
 from efftrain.compress.structured.shapes import candidates
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
-from efftrain.measure.cost.parameters import abstract_decoder, count_parameters, stored_bytes
+from efftrain.measure.cost.parameters import count_parameters, stored_bytes
 from efftrain.models.config import Dense, LayerDropout, MlpConfig, ModelConfig, llama
+from efftrain.models.decoder import abstract_decoder
 from efftrain.models.decoding.generate import generate
 from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.linear import Linear

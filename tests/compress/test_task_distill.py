@@ -8,7 +8,7 @@ from flax import nnx
 
 from efftrain.compress.task import task_texts
 from efftrain.compress.task.task import TaskLoss, label_divergence, predict
-from efftrain.compress.task.task_texts import Augmentation, agreed_answers, answer, majority, make_up
+from efftrain.compress.task.task_texts import Augmentation, agreed_answers, answer, majority, synthesise
 from efftrain.data.storage.tokenizer import train_tokenizer
 from efftrain.data.tasks.items import TaskIds, completions, conditionals, questions
 from efftrain.data.tasks.rows import TaskBatches
@@ -178,7 +178,7 @@ def test_only_what_is_new_and_sure_stays(ids, model, monkeypatch):
 
     monkeypatch.setattr(task_texts, "predict", opinions)
     options = Augmentation(per_label=4, threshold=0.5)
-    made = make_up(model, ids, loss_of(ids), options, ["A test text", *TEXTS], length=40, longest=12, seed=0)
+    made = synthesise(model, ids, loss_of(ids), options, ["A test text", *TEXTS], length=40, longest=12, seed=0)
     assert made.texts == ["New  one", "second"]
     assert made.labels.tolist() == [0, 2]
     np.testing.assert_allclose(made.logits, np.log([[0.9, 0.05, 0.05], [0.2, 0.2, 0.6]]), rtol=1e-5)
@@ -211,14 +211,14 @@ def test_a_model_that_learnt_its_questions_by_heart_makes_up_none_of_the_test(id
     labels = [0, 1, 2, 0, 1]
     model = trained(ids, conditionals(ids, TEXTS[:5], labels))
     options = Augmentation(per_label=20, threshold=0.0, temperature=0.7)
-    free = make_up(model, ids, loss_of(ids), options, [], length=40, longest=24, seed=1)
+    free = synthesise(model, ids, loss_of(ids), options, [], length=40, longest=24, seed=1)
     assert set(free.texts) & set(TEXTS)  # it does say them
     known = TEXTS[:5]
-    made = make_up(model, ids, loss_of(ids), options, known, length=40, longest=24, seed=1)
+    made = synthesise(model, ids, loss_of(ids), options, known, length=40, longest=24, seed=1)
     assert not {same_text(t) for t in made.texts} & {same_text(t) for t in known}
     assert len(made.texts) == len({same_text(t) for t in made.texts}) == made.counts["kept"] == len(made.logits)
     assert sum(made.counts.values()) == 2 * made.counts["drawn"] == 120
-    again = make_up(model, ids, loss_of(ids), options, known, length=40, longest=24, seed=1)
+    again = synthesise(model, ids, loss_of(ids), options, known, length=40, longest=24, seed=1)
     assert again.texts == made.texts
 
 

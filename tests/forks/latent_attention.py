@@ -40,10 +40,10 @@ class LatentAttention(attention.AttentionModule):
     def __call__(self, x, positions, segments=None):
         return self.attend(ops.causal_attention, x, self.latent(x)[:, :, None], segments_bs=segments)
 
-    def remember(self, x, positions, stored, slots=None):
+    def write_cache(self, x, positions, stored, slots=None):
         return cache.store_tokens(stored, self.latent(x)[:, :, None], positions, slots)
 
-    def recall(self, x, positions, stored, slots=None):
+    def attend_cached(self, x, positions, stored, slots=None):
         return self.attend(ops.cached_attention, x, stored, positions_bt=positions if slots is None else slots)
 
     def attend(self, function, x, stored, **where):

@@ -21,8 +21,7 @@ from flax import nnx
 import efftrain
 from efftrain.config import from_json, to_json
 from efftrain.measure.cost.flops import decode_flops, mean_visible_keys, training_flops
-from efftrain.measure.cost.parameters import abstract_decoder
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.decoding.generate import generate, prefill
 from efftrain.models.decoding.self_speculation import SelfSpeculation
 from efftrain.models.depth.routed_depth import causally_routed

@@ -18,10 +18,10 @@ from efftrain.measure.compiled.aot_traffic import Traffic
 from efftrain.measure.compiled.aot_warnings import loop_warnings, parameter_warnings
 from efftrain.measure.cost.flops import training_flops, training_hardware_flops
 from efftrain.measure.cost.mesh_estimate import axis_traffic
-from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.cost.parameters import count_parameters
 from efftrain.measure.mesh_advisor import mesh_shapes, search
 from efftrain.models.config import llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.sharding.chips import CHIPS
 from efftrain.sharding.layout import Placed
 from efftrain.sharding.mesh import MeshConfig, make_mesh

@@ -17,9 +17,9 @@ from efftrain.measure.cost.flops import (
     training_flops,
     training_hardware_flops,
 )
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.cache import empty_cache
 from efftrain.models.config import Attention, BlockConfig, Dense, MlpConfig, ModelConfig, llama
+from efftrain.models.decoder import abstract_decoder
 from efftrain.models.decoding.generate import prefill
 from efftrain.models.linear import Embedding, Linear
 from efftrain.train.objectives.objective import next_token_loss

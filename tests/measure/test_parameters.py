@@ -4,10 +4,10 @@ import jax
 import pytest
 from flax import nnx
 
-from efftrain.measure.cost.parameters import abstract_decoder, cache_bytes_per_token, count_parameters, stored_bytes
+from efftrain.measure.cost.parameters import cache_bytes_per_token, count_parameters, stored_bytes
 from efftrain.models.cache import empty_cache
 from efftrain.models.config import llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 
 SHAPE = {"vocab_size": 96, "d_model": 16, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ff": 40, "max_length": 32}
 BLOCK = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 40 + 2 * 16  # query and out, key and value, SwiGLU, two norms

@@ -62,11 +62,11 @@ def test_a_prompt_alone_continues_as_it_does_in_a_batch(model, greedy):
 
 
 def test_the_loop_compiles_once_for_a_shape(model, greedy):
-    before = decode.draw_tokens._cache_size()
+    before = decode.decode_tokens._cache_size()
     assert before > 0
     generate(model, prompts(1), LENGTHS[::-1].copy(), n_new=N_NEW)
     generate(tiny.build(model.config, seed=1), prompts(2), LENGTHS, n_new=N_NEW, key=jax.random.key(3))
-    assert decode.draw_tokens._cache_size() == before
+    assert decode.decode_tokens._cache_size() == before
 
 
 def test_the_end_token_fills_the_rest_of_its_row(model, greedy):

@@ -127,9 +127,9 @@ def test_another_threshold_compiles_nothing(model):
 
     prompts, lengths = tiny.tokens(2, 4), np.array([4, 2])
     generate(model, prompts, lengths, n_new=5, depth=ConfidenceExit(threshold=0.5))
-    before = decode.draw_tokens._cache_size()
+    before = decode.decode_tokens._cache_size()
     generate(model, prompts, lengths, n_new=5, depth=ConfidenceExit(threshold=0.7))
-    assert decode.draw_tokens._cache_size() == before
+    assert decode.decode_tokens._cache_size() == before
 
 
 def test_confidences_are_what_they_are_called(model, probe):

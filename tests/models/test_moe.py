@@ -11,9 +11,9 @@ from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import matrix_flops
-from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.config import llama
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.moe import MoE
 from efftrain.models.moe import layer as moe
 from efftrain.train.objectives.objective import next_token_loss

@@ -11,8 +11,9 @@ from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import decode_flops, matrix_flops, training_flops
-from efftrain.measure.cost.parameters import abstract_decoder, cache_bytes_per_token, count_parameters
+from efftrain.measure.cost.parameters import cache_bytes_per_token, count_parameters
 from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import abstract_decoder
 from efftrain.models.decoding.generate import generate, generate_report, prefill
 from efftrain.models.depth.depth_router import best, causal_metrics, first
 from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion, RoutedDepth, causally_routed
@@ -98,7 +99,7 @@ def test_padding_does_not_take_the_place_of_a_token():
     choice = best(jnp.where(real, scores, -jnp.inf), 2)
     assert choice.places_bn.tolist() == [[0, 2]]
     more = best(jnp.where(real, scores, -jnp.inf), 5)
-    assert more.real_bn.sum() == 4
+    assert more.valid_bn.sum() == 4
     assert np.isfinite(more.gates_bn).all()
 
 
@@ -107,7 +108,7 @@ def test_the_first_wanted_tokens_pass_until_the_room_is_taken():
     choice = first(wanted, jnp.zeros((2, 5)), 2)
     assert choice.places_bn[0].tolist() == [1, 3]
     assert choice.places_bn[1, 0] == 4
-    assert choice.real_bn.tolist() == [[True, True], [True, False]]
+    assert choice.valid_bn.tolist() == [[True, True], [True, False]]
     np.testing.assert_allclose(choice.gates_bn, 1)
 
 

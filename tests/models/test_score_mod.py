@@ -12,9 +12,9 @@ from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.components import MlpConfig, ScoreModConfig
 from efftrain.models.config import Attention
+from efftrain.models.decoder import abstract_decoder
 from efftrain.ops.attention import causal_attention
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use

@@ -13,7 +13,7 @@ from scipy.stats import chi2
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import empty_cache
-from efftrain.models.decoding.generate import AllLayers, draw_tokens, generate, generate_report, prefill
+from efftrain.models.decoding.generate import AllLayers, decode_tokens, generate, generate_report, prefill
 from efftrain.models.decoding.sampling import Sampling, probabilities, sample
 from efftrain.models.decoding.self_speculation import SelfSpeculation, accept, extra_slots, speculate
 from efftrain.models.depth.routed_depth import MixtureOfDepths
@@ -108,7 +108,7 @@ def test_drafts_take_no_cache_of_their_own():
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         return held + memory.temp_size_in_bytes + memory.output_size_in_bytes
 
-    plain = held(draw_tokens, 0, AllLayers(), None, 0.0, None, None)
+    plain = held(decode_tokens, 0, AllLayers(), None, 0.0, None, None)
     assert held(speculate, extra_slots(speculation), speculation) <= 1.05 * plain
 
 

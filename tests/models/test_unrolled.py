@@ -35,7 +35,7 @@ def test_the_programs_of_decoding_hold_no_copy_of_the_parameters(kind, stacked, 
     layers = {"pattern": (block,), "n_repeats": 4} if stacked else {"pattern": (block,) * 4, "n_repeats": 1}
     model = tiny.build(tiny.config(d_model=64, **layers))
     temporaries = []
-    for name in ("read_prompts", "draw_tokens", "speculate"):
+    for name in ("read_prompts", "decode_tokens", "speculate"):
         program = getattr(decode, name)
 
         def measured(*arguments, program=program):

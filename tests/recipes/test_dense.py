@@ -19,9 +19,10 @@ import efftrain
 from efftrain import data
 from efftrain.errors import ConfigError
 from efftrain.experiment.experiment import Experiment, train_and_score
-from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.cost.parameters import count_parameters
 from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.models.config import llama
+from efftrain.models.decoder import abstract_decoder
 from efftrain.recipe import import_script
 from efftrain.sharding.rules import DEFAULT_RULES
 from efftrain.train.config import Training

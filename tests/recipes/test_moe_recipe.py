@@ -11,7 +11,8 @@ from running import run
 import efftrain
 from efftrain import data
 from efftrain.measure.cost.flops import training_flops
-from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.cost.parameters import count_parameters
+from efftrain.models.decoder import abstract_decoder
 from efftrain.recipe import import_script
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.objectives.objective import next_token_loss

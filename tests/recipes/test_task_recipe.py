@@ -15,7 +15,8 @@ from efftrain.compress.task.task import predict
 from efftrain.compress.task.task_run import task_loss
 from efftrain.data.tasks.items import TaskIds, questions
 from efftrain.data.tasks.task import read_examples, same_text
-from efftrain.measure.cost.parameters import abstract_decoder, count_parameters
+from efftrain.measure.cost.parameters import count_parameters
+from efftrain.models.decoder import abstract_decoder
 from efftrain.recipe import import_script
 from efftrain.train.metrics.metrics_log import read_metrics
 

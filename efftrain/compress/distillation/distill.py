@@ -14,9 +14,8 @@ from efftrain.compress.distillation.features import Features, feature_loss, with
 from efftrain.compress.distillation.on_policy import OnPolicy
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, training_flops
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.depth.routed_depth import routes_causally
 from efftrain.ops.divergence import distillation_loss, kept_distillation_loss
 from efftrain.sharding import hosts

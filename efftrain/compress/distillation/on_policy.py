@@ -11,7 +11,7 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
-from efftrain.models.decoding.generate import AllLayers, draw_tokens, read_prompts
+from efftrain.models.decoding.generate import AllLayers, decode_tokens, read_prompts
 from efftrain.models.decoding.sampling import Sampling
 from efftrain.models.decoding.unrolled import unrolled
 from efftrain.ops.platform import conditional
@@ -109,6 +109,6 @@ class OnPolicy:
         prompts_bp = constrain(prompts_bp, "batch", None)
         sampling = Sampling(temperature=self.temperature)
         first_b, cache = read_prompts(graph, state, prompts_bp, lengths_b, key, self.n_new, sampling)
-        return draw_tokens(
+        return decode_tokens(
             graph, state, first_b, cache, key, self.n_new, sampling, AllLayers(), None, 0.0, None, None
         )[0]  # fmt: skip

@@ -107,7 +107,7 @@ def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) 
     return out_ntd
 
 
-def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
+def hessians(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
     """For each dense product of a plain block, by its path in it, the sum of ``x x^T`` over the calibration's tokens.
 
     Products that see the same input share one array.
@@ -120,16 +120,16 @@ def grams(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) ->
     Returns:
       (d_in, d_in) float32 each.
     """
-    return _input_sums(_gram, layer, x_ntd, calibration)
+    return _input_sums(_hessian, layer, x_ntd, calibration)
 
 
 def magnitudes(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
-    """As ``grams``, the sum of ``|x|``, (d_in,) float32 each."""
+    """As ``hessians``, the sum of ``|x|``, (d_in,) float32 each."""
     return _input_sums(_magnitude, layer, x_ntd, calibration)
 
 
 def idle_experts(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> tuple[int, ...]:
-    """Numbers of the experts of a plain block that no token of the calibration reached; arguments as of ``grams``."""
+    """Numbers of the experts of a plain block that no token of the calibration text reached; see ``hessians``."""
     if not isinstance(layer.mlp, RoutedExperts):
         return ()
     (graph, state), total_e = nnx.split(layer), 0.0
@@ -156,7 +156,7 @@ def keep_saliency(experts: RoutedExperts) -> None:
     experts.config = replace(config, saliency=True, dispatch=dispatch)
 
 
-def _gram(x_nd: Array) -> Array:
+def _hessian(x_nd: Array) -> Array:
     return jnp.matmul(x_nd.T, x_nd, precision="highest")
 
 
@@ -227,13 +227,13 @@ def inputs_of(outer: nnx.Module, calibration: CalibrationRows) -> np.ndarray:
     return np.asarray(outer.embedding(jnp.asarray(calibration.tokens)))
 
 
-def relative_error(change_df: Array, weight_df: Array, gram_dd: Array) -> float:
+def relative_error(change_df: Array, weight_df: Array, hessian_dd: Array) -> float:
     """The root of the mean squared change of a product's output over that of the output."""
 
     def energy(a_df: Array) -> Array:
-        return (jnp.matmul(gram_dd, a_df, precision="highest") * a_df).sum()
+        return (jnp.matmul(hessian_dd, a_df, precision="highest") * a_df).sum()
 
     return float(jnp.sqrt(energy(change_df) / jnp.maximum(energy(weight_df), 1e-30)))
 
 
-Grams = Mapping[str, Array]
+Hessians = Mapping[str, Array]

@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from efftrain.compress.layerwise.calibration import CalibrationRows, forward, inputs_of
 from efftrain.models.block import Block
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.stack import unstack
 from efftrain.progress import Progress
 from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten, unflatten
@@ -35,7 +35,7 @@ class LayerwiseModel:
     def __init__(self, config: ModelConfig, arrays: Iterator[tuple[str, Array]]):
         """Arrays by name, as in a checkpoint; those of stacked layers are cut apart as they come."""
         self.config = config
-        abstract = abstract_variables(config)
+        abstract = abstract_decoder(config)
         outer: dict[str, Array] = {}
         layers: list[dict[str, Array]] = [{} for _ in config.layers]
         n_positions = len(config.pattern)
@@ -68,7 +68,7 @@ class LayerwiseModel:
         config = load_model_config(run)
         here = SingleDeviceSharding(jax.local_devices()[0])
         variables = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.state(abstract_variables(config))
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.state(abstract_decoder(config))
         )
         with Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints:
             return LayerwiseModel(config, checkpoints.model_arrays(variables))
@@ -84,7 +84,8 @@ class LayerwiseModel:
 
         Yields:
           The number of the layer, the layer, and what it reads after the layers before it were changed, with the text
-          that this is of, as ``observe.grams`` takes them. None without text, and for layers that are no plain blocks.
+          that this is of, as ``calibration.hessians`` takes them. None without text, and for layers that are no plain
+          blocks.
         """
         x_ntd = None if calibration is None else inputs_of(self.outer, calibration)
         n = len(self.layers)
@@ -110,7 +111,7 @@ def assemble(config: ModelConfig, outer: Decoder, layers: list[nnx.State]) -> De
       outer: embedding, norm and head of the new model, anything in place of its blocks.
       layers: emptied here, position by position.
     """
-    graph, state = nnx.split(abstract_variables(config))
+    graph, state = nnx.split(abstract_decoder(config))
     found = {name: leaf for name, leaf in flatten(nnx.state(outer)).items() if not name.startswith(BLOCKS)}
     flat_layers: list[Any] = [flatten(layer) for layer in layers]
     layers.clear()
@@ -119,11 +120,6 @@ def assemble(config: ModelConfig, outer: Decoder, layers: list[nnx.State]) -> De
             position, _, inner = name.removeprefix(BLOCKS).partition("/")
             found[name] = jnp.stack([flat.pop(inner) for flat in flat_layers[int(position) :: len(config.pattern)]])
     return nnx.merge(graph, unflatten(found, state))
-
-
-def abstract_variables(config: ModelConfig) -> Decoder:
-    """The decoder with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def _apart(array: Array) -> list[Array]:

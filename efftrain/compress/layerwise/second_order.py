@@ -23,11 +23,11 @@ DAMPING = 0.01  # of the mean of the diagonal
 MOST_DAMPING = 1e3
 
 
-def inverse_factor(gram_dd: Array, damping: float = DAMPING) -> tuple[Array, float]:
-    """The upper Cholesky factor U of the inverse of a damped Gram matrix, ``inverse = U^T U``, float32.
+def inverse_factor(hessian_dd: Array, damping: float = DAMPING) -> tuple[Array, float]:
+    """The upper Cholesky factor U of the inverse of a damped Hessian, ``inverse = U^T U``, float32.
 
     Args:
-      gram_dd: sum of ``x x^T``.
+      hessian_dd: sum of ``x x^T``.
       damping: added to the diagonal, as a share of its mean. Where rounding leaves no positive matrix, it grows tenfold
         until there is one.
 
@@ -37,14 +37,14 @@ def inverse_factor(gram_dd: Array, damping: float = DAMPING) -> tuple[Array, flo
     Raises:
       ConfigError: the matrix is not finite.
     """
-    gram = np.asarray(gram_dd)
-    if not np.isfinite(gram).all():
+    hessian = np.asarray(hessian_dd)
+    if not np.isfinite(hessian).all():
         raise ConfigError("the products of the calibration's inputs are not finite; calibrate a model that works")
-    unused, mean = (np.diag(gram) == 0).astype(gram.dtype), np.mean(np.diag(gram))
-    potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (gram,))
+    unused, mean = (np.diag(hessian) == 0).astype(hessian.dtype), np.mean(np.diag(hessian))
+    potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (hessian,))
     while damping <= MOST_DAMPING:
         # In place: of a wide layer this matrix is as large as the layer.
-        matrix = np.array(gram, order="F")
+        matrix = np.array(hessian, order="F")
         matrix[np.diag_indices_from(matrix)] += unused + damping * mean  # an input that is always zero gets a one
         matrix, failed = potrf(matrix, overwrite_a=True)
         if not failed:
@@ -121,28 +121,28 @@ def compensated(
     return jax.lax.scan(block, w_df, jnp.arange(0, d, size))[1].reshape(-1, f)[:d]
 
 
-def gptq(w_df: Array, gram_dd: Array, format: Format) -> tuple[QuantizedArray, float]:
+def gptq(w_df: Array, hessian_dd: Array, format: Format) -> tuple[QuantizedArray, float]:
     """The matrix quantised so that its products with the calibration's inputs change least.
 
     Rows of large inputs come first; scales are those of the matrix as it was, so that groups stay where they are.
 
     Args:
       w_df: (d_in, d_out).
-      gram_dd: ``observe.grams`` of its inputs.
+      hessian_dd: ``calibration.hessians`` of its inputs.
       format: of the result.
 
     Returns:
       The matrix, and the damping that ``inverse_factor`` needed.
     """
-    order_d = jnp.argsort(-jnp.diag(gram_dd))
-    factor_dd, damping = inverse_factor(gram_dd[jnp.ix_(order_d, order_d)])
+    order_d = jnp.argsort(-jnp.diag(hessian_dd))
+    factor_dd, damping = inverse_factor(hessian_dd[jnp.ix_(order_d, order_d)])
     scale_gf = stored_scale(step_of(w_df, format), format)
     nearest_df = _gptq(w_df.astype(jnp.float32), factor_dd, scale_gf, order_d, format)
     return quantize(nearest_df, format, scale=scale_gf), damping
 
 
 def sparse_gpt(
-    w_df: Array, gram_dd: Array, structure: Unstructured | SemiStructured, format: Format | None = None
+    w_df: Array, hessian_dd: Array, structure: Unstructured | SemiStructured, format: Format | None = None
 ) -> tuple[Array, float]:
     """The matrix with zeros so that its products with the calibration's inputs change least.
 
@@ -150,7 +150,7 @@ def sparse_gpt(
     make up for them.
 
     Args:
-      w_df, gram_dd: as of ``gptq``.
+      w_df, hessian_dd: as of ``gptq``.
       structure: which numbers go.
       format: what stays is of this format too; its scales are those of the matrix as it was.
 
@@ -159,10 +159,10 @@ def sparse_gpt(
 
     Source: Frantar and Alistarh 2023 (SparseGPT), algorithm 1.
     """
-    live_d = jnp.diag(gram_dd) > 0  # what reads an input that is always zero is of no use
+    live_d = jnp.diag(hessian_dd) > 0  # what reads an input that is always zero is of no use
     w_df = jnp.where(live_d[:, None], w_df.astype(jnp.float32), 0)
     scale_gf = None if format is None else stored_scale(step_of(w_df, format), format).astype(jnp.float32)
-    factor_dd, damping = inverse_factor(gram_dd)
+    factor_dd, damping = inverse_factor(hessian_dd)
     return _sparse_gpt(w_df, factor_dd, scale_gf, structure, format), damping
 
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, grams, idle_experts, relative_error, unreached
-from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, abstract_variables, assemble
+from efftrain.compress.layerwise.calibration import CalibrationRows, hessians, idle_experts, relative_error, unreached
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.layerwise.second_order import damped, sparse_gpt
 from efftrain.compress.quantization.convert import ConversionReport, Converted, quantized_bytes
 from efftrain.errors import ConfigError
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.moe.layer import RoutedExperts
 from efftrain.models.quantization import Packed, Quantization, give_rules, matrices, rule_of, store
 from efftrain.ops.masks import Blocks, Structure, Unstructured, count_zeros, keep_highest, kept_units
@@ -77,20 +77,20 @@ def prune(
         place = f"blocks/{number % n_positions}/"
         if quantization is not None:
             give_rules(layer, quantization, place)
-        found = {} if inputs is None else grams(layer, *inputs)
+        found = {} if inputs is None else hessians(layer, *inputs)
         idle = () if inputs is None else idle_experts(layer, *inputs)
         if idle:
             all_idle[f"blocks/{number}/mlp"] = idle
         for name, module, attribute in list(matrices(layer)):
-            gram = found.pop(name, None)
-            how = method if gram is not None else "magnitude"
+            hessian = found.pop(name, None)
+            how = method if hessian is not None else "magnitude"
             chosen = bool(re.fullmatch(layers, place + name))
             rule = rule_of(getattr(module, attribute)) if quantization is not None else None
             format = rule.weights if rule is not None else None
-            row = _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, gram, chosen)
+            row = _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, hessian, chosen)
             experts = isinstance(module, RoutedExperts) and row.method != "none"
             rows.append(replace(row, why=row.why + unreached(idle)) if experts else row)
-            del gram
+            del hessian
         states.append(nnx.state(layer))
     return assemble(config, pieces.outer, states), ConversionReport(
         tuple(rows), None if text is None else text.size, all_idle
@@ -105,16 +105,16 @@ def mask_by_magnitude(w: Array, structure: Structure) -> Array:
     return structure.ungroup(keep_lgu, w_ldf.shape).reshape(w.shape)
 
 
-def mask_by_inputs(w_df: Array, gram_dd: Array, structure: Structure) -> Array:
+def mask_by_inputs(w_df: Array, hessian_dd: Array, structure: Structure) -> Array:
     """(d, f) bool: of every output those stay whose size times the norm of their input is largest (Wanda)."""
-    scores_df = jnp.abs(w_df) * jnp.sqrt(jnp.diag(gram_dd))[:, None]
+    scores_df = jnp.abs(w_df) * jnp.sqrt(jnp.diag(hessian_dd))[:, None]
     if isinstance(structure, Unstructured):
         return keep_highest(scores_df.T, kept_units(structure, len(w_df))).T
     return mask_by_magnitude(scores_df, structure)
 
 
 def _check(config: ModelConfig, structure: Structure, layers: str) -> None:
-    found = {name: (m, a) for name, m, a in matrices(abstract_variables(config)) if name.startswith("blocks/")}
+    found = {name: (m, a) for name, m, a in matrices(abstract_decoder(config)) if name.startswith("blocks/")}
     chosen = {name: getattr(*where) for name, where in found.items() if re.fullmatch(layers, name)}
     if not chosen:
         raise ConfigError(f"--layers is {layers!r}, which matches no matrix; they are {', '.join(sorted(found)[:8])}")
@@ -126,21 +126,23 @@ def _check_rules(config: ModelConfig) -> None:
     for rule in config.quantization.rules:
         if rule.learned_step:
             raise ConfigError("the run has learned its steps, for a dense model; prune the float run it began as")
-    for name, module, attribute in matrices(abstract_variables(config)):
+    for name, module, attribute in matrices(abstract_decoder(config)):
         if not name.startswith("blocks/") and isinstance(getattr(module, attribute), Packed):
             raise ConfigError(f"with --sparsity only blocks are quantised, and not {name}; use --layers 'blocks/.*'")
 
 
-def _prune(name, module, attribute, structure, format, how: str, asked: str, gram: Array | None, chosen) -> Converted:
+def _prune(
+    name, module, attribute, structure, format, how: str, asked: str, hessian: Array | None, chosen
+) -> Converted:
     variable = getattr(module, attribute)
     before, damping = variable[...], None
     if not chosen:
         after, how, why = before, "none", "--layers does not match it"
     elif how == "sparsegpt":
-        after, damping = sparse_gpt(before, gram, structure, format)
+        after, damping = sparse_gpt(before, hessian, structure, format)
         why = damped(damping)
     else:
-        mask = mask_by_inputs(before, gram, structure) if how == "wanda" else mask_by_magnitude(before, structure)
+        mask = mask_by_inputs(before, hessian, structure) if how == "wanda" else mask_by_magnitude(before, structure)
         after, why = (
             jnp.where(mask, before, 0),
             "" if how == asked else f"{asked} is for dense products of plain blocks",
@@ -156,7 +158,7 @@ def _prune(name, module, attribute, structure, format, how: str, asked: str, gra
         bytes_after = quantized_bytes(value)
     change = after - before
     weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
-    output_error = None if gram is None else relative_error(change, before, gram)
+    output_error = None if hessian is None else relative_error(change, before, hessian)
     return Converted(
         name,
         str(before.dtype) if format is None else format_name(format),

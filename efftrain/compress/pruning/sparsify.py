@@ -30,7 +30,7 @@ from efftrain.compress.pruning.sparsity_schedules import (
     Shape,
     Uniform,
 )
-from efftrain.compress.pruning.sparsity_state import Mask, SparsifyState, is_variable, matrix_name, may_be_pruned
+from efftrain.compress.pruning.sparsity_state import Mask, SparsifyState, matrix_name, may_be_pruned
 from efftrain.errors import ConfigError
 from efftrain.ops.joint_ranking import keep_highest_together
 from efftrain.ops.masks import (
@@ -44,6 +44,7 @@ from efftrain.ops.masks import (
     unpack_bits,
 )
 from efftrain.ops.platform import conditional
+from efftrain.sharding.layout import is_variable
 from efftrain.train.config import Training
 from efftrain.train.schedules import WarmupStableDecay
 

@@ -9,6 +9,7 @@ from jax import Array
 
 from efftrain.models.quantization import Matrix
 from efftrain.ops.masks import unpack_bits
+from efftrain.sharding.layout import is_variable
 
 
 class Mask(nnx.Variable):
@@ -52,7 +53,3 @@ def may_be_pruned(leaf: Any) -> bool:
 def matrix_name(path: tuple) -> str:
     """The name of the matrix at a path of a tree like the parameters, such as ``blocks/0/mlp/up``."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/kernel")
-
-
-def is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)

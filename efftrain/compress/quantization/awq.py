@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, Grams, Tap, magnitudes
+from efftrain.compress.layerwise.calibration import CalibrationRows, Hessians, Tap, magnitudes
 from efftrain.models.attention import SelfAttention
 from efftrain.models.block import Block
 from efftrain.models.mlp import SwiGLU
@@ -67,13 +67,13 @@ def shared_inputs(block: Block) -> list[Shared]:
     return sorted(found, key=lambda shared: shared.source.endswith("scale"))
 
 
-def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, grams: Grams) -> dict[str, Array]:
+def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, hessians: Hessians) -> dict[str, Array]:
     """Scales a plain block, whose matrices have their rules, in place; not those whose steps were learned.
 
     Args:
       block: whose matrices are float.
       x_ntd, calibration: what it reads, and the text that this is of.
-      grams: ``observe.grams`` of these.
+      hessians: ``calibration.hessians`` of these.
 
     Returns:
       The factors (d_in,) of each product that was scaled.
@@ -88,7 +88,7 @@ def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, 
         formats = tuple(rule.weights for rule in rules)
         tried_pd = tried_factors(sums[shared.products[0]] / calibration.size.tokens)
         if shared.part is None:
-            errors_p = product_errors(kernels[0][...], grams[shared.products[0]], formats[0], tried_pd)
+            errors_p = product_errors(kernels[0][...], hessians[shared.products[0]], formats[0], tried_pd)
         else:
             errors_p = part_errors(block, shared, formats, tried_pd, x_ntd, calibration)
         factor_d = tried_pd[int(np.argmin(errors_p))]
@@ -107,12 +107,12 @@ def tried_factors(mean_d: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="format")
-def product_errors(w_df: Array, gram_dd: Array, format: Format, factors_pd: Array) -> Array:
+def product_errors(w_df: Array, hessian_dd: Array, format: Format, factors_pd: Array) -> Array:
     """(p,) sums over tokens of the squared change of a product's output, for each of the factors of its inputs."""
 
     def error(factor_d: Array) -> Array:
         change_df = _rounded(w_df, factor_d, format) - w_df
-        return (jnp.matmul(gram_dd, change_df, precision="highest") * change_df).sum()
+        return (jnp.matmul(hessian_dd, change_df, precision="highest") * change_df).sum()
 
     return jax.lax.map(error, factors_pd)
 
@@ -170,30 +170,30 @@ def is_clipped(name: str) -> bool:
     return name not in ("attention/query", "attention/key")
 
 
-def clipped(w_df: Array, gram_dd: Array, format: Format) -> QuantizedArray:
+def clipped(w_df: Array, hessian_dd: Array, format: Format) -> QuantizedArray:
     """The matrix quantised after the largest weights of each group are clipped where its outputs change less by that.
 
     For each group of inputs and each output by itself, on all tokens.
 
     Args:
       w_df: (d, f).
-      gram_dd: of its inputs.
+      hessian_dd: of its inputs.
       format: of the result.
     """
-    return quantize(w_df, format, scale=stored_scale(_clipped_step(w_df, gram_dd, format), format))
+    return quantize(w_df, format, scale=stored_scale(_clipped_step(w_df, hessian_dd, format), format))
 
 
 @partial(jax.jit, static_argnames="format")
-def _clipped_step(w_df: Array, gram_dd: Array, format: Format) -> Array:
+def _clipped_step(w_df: Array, hessian_dd: Array, format: Format) -> Array:
     (d, f), size = w_df.shape, group_size(len(w_df), format)
     n = d // size
     # Of each group the products of its own inputs.
-    gram_gss = gram_dd.reshape(n, size, n, size)[jnp.arange(n), :, jnp.arange(n)]
+    hessian_gss = hessian_dd.reshape(n, size, n, size)[jnp.arange(n), :, jnp.arange(n)]
     w_df, step_gf = w_df.astype(jnp.float32), step_of(w_df, format)
 
     def errors(share: Array) -> Array:
         change_gsf = (learned_quantize(w_df, step_gf * share, format) - w_df).reshape(n, size, f)
-        return (jnp.einsum("gst,gtf->gsf", gram_gss, change_gsf, precision="highest") * change_gsf).sum(1)
+        return (jnp.einsum("gst,gtf->gsf", hessian_gss, change_gsf, precision="highest") * change_gsf).sum(1)
 
     clips = jnp.array(CLIPS)
     return step_gf * clips[jnp.argmin(jax.lax.map(errors, clips), axis=0)]

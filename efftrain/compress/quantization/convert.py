@@ -12,17 +12,17 @@ from jax import Array
 from efftrain.compress.layerwise.calibration import (
     CalibrationRows,
     CalibrationSize,
-    grams,
+    hessians,
     idle_experts,
     relative_error,
     unreached,
 )
-from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, abstract_variables, assemble
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.layerwise.second_order import damped, gptq
 from efftrain.compress.quantization.awq import clipped, is_clipped, scale_inputs
 from efftrain.errors import ConfigError
 from efftrain.models.block import Block
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.moe.layer import RoutedExperts
 from efftrain.models.quantization import Quantization, give_rules, matrices, quantized, rule_of, store
 from efftrain.ops.masks import count_zeros
@@ -122,7 +122,7 @@ def convert(
         raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
     config = pieces.unrolled() if unrolled else pieces.config
     config = config.replace(quantization=dataclasses.replace(quantization, stored=True))
-    abstract_variables(config)  # refuses rules that do not fit before anything is computed
+    abstract_decoder(config)  # refuses rules that do not fit before anything is computed
 
     rows: list[Converted] = []
     all_idle: dict[str, tuple[int, ...]] = {}
@@ -132,7 +132,7 @@ def convert(
     n_positions, states = len(config.pattern), []
     for number, layer, inputs in pieces.walk("convert", calibration if observe else None):
         give_rules(layer, quantization, f"blocks/{number % n_positions}/")
-        plain, found = isinstance(layer, Block), {} if inputs is None else grams(layer, *inputs)
+        plain, found = isinstance(layer, Block), {} if inputs is None else hessians(layer, *inputs)
         idle = () if inputs is None else idle_experts(layer, *inputs)
         if idle:
             all_idle[f"blocks/{number}/mlp"] = idle
@@ -142,12 +142,12 @@ def convert(
             how, why = _how(name, getattr(module, attribute), method, plain, observed, factors)
             if isinstance(module, RoutedExperts):
                 why += unreached(idle)
-            gram = found.pop(name, None)
+            hessian = found.pop(name, None)
             if name in factors:  # of the inputs as they are now
-                gram = gram / jnp.outer(factors[name], factors[name])
+                hessian = hessian / jnp.outer(factors[name], factors[name])
             clip = how == "awq" and is_clipped(name)
-            rows.append(_convert(f"blocks/{number}/{name}", module, attribute, how, why, gram, clip=clip))
-            del gram  # before the next one is made from its inputs
+            rows.append(_convert(f"blocks/{number}/{name}", module, attribute, how, why, hessian, clip=clip))
+            del hessian  # before the next one is made from its inputs
         states.append(nnx.state(layer))
         each_layer(number + 1)
     for name, module, attribute in list(matrices(outer)):
@@ -178,7 +178,7 @@ def _how(
 
 
 def _convert(
-    name: str, module: nnx.Module, attribute: str, method: str, why: str, gram: Array | None, *, clip: bool = False
+    name: str, module: nnx.Module, attribute: str, method: str, why: str, hessian: Array | None, *, clip: bool = False
 ) -> Converted:
     variable = getattr(module, attribute)
     rule, before, n_bytes = rule_of(variable), variable[...], variable.size * variable.dtype.itemsize
@@ -187,14 +187,14 @@ def _convert(
         return Converted(name, str(variable.dtype), "none", why, n_bytes, n_bytes, 0.0, None, zeros)
     damping = None
     if method == "gptq":
-        value, damping = gptq(before, gram, rule.weights)
+        value, damping = gptq(before, hessian, rule.weights)
         why = damped(damping)
     else:
-        value = clipped(before, gram, rule.weights) if clip else quantized(module, attribute)
+        value = clipped(before, hessian, rule.weights) if clip else quantized(module, attribute)
     after = value.dequantize()
     change = after - before
     weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
-    output_error = None if gram is None else relative_error(change, before, gram)
+    output_error = None if hessian is None else relative_error(change, before, hessian)
     store(module, attribute, value)
     zeros = count_zeros(after) / after.size
     return Converted(

@@ -10,14 +10,14 @@ import numpy as np
 from flax import nnx
 
 from efftrain.compress.layerwise.calibration import CalibrationSize, idle
-from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, abstract_variables, assemble
+from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.structured.importance import NORMS, Importance, check_prunable
 from efftrain.compress.structured.shape import Shape, check_fits, shaped
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
 from efftrain.measure.cost.parameters import count_parameters, stored_bytes
 from efftrain.models.config import BlockConfig, Dense, ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import matrices, rule_of
 from efftrain.train.checkpoints.checkpoints import flatten
@@ -120,7 +120,7 @@ def slim(pieces: LayerwiseModel, shape: Shape, importance: Importance) -> tuple[
         layers=tuple(cuts),
         dropped=tuple(sorted(set(range(config.n_layers)) - set(kept))),
         length=length,
-        before=Size.of(abstract_variables(config), length),
+        before=Size.of(abstract_decoder(config), length),
         after=Size.of(model, length),
         calibration=importance.calibration,
     )
@@ -230,13 +230,13 @@ def _rules(config: ModelConfig) -> list[dict[str, Any]]:
     """For each layer, the rules of its matrices."""
     positions = [
         {name: rule_of(getattr(module, attribute)) for name, module, attribute in matrices(stack)}
-        for stack in abstract_variables(config).blocks
+        for stack in abstract_decoder(config).blocks
     ]
     return positions * config.n_repeats
 
 
 def _check_shapes(model: Decoder, config: ModelConfig) -> None:
-    wanted = flatten(nnx.state(abstract_variables(config)))
+    wanted = flatten(nnx.state(abstract_decoder(config)))
     for name, leaf in flatten(nnx.state(model)).items():
         if leaf.shape != wanted[name].shape:
             raise ConfigError(

@@ -9,8 +9,9 @@ from flax import nnx
 
 from efftrain.compress.structured.shape import Shape, check_fits, cut_block, multiple_of, part
 from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, attention_flops, head_flops, mean_visible_keys
-from efftrain.measure.cost.parameters import HEAD, abstract_decoder, embedding_paths, parameters, passes
+from efftrain.measure.cost.parameters import HEAD, embedding_paths, parameters, passes
 from efftrain.models.config import BlockConfig, Dense, ModelConfig
+from efftrain.models.decoder import abstract_decoder
 from efftrain.models.moe import MoE
 
 By = Literal["parameters", "flops"]

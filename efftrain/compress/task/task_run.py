@@ -15,10 +15,9 @@ from efftrain.data.tasks.rows import TaskBatches
 from efftrain.data.tasks.task import Example, Task
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
-from efftrain.measure.cost.parameters import abstract_decoder
 from efftrain.measure.quality.task_scores import classification, exact_match
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.vocabulary import with_vocabulary
 from efftrain.train.config import Training
 from efftrain.train.inputs import content

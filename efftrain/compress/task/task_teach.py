@@ -11,7 +11,7 @@ import numpy as np
 from efftrain.code_identity import code_identity
 from efftrain.compress.task.task import predict
 from efftrain.compress.task.task_run import longest_answer, task_loss
-from efftrain.compress.task.task_texts import Augmentation, agreed_answers, answer, make_up
+from efftrain.compress.task.task_texts import Augmentation, agreed_answers, answer, synthesise
 from efftrain.config import to_json
 from efftrain.data.tasks.items import Item, TaskIds, completions, questions
 from efftrain.data.tasks.task import Example, Task
@@ -26,7 +26,7 @@ LONGEST_TEXT = 0.98
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherLabels:
     """What a teacher said.
 
     Attributes:
@@ -46,7 +46,7 @@ class Lesson:
 
 def teach(
     folder: Path, teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, *, length: int, seed: int
-) -> Lesson:
+) -> TeacherLabels:
     """Asks the teacher for everything that a student learns from, once: ``taught.npz`` in the folder keeps it.
 
     It is asked again, and a sentence says so, where what is kept comes from another teacher, task or code.
@@ -68,7 +68,7 @@ def teach(
             reason = other_origin(before if isinstance(before, dict) else {}, asked)
             if reason is None:
                 arrays = {name: file[name] for name in ("labels", "logits") if name in file}
-                return Lesson(**said, **{"labels": None, "logits": None} | arrays)
+                return TeacherLabels(**said, **{"labels": None, "logits": None} | arrays)
             console.print(f"{path} was made with {reason}; asking the teacher again", markup=False)
     found = (_opinions if task.labels else _answers)(teacher, ids, task, augment, length, seed)
     said = {"asked": asked, "texts": found.texts, "answers": found.answers, "counts": found.counts}
@@ -79,7 +79,7 @@ def teach(
     return found
 
 
-def student_items(ids: TaskIds, taught: Lesson, length: int) -> list[Item]:
+def student_items(ids: TaskIds, taught: TeacherLabels, length: int) -> list[Item]:
     """What a student is trained on, in rows of ``length`` tokens; made-up questions that are longer are left out."""
     if taught.answers is None:
         items = questions(ids, taught.texts, taught.labels, taught.logits)
@@ -93,7 +93,7 @@ def student_items(ids: TaskIds, taught: Lesson, length: int) -> list[Item]:
 
 def _opinions(
     teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, length: int, seed: int
-) -> Lesson:
+) -> TeacherLabels:
     loss, texts = task_loss(ids), task.texts("train") + task.texts("unlabelled")
     counts: dict[str, Any] = {"labelled": len(task.train), "unlabelled": len(task.unlabelled)}
     labels, logits = np.full(len(texts), -1, np.int32), predict(teacher, loss, questions(ids, texts), length=length)
@@ -101,16 +101,16 @@ def _opinions(
     if augment is not None:
         known = texts + task.texts("test") + task.texts("validation")
         longest = int(np.quantile([len(tokens) for tokens, _ in ids.encode(texts)], LONGEST_TEXT))
-        made = make_up(teacher, ids, loss, augment, known, length=length, longest=longest, seed=seed)
+        made = synthesise(teacher, ids, loss, augment, known, length=length, longest=longest, seed=seed)
         texts, logits = texts + made.texts, np.concatenate([logits, made.logits])
         labels = np.concatenate([labels, np.full(len(made.texts), -1, np.int32)])
         counts["made up"] = made.counts
-    return Lesson(texts, labels, logits, None, counts)
+    return TeacherLabels(texts, labels, logits, None, counts)
 
 
 def _answers(
     teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, length: int, seed: int
-) -> Lesson:
+) -> TeacherLabels:
     prompts, longest = task.texts("unlabelled"), longest_answer(ids, task)
     counts: dict[str, Any] = {"labelled": len(task.train), "unlabelled": len(prompts)}
     found: list[str | None] = []
@@ -119,4 +119,4 @@ def _answers(
     elif prompts:
         found, counts["answers"] = agreed_answers(teacher, ids, prompts, augment, longest=longest, seed=seed)
     pairs = [(e.text, e.answer) for e in task.train] + [(t, a) for t, a in zip(prompts, found, strict=True) if a]
-    return Lesson([t for t, _ in pairs], None, None, [a for _, a in pairs], counts)
+    return TeacherLabels([t for t, _ in pairs], None, None, [a for _, a in pairs], counts)

@@ -65,7 +65,7 @@ class MadeUp:
     counts: dict[str, int]
 
 
-def make_up(
+def synthesise(
     teacher: Decoder,
     ids: TaskIds,
     loss: TaskLoss,

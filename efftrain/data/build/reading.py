@@ -1,6 +1,6 @@
 """The first stage of a build: read the pieces of the sources, edit and judge each document, keep it or say why not.
 
-An item is a piece. It leaves the files of ``kept.Kept``, and
+An item is a piece. It leaves the files of ``kept_documents.KeptDocuments``, and
 
   NNNNNN.scores.parquet   the scores of every document that could be decoded
   NNNNNN.removed.parquet  the evidence of those that were dropped

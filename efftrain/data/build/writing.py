@@ -17,7 +17,7 @@ from efftrain.data.corpus import CorpusConfig
 from efftrain.data.splits import SPLITS
 from efftrain.data.stages.removals import Survivors
 from efftrain.data.stages.spool import ExternalSort, unpack_record
-from efftrain.data.stages.stage import read_summary, write_json
+from efftrain.data.stages.stage import read_summary, write_summary
 from efftrain.data.storage.packing import write_tokens
 from efftrain.data.storage.shards import (
     Serializer,
@@ -150,6 +150,6 @@ def _write_tokens(folder: Path, config: CorpusConfig, split: str, figures: dict[
 def _once(path: Path, step: Callable[[], Any]) -> Any:
     """The result of a step, from the file where an interrupted build has done it already."""
     if (found := read_summary(path)) is None:
-        write_json(path, step())
+        write_summary(path, step())
         found = read_summary(path)
     return found

@@ -77,7 +77,7 @@ class Stage:
 
     def run_item(self, number: int) -> None:
         summary = self.task(number, self.folder)
-        write_json(self.folder / f"{stem(number)}.json", summary)
+        write_summary(self.folder / f"{stem(number)}.json", summary)
 
     def summary(self, number: int) -> dict[str, Any] | None:
         return read_summary(self.folder / f"{stem(number)}.json")
@@ -112,7 +112,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_summary(path: Path, value: Any) -> None:
     """The file is whole or not there."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(value))

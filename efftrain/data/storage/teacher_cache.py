@@ -106,9 +106,9 @@ def encode_top_k(plan: CachePlan, row: Mapping[str, np.ndarray], ids_tk: np.ndar
       ids_tk: (length, k) integers, of falling probability.
       log_probs_tk: (length, k) float.
     """
-    real_t1 = row["segments"][:, None] > 0
-    ids_tk = np.where(real_t1, ids_tk, 0).astype(plan.id_dtype)
-    log_probs_tk = np.where(real_t1, log_probs_tk, -np.inf).astype("<f2")
+    valid_t1 = row["segments"][:, None] > 0
+    ids_tk = np.where(valid_t1, ids_tk, 0).astype(plan.id_dtype)
+    log_probs_tk = np.where(valid_t1, log_probs_tk, -np.inf).astype("<f2")
     return row_digest(row) + ids_tk.tobytes() + log_probs_tk.tobytes()
 
 
@@ -120,14 +120,14 @@ def encode_sampled(plan: CachePlan, row: Mapping[str, np.ndarray], draws_tn: np.
       row: see ``packing.row``.
       draws_tn: (length, n) integers, the tokens that were drawn, in any order.
     """
-    real_t = row["segments"] > 0
-    sorted_rn = np.sort(draws_tn[real_t], axis=1)
+    valid_t = row["segments"] > 0
+    sorted_rn = np.sort(draws_tn[valid_t], axis=1)
     first_rn = np.ones(sorted_rn.shape, bool)
     first_rn[:, 1:] = sorted_rn[:, 1:] != sorted_rn[:, :-1]
     starts = np.flatnonzero(first_rn)  # of each run of equal tokens; no run goes on in the next position
     counts = np.diff(starts, append=sorted_rn.size).astype(np.uint8)
     n_entries_t = np.zeros(plan.length, np.uint8)
-    n_entries_t[real_t] = first_rn.sum(axis=1)
+    n_entries_t[valid_t] = first_rn.sum(axis=1)
     ids = sorted_rn.ravel()[starts].astype(plan.id_dtype)
     return row_digest(row) + n_entries_t.tobytes() + ids.tobytes() + counts.tobytes()
 

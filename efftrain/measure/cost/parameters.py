@@ -9,7 +9,6 @@ from flax import nnx
 
 from efftrain.models.cache import empty_cache
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Embedding
 from efftrain.models.quantization import Packed
 
@@ -38,11 +37,6 @@ class Parameters:
     def non_embedding(self) -> int:
         """Without tables and head: what depth and width cost, whatever the vocabulary."""
         return self.total - self.embedding - self.head
-
-
-def abstract_decoder(config: ModelConfig) -> Decoder:
-    """The decoder with shapes in place of arrays: to count in, without memory."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def count_parameters(model: nnx.Module) -> Parameters:

@@ -17,7 +17,7 @@ from efftrain.measure.depth.speculation import timed
 from efftrain.measure.quality.row_documents import Rows, losses_by_document
 from efftrain.measure.quality.token_classes import CLASSES
 from efftrain.models.decoder import Decoder
-from efftrain.models.decoding.generate import AllLayers, draw_tokens, read_prompts
+from efftrain.models.decoding.generate import AllLayers, decode_tokens, read_prompts
 from efftrain.models.decoding.sampling import GREEDY
 from efftrain.models.decoding.unrolled import unrolled
 from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, confidence, exit_states, fit_exit_probe
@@ -201,7 +201,7 @@ def measure_seconds(
     for _ in range(1 + rounds):
         for name, (depth, threshold) in runs.items():
             how = (GREEDY, depth, None, threshold, None, probe)
-            (_, layers_b, _), s = timed(partial(draw_tokens, graph, state, first, cache, key, n_new, *how))
+            (_, layers_b, _), s = timed(partial(decode_tokens, graph, state, first, cache, key, n_new, *how))
             times[name].append(s)
             layers[name] = float(layers_b.mean())
     return {

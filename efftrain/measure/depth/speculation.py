@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from efftrain.models.decoder import Decoder
-from efftrain.models.decoding.generate import AllLayers, draw_tokens, read_prompts
+from efftrain.models.decoding.generate import AllLayers, decode_tokens, read_prompts
 from efftrain.models.decoding.sampling import GREEDY
 from efftrain.models.decoding.self_speculation import SelfSpeculation, extra_slots, speculate
 from efftrain.models.decoding.unrolled import unrolled
@@ -38,7 +38,9 @@ def measure_speculation(
     for number, prompt in enumerate(prompts * rounds):
         lengths = np.full(len(prompt), prompt.shape[1], np.int32)
         first, cache = read_prompts(graph, state, prompt, lengths, key, n_new + extra_slots(speculation), GREEDY)
-        plain = partial(draw_tokens, graph, state, first, cache, key, n_new, GREEDY, AllLayers(), None, 0.0, None, None)
+        plain = partial(
+            decode_tokens, graph, state, first, cache, key, n_new, GREEDY, AllLayers(), None, 0.0, None, None
+        )
         drafting = partial(speculate, graph, state, first, cache, key, n_new, GREEDY, speculation)
         if number == 0:
             jax.block_until_ready((plain(), drafting()))

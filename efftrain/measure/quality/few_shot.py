@@ -115,5 +115,5 @@ def _likelihoods(graph, state, prompt_1p: Array, length_1: Array, names_lt: Arra
     logits_ltv = model.logits(hidden_ltd[:, :-1])
     first_l = token_nll(jnp.broadcast_to(logits_1v, (n_labels, logits_1v.shape[-1])), names_lt[:, 0])
     rest_lt = token_nll(logits_ltv, names_lt[:, 1:])
-    real_lt = jnp.arange(1, longest) < lengths_l[:, None]
-    return -(first_l + (rest_lt * real_lt).sum(1))
+    valid_lt = jnp.arange(1, longest) < lengths_l[:, None]
+    return -(first_l + (rest_lt * valid_lt).sum(1))

@@ -134,9 +134,9 @@ def frozen_features(model: Decoder, texts: Sequence[np.ndarray], *, batch_size: 
 
 @partial(jax.jit, static_argnums=0)
 def _features(graph: nnx.GraphDef, state: nnx.State, tokens_bt: Array, lengths_b: Array) -> Array:
-    real_bt = jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]
-    hidden_btd, _ = nnx.merge(graph, state).hidden(tokens_bt, segments_bt=real_bt.astype(jnp.int32))
+    valid_bt = jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]
+    hidden_btd, _ = nnx.merge(graph, state).hidden(tokens_bt, segments_bt=valid_bt.astype(jnp.int32))
     hidden_btd = hidden_btd.astype(jnp.float32)
-    mean_bd = (hidden_btd * real_bt[..., None]).sum(1) / lengths_b[:, None]
+    mean_bd = (hidden_btd * valid_bt[..., None]).sum(1) / lengths_b[:, None]
     last_bd = jnp.take_along_axis(hidden_btd, (lengths_b - 1)[:, None, None], axis=1)[:, 0]
     return jnp.concatenate([mean_bd, last_bd], axis=-1)

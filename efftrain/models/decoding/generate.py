@@ -122,7 +122,7 @@ def generate_report(
         return Generation(found.tokens_bn, None, found.accepted_b / jnp.maximum(found.drafted_b, 1))
     threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
     static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
-    tokens_bn, layers_b, refused_b = draw_tokens(
+    tokens_bn, layers_b, refused_b = decode_tokens(
         graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, limit_b, probe
     )
     return Generation(tokens_bn, layers_b, refused_b=refused_b)
@@ -160,7 +160,7 @@ def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def draw_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
+def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
     """(batch, n_new) tokens of which the first is given; the mean layers of the others; tokens without room."""
     model = nnx.merge(graph, state)
     layers = model.layers()

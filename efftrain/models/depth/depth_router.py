@@ -21,7 +21,7 @@ class ChosenTokens:
     """Tokens of each row that pass a round: (batch, n) places in the row, ascending, and their gates."""
 
     places_bn: Array
-    real_bn: Array
+    valid_bn: Array
     gates_bn: Array
 
 
@@ -71,31 +71,31 @@ def best(scores_bt: Array, n: int) -> ChosenTokens:
     """The n tokens of each row with the highest scores, in the order of the row; -inf is not a real token."""
     places_bn = jnp.sort(jax.lax.top_k(scores_bt, n)[1], axis=-1)
     scores_bn = jnp.take_along_axis(scores_bt, places_bn, axis=1)
-    real_bn = scores_bn > -jnp.inf
-    return ChosenTokens(places_bn, real_bn, _gate(jnp.where(real_bn, scores_bn, 0)))
+    valid_bn = scores_bn > -jnp.inf
+    return ChosenTokens(places_bn, valid_bn, _gate(jnp.where(valid_bn, scores_bn, 0)))
 
 
 def first(wanted_bt: Array, scores_bt: Array, n: int) -> ChosenTokens:
     """The first n wanted tokens of each row; where there are fewer, the rest is not real."""
     places_bn = jnp.argsort(~wanted_bt, axis=1, stable=True)[:, :n]
-    real_bn = jnp.take_along_axis(wanted_bt, places_bn, axis=1)
-    return ChosenTokens(places_bn, real_bn, _gate(jnp.take_along_axis(scores_bt, places_bn, axis=1)))
+    valid_bn = jnp.take_along_axis(wanted_bt, places_bn, axis=1)
+    return ChosenTokens(places_bn, valid_bn, _gate(jnp.take_along_axis(scores_bt, places_bn, axis=1)))
 
 
-def causal_metrics(logits_bt: Array, chosen_bt: Array, real_bt: Array, weight: float) -> dict:
+def causal_metrics(logits_bt: Array, chosen_bt: Array, valid_bt: Array, weight: float) -> dict:
     """The loss of predicting a choice token by token, and how often it is right; over the real tokens."""
-    n = jnp.maximum(real_bt.sum(dtype=jnp.float32), 1.0)
-    target_bt = chosen_bt & real_bt
+    n = jnp.maximum(valid_bt.sum(dtype=jnp.float32), 1.0)
+    target_bt = chosen_bt & valid_bt
     nll_bt = jax.nn.softplus(jnp.where(target_bt, -logits_bt, logits_bt))
-    right_bt = ((logits_bt > 0) == target_bt) & real_bt
+    right_bt = ((logits_bt > 0) == target_bt) & valid_bt
 
     def share(mask_bt: Array) -> tuple[Array, Array]:
         return mask_bt.sum(dtype=jnp.float32), n
 
     return {
-        "auxiliary": weight * jnp.where(real_bt, nll_bt, 0).sum() / n,
+        "auxiliary": weight * jnp.where(valid_bt, nll_bt, 0).sum() / n,
         "depth/predicted_right": share(right_bt),
-        "depth/predicted": share((logits_bt > 0) & real_bt),
+        "depth/predicted": share((logits_bt > 0) & valid_bt),
     }
 
 

@@ -192,7 +192,7 @@ def extend_until_sure(
     done_bt: Array | None = None,
     tokens_bt: Array | None = None,
 ) -> tuple[ExitState, tuple[Any, ...]]:
-    """New tokens through the layers until all of them are done; later layers only remember them.
+    """New tokens through the layers until all of them are done; later layers only write them to the cache.
 
     Args:
       x_btd: (batch, new tokens, d_model), embedded.
@@ -205,11 +205,11 @@ def extend_until_sure(
     state, after = start(x_btd, done_bt), []
     for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         # Outside of the condition, in which XLA would copy the cache.
-        cache = layer.remember(state.x_btd, positions_bt, cache)
+        cache = layer.write_cache(state.x_btd, positions_bt, cache)
         after.append(cache)
 
         def compute(state: ExitState, layer=layer, cache=cache, n=i + 1) -> ExitState:
-            return advance_by(state, layer.recall(state.x_btd, positions_bt, cache, tokens_bt=tokens_bt), n)
+            return advance_by(state, layer.attend_cached(state.x_btd, positions_bt, cache, tokens_bt=tokens_bt), n)
 
         state = jax.lax.cond(state.done_bt.all(), lambda state: state, compute, state)
     return state, tuple(after)

@@ -172,7 +172,7 @@ class RoutedDepth(nnx.Module):
         # Padding behind the documents of a row is in segment 0.
         tokens = self._tokens(x_btd, positions_bt, segments_bt, segments_bt != 0, tokens_bt)
         x_btd, layers_bt, metrics = self._rounds(0, tokens, length=x_btd.shape[1])
-        n = tokens.real_bt.sum(dtype=jnp.float32)
+        n = tokens.valid_bt.sum(dtype=jnp.float32)
         return x_btd, metrics | {"depth/passes": (layers_bt.sum(dtype=jnp.float32), n)}
 
     def depths(
@@ -182,13 +182,13 @@ class RoutedDepth(nnx.Module):
         tokens = self._tokens(x_btd, positions_bt, segments_bt, segments_bt != 0, tokens_bt)
         return self._rounds(0, tokens, length=x_btd.shape[1])[:2]
 
-    def _tokens(self, x_btd, positions_bt, segments_bt, real_bt, tokens_bt: Array | None) -> RoutedTokens:
-        return RoutedTokens(x_btd, positions_bt, segments_bt, real_bt, tokens_bt if self.reads_tokens else None)
+    def _tokens(self, x_btd, positions_bt, segments_bt, valid_bt, tokens_bt: Array | None) -> RoutedTokens:
+        return RoutedTokens(x_btd, positions_bt, segments_bt, valid_bt, tokens_bt if self.reads_tokens else None)
 
     def _rounds(self, level: int, tokens: RoutedTokens, *, length: int) -> tuple[Array, Array, dict]:
         """A round and those behind it: what the tokens become, the layers that they pass, and metrics."""
         if level == len(self.config.capacities()):
-            return tokens.x_btd, jnp.zeros(tokens.real_bt.shape, jnp.int32), {}
+            return tokens.x_btd, jnp.zeros(tokens.valid_bt.shape, jnp.int32), {}
         choice, metrics = self._choose(level, tokens, length)
         inner = tokens if choice is None else take(tokens, choice)
         y_bnd, statistics = inner.x_btd, []
@@ -201,11 +201,11 @@ class RoutedDepth(nnx.Module):
         if choice is not None:
             y_bnd = gated(inner.x_btd, y_bnd, choice)
         y_bnd, layers_bn, more = self._rounds(level + 1, replace(inner, x_btd=y_bnd), length=length)
-        layers_bn += inner.real_bt * len(self.layers)
+        layers_bn += inner.valid_bt * len(self.layers)
         metrics = _add(metrics, more)
         if choice is None:
             return y_bnd, layers_bn, metrics
-        none_bt = jnp.zeros(tokens.real_bt.shape, jnp.int32)
+        none_bt = jnp.zeros(tokens.valid_bt.shape, jnp.int32)
         return put(tokens.x_btd, y_bnd, choice), put(none_bt, layers_bn, choice), metrics
 
     def _choose(self, level: int, tokens: RoutedTokens, length: int) -> tuple[ChosenTokens | None, dict]:
@@ -214,14 +214,14 @@ class RoutedDepth(nnx.Module):
         router = self.routers[str(level)]
         scores_bt, n = router(tokens.x_btd), tokens.x_btd.shape[1]
         if not self.look_ahead:
-            wanted_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt
+            wanted_bt = (router.predict(tokens.x_btd) > 0) & tokens.valid_bt
             return first(wanted_bt, scores_bt, divisible(self.config.expected(level, self.max_length), n)), {}
         count = math.ceil(round(self.config.capacities()[level] * length, 6))
-        choice = best(jnp.where(tokens.real_bt, scores_bt, -jnp.inf), divisible(count, n))
+        choice = best(jnp.where(tokens.valid_bt, scores_bt, -jnp.inf), divisible(count, n))
         if router.causal == "none":
             return choice, {}
         chosen_bt = mark(choice.places_bn, n)
-        return choice, causal_metrics(router.predict(tokens.x_btd), chosen_bt, tokens.real_bt, self.config.causal_loss)
+        return choice, causal_metrics(router.predict(tokens.x_btd), chosen_bt, tokens.valid_bt, self.config.causal_loss)
 
     def extend(
         self,
@@ -230,12 +230,12 @@ class RoutedDepth(nnx.Module):
         cache: RoutedCache,
         *,
         fresh: bool,
-        real_bt: Array | None = None,
+        valid_bt: Array | None = None,
         tokens_bt: Array | None = None,
     ) -> tuple[Array, RoutedCache]:
         """Decoding, and reading prompts; see ``Block.extend``."""
-        real_bt = jnp.ones(x_btd.shape[:2], bool) if real_bt is None else real_bt
-        tokens = self._tokens(x_btd, positions_bt, real_bt.astype(jnp.int32), real_bt, tokens_bt)
+        valid_bt = jnp.ones(x_btd.shape[:2], bool) if valid_bt is None else valid_bt
+        tokens = self._tokens(x_btd, positions_bt, valid_bt.astype(jnp.int32), valid_bt, tokens_bt)
         return self._extend_rounds(0, tokens, cache, fresh)
 
     def _extend_rounds(
@@ -247,7 +247,7 @@ class RoutedDepth(nnx.Module):
             return self._extend_round(level, tokens, cache, fresh)
         router, n = self.routers[str(level)], tokens.x_btd.shape[1]
         room = cache.rooms[level]
-        wanted_bt, scores_bt = (router.predict(tokens.x_btd) > 0) & tokens.real_bt, router(tokens.x_btd)
+        wanted_bt, scores_bt = (router.predict(tokens.x_btd) > 0) & tokens.valid_bt, router(tokens.x_btd)
         allowed_bt = wanted_bt & (jnp.cumsum(wanted_bt, axis=1) <= room - cache.stored_lb[level][:, None])
         refused_b = (wanted_bt & ~allowed_bt).sum(1, dtype=jnp.int32)
         cache = replace(cache, refused_lb=cache.refused_lb.at[level].add(refused_b))
@@ -274,7 +274,7 @@ class RoutedDepth(nnx.Module):
         cache = replace(
             cache,
             levels=(*cache.levels[:level], layers, *cache.levels[level + 1 :]),
-            stored_lb=cache.stored_lb.at[level].add(tokens.real_bt.sum(1, dtype=jnp.int32)),
+            stored_lb=cache.stored_lb.at[level].add(tokens.valid_bt.sum(1, dtype=jnp.int32)),
         )
         return self._extend_rounds(level + 1, replace(tokens, x_btd=y_bnd), cache, fresh)
 
@@ -283,19 +283,19 @@ class RoutedDepth(nnx.Module):
     ) -> tuple[Array, tuple[Any, ...]]:
         x_bnd, positions_bn, ids_bn = tokens.x_btd, tokens.positions_bt, tokens.ids_bt
         slots_bn = stored_b[:, None] + jnp.arange(x_bnd.shape[1])
-        after, needed = [], tokens.real_bt.any()
+        after, needed = [], tokens.valid_bt.any()
         for layer, cache in zip(self.layers, caches, strict=True):
             if fresh:
-                x_bnd, cache = layer.read(x_bnd, positions_bn, cache, slots_bn, ids_bn)
+                x_bnd, cache = layer.prefill(x_bnd, positions_bn, cache, slots_bn, ids_bn)
             else:
                 # The write stands outside of the condition, in which XLA would copy the cache. Of a token that does not
                 # pass, it fills the next free slot, which the next token overwrites.
-                cache = layer.remember(x_bnd, positions_bn, cache, slots_bn)
+                cache = layer.write_cache(x_bnd, positions_bn, cache, slots_bn)
 
-                def recall(x_bnd: Array, layer=layer, cache=cache) -> Array:
-                    return layer.recall(x_bnd, positions_bn, cache, slots_bn, ids_bn)
+                def attend_cached(x_bnd: Array, layer=layer, cache=cache) -> Array:
+                    return layer.attend_cached(x_bnd, positions_bn, cache, slots_bn, ids_bn)
 
-                x_bnd = jax.lax.cond(needed, recall, lambda x_bnd: x_bnd, x_bnd)
+                x_bnd = jax.lax.cond(needed, attend_cached, lambda x_bnd: x_bnd, x_bnd)
             after.append(cache)
         return x_bnd, tuple(after)
 

@@ -19,14 +19,14 @@ class RoutedTokens:
 
     Attributes:
       x_btd, positions_bt, segments_bt: as in ``Block``.
-      real_bt: bool.
+      valid_bt: bool.
       ids_bt: (batch, tokens), for layers that read them, else None.
     """
 
     x_btd: Array
     positions_bt: Array
     segments_bt: Array
-    real_bt: Array
+    valid_bt: Array
     ids_bt: Array | None = None
 
 
@@ -38,7 +38,7 @@ def gated(x_bnd: Array, y_bnd: Array, choice: ChosenTokens) -> Array:
 def take(tokens: RoutedTokens, choice: ChosenTokens) -> RoutedTokens:
     """The chosen tokens of each row."""
     if tokens.x_btd.shape[1] == 1:  # decoding: there is nothing to gather, and to scatter
-        return replace(tokens, real_bt=choice.real_bn)
+        return replace(tokens, valid_bt=choice.valid_bn)
 
     def pick(a_bt: Array) -> Array:
         return jnp.take_along_axis(a_bt, choice.places_bn, axis=1)
@@ -48,8 +48,8 @@ def take(tokens: RoutedTokens, choice: ChosenTokens) -> RoutedTokens:
     return RoutedTokens(
         constrain(x_bnd, "batch", "length", None),
         pick(tokens.positions_bt),
-        jnp.where(choice.real_bn, pick(tokens.segments_bt), 0),
-        choice.real_bn,
+        jnp.where(choice.valid_bn, pick(tokens.segments_bt), 0),
+        choice.valid_bn,
         None if tokens.ids_bt is None else pick(tokens.ids_bt),
     )
 
@@ -57,8 +57,8 @@ def take(tokens: RoutedTokens, choice: ChosenTokens) -> RoutedTokens:
 def put(x_btd: Array, y_bnd: Array, choice: ChosenTokens) -> Array:
     """x (batch, length, ...) with the real ones of the chosen tokens replaced."""
     if x_btd.shape[1] == 1:
-        return jnp.where(choice.real_bn.reshape(-1, *[1] * (x_btd.ndim - 1)), y_bnd, x_btd)
-    places_bn = jnp.where(choice.real_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
+        return jnp.where(choice.valid_bn.reshape(-1, *[1] * (x_btd.ndim - 1)), y_bnd, x_btd)
+    places_bn = jnp.where(choice.valid_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
     scatter = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
     return constrain(scatter(x_btd, places_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))
 

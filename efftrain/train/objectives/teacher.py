@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.depth.routed_depth import causally_routed
 from efftrain.models.quantization import matrices
 from efftrain.sharding.layout import state_shardings, with_shardings
@@ -51,7 +51,7 @@ class Teacher:
 
     def place(self, mesh: Mesh, rules: ShardingRules) -> nnx.State:
         """Its variables on the mesh."""
-        whole = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        whole = abstract_decoder(self.config)
         state, wanted = self.restore(_abstract(whole, mesh, rules)), self.abstract(mesh, rules)
         return jax.tree.map(lambda new, old: old.astype(new.dtype), wanted, state)
 

@@ -22,7 +22,7 @@ from efftrain.errors import ConfigError, RunError
 from efftrain.lock import FILE_NAME as LOCK
 from efftrain.lock import Lock
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.progress import console
 from efftrain.recipe import import_script
 from efftrain.sharding import hosts
@@ -215,7 +215,7 @@ def load(directory: Path | str, *, finite: bool = True) -> Decoder:
     """
     directory = Path(directory)
     model_config = load_model_config(directory)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
+    graph, abstract = nnx.split(abstract_decoder(model_config))
     place = checkpoint_directory(directory, read_json(directory / "config.json"))
     return nnx.merge(graph, load_variables(place, _on_one_device(abstract), finite=finite))
 
@@ -237,7 +237,7 @@ def check_model(directory: Path) -> None:
     from efftrain.train.checkpoints.checkpoints import Checkpoints
 
     model_config, settings = load_model_config(directory), read_json(directory / "config.json")
-    abstract = nnx.state(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
+    abstract = nnx.state(abstract_decoder(model_config))
     with Checkpoints(checkpoint_directory(directory, settings), read_only=True) as opened:
         for _ in opened.model_arrays(_on_one_device(abstract)):
             pass
