@@ -1,4 +1,4 @@
-"""A trained model pruned at once, layer by layer: by size, by size and inputs (Wanda), or made up for (SparseGPT)."""
+"""One-shot pruning of a trained model, layer by layer: by magnitude, by Wanda or by SparseGPT."""
 
 import re
 from dataclasses import replace
@@ -34,25 +34,27 @@ def prune(
     quantization: Quantization | None = None,
     layers: str = "blocks/.*",
 ) -> tuple[Decoder, ConversionReport]:
-    """Makes weights zero, layer by layer, each by its inputs behind the layers that are pruned already.
+    """Prunes a trained model layer by layer; each layer reads the outputs of the layers that were pruned before it.
 
-    What is not a dense product of a plain block (experts) is pruned by magnitude. Embedding, head, norms and routers
-    stay.
+    Matrices that are not a dense product of a plain block, such as those of experts, are pruned by magnitude.
+    Embedding, head, norms and routers are not pruned.
 
     Args:
-      pieces: of a float model; its layers are gone afterwards.
-      structure: which patterns of zeros, and how many.
-      method: "magnitude": the smallest of a matrix go. "wanda": of each output those of smallest size times the norm
-        of their input (Sun et al. 2024, equation 1). "sparsegpt": see ``second_order.sparse_gpt``.
-      calibration: text, for these two.
-      quantization: "sparsegpt" alone: what stays is rounded in the same pass, and stored so.
+      pieces: a float model, taken apart; its list of layers is empty afterwards.
+      structure: the pattern of zeros and the sparsity.
+      method: "magnitude" removes the smallest weights of each matrix. "wanda" removes, for each output, the weights
+        with the smallest magnitude times norm of their input (Sun et al. 2024, equation 1). "sparsegpt": see
+        ``second_order.sparse_gpt``.
+      calibration: the text that "wanda" and "sparsegpt" need.
+      quantization: quantises the remaining weights in the same pass; only with "sparsegpt". None: they stay float.
       layers: a regular expression for the names of matrices, such as ``blocks/.*/mlp/.*``.
 
     Returns:
-      The new model, of the same configuration but for the quantisation, and what was done to each matrix.
+      The pruned model, whose configuration differs at most in the quantisation, and a report for each matrix.
 
     Raises:
-      ConfigError: the model is stored quantised; the structure does not divide a matrix; there is no calibration.
+      ConfigError: the model is stored quantised, the structure does not divide a matrix, or calibration text is
+        missing.
     """
     if method not in get_args(PruneMethod):
         raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(PruneMethod))}")
@@ -98,7 +100,7 @@ def prune(
 
 
 def mask_by_magnitude(w: Array, structure: Structure) -> Array:
-    """bool like w (..., d, f): of every matrix the largest stay."""
+    """The mask, bool (..., d, f), that keeps the weights of largest magnitude in every matrix of w (..., d, f)."""
     w_ldf = jnp.abs(w).reshape(-1, *w.shape[-2:])
     scores_lgu = structure.group(w_ldf)
     keep_lgu = keep_highest(scores_lgu, kept_units(structure, scores_lgu.shape[-1]))
@@ -106,7 +108,7 @@ def mask_by_magnitude(w: Array, structure: Structure) -> Array:
 
 
 def mask_by_inputs(w_df: Array, hessian_dd: Array, structure: Structure) -> Array:
-    """(d, f) bool: of every output those stay whose size times the norm of their input is largest (Wanda)."""
+    """The mask, bool (d, f), that keeps for every output the weights of largest magnitude times input norm (Wanda)."""
     scores_df = jnp.abs(w_df) * jnp.sqrt(jnp.diag(hessian_dd))[:, None]
     if isinstance(structure, Unstructured):
         return keep_highest(scores_df.T, kept_units(structure, len(w_df))).T

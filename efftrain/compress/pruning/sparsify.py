@@ -1,10 +1,10 @@
-"""Sparse training as an optax wrapper: score x schedule x structure x distribution, each a small piece of its own.
+"""Sparse training as an optax wrapper, composed of a score, a schedule, a structure and a distribution.
 
-The optimizer's state holds the masks, eight to a byte. Its updates take pruned weights exactly to zero, so that plain
-``optax.apply_updates`` is all that a training step needs. Zeros make a model smaller on disk, and not faster: JAX has
-no sparse products on its accelerators.
+The optimizer's state holds the masks, eight weights to a byte. Its updates take pruned weights exactly to zero, so that
+plain ``optax.apply_updates`` is all that a training step needs. Zeros make a model smaller on disk, but not faster: JAX
+has no sparse products on its accelerators.
 
-Learned from jaxpruner (Lee et al. 2023), which changes the parameters in a hook behind the update.
+Modelled on jaxpruner (Lee et al. 2023), which changes the parameters in a hook after the update.
 """
 
 import re
@@ -48,17 +48,17 @@ from efftrain.sharding.layout import is_variable
 from efftrain.train.config import Training
 from efftrain.train.schedules import WarmupStableDecay
 
-Arrays = dict[str, Array]  # by the names of matrices
+Arrays = dict[str, Array]  # keys: names of matrices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude:
-    """``|w|``.
+    """Scores a weight by its magnitude, ``|w|``.
 
     Attributes:
-      straight_through: weights that are pruned go on being trained, by the gradient at the masked weights, and may
-        come back; costs a second copy of the weights. The best of jaxpruner's in a language model; in ours masks
-        flicker as long as the learning rate is high, and it is worse (``recipes/prune.py``).
+      straight_through: pruned weights continue to be trained, by the gradient at the masked weights, and may come back;
+        this costs a second copy of the weights. Jaxpruner's best score in a language model; in the models of
+        ``recipes/prune.py`` it is worse, because masks flicker while the learning rate is high.
     """
 
     straight_through: bool = False
@@ -69,7 +69,10 @@ class Magnitude:
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency:
-    """``|w g|``, what the loss would lose to first order, by the gradient of the step. Molchanov et al. 2017."""
+    """Scores a weight by ``|w g|``, the first-order change of the loss if it were zero; g is the step's gradient.
+
+    Source: Molchanov et al. 2017.
+    """
 
     def of(self, w: Array, g: Array) -> Array:
         return jnp.abs(w * g)
@@ -77,11 +80,12 @@ class Saliency:
 
 @dataclass(frozen=True, kw_only=True)
 class RigL:
-    """Sparse from the start: each update drops the smallest weights and grows others in their place, from zero.
+    """Sparse training from the start: each update drops the smallest weights and grows as many others from zero.
 
     Attributes:
-      by: where the gradient is largest (RigL, Evci et al. 2020), or at random (SET, Mocanu et al. 2018).
-      exchanged: share of the weights in the first update; falls to 0 with half a cosine.
+      by: grow weights where the gradient is largest ("gradient": RigL, Evci et al. 2020), or at random positions
+        ("random": SET, Mocanu et al. 2018).
+      exchanged: share of the remaining weights that the first update exchanges; it falls to 0 with half a cosine.
     """
 
     by: Literal["gradient", "random"] = "gradient"
@@ -100,7 +104,7 @@ class RigL:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenMask:
-    """What is zero stays zero: to train a model that was pruned, with any optimizer."""
+    """Keeps the zeros of a model that was pruned before, while any optimizer trains it."""
 
 
 Score = Magnitude | Saliency | RigL | FrozenMask
@@ -108,9 +112,13 @@ Score = Magnitude | Saliency | RigL | FrozenMask
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """What of a model is pruned while it is trained.
+    """How a model is pruned while it is trained.
 
     Attributes:
+      structure: the pattern of zeros and the target sparsity.
+      schedule: in which steps the masks change, and which share of the target is reached.
+      score: which weights are kept: those of the highest score.
+      distribution: how the target is divided between the matrices.
       layers: a regular expression for the names of matrices, such as ``blocks/.*/mlp/.*``; see ``QuantizationRule``.
         Embedding, head, norms and routers are never pruned.
     """
@@ -146,10 +154,13 @@ class Sparsity:
         return isinstance(self.score, Magnitude) and self.score.straight_through
 
     def around(self, training: Training) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-        """What ``fit`` puts around its optimizer.
+        """The function with which ``fit`` wraps its optimizer.
+
+        Args:
+          training: of the run; its number of steps and its schedule are read.
 
         Raises:
-          ConfigError: masks would change while the learning rate decays, or behind the last step.
+          ConfigError: masks would change while the learning rate decays, or after the last step.
         """
         decay = training.schedule.decay if isinstance(training.schedule, WarmupStableDecay) else 0.0
         if self.schedule.end > 1 - decay:
@@ -163,20 +174,24 @@ class Sparsity:
 
 
 def hold_zeros() -> Sparsity:
-    """For a model that was pruned: what is zero at the start stays zero."""
+    """The sparsity for training a pruned model: weights that are zero at the start stay zero."""
     return Sparsity(schedule=OneShot(at=0.0), score=FrozenMask())
 
 
 def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: int) -> optax.GradientTransformation:
-    """An optimizer that prunes: exactly so many weights of each matrix stay, and the others are exactly zero.
+    """Wraps an optimizer so that it prunes: a fixed number of weights stays, and all pruned weights are exactly zero.
 
-    Its state works on any mesh that the parameters work on. Where the score is not straight-through, pruned weights
-    have no gradient, not in a global norm either, and their moments fade.
+    Its state works on any mesh that the parameters work on. Unless the score is straight-through, the gradients of
+    pruned weights are set to zero before the inner optimizer sees them: they do not count in a global norm, and their
+    moments decay.
 
     Args:
-      inner: over NNX states whose matrices are ``Matrix`` variables.
-      sparsity: what is pruned.
-      n_steps: of the run, of which schedules say shares.
+      inner: an optimizer over NNX states whose matrices are ``Matrix`` variables.
+      sparsity: which weights are pruned, and when.
+      n_steps: number of steps of the run; schedules are shares of it.
+
+    Returns:
+      The wrapped optimizer; its ``update`` needs the parameters.
 
     Raises:
       ConfigError: (from ``init``) no matrix has such a name, or the structure does not divide one.
@@ -203,7 +218,7 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
         g, w = (_arrays(_prunable(tree, sparsity)) for tree in (gradients, params))
         shapes = {name: a.shape for name, a in w.items()}
         kept = {name: variable[...] for name, variable in state.kept.items()}
-        if kept:  # a run may start from a model that came after ``init``
+        if kept:  # copied in the first update, because a run may load its parameters after ``init``
             starts = state.fresh
             if _rewinds(sparsity):
                 starts |= state.count == round(sparsity.schedule.start * n_steps)
@@ -213,7 +228,8 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
         packed = _arrays(state.masks)
         axes = {name: mask.get_metadata()["packed"] for name, mask in state.masks.items()}
         due = sparsity.schedule.due(state.count, n_steps)
-        due |= state.fresh & (sparsity.schedule.share(state.count, n_steps) > 0)  # a run may begin behind a step
+        # A run that branches off may begin after the step in which the masks were due.
+        due |= state.fresh & (sparsity.schedule.share(state.count, n_steps) > 0)
 
         def renewed(latent: Arrays, g: Arrays, packed: Arrays) -> Arrays:
             masks = _unpack(packed, shapes, axes)
@@ -233,7 +249,7 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
             target = {name: w[name] + u for name, u in _arrays(_prunable(updates, sparsity)).items()}
             if _rewinds(sparsity):
                 target = {name: jnp.where(due, kept[name], target[name]) for name in target}
-        # w + (0 - w) is exactly zero.
+        # The update of a pruned weight is 0 - w, and w + (0 - w) is exactly zero.
         to_target = {name: jnp.where(masks[name], target[name], 0) - w[name] for name in w}
         state = SparsifyState(
             inner_state,
@@ -248,13 +264,16 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
 
 
 def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arrays, step: Array) -> dict[str, Array]:
-    """The masks of a step in which they change.
+    """Computes the new masks in a step in which masks change.
 
     Args:
-      sparsity, n_steps: as of ``sparsify``.
-      w, g: weights and gradients (..., d_in, d_out), by name. Every matrix of the leading axes is pruned apart.
-      masks: bool, those until now.
+      sparsity, n_steps: see ``sparsify``.
+      w, g: weights and gradients (..., d_in, d_out), by name. Each matrix of the leading axes is pruned separately.
+      masks: bool, the masks until now.
       step: () int32.
+
+    Returns:
+      The masks by name, bool (..., d_in, d_out).
     """
     structure, score, distribution = sparsity.structure, sparsity.score, sparsity.distribution
     if isinstance(score, FrozenMask):
@@ -289,7 +308,7 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
 
 
 def _with_least(score_lgu: Array, most: float) -> Array:
-    """Scores in which ``1 - most`` of each matrix are the highest there are."""
+    """The scores with infinity for the highest ``1 - most`` of each matrix, which a joint ranking then keeps."""
     n_least = -(-round((1 - most) * 1e6) * score_lgu.shape[-1] // 1_000_000)
     return jnp.where(keep_highest(score_lgu, n_least), jnp.inf, score_lgu)
 
@@ -299,7 +318,7 @@ def _rewinds(sparsity: Sparsity) -> bool:
 
 
 def _prunable(tree: Any, sparsity: Sparsity) -> dict[str, nnx.Variable]:
-    """The variables of a tree like the parameters whose matrices are pruned, by name."""
+    """The variables that are pruned, by name, of a tree with the structure of the parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
     named = {matrix_name(path): leaf for path, leaf in leaves if may_be_pruned(leaf)}
     found = {name: leaf for name, leaf in named.items() if re.fullmatch(sparsity.layers, name)}
@@ -313,7 +332,7 @@ def _prunable(tree: Any, sparsity: Sparsity) -> dict[str, nnx.Variable]:
 
 
 def _replaced(tree: Any, arrays: Arrays, sparsity: Sparsity) -> Any:
-    """The tree with other arrays in place of those of its matrices."""
+    """The tree with the given arrays in place of those of the matrices with these names."""
 
     def replace(path: tuple, leaf: Any) -> Any:
         return leaf.replace(arrays[matrix_name(path)]) if may_be_pruned(leaf) and matrix_name(path) in arrays else leaf
@@ -330,7 +349,7 @@ def _unpack(packed: Arrays, shapes: Mapping[str, tuple[int, ...]], axes: Mapping
 
 
 def _packed_axis(variable: nnx.Variable) -> int:
-    """The axis along which eight weights share a byte: not the one that fsdp splits, so that the bits are split too."""
+    """The axis along which eight weights share a byte: not the one that FSDP shards, so that bits are sharded too."""
     axes = _axes(variable)
     return len(axes) - 1 if axes[-1] != "embed" else len(axes) - 2
 

@@ -1,4 +1,4 @@
-"""When masks change, and how far: schedules as shares of a run and of the target; and the target of each matrix."""
+"""Sparsity schedules (in which steps masks change, and how far) and the sparsity of each matrix."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ Shape = tuple[int, int, int]  # (matrices of one variable, d_in, d_out)
 
 @dataclass(frozen=True, kw_only=True)
 class OneShot:
-    """All at once.
+    """Prunes to the target in a single step.
 
     Attributes:
-      at: share of the steps.
+      at: the step, as a share of the run's steps.
     """
 
     at: float = 0.5
@@ -43,11 +43,14 @@ class OneShot:
 
 @dataclass(frozen=True, kw_only=True)
 class Gradual:
-    """More and more: ``1 - (1 - t)^3`` of the target at share t of the way. Zhu and Gupta 2017, equation 1.
+    """Prunes gradually: ``1 - (1 - t)^3`` of the target, where t goes from 0 at the start to 1 at the end.
 
     Attributes:
-      start, end: shares of the steps. The end lies before the learning rate decays, or weights have no time to make up.
-      updates: of the masks on the way.
+      start, end: first and last update, as shares of the run's steps. The end must be before the learning rate decays,
+        so that the remaining weights have time to recover.
+      updates: number of updates of the masks from start to end.
+
+    Source: Zhu and Gupta 2017, equation 1.
     """
 
     start: float = 0.2
@@ -74,14 +77,14 @@ class Gradual:
 
 @dataclass(frozen=True, kw_only=True)
 class Iterative:
-    """In rounds, each of which leaves the same share of what there was, with training between them.
+    """Prunes in rounds with training between them; each round keeps the same share of the weights that are left.
 
     Attributes:
-      start, end: shares of the steps, of the first and the last round.
-      rounds: how many.
-      sparsity: the target, which the structure has too.
-      rewind: behind a round the weights that stay go back to what they were before the first one. Frankle et al. 2020
-        (weight rewinding).
+      start, end: the steps of the first and of the last round, as shares of the run's steps.
+      rounds: number of rounds.
+      sparsity: the target; the same as that of the structure.
+      rewind: after a round, reset the remaining weights to their values before the first round (weight rewinding,
+        Frankle et al. 2020).
     """
 
     start: float = 0.2
@@ -111,7 +114,12 @@ class Iterative:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The target from the start on, with updates that exchange weights: for ``RigL``."""
+    """Keeps the target sparsity from ``start`` on; the updates until ``end`` exchange weights. For the score ``RigL``.
+
+    Attributes:
+      start, end: first and last update, as shares of the run's steps.
+      updates: number of updates of the masks from start to end.
+    """
 
     start: float = 0.0
     end: float = 0.75
@@ -129,22 +137,25 @@ Schedule = OneShot | Gradual | Iterative | Constant
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Every matrix has the same sparsity."""
+    """Gives every matrix the same sparsity."""
 
     def sparsities(self, shapes: Mapping[str, Shape], sparsity: float) -> dict[str, float]:
-        """Of each variable's matrices, so that the whole has ``sparsity``."""
+        """The sparsity of each variable's matrices, so that all together have ``sparsity``."""
         return dict.fromkeys(shapes, sparsity)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ErdosRenyi:
-    """Density falls with size, as ``(d + f) / (d f)``, at most 1: for 80 % and more. Mocanu et al. 2018."""
+    """Gives a (d, f) matrix a density in proportion to ``(d + f) / (d f)``, at most 1; for 80 % sparsity and more.
+
+    Source: Mocanu et al. 2018.
+    """
 
     def sparsities(self, shapes: Mapping[str, Shape], sparsity: float) -> dict[str, float]:
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         raw = {name: (d + f) / (d * f) for name, (_, d, f) in shapes.items()}
         dense: set[str] = set()
-        while True:  # those that would be denser than full are full, and the others make up for them
+        while True:  # matrices whose density would exceed 1 stay dense, and the rest gets sparser instead
             left = (1 - sparsity) * sum(sizes.values()) - sum(sizes[name] for name in dense)
             scale = left / sum(raw[name] * sizes[name] for name in shapes if name not in dense)
             over = {name for name in shapes if name not in dense and scale * raw[name] > 1}
@@ -155,10 +166,10 @@ class ErdosRenyi:
 
 @dataclass(frozen=True, kw_only=True)
 class Global:
-    """One ranking over all matrices.
+    """Ranks the weights of all matrices together.
 
     Attributes:
-      most: sparsity of any one matrix; thin layers would be emptied.
+      most: the highest sparsity of a single matrix, so that thin layers are not emptied.
     """
 
     most: float = 0.95

@@ -1,4 +1,4 @@
-"""What a pruning optimizer remembers: the masks of its matrices, eight weights to a byte."""
+"""The state of a pruning optimizer: the masks of its matrices, eight weights to a byte."""
 
 from typing import Any, NamedTuple
 
@@ -13,17 +13,22 @@ from efftrain.sharding.layout import is_variable
 
 
 class Mask(nnx.Variable):
-    """Bits of a matrix's mask, 1 where a weight is used: uint8, eight along the axis ``packed`` of its metadata."""
+    """The mask of a matrix as bits, 1 where a weight is kept.
+
+    The array is uint8; each byte holds eight weights along the axis that the metadata entry ``packed`` names.
+    """
 
 
 class SparsifyState(NamedTuple):
-    """Attributes:
-    inner: state of the optimizer that is wrapped.
-    masks: by the names of matrices.
-    count: () int32 updates; of a run that branches off another one, with those of that one.
-    fresh: () bool, before the first update of this optimizer.
-    kept: arrays like the matrices, by their names: the dense weights of a straight-through score, or those to which a
-      schedule rewinds; else empty.
+    """The state of the optimizer that ``sparsify`` returns.
+
+    Attributes:
+      inner: state of the wrapped optimizer.
+      masks: the masks, by the names of matrices.
+      count: () int32, number of updates; a run that branches off another run continues the count of that run.
+      fresh: () bool, True until the first update of this optimizer.
+      kept: arrays of the shapes of the matrices, by their names: the dense weights of a straight-through score, or the
+        weights to which a schedule rewinds. Otherwise empty.
     """
 
     inner: Any
@@ -33,7 +38,7 @@ class SparsifyState(NamedTuple):
     kept: dict[str, nnx.Variable]
 
     def zero_pruned(self, params: Any) -> Any:
-        """Parameters, or averages of them, with zeros for the weights that are pruned: ``train.averages.Pruning``."""
+        """Parameters, or averages of them, with zeros for the pruned weights; see ``train.averages.Pruning``."""
 
         def zeroed(path: tuple, leaf: Any) -> Any:
             if not may_be_pruned(leaf) or matrix_name(path) not in self.masks:
@@ -46,10 +51,10 @@ class SparsifyState(NamedTuple):
 
 
 def may_be_pruned(leaf: Any) -> bool:
-    """Whether a leaf of a tree like the parameters is a matrix of a block."""
+    """Whether a leaf of the parameters, or of a tree with their structure, is a matrix of a block."""
     return isinstance(leaf, Matrix) and "vocab" not in leaf.get_metadata()["axes"]
 
 
 def matrix_name(path: tuple) -> str:
-    """The name of the matrix at a path of a tree like the parameters, such as ``blocks/0/mlp/up``."""
+    """The name of the matrix at a path of the parameters' tree, such as ``blocks/0/mlp/up``."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/kernel")
