@@ -1,1 +1,1 @@
-"""What makes a trained model smaller: each returns the new model and a report of what changed and what did not."""
+"""Compression of trained models; each function returns the new model and a report of what changed and what did not."""

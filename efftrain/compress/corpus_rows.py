@@ -1,4 +1,4 @@
-"""The text that a compression looks at."""
+"""The rows of a corpus that a compression reads: for calibration, for choices and for reports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ from efftrain.progress import console
 
 @dataclass(frozen=True)
 class CorpusRows:
-    """Rows of a corpus, of so many tokens."""
+    """A corpus, read in rows of ``length`` tokens."""
 
     corpus: Path
     length: int
 
     def choosing(self, rows: int | None = None) -> HeldOut:
-        """The rows by which something is chosen."""
+        """The rows on which shapes or formats are chosen: the first ones of the validation split."""
         return choosing(self.corpus, self.length, rows)
 
     def reporting(self, rows: int | None = None, *, chosen: int = 0) -> HeldOut:
@@ -27,7 +27,11 @@ class CorpusRows:
         return reporting(self.corpus, self.length, rows, chosen=chosen)
 
     def calibration(self, rows: int) -> CalibrationRows:
-        """Rows of the training split; says where there are fewer than asked for."""
+        """The first ``rows`` rows of the training split, for calibration; prints a warning if it has fewer.
+
+        Raises:
+          ConfigError: the split is shorter than one row.
+        """
         held = HeldOut(corpus=self.corpus, length=self.length, split="train", rows=rows)
         batches = list(held.batches())
         if not batches:

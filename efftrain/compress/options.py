@@ -1,4 +1,4 @@
-"""What ``efftrain compress`` does to a model."""
+"""The options of ``efftrain compress``."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,25 +17,30 @@ ALL_BLOCKS = "blocks/.*"
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """Attributes:
-    quantize: the format of matrices, such as int8 or int4:g32; with a budget several, of falling size, with commas.
-      None: what the run was trained for.
-    activations: the format of what they are multiplied with. None: float.
-    cache: the format of keys and values. None: float.
-    layers: a regular expression for the names of matrices; see ``models.quantization.QuantizationRule``.
-    method: see ``compress.quantization.convert.convert`` and, with ``sparsity``, ``compress.pruning.one_shot.prune``.
-      None: "nearest", and "sparsegpt".
-    budget: bytes of the blocks' matrices as a share of float32, for which each layer gets a format of its own.
-    rows: of the training split, for methods that look at text and for ``slim``; of the validation split, for each trial
-      of a budget or a search and for the figures of a stage.
-    sparsity: the share of the weights that becomes zero, or n:m.
-    slim: the share of ``by`` that is cut off, so that the model is really smaller.
-    way: what is cut: width or depth, or (with ``search``) both.
-    by: what ``slim`` is a share of.
-    search: shapes that are tried, each with a tenth of ``recover``. None: the first guess is taken.
-    recover: tokens of training behind the cut.
-    rounds: in which cut and training are done.
-    distill: in that training the model learns from the run as it was, and not from the text.
+    """The options of ``efftrain compress``, checked against each other.
+
+    Attributes:
+      quantize: number format of the weight matrices, such as int8 or int4:g32. With ``budget``, two or more formats
+        separated by commas. None: the formats that the run was trained for.
+      activations: number format of the inputs of the matrices. None: they stay float.
+      cache: number format of the KV cache. None: that of the run, or float.
+      layers: a regular expression for the names of the matrices; see ``models.quantization.QuantizationRule``.
+      method: see ``compress.quantization.convert.convert`` and, with ``sparsity``, ``compress.pruning.one_shot.prune``.
+        None: "nearest" without ``sparsity`` and "sparsegpt" with it.
+      budget: the most bytes that the matrices of the blocks may take, as a share of their bytes in float32; each part
+        of each layer gets the format that fits.
+      rows: number of rows of text. Methods that read calibration text, and ``slim``, read this many rows of the
+        training split; each trial of a budget or a search, and the bits per byte of a stage, use this many of the
+        validation split.
+      sparsity: the share of the weights that becomes zero, such as 0.5, or a pattern n:m, such as 2:4.
+      slim: the share of ``by`` that structured pruning removes, so that the model gets smaller and faster.
+      way: what structured pruning cuts: "width", "depth" or, with ``search``, "any", which tries both.
+      by: what ``slim`` is a share of.
+      search: number of shapes that are tried, each trained on a tenth of ``recover``. None: the first candidate is
+        taken.
+      recover: tokens of training after the pruning (healing). 0: none.
+      rounds: number of rounds of pruning and training; ``recover`` is divided between them.
+      distill: whether that training distils from the original run instead of training on the text.
     """
 
     quantize: str | None = None
@@ -113,10 +118,10 @@ class Compression:
 
     @property
     def structure(self) -> Structure:
-        """That ``sparsity`` says.
+        """The pattern of zeros that ``sparsity`` describes.
 
         Raises:
-          ConfigError: it says none.
+          ConfigError: ``sparsity`` is neither a share nor n:m.
         """
         n, colon, m = self.sparsity.partition(":")
         try:
@@ -126,12 +131,12 @@ class Compression:
 
     @property
     def chosen_on(self) -> int:
-        """Rows of the validation split, the first ones, on which shapes or formats are chosen."""
+        """Number of rows, from the start of the validation split, on which shapes or formats are chosen."""
         return self.rows if self.search is not None or self.budget is not None else 0
 
     @property
     def name(self) -> str:
-        """Of the new run, behind that of the old one."""
+        """The suffix that the default name of the new run adds to the name of the old one."""
         words = [self.quantize or "", self.activations and f"a-{self.activations}", self.cache and f"kv-{self.cache}"]
         words += [self.sparsity and f"sparse{self.sparsity.replace(':', 'of')}", self.slim and f"slim{self.slim}"]
         words += [self.way if self.way != "width" else "", self.by if self.by != "parameters" else ""]
@@ -142,5 +147,5 @@ class Compression:
 
 
 def parse(text: str | None) -> AnyFormat | None:
-    """A format, where there is one."""
+    """Parses the name of a number format; None if there is no name."""
     return parse_format(text) if text else None

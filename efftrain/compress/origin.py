@@ -1,4 +1,4 @@
-"""What a compressed model is made from, and what becomes of one that is there and was made otherwise."""
+"""The record of what a compressed model was made from, and the check of existing output against it."""
 
 import contextlib
 import shutil
@@ -17,12 +17,20 @@ from efftrain.train.inputs import content
 from efftrain.train.run.directory import load_model_config, read_json
 
 FILE_NAME = "compression.json"
-CUT = ("compress", "data", "experiment", "measure", "models", "ops")  # the rooms that decide what a conversion gives
+# The packages whose code decides the result of a conversion, and of a conversion with training.
+CUT = ("compress", "data", "experiment", "measure", "models", "ops")
 CUT_AND_TRAINED = (*CUT, "sharding", "train")
 
 
 def origin(run: Path, options: Compression, text: CorpusRows, *, rooms: tuple[str, ...]) -> dict[str, Any]:
-    """What a result is made from, as JSON: places, what lies there, options and code."""
+    """What a result is made from, as JSON: run and corpus (paths and fingerprints), options and identity of the code.
+
+    Args:
+      run: directory of the run that is compressed.
+      options: of the command.
+      text: the corpus.
+      rooms: the packages of efftrain whose code counts.
+    """
     return {
         "run": str(run),
         "model": content(run),
@@ -34,13 +42,13 @@ def origin(run: Path, options: Compression, text: CorpusRows, *, rooms: tuple[st
 
 
 def made_otherwise(before: dict[str, Any], made_from: dict[str, Any]) -> str | None:
-    """See ``other_origin``; of a file that may hold more than that."""
+    """As ``other_origin``: how a record differs from ``made_from``; entries that only the record has are ignored."""
     before = before | {"options": _completed(before.get("options"))}
     return other_origin({name: before.get(name) for name in made_from}, made_from)
 
 
 def check_made_from(out: Path, made_from: dict[str, Any]) -> None:
-    """Raises RunError where a directory holds something else than what is asked for."""
+    """Raises RunError if the directory holds a model that was made from something else."""
     if not (out / FILE_NAME).exists():
         raise RunError(f"{out} exists and is not a converted model; choose another --out")
     if reason := made_otherwise(read_json(out / FILE_NAME), made_from):
@@ -50,7 +58,13 @@ def check_made_from(out: Path, made_from: dict[str, Any]) -> None:
 def rounds_are_done(
     run: Path, options: Compression, text: CorpusRows, out: Path, stages: Path, evaluated_rows: int | None
 ) -> bool:
-    """Whether all rounds are; leaves in their folder what they are made from, and none of other code that is not."""
+    """Whether all rounds of a command are finished, so that nothing is left to do.
+
+    Writes into ``stages`` what the rounds are made from. Unfinished rounds of another version of the code are deleted.
+
+    Raises:
+      RunError: ``out`` or ``stages`` was not made by this command, or is the finished result of other code.
+    """
     made_from = origin(run, options, text, rooms=CUT_AND_TRAINED) | {"evaluated_rows": evaluated_rows}
     if out.exists() and not (stages / "1-cut").exists():
         raise RunError(f"{out} exists and was not made by this command, or {stages} is gone; choose another --out")
@@ -70,11 +84,11 @@ def rounds_are_done(
         for folder in (out, stages):
             shutil.rmtree(folder, ignore_errors=True)
         write_json(stages / FILE_NAME, made_from)
-    return finished and reason is None  # what else differs, the stage that it concerns will say
+    return finished and reason is None  # if something else differs, the stage that it concerns raises the error
 
 
 def _completed(options: Any) -> Any:
-    """Options that did not exist when these were written have their defaults."""
+    """The options of a record, in which options that were added to the code later have their defaults."""
     with contextlib.suppress(ConfigError):
         return to_json(from_json(options))
     return options

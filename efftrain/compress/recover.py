@@ -1,4 +1,4 @@
-"""Training that makes up for what was cut out of a model."""
+"""Healing: training that recovers the quality that pruning cost."""
 
 import json
 from dataclasses import dataclass, replace
@@ -21,22 +21,21 @@ from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.run.directory import load_model_config, read_json
 from efftrain.train.schedules import WarmupStableDecay
 
-# Of the run's peak learning rate. A cut of a third (recipes/prune.py, seed 0) cost 4.1, 3.4, 3.2
-# and 3.5 % after 0.15, 0.3, 0.6 and 1 with a cosine; 3.0 % after 0.6, constant and then falling over half of the steps.
-# Zeros hurt less: at 50 % by magnitude 0.6 % after 0.6, 0.3 % after 0.3.
+# Shares of the run's peak learning rate. Of those tried after a cut of a third (recipes/prune.py) PEAK was best, with a
+# rate that is constant and then decays; zeros hurt the model less and do better with a lower rate.
 PEAK, PEAK_SPARSE = 0.6, 0.3
-DECAY = 0.5  # of the steps; behind it the model is done, and so only in the last round
+DECAY = 0.5  # share of the steps; only in the last round, because the rate must stay high for the rounds to come
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery(Experiment):
-    """A run that goes on from a model that was cut.
+    """The configuration of a run that trains a pruned model.
 
     Attributes:
-      source: the run directory of that model.
-      sparse: what is zero there stays zero.
-      rows: of the validation split, that it is evaluated on at the end. None: all.
-      teacher: the run directory of the model that it learns from. None: it learns from the text.
+      source: run directory of the pruned model.
+      sparse: whether the weights that are zero in that model stay zero.
+      rows: number of rows of the validation split for the evaluation at the end. None: all.
+      teacher: run directory of the teacher. None: next-token training on the text.
     """
 
     source: Path
@@ -55,16 +54,19 @@ def recover(
     rows: int | None = None,
     teacher: Path | None = None,
 ) -> Scorecard:
-    """Trains the model of a run for its next token or by the distributions of a teacher, or continues.
-
-    Source: Muralidharan et al. 2024 (Minitron); for masks, Renda et al. 2020 (learning-rate rewinding).
+    """Trains a pruned model on the text or with a teacher's distributions; continues the run if it was interrupted.
 
     Args:
-      source: the run directory of the model that was cut.
+      source: run directory of the pruned model.
       training: see ``recovery_training``.
-      out: the run directory.
-      corpus: of the text.
+      out: run directory of the trained model.
+      corpus: the corpus that it is trained and evaluated on.
       sparse, rows, teacher: see ``Recovery``.
+
+    Returns:
+      The scorecard of the trained model.
+
+    Source: Muralidharan et al. 2024 (Minitron); for masks, Renda et al. 2020 (learning-rate rewinding).
     """
     config = Recovery(
         model=load_model_config(source),
@@ -101,17 +103,17 @@ def recover(
 
 
 def recovery_training(run: Path, tokens: int, *, sparse: bool, number: int = 1, last: bool = True) -> Training:
-    """How a model is trained that makes up for a cut: with a part of the peak learning rate, which falls at the end.
+    """The training configuration for a pruned model: a part of the run's peak learning rate, which decays at the end.
 
     Args:
-      run: in which the whole model was trained.
-      tokens: at least one step's.
-      sparse: the cut left zeros.
-      number: of the round: another order of the text in each.
-      last: no round follows.
+      run: directory of the run in which the original model was trained.
+      tokens: number of tokens to train on; at least one step.
+      sparse: whether the pruning left zeros; the peak is then lower.
+      number: number of the round, from 1; it is added to the seed, so that every round reads the text in another order.
+      last: whether this is the last round; only then the learning rate decays.
 
     Raises:
-      ConfigError: there are too few tokens.
+      ConfigError: there are fewer tokens than one step has.
     """
     value = read_json(run / "config.json")["training"]
     script = import_script(run / "recipe.py") if ".py:" in json.dumps(value) else None
@@ -128,7 +130,7 @@ def recovery_training(run: Path, tokens: int, *, sparse: bool, number: int = 1, 
         optimizer=replace(before.optimizer, peak_lr=(PEAK_SPARSE if sparse else PEAK) * before.optimizer.peak_lr),
         schedule=WarmupStableDecay(warmup=0.05, decay=DECAY if last else 0.0),
         seed=before.seed + number,
-        ema_decay=None,  # of so few steps it would be the model as it was cut
+        ema_decay=None,  # over so few steps the average would stay close to the model before the training
         mesh=MeshConfig(),
         eval_every=None,
         checkpoint_every=max(min(before.checkpoint_every, steps // 4), 1),

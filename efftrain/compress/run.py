@@ -1,4 +1,4 @@
-"""``efftrain compress``: a run directory in, a run directory of the smaller model out."""
+"""``efftrain compress``: reads a run directory and writes a run directory with the compressed model."""
 
 import os
 import shutil
@@ -48,9 +48,9 @@ from efftrain.train.run.writing import writing
 from efftrain.train.state import split_model
 
 SHAPES = "shapes.json"
-TRIAL = 0.1  # of the recovery's tokens, for each shape of a search
+TRIAL = 0.1  # share of the tokens of ``recover`` that each shape of a search is trained on
 
-Changed = tuple[Decoder, dict[str, Any]]  # the new model, and what was done, as JSON
+Changed = tuple[Decoder, dict[str, Any]]  # the new model, and the report as JSON
 
 
 def compress(
@@ -61,22 +61,26 @@ def compress(
     corpus: Path | None = None,
     evaluated_rows: int | None = None,
 ) -> Scorecard:
-    """Changes a run's model, and scores the new one; the run stays as it is.
+    """Compresses the model of a run into a new run directory and scores it; the original run is not changed.
 
-    A directory appears when the conversion is whole, or when its training begins; what comes before the last stage is
-    in ``OUT.stages``. When interrupted, the same command continues: trials are kept, stages that are done are read.
-    What other code has left unfinished begins again, and what it has finished is refused.
+    The new directory appears when the conversion is complete, or when its training begins; all stages before the last
+    one are in ``OUT.stages``. If the command is interrupted, the same command continues: finished stages and trials are
+    read and not repeated. Unfinished work of another version of the code is started again; finished work of another
+    version raises an error.
 
     Args:
-      run: of a float model.
-      options: what to do.
-      out: the new directory. None: the run's, with the options in its name.
-      corpus: for calibration, training and scores. None: that of the run.
-      evaluated_rows: of the test split, for the score; see ``measure.quality.held_out``. None: all.
+      run: directory of the run of a float model.
+      options: what to do with the model.
+      out: the new run directory. None: the directory of ``run`` with the options appended to its name.
+      corpus: the corpus for calibration, training and evaluation. None: the corpus of the run.
+      evaluated_rows: number of rows of the test split for the score; see ``measure.quality.held_out``. None: all.
+
+    Returns:
+      The scorecard of the new model.
 
     Raises:
-      InUseError: another process makes ``out``.
-      EfftrainError: the run, the corpus and the options do not fit, or ``out`` holds something else.
+      InUseError: another process is writing ``out``.
+      EfftrainError: the run, the corpus and the options do not fit each other, or ``out`` holds something else.
     """
     if (Hosts.from_environment().processes or 1) > 1:
         raise ConfigError("a model is compressed by one process; unset EFFTRAIN_PROCESSES and start one")
@@ -88,9 +92,9 @@ def compress(
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = CorpusRows(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
     check_tokenizer(run, text.corpus)
-    if options.slim is not None or options.recover:  # before a stage is written
+    if options.slim is not None or options.recover:  # fail before a stage is written
         _check_input(run, options)
-    if options.chosen_on:  # refused before anything is done, as is what follows
+    if options.chosen_on:  # a split that is too short fails here, before anything is computed
         text.choosing(options.rows).batches()
     text.reporting(evaluated_rows, chosen=options.chosen_on)
     out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
@@ -112,7 +116,7 @@ def _compress(run: Path, options: Compression, text: CorpusRows, out: Path, eval
 
 
 def _check_input(run: Path, options: Compression) -> None:
-    """Refuses a model that holds numbers that are not finite, or zeros that the cut would scatter."""
+    """Raises an error if the model has values that are not finite, or zeros whose pattern a cut would break."""
     share = zeros_share(efftrain.load(run))
     if share and options.slim is not None:
         raise ConfigError(
@@ -122,11 +126,11 @@ def _check_input(run: Path, options: Compression) -> None:
 
 
 def _in_rounds(run: Path, options: Compression, text: CorpusRows, out: Path, evaluated_rows: int | None) -> Scorecard:
-    """Cut and train, as often as there are rounds."""
+    """Prunes and trains, once per round."""
     stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
     trained, sparse = run, options.sparsity is not None
     teacher = run if options.distill else None
-    # Too few tokens and too short a split are refused before anything is done.
+    # Too few tokens or a split that is too short must fail before anything is computed.
     data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)
     recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
     training = recovery_training(trained, tokens, sparse=sparse, number=options.rounds)
@@ -149,14 +153,14 @@ def _in_rounds(run: Path, options: Compression, text: CorpusRows, out: Path, eva
 
 
 def _round(options: Compression, number: int) -> Compression:
-    """What one of several rounds cuts: the same share of what is left in each."""
-    way = "width" if options.search is not None else options.way  # the shape says it
+    """The options of one round: every round removes the same share of what the rounds before it left."""
+    way = "width" if options.search is not None else options.way  # with a search, the shape decides what is cut
     once = replace(options, recover=0, rounds=1, search=None, way=way, distill=False)
     if options.rounds == 1:
         return once
     if options.slim is not None:
         return replace(once, slim=1 - (1 - options.slim) ** (1 / options.rounds))
-    # What is zero already counts.
+    # The sparsity of a round includes the zeros of the rounds before it.
     return replace(once, sparsity=str(1 - (1 - options.structure.sparsity) ** (number / options.rounds)))
 
 
@@ -169,13 +173,13 @@ def _best_shape(
     training: Training,
     teacher: Path | None,
 ) -> Shape:
-    """The shape whose model is best on some rows after a short training."""
+    """The shape whose model has the lowest bits per byte on the validation rows after a short training."""
     made_from = origin(run, options, text, rooms=CUT)
     before = read_json(folder / SHAPES) if (folder / SHAPES).exists() else {}
     reason = made_otherwise(before, made_from) if before else None
     if reason and any(path.name != SHAPES for path in folder.iterdir()):
         raise RunError(f"{folder} was made with {reason}; choose another --out")
-    if before and not reason:  # by latency they would be others each time
+    if before and not reason:  # read again, because shapes by latency would differ with each measurement
         shapes = [from_json(shape) for shape in before["shapes"]]
     else:
         shapes = _shapes(load_model_config(run), once, options.way, text)[: options.search]
@@ -216,7 +220,7 @@ def _stage(
     shape: Shape | None = None,
     evaluated_rows: int | None = None,
 ) -> Decoder | None:
-    """Makes the run directory of a converted model; None where it is there already."""
+    """Writes the run directory of a converted model and returns the model; None if the directory exists already."""
     settings, config = read_json(run / "config.json"), load_model_config(run)
     made_from = origin(run, options, text, rooms=CUT)
     made_from |= {"step": newest_step(run, settings), "shape": None if shape is None else to_json(shape)}
@@ -262,7 +266,7 @@ def _prune(run: Path, config: ModelConfig, options: Compression, text: CorpusRow
 
 
 def _quality(run: Path, model: Decoder, options: Compression, text: CorpusRows) -> dict[str, Any]:
-    """Bits per byte on some rows before and after the cut; that of the result is in its scorecard."""
+    """Bits per byte on validation rows before and after pruning; the final figure is in the scorecard."""
     held_out = text.choosing(options.rows)
     bpb = {"bpb_before": efftrain.load(run), "bpb": model}
     evaluate = held_out.evaluator()
@@ -299,7 +303,7 @@ def _quantize(run: Path, config: ModelConfig, options: Compression, text: Corpus
 
 
 def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule, ...]:
-    """Those that the options say; what they leave open is as in training."""
+    """The quantisation rules of the options; what the options leave open is as the run was trained."""
     weights, activations = parse(options.quantize), parse(options.activations)
     trained = config.quantization.rules
     if weights is None and activations is None:
@@ -320,7 +324,7 @@ def _rules(options: Compression, config: ModelConfig) -> tuple[QuantizationRule,
 
 
 def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_from: dict[str, Any]) -> None:
-    """The new directory, under another name until it is whole."""
+    """Writes the new run directory, under another name until it is complete."""
     unfinished = out.with_name(f"{out.name}.incomplete")
     try:
         if unfinished.is_dir() and _is_ours(unfinished):
@@ -343,7 +347,7 @@ def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_
 
 
 def _is_ours(unfinished: Path) -> bool:
-    """Left by a process that was killed: our file is the first that is written."""
+    """Whether a killed process of this command left the directory: its own file is the first that it writes."""
     return (unfinished / FILE_NAME).exists() or all(p.name.startswith(FILE_NAME) for p in unfinished.iterdir())
 
 
