@@ -1,8 +1,8 @@
-"""AWQ: inputs that matter are scaled up before weights are rounded, and large weights are clipped where that helps.
+"""AWQ: scales up the weights of important input channels before rounding, and clips large weights where that helps.
 
-Input channel j of some products is multiplied by f_j in their matrix and divided by it where it comes from, which
-changes nothing but what rounding does. Source: Lin et al. 2024 (AWQ), section 3.2; which output the errors are of, and
-the search for clips, as in the authors' llm-awq.
+The row of a weight matrix for input channel j is multiplied by f_j, and the operation that produces the channel is
+divided by f_j; only the rounding errors change. Source: Lin et al. 2024 (AWQ), section 3.2. The outputs whose errors
+are compared, and the search for clips, follow the authors' llm-awq.
 """
 
 from dataclasses import dataclass
@@ -31,19 +31,20 @@ from efftrain.ops.quantize import (
     stored_scale,
 )
 
-POWERS = 20  # of the mean magnitude of an input that are tried, from 0 to 1
+POWERS = 20  # number of exponents that are tried, from 0 to below 1, for the mean magnitudes of the inputs
 SMALLEST_FACTOR = 1e-4
-CLIPS = tuple(1 - i / 20 for i in range(10))  # shares of the largest magnitude that are tried
+CLIPS = tuple(1 - i / 20 for i in range(10))  # clipping limits that are tried, as shares of the largest magnitude
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Products of one input.
+    """Products that read the same input, which can therefore only be scaled together.
 
     Attributes:
-      source: path in the block of the parameter that the input can be divided in.
-      products: their paths in the block.
-      part: of the block, whose output says how good factors are. None: that of the product, which is the only one.
+      source: path, in the block, of the parameter that produces the input and is divided by the factors.
+      products: paths of the products in the block.
+      part: the part of the block whose output error decides between factors. None: the error of the output of the
+        product, which is then the only one.
     """
 
     source: str
@@ -52,31 +53,32 @@ class Shared:
 
 
 def shared_inputs(block: Block) -> list[Shared]:
-    """What can be scaled in a plain block, in the order in which it is to be done."""
+    """The inputs that can be scaled in a plain block, in the order in which they must be scaled."""
     found = []
     if isinstance(block.attention, SelfAttention):
         names = ("attention/query", "attention/key", "attention/value")
         found.append(Shared("attention_norm/scale", names, "attention"))
         config = block.attention.config
-        if config.n_heads == config.n_kv_heads:  # else several heads read one value
+        if config.n_heads == config.n_kv_heads:  # otherwise several heads read the same value
             found.append(Shared("attention/value/kernel", ("attention/out",)))
     if isinstance(block.mlp, SwiGLU):
         found.append(Shared("mlp/up/kernel", ("mlp/down",)))
         found.append(Shared("mlp_norm/scale", ("mlp/gate", "mlp/up"), "mlp"))
-    # The scaled values and units must not be rounded before they are scaled themselves: sources first.
+    # Kernels as sources come first: "value" and "up" must be divided before their own inputs are scaled and rounded.
     return sorted(found, key=lambda shared: shared.source.endswith("scale"))
 
 
 def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, hessians: Hessians) -> dict[str, Array]:
-    """Scales a plain block, whose matrices have their rules, in place; not those whose steps were learned.
+    """Scales the inputs of a plain block's products in place; products whose steps were learned are not scaled.
 
     Args:
-      block: whose matrices are float.
-      x_ntd, calibration: what it reads, and the text that this is of.
-      hessians: ``calibration.hessians`` of these.
+      block: its matrices are float and have their quantisation rules.
+      x_ntd: input of the block on the calibration text, (rows, length, d_model).
+      calibration: the rows that ``x_ntd`` was computed from.
+      hessians: ``calibration.hessians`` of the block on this input.
 
     Returns:
-      The factors (d_in,) of each product that was scaled.
+      The factors (d_in,) of each product that was scaled, by its path in the block.
     """
     factors: dict[str, Array] = {}
     sums = magnitudes(block, x_ntd, calibration)
@@ -95,20 +97,34 @@ def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, 
         for kernel in kernels:
             kernel[...] = kernel[...] * factor_d[:, None]
         source = _find(block, shared.source)
-        source[...] = source[...] / factor_d  # of a kernel the columns, of a norm its scale
+        source[...] = source[...] / factor_d  # the columns of a kernel, or the scale of a norm
         factors |= dict.fromkeys(shared.products, factor_d)
     return factors
 
 
 def tried_factors(mean_d: Array) -> Array:
-    """(powers, d): the mean magnitude of each input to powers from 0 to 1; the largest times the least is 1."""
+    """Candidate factors (powers, d): powers of the mean magnitude of each input, scaled so that maximum x minimum is 1.
+
+    Args:
+      mean_d: mean magnitude of each input, (d,).
+    """
     factors_pd = jnp.maximum(mean_d ** (jnp.arange(POWERS) / POWERS)[:, None], SMALLEST_FACTOR)
     return factors_pd / jnp.sqrt(factors_pd.max(1, keepdims=True) * factors_pd.min(1, keepdims=True))
 
 
 @partial(jax.jit, static_argnames="format")
 def product_errors(w_df: Array, hessian_dd: Array, format: Format, factors_pd: Array) -> Array:
-    """(p,) sums over tokens of the squared change of a product's output, for each of the factors of its inputs."""
+    """Squared error of a product's output, summed over tokens, for each candidate of its input factors.
+
+    Args:
+      w_df: the matrix (d, f).
+      hessian_dd: sum of ``x x^T`` of its inputs.
+      format: to which the matrix is rounded.
+      factors_pd: the candidates (p, d).
+
+    Returns:
+      (p,) errors.
+    """
 
     def error(factor_d: Array) -> Array:
         change_df = _rounded(w_df, factor_d, format) - w_df
@@ -125,14 +141,17 @@ def part_errors(
     x_ntd: np.ndarray,
     calibration: CalibrationRows,
 ) -> np.ndarray:
-    """(p,) sums over tokens of the squared change of the output of a part of a block, its other matrices in float.
+    """Squared error of the output of a part of a block, summed over tokens, for each candidate of the input factors.
 
     Args:
-      block: stays as it is.
-      shared: which part, and which of its products are rounded.
-      formats: of each of these.
-      factors_pd: of their inputs.
-      x_ntd, calibration: what the block reads, and the text that this is of.
+      block: not changed.
+      shared: the part of the block, and the products in it that are rounded; its other matrices stay float.
+      formats: number format of each of these products.
+      factors_pd: the candidates (p, d).
+      x_ntd, calibration: see ``scale_inputs``.
+
+    Returns:
+      (p,) errors.
     """
     graph, state = nnx.split(in_float(block))
     total_p = np.zeros(len(factors_pd))
@@ -166,19 +185,19 @@ def _part_errors(graph, shared: Shared, formats, state, factors_pd, x_btd, posit
 
 
 def is_clipped(name: str) -> bool:
-    """Whether a product's weights may be clipped: queries and keys only matter multiplied with each other."""
+    """Whether a product's weights may be clipped: not those of queries and keys, which only matter as a product."""
     return name not in ("attention/query", "attention/key")
 
 
 def clipped(w_df: Array, hessian_dd: Array, format: Format) -> QuantizedArray:
-    """The matrix quantised after the largest weights of each group are clipped where its outputs change less by that.
+    """Quantises a matrix after clipping the largest weights of each group where that lowers the output error.
 
-    For each group of inputs and each output by itself, on all tokens.
+    The clip is searched for each group of inputs and each output separately, by the error over all tokens.
 
     Args:
-      w_df: (d, f).
-      hessian_dd: of its inputs.
-      format: of the result.
+      w_df: the matrix (d, f).
+      hessian_dd: sum of ``x x^T`` of its inputs.
+      format: number format of the result.
     """
     return quantize(w_df, format, scale=stored_scale(_clipped_step(w_df, hessian_dd, format), format))
 
@@ -187,7 +206,7 @@ def clipped(w_df: Array, hessian_dd: Array, format: Format) -> QuantizedArray:
 def _clipped_step(w_df: Array, hessian_dd: Array, format: Format) -> Array:
     (d, f), size = w_df.shape, group_size(len(w_df), format)
     n = d // size
-    # Of each group the products of its own inputs.
+    # The diagonal blocks: for each group, the sum of x x^T of its own inputs.
     hessian_gss = hessian_dd.reshape(n, size, n, size)[jnp.arange(n), :, jnp.arange(n)]
     w_df, step_gf = w_df.astype(jnp.float32), step_of(w_df, format)
 
@@ -200,7 +219,7 @@ def _clipped_step(w_df: Array, hessian_dd: Array, format: Format) -> Array:
 
 
 def _rounded(w_df: Array, factor_d: Array, format: Format) -> Array:
-    """What rounding leaves of a matrix whose inputs are divided by factors, for the inputs as they were."""
+    """The matrix rounded with its rows multiplied by factors, and then divided by them again."""
     return fake_quantize(w_df * factor_d[:, None], format) / factor_d[:, None]
 
 

@@ -1,4 +1,4 @@
-"""A float model, or one trained for quantisation, converted into one whose matrices are stored quantised."""
+"""Conversion of a float model, or of one trained for quantisation, into a model with quantised weight storage."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Set
@@ -34,18 +34,18 @@ Method = Literal["nearest", "gptq", "awq"]
 
 @dataclass(frozen=True)
 class Converted:
-    """One matrix of one layer.
+    """What a conversion did to one matrix of one layer.
 
     Attributes:
-      name: in the model, with the number of the layer in place of that in the pattern.
-      format: such as int4:g32; "float32" where it stays.
-      method: how it was converted; "none" where it was not.
-      why: where it was not converted, or not by the method that was asked for.
-      bytes_before, bytes_after: of the matrix.
-      weight_error: root mean squared change over that of the weights.
-      output_error: the same of its outputs on the calibration's text; None where that was not observed.
-      sparsity: share of the stored numbers that are zero, by pruning or by rounding.
-      damping: of "gptq" and "sparsegpt", see ``second_order.inverse_factor``.
+      name: name of the matrix in the model, with the number of the layer in place of its position in the pattern.
+      format: number format, such as int4:g32; the name of the dtype, such as "float32", if it was not quantised.
+      method: the method by which it was converted; "none" if it was not.
+      why: the reason if it was not converted, or not exactly by the requested method; otherwise empty.
+      bytes_before, bytes_after: bytes of the matrix, with the scales.
+      weight_error: root mean square of the change of the weights over that of the weights.
+      output_error: the same for the outputs on the calibration text; None if the inputs were not observed.
+      sparsity: share of the stored numbers that are zero, from pruning or from rounding.
+      damping: of "gptq" and "sparsegpt", see ``second_order.inverse_factor``; None with other methods.
     """
 
     name: str
@@ -66,9 +66,9 @@ class ConversionReport:
 
     Attributes:
       matrices: in the order of the model.
-      calibration: how much text it looked at; None where it did not look at any.
-      idle_experts: for each layer of experts, such as ``blocks/3/mlp``, the numbers of those that no token of that text
-        reached.
+      calibration: size of the calibration text; None if no text was read.
+      idle_experts: for each layer with such experts, by a name such as ``blocks/3/mlp``, the numbers of the experts
+        that no token of the calibration text reached.
     """
 
     matrices: tuple[Converted, ...]
@@ -77,7 +77,7 @@ class ConversionReport:
 
     @property
     def bytes_share(self) -> float | None:
-        """Bytes of the matrices that are quantised, over what they were in float32; None where there is none."""
+        """Bytes of the converted matrices after the conversion over those before; None if no matrix was converted."""
         changed = [m for m in self.matrices if m.method != "none"]
         return sum(m.bytes_after for m in changed) / sum(m.bytes_before for m in changed) if changed else None
 
@@ -94,25 +94,28 @@ def convert(
     unrolled: bool = False,
     each_layer: Callable[[int], None] = lambda number: None,
 ) -> tuple[Decoder, ConversionReport]:
-    """Converts layer by layer; of the float layers none is kept.
+    """Quantises the weights of a model layer by layer, and frees each float layer before the next one.
 
-    Steps that were learned in training (a model that has the same rules) become the scales; else these are those of the
-    largest magnitude.
+    The scales are the steps that were learned in training, if the model was trained with the same rules; otherwise they
+    follow from the largest magnitudes.
 
     Args:
-      pieces: of the model; its layers are gone afterwards.
-      quantization: of the new model; ``stored`` or not.
-      method: "nearest" rounds; "gptq" and "awq" also look at the inputs on the calibration's text, those of layers
-        behind the converted ones. These two are for the dense products of plain blocks; the rest is rounded.
-      calibration: text, for these two.
-      unrolled: the new model has every layer in its pattern, as rules for single layers need it.
-      each_layer: called with the number of layers that are done.
+      pieces: the model, taken apart; its list of layers is empty afterwards.
+      quantization: rules of the new model; its field ``stored`` is ignored, since the result is always stored
+        quantised.
+      method: "nearest" rounds to the nearest value (RTN). "gptq" and "awq" also use the inputs on the calibration text,
+        computed by the layers that are already converted; they apply to dense products of plain blocks, and all other
+        matrices are rounded.
+      calibration: the text that "gptq" and "awq" need.
+      unrolled: give the new model a pattern that contains every layer, as rules for single layers need it.
+      each_layer: called after each layer with the number of layers that are done.
 
     Returns:
-      The new model and what was done to each matrix.
+      The new model and a report for each matrix.
 
     Raises:
-      ConfigError: the model is converted already; a rule matches nothing or does not fit; there is no calibration.
+      ConfigError: the model is converted already, a rule matches nothing or does not fit, or calibration text is
+        missing.
     """
     if method not in get_args(Method):
         raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(Method))}")
@@ -122,7 +125,7 @@ def convert(
         raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
     config = pieces.unrolled() if unrolled else pieces.config
     config = config.replace(quantization=dataclasses.replace(quantization, stored=True))
-    abstract_decoder(config)  # refuses rules that do not fit before anything is computed
+    abstract_decoder(config)  # raises an error for rules that do not fit, before anything is computed
 
     rows: list[Converted] = []
     all_idle: dict[str, tuple[int, ...]] = {}
@@ -143,11 +146,11 @@ def convert(
             if isinstance(module, RoutedExperts):
                 why += unreached(idle)
             hessian = found.pop(name, None)
-            if name in factors:  # of the inputs as they are now
+            if name in factors:  # the inputs have been divided by the factors
                 hessian = hessian / jnp.outer(factors[name], factors[name])
             clip = how == "awq" and is_clipped(name)
             rows.append(_convert(f"blocks/{number}/{name}", module, attribute, how, why, hessian, clip=clip))
-            del hessian  # before the next one is made from its inputs
+            del hessian  # free its memory before the next matrix
         states.append(nnx.state(layer))
         each_layer(number + 1)
     for name, module, attribute in list(matrices(outer)):
@@ -161,7 +164,7 @@ def convert(
 def _how(
     name: str, variable: nnx.Variable, method: Method, plain: bool, observed: Set[str], factors: Mapping[str, Array]
 ) -> tuple[str, str]:
-    """By which method a matrix of a layer is converted, and why not by the one that was asked for."""
+    """The method by which a matrix is converted, and the reason if it is not the requested one."""
     if method == "nearest":
         return method, ""
     if not plain:
@@ -212,5 +215,5 @@ def _convert(
 
 
 def quantized_bytes(value: QuantizedArray) -> int:
-    """Of levels and scales."""
+    """Bytes of the stored integers and the scales of a quantised matrix."""
     return sum(a.size * a.dtype.itemsize for a in (value.packed, value.scale))

@@ -1,7 +1,8 @@
-"""Which layers bear fewer bits: formats chosen for each of them under a budget of bytes, by what they cost in quality.
+"""Mixed precision: chooses a number format for each part of each layer under a budget of bytes.
 
-Each part of each layer is tried alone in each format, on held-out text, while all others have the first one; then
-parts are moved on, cheapest first, until the bytes fit. Greedy: costs are taken to add up.
+First the sensitivity is measured: each part of each layer is tried in each smaller format on held-out text, while all
+other parts have the largest format. Then parts move to their next smaller format, the one with the lowest loss of
+quality per byte first, until the bytes fit. This is greedy: the costs of the parts are assumed to add up.
 """
 
 import itertools
@@ -22,17 +23,18 @@ from efftrain.ops.number_formats import AnyFormat, format_name
 from efftrain.ops.quantize import fake_quantize, quantize
 from efftrain.progress import Progress
 
-Part = tuple[int, str]  # number of the layer, first word of the matrices' names in it: (3, "attention")
+Part = tuple[int, str]  # number of the layer, and first word of the matrices' names in it, such as (3, "attention")
 
 
 @dataclass(frozen=True)
 class ChosenFormats:
-    """Rules for the model with every layer in its pattern, and why.
+    """The rules that were chosen, for a model with every layer in its pattern, and the measurements behind them.
 
     Attributes:
-      rules: one for each format that is used.
-      costs: part and format -> bits per byte above those of the first format everywhere.
-      share: bytes of the matrices over those in float32.
+      rules: one rule for each format that is used.
+      costs: increase in bits per byte over the model with the largest format everywhere, by the name of part and
+        format.
+      share: bytes of the matrices over their bytes in float32.
     """
 
     rules: tuple[QuantizationRule, ...]
@@ -54,17 +56,19 @@ def choose_formats(
     bpb: Callable[[Decoder], float],
     kept: Measurements,
 ) -> ChosenFormats:
-    """Chooses a format for each part of each block; embedding and head stay float.
+    """Chooses a number format for each part of each block; embedding and head stay float.
 
     Args:
-      model: float.
-      formats: two or more, of different bytes, in any order.
-      budget: the most bytes of the matrices, as a share of float32.
-      bpb: bits per byte on held-out text; called for the first format, and for each part in each later one.
-      kept: what was measured before.
+      model: a float model.
+      formats: two or more formats that take different numbers of bytes, in any order.
+      budget: the most bytes that the matrices may take, as a share of their bytes in float32.
+      bpb: returns the bits per byte of a model on held-out text; called for the model in the largest format, and once
+        for each part in each smaller format.
+      kept: measurements of an earlier call that was interrupted; new ones are added.
 
     Raises:
-      ConfigError: the budget is too small for the smallest format, or two formats take as many bytes.
+      ConfigError: the budget is too small for the smallest format, two formats take the same number of bytes, or the
+        model has no finite bits per byte in the largest format.
     """
     values = _Values(model, formats)
     formats, parts = values.formats, values.parts
@@ -83,7 +87,7 @@ def choose_formats(
         costs = _costs(values, bpb, kept)
 
     def price(part: Part) -> float:
-        """Bits per byte for a byte saved by the next format."""
+        """Increase in bits per byte for each byte that the next smaller format of the part saves."""
         now, after = at[part], at[part] + 1
         if math.isinf(costs[part, after]):
             return math.inf
@@ -99,7 +103,7 @@ def choose_formats(
 
 
 def _costs(values: "_Values", bpb: Callable[[Decoder], float], kept: Measurements) -> dict[tuple[Part, int], float]:
-    """Bits per byte that each part costs in each format but the first, alone; infinite where they are not finite."""
+    """Increase in bits per byte for each part alone in each smaller format; infinity if the result is not finite."""
     formats, parts, first, costs = values.formats, values.parts, dict.fromkeys(values.parts, 0), {}
     base = kept.cell("first format", lambda: bpb(values.model(first)))
     if base is None:
@@ -119,11 +123,11 @@ def _costs(values: "_Values", bpb: Callable[[Decoder], float], kept: Measurement
 
 
 class _Values:
-    """A model's matrices with the values that each format leaves of them.
+    """The matrices of a model, rounded to each format.
 
     Attributes:
-      formats: from the one of most bytes to that of least.
-      parts: of all layers.
+      formats: ordered from most to fewest bytes.
+      parts: the parts of all layers.
     """
 
     def __init__(self, model: Decoder, formats: Sequence[AnyFormat]):
@@ -135,7 +139,7 @@ class _Values:
             return quantized_bytes(quantize(variable[0], format, variable.get_metadata()["contraction"]))
 
         self.formats = sorted(formats, key=lambda format: -sum(size(v, format) for v in found.values()))
-        # Of one layer: float32, by format.
+        # Bytes of one layer: in float32, and in each format.
         self._bytes = {n: (v[0].size * 4, [size(v, format) for format in self.formats]) for n, v in found.items()}
         self._matrices = {
             name: [fake_quantize(v[...], format, v.get_metadata()["contraction"]) for format in self.formats]
@@ -181,7 +185,7 @@ def _name(part: Part, format: AnyFormat) -> str:
 
 
 def _pattern(parts: Sequence[Part]) -> str:
-    """A regular expression for the matrices of these parts."""
+    """A regular expression that matches the names of the matrices of these parts."""
     words = sorted({word for _, word in parts})
     either = [f"({'|'.join(str(n) for n, w in parts if w == word)})/{word}(/.*)?" for word in words]
     return rf"blocks/({'|'.join(either)})"
