@@ -1,4 +1,4 @@
-"""``efftrain teacher``: a frozen teacher's predictions for a corpus, kept on disk for the training of students.
+"""``efftrain teacher``: writes a frozen teacher's predictions for a corpus to disk, for the training of students.
 
 The format is that of ``data.storage.teacher_cache``; the loader reads it together with the rows.
 """
@@ -40,22 +40,22 @@ from efftrain.train.inputs import model_digest
 from efftrain.train.run.directory import load_model_config, newest_step, read_json
 from efftrain.train.run.tokenizers import check_tokenizer
 
-ROOMS = ("compress/distillation/teacher_cache", "data", "models", "ops")  # that decide what is kept
-READ = ("tokens", "segments", "positions")  # of a row, by the model
+ROOMS = ("compress/distillation/teacher_cache", "data", "models", "ops")  # the code that decides what a cache contains
+READ = ("tokens", "segments", "positions")  # the arrays of a row that the model reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """What is kept of a teacher's predictions, and for which rows.
+    """Which of a teacher's predictions are stored, and for which rows; set either ``top_k`` or ``samples``.
 
     Attributes:
-      top_k: so many of the largest probabilities of each position. None: ``samples``.
-      samples: so many draws from each distribution. None: ``top_k``.
-      rows: the first so many of the split. None: all.
-      split: of the corpus.
+      top_k: number of the largest probabilities that are stored for each position. None: samples are stored.
+      samples: number of tokens that are sampled from the distribution of each position. None: ``top_k`` are stored.
+      rows: number of rows, from the start of the split. None: all.
+      split: split of the corpus.
       length: tokens of a row. None: as the run was trained.
-      batch_size: rows that the teacher reads at once.
-      seed: of the draws.
+      batch_size: number of rows that the teacher reads at once.
+      seed: seed of the samples.
     """
 
     top_k: int | None = 64
@@ -80,7 +80,7 @@ class CacheOptions:
 
     @property
     def name(self) -> str:
-        """Of the cache, behind that of the run."""
+        """The suffix that the default name of the cache adds to the name of the run."""
         words = [f"top{self.top_k}" if self.top_k else f"sampled{self.samples}"]
         words += [f"rows{self.rows}" if self.rows else "", self.split if self.split != "train" else ""]
         words += [f"length{self.length}" if self.length else "", f"seed{self.seed}" if self.seed else ""]
@@ -88,24 +88,24 @@ class CacheOptions:
 
 
 def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None, out: Path | None = None) -> Path:
-    """Keeps what a run's model predicts at every position of the first rows of a corpus, and prints what that takes.
+    """Stores the predictions of a run's model at every position of the rows of a corpus, and prints the size.
 
-    The folder appears when it is whole. When interrupted, the same command continues; draws depend on the seed and on
-    the row alone, so that it ends with the same records. Where the cache is there already, made by the same code,
-    nothing is done. An unfinished one of other code is begun again. Whoever reads a cache does not ask for its code:
-    it is what the teacher of its time said.
+    The folder appears when it is complete. If the command is interrupted, the same command continues; the samples
+    depend only on the seed and the row, so that the records are the same. A finished cache of the same code is left as
+    it is; an unfinished one of other code is started again. Readers of a cache do not check which code made it: it
+    remains what its teacher predicted.
 
     Args:
-      run: the directory of the teacher's run; also of a converted model.
-      options: what is kept.
-      corpus: which the students will be trained on. None: that of the run.
-      out: the folder. None: the run's, with the options in its name.
+      run: run directory of the teacher, which may also be a converted model.
+      options: what is stored.
+      corpus: the corpus that the students will be trained on. None: that of the run.
+      out: folder of the cache. None: the directory of ``run`` with the options appended to its name.
 
     Returns:
-      The folder.
+      The folder of the cache.
 
     Raises:
-      EfftrainError: run, corpus and options do not fit, or ``out`` holds something else.
+      EfftrainError: run, corpus and options do not fit each other, or ``out`` holds something else.
     """
     if (Hosts.from_environment().processes or 1) > 1:
         raise ConfigError("a teacher's predictions are kept by one process; unset EFFTRAIN_PROCESSES and start one")
@@ -141,16 +141,16 @@ def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None,
 def largest(
     graph: nnx.GraphDef, state: nnx.State, rows: dict[str, Array], *, vocab_size: int, k: int
 ) -> tuple[Array, Array]:
-    """The k most probable next tokens at each position, first the most probable.
+    """The k most probable next tokens at each position, in descending order of probability.
 
     Args:
-      graph, state: of the decoder.
-      rows: tokens, segments, positions: (batch, length) int32.
-      vocab_size: only the first so many entries of the vocabulary are there, the others are padding.
-      k: how many.
+      graph, state: the decoder, split by ``nnx.split``.
+      rows: "tokens", "segments" and "positions", (batch, length) int32 each.
+      vocab_size: number of tokens of the vocabulary; the entries of the model after them are padding.
+      k: number of tokens per position.
 
     Returns:
-      (batch, length, k) int32 tokens, and float16 logarithms of their probabilities.
+      Tokens (batch, length, k) int32, and their log probabilities (batch, length, k) float16.
     """
 
     def pick(logits_btv: Array) -> tuple[Array, Array]:
@@ -172,16 +172,16 @@ def draw(
     vocab_size: int,
     n: int,
 ) -> Array:
-    """Tokens drawn at each position, with replacement, from the teacher's distribution at temperature 1.
+    """Samples tokens at each position, with replacement, from the teacher's distribution at temperature 1.
 
     Args:
       graph, state, rows, vocab_size: see ``largest``.
-      numbers_b: (batch,) of the rows: with the seed they alone decide the random numbers.
+      numbers_b: (batch,) indices of the rows; only they and the seed determine the random numbers.
       seed: () uint32.
-      n: draws of a position.
+      n: number of samples per position.
 
     Returns:
-      (batch, length, n) int32 tokens, in no order.
+      Tokens (batch, length, n) int32, in no particular order.
 
     Source: Anshumann et al. 2025 (Sparse Logit Sampling), importance sampling with the distribution itself as proposal.
     """
@@ -190,10 +190,10 @@ def draw(
     uniform_btn = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys_b)
 
     def invert(logits_btv: Array, uniform_btn: Array) -> Array:
-        """The token in whose part of the cumulative distribution each number lies."""
+        """Inverse transform sampling: the token whose interval of the cumulative distribution contains each number."""
         sums_btv = jnp.cumsum(jax.nn.softmax(logits_btv), axis=-1)
-        places_btn = uniform_btn * sums_btv[..., -1:]  # the sum of all is 1 but for rounding
-        search = partial(jnp.searchsorted, side="right")  # what has no probability is skipped
+        places_btn = uniform_btn * sums_btv[..., -1:]  # the last sum differs from 1 by rounding
+        search = partial(jnp.searchsorted, side="right")  # skips tokens of probability 0
         return jnp.minimum(jax.vmap(jax.vmap(search))(sums_btv, places_btn), vocab_size - 1)
 
     return _over_logits(invert, nnx.merge(graph, state), rows, (uniform_btn,), vocab_size)
@@ -202,7 +202,10 @@ def draw(
 def _over_logits(
     step: Callable[..., Any], model: nnx.Module, rows: dict[str, Array], more: tuple[Array, ...], vocab_size: int
 ) -> Any:
-    """``step`` on the logits of all positions, and on more arrays, in chunks: all logits never exist."""
+    """Applies ``step`` to the logits of all positions in chunks, so that the logits never exist all at once.
+
+    ``more`` are further arrays that are split into the same chunks and given to ``step``.
+    """
     x_btd, _ = model.hidden(rows["tokens"], segments_bt=rows["segments"], positions_bt=rows["positions"])
     batch, length, _ = x_btd.shape
 
@@ -215,7 +218,7 @@ def _over_logits(
 
 
 Rows = Sequence[dict[str, np.ndarray]]
-Predict = Callable[[dict[str, np.ndarray], np.ndarray], Any]  # starts the device, and does not wait for it
+Predict = Callable[[dict[str, np.ndarray], np.ndarray], Any]  # dispatches to the device and does not wait for it
 
 
 def _predictor(model: nnx.Module, plan: CachePlan) -> Predict:
@@ -227,7 +230,7 @@ def _predictor(model: nnx.Module, plan: CachePlan) -> Predict:
 
 
 def _write_shards(folder: Path, plan: CachePlan, rows: "data.PackedRows", predict: Predict, batch_size: int) -> None:
-    """Those that an interrupted build has not written."""
+    """Writes the shards that an interrupted build has not written."""
     missing = [(folder / name, numbers) for name, numbers in plan.shards() if not (folder / name).exists()]
     done = plan.rows - sum(len(numbers) for _, numbers in missing)
     with Progress("Asking the teacher", plan.rows, unit="rows", initial=done) as progress:
@@ -241,10 +244,10 @@ def _records(
     filling, pending = padding(plan.length), None
     for start in range(numbers.start, numbers.stop, batch_size):
         real = [rows[number] for number in range(start, min(start + batch_size, numbers.stop))]
-        filled = real + [filling] * (batch_size - len(real))  # one shape, one compilation
+        filled = real + [filling] * (batch_size - len(real))  # one shape is compiled once
         batch = {name: np.stack([row[name] for row in filled]) for name in READ}
         asked = real, predict(batch, np.arange(start, start + batch_size, dtype=np.uint32))
-        if pending is not None:  # one batch late: the device works on this one meanwhile
+        if pending is not None:  # encode one batch late, while the device works on this one
             yield from _encoded(plan, *pending)
             progress.advance(len(pending[0]))
         pending = asked
@@ -255,7 +258,7 @@ def _records(
 def _encoded(plan: CachePlan, rows: Rows, answer: Any) -> Iterator[bytes]:
     if plan.kind == "top_k":
         ids_btk, log_probs_btk = map(np.asarray, answer)
-        for row, ids_tk, log_probs_tk in zip(rows, ids_btk, log_probs_btk, strict=False):  # padding is behind
+        for row, ids_tk, log_probs_tk in zip(rows, ids_btk, log_probs_btk, strict=False):  # padding rows come last
             yield encode_top_k(plan, row, ids_tk, log_probs_tk)
     else:
         for row, draws_tn in zip(rows, np.asarray(answer), strict=False):
@@ -265,7 +268,7 @@ def _encoded(plan: CachePlan, rows: Rows, answer: Any) -> Iterator[bytes]:
 def _open_rows(
     run: Path, config: ModelConfig, settings: dict[str, Any], options: CacheOptions, corpus: Path | None
 ) -> tuple["data.Corpus", "data.PackedRows"]:
-    """What the model reads, as the loader cuts it."""
+    """The corpus, and the rows that the model reads, cut as the loader cuts them."""
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give one with --corpus")
     length = options.length or settings["training"]["length"]

@@ -1,4 +1,4 @@
-"""Distillation: a student learns a teacher's distributions, by the objective of an ordinary run."""
+"""Knowledge distillation: training objectives by which a student learns a teacher's next-token distributions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,15 +36,16 @@ from efftrain.train.schedules import Ramp
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """What a student learns from its teacher.
+    """The distillation loss: what a student learns from its teacher.
 
     Attributes:
-      alpha: of the teacher's distributions; the rest is the text's.
-      temperature: at which both distributions are compared.
-      beta: 0: forward KL, which covers all that the teacher says; 1: reverse KL, which keeps to what it is sure of;
-        between: generalised Jensen-Shannon.
-      features: what is learned from inside of the teacher. None: nothing, which is best unless layers were cut.
-      on_policy: the student's own answers. None: the text alone.
+      alpha: weight of the teacher's distributions; the cross entropy of the text has the weight 1 - alpha.
+      temperature: temperature at which both distributions are compared.
+      beta: 0: forward KL, which makes the student cover all that the teacher predicts; 1: reverse KL, which makes it
+        concentrate on the teacher's most probable tokens; between: generalised Jensen-Shannon divergence.
+      features: loss on the teacher's hidden states or relations. None: no such loss, which is best unless layers were
+        cut.
+      on_policy: training on the student's own answers. None: on the text only.
     """
 
     alpha: Ramp = field(default_factory=lambda: Ramp(start=1.0))
@@ -70,11 +71,11 @@ class Distill:
 
 @dataclass(frozen=True, kw_only=True)
 class FromTeacher:
-    """The objective of a student whose teacher reads each batch too.
+    """The objective of a student whose teacher also reads each batch.
 
     Attributes:
-      how: what is learned.
-      teacher: of the student's vocabulary; see ``check_vocabulary``.
+      how: the distillation loss.
+      teacher: the teacher, with the vocabulary of the student; see ``check_vocabulary``.
     """
 
     how: Distill
@@ -86,7 +87,7 @@ class FromTeacher:
     def _loss(
         self, teacher: Decoder, progress: Array, model: Decoder, batch: Batch, key: Array | None
     ) -> tuple[Array, Array, Metrics]:
-        """As ``next_token_loss``: the metric ``loss`` is the text's cross entropy, ``loss/teacher`` the forward KL."""
+        """As ``next_token_loss``; the metric ``loss`` is the text's cross entropy, ``loss/teacher`` the forward KL."""
         if key is None:
             return next_token_loss(model, batch, key)
         how, configs = self.how, (model.config, teacher.config)
@@ -128,11 +129,13 @@ class FromTeacher:
 
 @dataclass(frozen=True, kw_only=True)
 class FromCache:
-    """The objective of a student whose batches have what a cache keeps of the teacher (``efftrain teacher``).
+    """The objective of a student whose batches contain cached predictions of the teacher (``efftrain teacher``).
 
     Attributes:
-      how: what is learned; a cache knows neither temperatures nor features, and no text of the student's own.
+      how: the distillation loss. Only ``alpha`` may be set: a cache holds the predictions at temperature 1 for the
+        text, and nothing for other temperatures, features or the student's own answers.
       tail: see ``ops.divergence.kept_divergence``.
+      teacher: always None; the teacher is not loaded.
     """
 
     how: Distill
@@ -149,7 +152,7 @@ class FromCache:
         return partial(self._loss, progress)
 
     def _loss(self, progress: Array, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        """As ``next_token_loss``, with ``loss/teacher``: see ``ops.divergence.kept_divergence``."""
+        """As ``next_token_loss``, with the metric ``loss/teacher``; see ``ops.divergence.kept_divergence``."""
         if key is None:
             return next_token_loss(model, batch, key)
         hidden_btd, metrics = model.hidden(
@@ -174,10 +177,19 @@ class FromCache:
 def distilled(
     build: Callable[[nnx.Rngs], Decoder], student: ModelConfig, how: Distill, teacher: Teacher
 ) -> tuple[Callable[[nnx.Rngs], Decoder], FromTeacher]:
-    """What ``fit`` takes: the student, with what is trained beside it, and the objective.
+    """Returns what ``fit`` needs to distil: the function that builds the student, and the objective.
+
+    Args:
+      build: builds the student.
+      student: configuration of the student.
+      how: the distillation loss.
+      teacher: the teacher, for example from ``teacher_run``.
+
+    Returns:
+      A function that builds the student with the helper modules of ``how.features``, and the objective.
 
     Raises:
-      ConfigError: the vocabularies differ, the features do not fit, or the teacher predicts no next token.
+      ConfigError: the vocabularies differ, the features do not fit, or the teacher does not predict causally.
     """
     check_vocabulary(student, teacher.config)
     if not routes_causally(teacher.abstract_model()):
@@ -191,17 +203,24 @@ def distilled(
 
 
 def teacher_run(run: Path, corpus: Path, *, dtype: str | None = None) -> Teacher:
-    """The model of a run as a teacher of text of a corpus; of several processes the first one reads the directory.
+    """Makes the model of a run the teacher for text of a corpus.
+
+    With several processes, the first one reads the configuration of the run.
+
+    Args:
+      run: run directory of the teacher.
+      corpus: the corpus that the student is trained on.
+      dtype: see ``Teacher``.
 
     Raises:
-      ConfigError: the run was trained with another tokenizer.
-      RunError: there is no such run.
+      ConfigError: the run was trained with another tokenizer than that of the corpus.
+      RunError: the run does not exist.
     """
     with hosts.together():
         if hosts.process_index() == 0:
             load_model_config(run)
             check_tokenizer(run, corpus)
-    if hosts.process_count() == 1:  # of several, all read it together, when the run starts
+    if hosts.process_count() == 1:  # several processes read it together when the run starts
         check_model(run)
     settings = hosts.from_first(lambda: read_json(run / "config.json"))
     places = checkpoint_directory(run, settings)
@@ -209,7 +228,7 @@ def teacher_run(run: Path, corpus: Path, *, dtype: str | None = None) -> Teacher
 
 
 def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
-    """Raises ConfigError where two models have not equally many entries."""
+    """Raises ConfigError if the vocabularies of student and teacher differ in size."""
     if student.vocab_size != teacher.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {student.vocab_size} and the teacher's {teacher.vocab_size}; entries that only fill "
@@ -218,12 +237,12 @@ def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
 
 
 def forward_flops(model: ModelConfig, length: int) -> float:
-    """Of a forward pass, for a token of a row of ``length``."""
+    """FLOPs of a forward pass per token, for rows of ``length`` tokens."""
     return training_flops(abstract_decoder(model), length) / FORWARD_AND_BACKWARD
 
 
 def extra_flops(how: Distill, student: ModelConfig, teacher: ModelConfig, length: int) -> float:
-    """For a token of a row, beside the student's pass: the teacher's, and the drawing of answers."""
+    """FLOPs per token in addition to the student's training: the teacher's forward pass and the student's sampling."""
     own = how.on_policy.share * forward_flops(student, length) if how.on_policy else 0.0
     return forward_flops(teacher, length) + own
 
@@ -233,6 +252,6 @@ def _array(layers: list[int] | None) -> Array | None:
 
 
 def _in_order(x_ebtd: Array, layers: list[int]) -> Array:
-    """Streams in the order of ``layers``, which may name one twice, from those of ``_array``."""
+    """Puts the streams of the sorted, distinct layers of ``_array`` into the order of ``layers``, with repetitions."""
     places = sorted(set(layers))
     return jnp.stack([x_ebtd[places.index(layer)] for layer in layers])

@@ -1,6 +1,7 @@
-"""What a student may learn from inside of its teacher: hidden states, and relations between tokens.
+"""Feature distillation: a student learns its teacher's hidden states, or the relations between its tokens.
 
-Both come beside the teacher's distributions, and help where a model lost many layers; else they do not.
+Both losses are added to that of the teacher's distributions. They help if the student has lost many layers, and
+otherwise do not.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,21 +23,22 @@ from efftrain.train.schedules import Ramp
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates:
-    """The residual stream behind layers of the student points where that behind layers of the teacher does.
+    """Aligns the residual stream after layers of the student with that after layers of the teacher, by cosine distance.
 
-    Widths that differ are joined by learned projections, which are no part of the student.
+    If their widths differ, learned projections map the student's stream to the teacher's width; they are not part of
+    the student.
 
     Attributes:
-      layers: of the student and of the teacher, pairs from 0. None: all of the student's, beside those at the same
-        share of the depth.
-      weight: in the loss.
+      layers: pairs (layer of the student, layer of the teacher), counted from 0. None: every layer of the student, with
+        the teacher's layer at the same relative depth.
+      weight: weight in the loss.
     """
 
     layers: tuple[tuple[int, int], ...] | None = None
     weight: Ramp = field(default_factory=lambda: Ramp(start=1.0))
 
     def pairs(self, student: ModelConfig, teacher: ModelConfig) -> tuple[tuple[int, int], ...]:
-        """Raises ConfigError where there are no such layers."""
+        """The pairs of layers; raises ConfigError if the student or the teacher has no such layer."""
         n, m = student.n_layers, teacher.n_layers
         pairs = tuple((i, -(-(i + 1) * m // n) - 1) for i in range(n)) if self.layers is None else self.layers
         for i, j in pairs:
@@ -47,7 +49,7 @@ class HiddenStates:
         return pairs
 
     def helpers(self, student: ModelConfig, teacher: ModelConfig, rngs: nnx.Rngs) -> nnx.List | None:
-        """Projections from the student's width to the teacher's; None where they are equal."""
+        """Projections from the student's width to the teacher's, one per pair; None if the widths are equal."""
         if student.d_model == teacher.d_model:
             return None
         widths = student.d_model, teacher.d_model
@@ -56,12 +58,12 @@ class HiddenStates:
         )
 
     def layers_read(self, student: ModelConfig, teacher: ModelConfig) -> tuple[list[int], list[int]]:
-        """Of both: the layers behind which the stream is wanted."""
+        """Indices of the layers after which the residual stream is read, for student and teacher."""
         pairs = self.pairs(student, teacher)
         return [i for i, _ in pairs], [j for _, j in pairs]
 
     def __call__(self, student: Decoder, teacher: Decoder, student_ebtd, teacher_ebtd, batch) -> Array:
-        """() float32, 1 - cosine summed over tokens, a mean over the layers."""
+        """() float32, ``1 - cosine``, summed over the tokens that count and averaged over the layers."""
         total, n = jnp.zeros(()), len(student_ebtd)
         for number, (x_btd, t_btd) in enumerate(zip(student_ebtd, teacher_ebtd, strict=True)):
             if hasattr(student, "helpers"):
@@ -73,16 +75,18 @@ class HiddenStates:
 
 @dataclass(frozen=True, kw_only=True)
 class Relations:
-    """How much the tokens of a row are like each other, in the queries, keys and values of one layer.
+    """Self-attention relations: the student's tokens of a row should resemble each other as the teacher's tokens do.
 
-    Heads of any number and size can be compared, as the vectors are cut into equally many parts.
+    The similarities are taken between the queries, between the keys and between the values of one layer. The numbers
+    and sizes of heads may differ, because the vectors of both models are split into the same number of parts.
 
     Attributes:
-      student_layer, teacher_layer: from 1, as a layer reads what stands behind the one before. Negative: from the end.
-      heads: parts that the vectors of both are cut into.
-      weight: in the loss.
+      student_layer, teacher_layer: index of the layer, at least 1, because a layer reads the stream after the layer
+        before it. Negative: counted from the end.
+      heads: number of parts (relation heads) that the vectors of both models are split into.
+      weight: weight in the loss.
 
-    Source: Wang et al. 2021 (MiniLMv2), section 3.1; before rotary positions, as those are the same in both.
+    Source: Wang et al. 2021 (MiniLMv2), section 3.1; before rotary positions, which are the same in both models.
     """
 
     student_layer: int = -1
@@ -118,14 +122,14 @@ class Relations:
         return layer
 
     def __call__(self, student: Decoder, teacher: Decoder, student_ebtd, teacher_ebtd, batch) -> Array:
-        """() float32, summed over tokens, a mean over queries, keys, values and heads."""
+        """() float32, KL divergence of the relations: summed over tokens, averaged over q, k, v and relation heads."""
         both = []
         for model, whose, x_ebtd in ((student, "student", student_ebtd), (teacher, "teacher", teacher_ebtd)):
             block = model.layers()[self._layer(whose, model.config)]
             h_btd = block.attention_norm(x_ebtd[0])
             products = block.attention.query, block.attention.key, block.attention.value
             both.append([product(h_btd) for product in products])
-        # One row of each shard at a time: of (heads, length, length) there are many.
+        # One row of each shard at a time, because the relations (heads, length, length) of all rows take much memory.
         shards = shard_count("batch")
 
         def apart(a: Array) -> Array:
@@ -157,7 +161,10 @@ Features = HiddenStates | Relations
 def with_helpers(
     build: Callable[[nnx.Rngs], Decoder], features: Features | None, teacher: ModelConfig | None
 ) -> Callable[[nnx.Rngs], Decoder]:
-    """Builds the student with what is trained beside it and dropped when it is loaded."""
+    """Returns a function that builds the student with the helper modules of ``features``.
+
+    The helpers are trained with the student and dropped when it is loaded.
+    """
     if features is None or teacher is None:
         return build
 
@@ -174,5 +181,12 @@ def with_helpers(
 def feature_loss(
     features: Features, student: Decoder, teacher: Decoder, student_ebtd: Array, teacher_ebtd: Array, batch: Mapping
 ) -> Array:
-    """() float32, summed over tokens; the teacher's states get no gradient."""
+    """The loss of ``features``, () float32, summed over tokens; no gradient reaches the teacher's states.
+
+    Args:
+      features: the loss.
+      student, teacher: the models.
+      student_ebtd, teacher_ebtd: residual streams after the layers that ``layers_read`` names, in that order.
+      batch: with "mask" and, for ``Relations``, "segments".
+    """
     return features(student, teacher, student_ebtd, jax.lax.stop_gradient(teacher_ebtd), batch)

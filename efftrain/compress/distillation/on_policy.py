@@ -1,4 +1,4 @@
-"""Rows that the student goes on with itself, for its teacher to judge: it learns from its own mistakes."""
+"""On-policy distillation: the teacher scores answers of the student, so that the student learns from its mistakes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ from efftrain.sharding.rules import constrain, shard_count
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicy:
-    """In some steps the student answers the prompts of the batch itself, and both models score its answers.
+    """In some steps the student generates answers to the prompts of the batch, and both models score these answers.
 
-    No gradient goes through the drawing. A student that has learned nothing yet draws nonsense: train it on data
-    first.
+    No gradient goes through the sampling. An untrained student generates nonsense: train it on data first.
 
     Attributes:
-      share: probability that a step does so; the other steps take the batch as it is.
-      n_new: tokens of an answer.
-      prompt: tokens of a prompt, the first ones of each row, for text without answers; documents in it are read as one.
-        None: what stands before the
-        first target that counts, as in instruction data; rows whose prompt leaves no room for an answer do not count.
-      temperature: of the drawing. 1 and all tokens: other choices bias what is learned.
-      end_token: ends an answer, and counts. None: nothing does.
+      share: probability that a step is on-policy; all other steps use the batch as it is.
+      n_new: maximum length of an answer in tokens.
+      prompt: length of the prompt in tokens, from the start of each row, for text without answers; the documents in a
+        prompt are then read as one. None: the prompt is what comes before the first target that counts, as in
+        instruction data; rows whose prompt leaves no space for an answer do not count.
+      temperature: sampling temperature; all tokens can be sampled. Other values than 1 bias the gradient.
+      end_token: id of the token that ends an answer and counts as its last target. None: every answer has ``n_new``
+        tokens.
 
     Source: Agarwal et al. 2024 (GKD), algorithm 1; Gu et al. 2024 (MiniLLM) without its policy gradient.
     """
@@ -52,17 +52,17 @@ class OnPolicy:
             raise ConfigError(f"on_policy.temperature is {self.temperature}; give a positive number")
 
     def __call__(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> tuple[dict[str, Array], Array]:
-        """The batch of this step, as it is or with answers of the model; and whether it has these, () bool."""
+        """Returns the batch of this step, with or without the model's answers, and whether it has them, () bool."""
         choose, draw = jax.random.split(key)
         given = {name: batch[name] for name in ("tokens", "targets", "segments", "positions", "mask")}
         wanted = jax.random.uniform(choose) < self.share
         return conditional(wanted, lambda b: self.answered(model, b, draw), lambda b: b, given), wanted
 
     def answered(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
-        """The prompts of a batch with answers of the model, one segment a row.
+        """Replaces what follows the prompts of a batch by answers of the model; each row becomes one segment.
 
         Raises:
-          ConfigError: rows are too short for a prompt and an answer.
+          ConfigError: the rows are too short for a prompt and an answer, or are sharded along their length.
         """
         if shard_count("length") > 1:
             raise ConfigError("on_policy draws answers whole; set training.mesh.context to 1")
@@ -103,7 +103,7 @@ class OnPolicy:
         return {name: value.astype(batch[name].dtype) for name, value in found.items()}
 
     def _draw(self, model: Decoder, prompts_bp: Array, lengths_b: Array, key: Array) -> Array:
-        """(batch, n_new) tokens. All of them, as an early end would make the loop's length depend on the rows."""
+        """Samples (batch, n_new) tokens; always all, because an early end would make the loop depend on the rows."""
         graph, state = nnx.split(unrolled(model))
         state = jax.tree.map(jax.lax.stop_gradient, state)
         prompts_bp = constrain(prompts_bp, "batch", None)

@@ -1,4 +1,4 @@
-"""A student that begins with parts of its teacher."""
+"""Initialisation of a student with parts of its teacher."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,20 +16,20 @@ from efftrain.models.decoder import Decoder
 
 
 def spread_layers(n_student: int, n_teacher: int) -> tuple[int, ...]:
-    """Layers of a teacher at equal distances, the last one among them: of 6, 3 are 1, 3, 5."""
+    """Indices of teacher layers at equal distances, including the last one: 3 layers of 6 are (1, 3, 5)."""
     if not 1 <= n_student <= n_teacher:
         raise ConfigError(f"model.n_layers is {n_student} and the teacher has {n_teacher}; give the student no more")
     return tuple(-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student))
 
 
 def from_layers(teacher: LayerwiseModel, layers: Sequence[int]) -> Decoder:
-    """Some layers of a model, with its embedding, last norm and head.
-
-    Source: Sanh et al. 2019 (DistilBERT), section 2: this mattered more than the loss.
+    """Builds a student from some layers of its teacher, with the teacher's embedding, final norm and head.
 
     Args:
-      teacher: stays as it is.
-      layers: which, ascending.
+      teacher: the teacher, taken apart; not changed.
+      layers: indices of the layers, ascending.
+
+    Source: Sanh et al. 2019 (DistilBERT), section 2, where the initialisation mattered more than the loss.
     """
     shape = replace(Shape.of(teacher.config), n_layers=len(layers))
     config = shaped(teacher.config, shape, layers)
@@ -37,10 +37,15 @@ def from_layers(teacher: LayerwiseModel, layers: Sequence[int]) -> Decoder:
 
 
 def cut_from(teacher: LayerwiseModel, student: ModelConfig, calibration: CalibrationRows) -> Decoder:
-    """What is most important of a teacher, in the shape of a student.
+    """Cuts a student of a given configuration out of its teacher by structured pruning.
+
+    Args:
+      teacher: the teacher, taken apart; not changed.
+      student: configuration of the student.
+      calibration: text by which the most important parts of the teacher are found.
 
     Raises:
-      ConfigError: the student has what cannot be cut out of this teacher.
+      ConfigError: a model of this configuration cannot be cut out of this teacher.
     """
     model, _ = slim(teacher, shape_within(student, teacher.config), importance(teacher, calibration))
     if not same_parameters(model.config, student):
@@ -52,15 +57,15 @@ def cut_from(teacher: LayerwiseModel, student: ModelConfig, calibration: Calibra
 
 
 def same_parameters(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether two configurations differ at most in how they are computed."""
+    """Whether two configurations have the same parameters: they may differ in dtype, scan, remat and maximum length."""
     how = {name: getattr(other, name) for name in ("dtype", "scan", "remat", "max_length")}
     return one.replace(**how) == other
 
 
 def shape_within(student: ModelConfig, teacher: ModelConfig) -> Shape:
-    """The shape that makes the first layer of a teacher that of a student."""
+    """The shape that turns the first layer of a teacher into the first layer of a student."""
     s, t = student.layers[0], teacher.layers[0]
-    several = t.attention.n_kv_heads > 1  # of one KV head, query heads are cut
+    several = t.attention.n_kv_heads > 1  # with a single KV head (MQA), query heads are cut
     heads = [a.n_kv_heads if several else a.n_heads for a in (s.attention, t.attention)]
     both_dense = isinstance(s.mlp, Dense) and isinstance(t.mlp, Dense)
     if type(s.mlp) is not type(t.mlp):
