@@ -1,4 +1,4 @@
-"""What the layers of a model read on calibration text, and what they make of it; padding counts nowhere."""
+"""Calibration: statistics of what the layers of a model read on calibration text; padding is never counted."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,17 +17,17 @@ from efftrain.models.linear import Linear
 from efftrain.models.mlp import SwiGLU
 from efftrain.models.moe.layer import RoutedExperts
 
-ROWS = 8  # that a layer computes at once
+ROWS = 8  # number of rows that a layer computes at once
 
 
 @dataclass(frozen=True)
 class CalibrationSize:
-    """From how much text statistics are.
+    """The amount of text that statistics were computed from.
 
     Attributes:
-      rows: with at least one token.
-      rows_asked: how many were asked for; None where nobody did.
-      tokens: without padding.
+      rows: number of rows with at least one token.
+      rows_asked: number of rows that were asked for; None if unknown.
+      tokens: number of tokens without padding.
     """
 
     rows: int
@@ -37,11 +37,11 @@ class CalibrationSize:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Rows of text as a model reads them in training: (rows, length) int32 each; segment 0 is padding.
+    """Rows of text as a model reads them in training.
 
     Attributes:
-      tokens, segments, positions: see ``data.storage.packing.row``.
-      rows_asked: how many rows were asked for, where that is known; for reports.
+      tokens, segments, positions: (rows, length) int32; see ``data.storage.packing.row``. Segment 0 is padding.
+      rows_asked: number of rows that were asked for, for reports. None: unknown.
     """
 
     tokens: np.ndarray
@@ -58,15 +58,20 @@ class CalibrationRows:
 
     @property
     def size(self) -> CalibrationSize:
-        """How much text this is."""
+        """The amount of this text."""
         valid = np.asarray(self.segments) > 0
         return CalibrationSize(int(valid.any(1).sum()), self.rows_asked, int(valid.sum()))
 
 
 class Tap:
-    """Stands in the place of a module that maps each token, and keeps what it reads and gives, with zero for padding.
+    """Replaces a module that maps each token, and records its input and output, with zeros at padding.
 
-    What follows reads these zeros too, so that experts add nothing for padding.
+    The modules after it read these zeros too, so that padding adds nothing to the statistics of experts.
+
+    Args:
+      holder: the module that has the replaced module as an attribute.
+      name: name of that attribute.
+      valid_bt: bool (batch, length), False at padding.
     """
 
     def __init__(self, holder: nnx.Module, name: str, valid_bt: Array):
@@ -80,7 +85,7 @@ class Tap:
 
 
 class _Product:
-    """Stands in the place of a ``Linear`` and adds up a statistic of the inputs that are no padding."""
+    """Replaces a ``Linear`` and adds up a statistic of its inputs, without padding."""
 
     def __init__(self, linear: Linear, path: str, statistic: Callable[[Array], Array], valid_bt: Array):
         self.linear, self.path, self.statistic, self.valid_bt = linear, path, statistic, valid_bt
@@ -99,7 +104,7 @@ class _Product:
 
 
 def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> np.ndarray:
-    """The layer's output (rows, length, d_model) for its input, some rows at a time."""
+    """Computes a layer's output (rows, length, d_model) for its input of that shape, a few rows at a time."""
     graph, state = nnx.split(layer)
     out_ntd = np.empty_like(x_ntd)
     for rows in calibration.batches():
@@ -108,28 +113,28 @@ def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) 
 
 
 def hessians(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
-    """For each dense product of a plain block, by its path in it, the sum of ``x x^T`` over the calibration's tokens.
+    """Sums ``x x^T`` over the calibration tokens for the input x of each dense product of a plain block.
 
-    Products that see the same input share one array.
+    Products that read the same input share one array.
 
     Args:
-      layer: stays as it is.
-      x_ntd: what it reads, (rows, length, d_model).
-      calibration: of these rows; padding is left out.
+      layer: the block; not changed.
+      x_ntd: input of the block, (rows, length, d_model).
+      calibration: the rows that ``x_ntd`` was computed from; their padding is left out.
 
     Returns:
-      (d_in, d_in) float32 each.
+      (d_in, d_in) float32 for each product, by its path in the block.
     """
     return _input_sums(_hessian, layer, x_ntd, calibration)
 
 
 def magnitudes(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
-    """As ``hessians``, the sum of ``|x|``, (d_in,) float32 each."""
+    """Sums ``|x|`` over the calibration tokens for each product, (d_in,) float32; otherwise as ``hessians``."""
     return _input_sums(_magnitude, layer, x_ntd, calibration)
 
 
 def idle_experts(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> tuple[int, ...]:
-    """Numbers of the experts of a plain block that no token of the calibration text reached; see ``hessians``."""
+    """Indices of the experts of a plain block that no calibration token reached; arguments as of ``hessians``."""
     if not isinstance(layer.mlp, RoutedExperts):
         return ()
     (graph, state), total_e = nnx.split(layer), 0.0
@@ -140,19 +145,19 @@ def idle_experts(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationR
 
 
 def unreached(numbers: tuple[int, ...]) -> str:
-    """The end of a sentence about a matrix of experts, of which no token reached some."""
+    """The end of a report's sentence that names the experts that no token reached; empty if there are none."""
     return f"; no token of the calibration reached the experts {', '.join(map(str, numbers))}" if numbers else ""
 
 
 def idle(saliency_e: np.ndarray) -> tuple[int, ...]:
-    """Numbers of the experts whose gates times outputs sum to nothing."""
+    """Indices of the experts whose sum of gate x output norm is zero."""
     return tuple(np.flatnonzero(np.asarray(saliency_e) == 0).tolist())
 
 
 def keep_saliency(experts: RoutedExperts) -> None:
-    """Makes experts add gate x output norm to their statistics, see ``MoE.saliency``."""
+    """Makes a layer of experts add the sum of gate x output norm to its statistics; see ``MoE.saliency``."""
     config = experts.config
-    dispatch = "auto" if config.dispatch == "reference" else config.dispatch  # it has no saliency
+    dispatch = "auto" if config.dispatch == "reference" else config.dispatch  # "reference" computes no saliency
     experts.config = replace(config, saliency=True, dispatch=dispatch)
 
 
@@ -185,7 +190,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _same_input(layer: nnx.Module) -> dict[tuple[Any, ...], tuple[Any, ...]]:
-    """Paths of products that see what another one sees, and the path of that one."""
+    """Maps the path of a product to the path of another product that reads the same input."""
     found = {}
     for path, module in nnx.iter_modules(layer):
         if isinstance(module, SelfAttention):
@@ -223,12 +228,18 @@ def _saliency(graph, state, x_btd, positions_bt, segments_bt) -> Array:
 
 
 def inputs_of(outer: nnx.Module, calibration: CalibrationRows) -> np.ndarray:
-    """What the first layer reads: embedded tokens (rows, length, d_model)."""
+    """The input of the first layer: the embedded tokens (rows, length, d_model)."""
     return np.asarray(outer.embedding(jnp.asarray(calibration.tokens)))
 
 
 def relative_error(change_df: Array, weight_df: Array, hessian_dd: Array) -> float:
-    """The root of the mean squared change of a product's output over that of the output."""
+    """Root mean square of the change of a product's output over that of the output itself.
+
+    Args:
+      change_df: change of the matrix (d, f).
+      weight_df: the matrix before the change.
+      hessian_dd: sum of ``x x^T`` of its inputs.
+    """
 
     def energy(a_df: Array) -> Array:
         return (jnp.matmul(hessian_dd, a_df, precision="highest") * a_df).sum()

@@ -1,4 +1,4 @@
-"""A model taken apart into its layers, so that each can be changed and let go before the next."""
+"""A model taken apart into layers, so that each layer can be changed and freed before the next one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,16 +24,21 @@ BLOCKS = "blocks/"
 
 
 class LayerwiseModel:
-    """A decoder whose layers have arrays of their own.
+    """A decoder whose layers have separate arrays, instead of arrays that are stacked over the layers.
 
     Attributes:
-      config: of the model.
-      outer: a decoder in which only the embedding, the last norm and the head hold arrays.
-      layers: the blocks, first to last. Whoever is done with one takes it out of the list.
+      config: configuration of the model.
+      outer: a decoder in which only the embedding, the final norm and the head hold arrays.
+      layers: the blocks, first to last. Callers remove a layer from the list to free it.
     """
 
     def __init__(self, config: ModelConfig, arrays: Iterator[tuple[str, Array]]):
-        """Arrays by name, as in a checkpoint; those of stacked layers are cut apart as they come."""
+        """Takes the arrays of a model apart.
+
+        Args:
+          config: configuration of the model.
+          arrays: pairs of name and array, as in a checkpoint; arrays of stacked layers are split one by one.
+        """
         self.config = config
         abstract = abstract_decoder(config)
         outer: dict[str, Array] = {}
@@ -50,7 +55,7 @@ class LayerwiseModel:
         graph, state = nnx.split(abstract)
         self.outer = nnx.merge(graph, unflatten(flatten(state) | outer, state))
         split = [nnx.split(stack) for stack in abstract.blocks]
-        # A layer's structure, from the abstract stack without its axis.
+        # The structure of one layer is that of the abstract stack without the stacked axis.
         parts = [(layer_def, jax.eval_shape(lambda s: unstack(s, config.n_repeats)[0], s)) for layer_def, s in split]
         self.layers: list[nnx.Module] = []
         for i, flat in enumerate(layers):
@@ -59,12 +64,12 @@ class LayerwiseModel:
 
     @staticmethod
     def of(model: Decoder) -> "LayerwiseModel":
-        """Of a model in memory, which stays as it is."""
+        """Takes a model in memory apart; the model itself is not changed."""
         return LayerwiseModel(model.config, iter(flatten(nnx.state(model)).items()))
 
     @staticmethod
     def read(run: Path) -> "LayerwiseModel":
-        """Of a run's newest checkpoint, array by array: the most that is held is the model and its smallest array."""
+        """Reads a run's newest checkpoint array by array, so that the memory holds little more than one copy of it."""
         config = load_model_config(run)
         here = SingleDeviceSharding(jax.local_devices()[0])
         variables = jax.tree.map(
@@ -76,16 +81,16 @@ class LayerwiseModel:
     def walk(
         self, title: str, calibration: CalibrationRows | None = None
     ) -> Iterator[tuple[int, nnx.Module, tuple[np.ndarray, CalibrationRows] | None]]:
-        """Every layer, to be changed, first to last; they are gone afterwards.
+        """Iterates over the layers, first to last, so that the caller can change each; ``layers`` is empty afterwards.
 
         Args:
-          title: of the progress.
-          calibration: text that goes through the layers as they are changed. None: none does.
+          title: title of the progress bar.
+          calibration: text that is passed through the layers after the caller has changed them. None: no text.
 
         Yields:
-          The number of the layer, the layer, and what it reads after the layers before it were changed, with the text
-          that this is of, as ``calibration.hessians`` takes them. None without text, and for layers that are no plain
-          blocks.
+          The number of the layer, the layer, and a pair of its input (rows, length, d_model) and the calibration rows,
+          as ``calibration.hessians`` takes them. The input is computed by the layers as the caller changed them. The
+          pair is None without calibration text, and for layers that are not plain blocks.
         """
         x_ntd = None if calibration is None else inputs_of(self.outer, calibration)
         n = len(self.layers)
@@ -99,17 +104,17 @@ class LayerwiseModel:
                 progress.advance()
 
     def unrolled(self) -> ModelConfig:
-        """The configuration in which every layer stands in the pattern: for layers that differ."""
+        """The configuration whose pattern contains every layer, for layers that differ from each other."""
         return self.config.replace(pattern=self.config.layers, n_repeats=1)
 
 
 def assemble(config: ModelConfig, outer: Decoder, layers: list[nnx.State]) -> Decoder:
-    """The decoder of a configuration from its outer part and the states of its layers.
+    """Builds a decoder from its outer part and the states of its layers.
 
     Args:
-      config: of the new model.
-      outer: embedding, norm and head of the new model, anything in place of its blocks.
-      layers: emptied here, position by position.
+      config: configuration of the new model.
+      outer: a decoder with the embedding, norm and head of the new model; its blocks are ignored.
+      layers: states of the layers, first to last. The list is emptied, so that their memory is freed on the way.
     """
     graph, state = nnx.split(abstract_decoder(config))
     found = {name: leaf for name, leaf in flatten(nnx.state(outer)).items() if not name.startswith(BLOCKS)}

@@ -1,7 +1,7 @@
-"""Changing a matrix row by row, each time making up for it with the rows that follow: GPTQ and SparseGPT.
+"""GPTQ and SparseGPT: change a matrix row by row, and update the remaining rows to compensate for each change.
 
-Source: Frantar et al. 2023 (GPTQ), algorithm 1; Frantar and Alistarh 2023 (SparseGPT). There a layer computes ``W x``
-and columns are changed; here it computes ``x W``, so that rows are.
+Source: Frantar et al. 2023 (GPTQ), algorithm 1; Frantar and Alistarh 2023 (SparseGPT). In the papers a layer computes
+``W x`` and columns are changed; here it computes ``x W``, and rows are changed.
 """
 
 from collections.abc import Callable
@@ -18,24 +18,24 @@ from efftrain.ops.masks import SemiStructured, Unstructured, keep_highest
 from efftrain.ops.number_formats import Format
 from efftrain.ops.quantize import QuantizedArray, group_size, quantize, step_of, stored_scale
 
-BLOCK = 128  # rows, at most, whose making-up reaches the rows after them together
-DAMPING = 0.01  # of the mean of the diagonal
+BLOCK = 128  # maximum number of rows whose errors are applied together to the rows after the block
+DAMPING = 0.01  # share of the mean of the diagonal
 MOST_DAMPING = 1e3
 
 
 def inverse_factor(hessian_dd: Array, damping: float = DAMPING) -> tuple[Array, float]:
-    """The upper Cholesky factor U of the inverse of a damped Hessian, ``inverse = U^T U``, float32.
+    """Upper Cholesky factor U of the inverse of a damped Hessian: ``inverse = U^T U``.
 
     Args:
-      hessian_dd: sum of ``x x^T``.
-      damping: added to the diagonal, as a share of its mean. Where rounding leaves no positive matrix, it grows tenfold
-        until there is one.
+      hessian_dd: sum of ``x x^T``, (d, d).
+      damping: what is added to the diagonal, as a share of its mean. If the matrix is not positive definite after
+        rounding, the damping is multiplied by ten until it is.
 
     Returns:
-      U and the damping that was needed.
+      U (d, d) float32, and the damping that was needed.
 
     Raises:
-      ConfigError: the matrix is not finite.
+      ConfigError: the matrix is not finite, or cannot be inverted with the highest damping either.
     """
     hessian = np.asarray(hessian_dd)
     if not np.isfinite(hessian).all():
@@ -43,9 +43,9 @@ def inverse_factor(hessian_dd: Array, damping: float = DAMPING) -> tuple[Array, 
     unused, mean = (np.diag(hessian) == 0).astype(hessian.dtype), np.mean(np.diag(hessian))
     potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (hessian,))
     while damping <= MOST_DAMPING:
-        # In place: of a wide layer this matrix is as large as the layer.
+        # In place, because for a wide layer this matrix is as large as the layer.
         matrix = np.array(hessian, order="F")
-        matrix[np.diag_indices_from(matrix)] += unused + damping * mean  # an input that is always zero gets a one
+        matrix[np.diag_indices_from(matrix)] += unused + damping * mean  # 1 for an input that is always zero
         matrix, failed = potrf(matrix, overwrite_a=True)
         if not failed:
             matrix, failed = potri(matrix, overwrite_c=True)
@@ -58,7 +58,7 @@ def inverse_factor(hessian_dd: Array, damping: float = DAMPING) -> tuple[Array, 
 
 
 def damped(damping: float) -> str:
-    """For a report: empty where the usual damping was enough."""
+    """A remark for a report if more than the usual damping was needed; otherwise empty."""
     return f"damped by {damping:g} of the mean square of its inputs" if damping > DAMPING else ""
 
 
@@ -70,17 +70,22 @@ def compensated(
     select: Callable[[Array, Array, Array], Array] | None = None,
     group: int | None = None,
 ) -> Array:
-    """(d, f) float32 with every row replaced by what ``project`` makes of it, and the rows behind it made up for that.
+    """Projects a matrix row by row onto allowed values, and updates the remaining rows to compensate for each error.
+
+    The rows are processed in blocks of equal size, at most ``BLOCK`` rows unless a group needs more; the last block is
+    padded with rows of zeros.
 
     Args:
-      w_df: float32.
-      factor_dd: of ``inverse_factor``, its rows in the order of those of w.
-      project: (row (f,), its number () int32) -> (f,): the nearest that is allowed. Traced.
-      select: (rows (g, f) of a group, diagonal of the factor (g,), number of the first row) -> (g, f) bool: False where
-        a number becomes zero. Decided when the first row is reached; the rows have by then made up for those before.
-      group: rows; divides d. None: a block.
+      w_df: the matrix (d, f) float32.
+      factor_dd: the factor of ``inverse_factor``, with its rows in the order of those of w.
+      project: a traced function from a row (f,) and its index () int32 to the nearest allowed row (f,).
+      select: a function from the rows of a group (g, f), the diagonal of the factor for them (g,) and the index of the
+        first row to a mask (g, f) bool, False where a weight becomes zero. It is called when the first row of the group
+        is reached, after the rows were updated for all errors before them. None: no weight is pruned.
+      group: number of rows in a group; divides d. None: a group is a block.
 
-    Blocks have equally many rows, ``BLOCK`` at most (but for whole groups); rows of zeros fill up the last one.
+    Returns:
+      The projected matrix (d, f) float32.
     """
     d, f = w_df.shape
     size = -(-d // -(-d // BLOCK))
@@ -100,7 +105,7 @@ def compensated(
             if keep_gf is not None:
                 new_f = jnp.where(keep_gf[i - start], new_f, 0)
             error_f = (rows_bf[i] - new_f) / own_bb[i, i]
-            # Upper triangular: rows before this one stay as they are.
+            # The factor is upper triangular, so that rows before this one do not change.
             return rows_bf - own_bb[i][:, None] * error_f, out_bf.at[i].set(new_f), error_bf.at[i].set(error_f)
 
         def rows_of_group(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -122,17 +127,18 @@ def compensated(
 
 
 def gptq(w_df: Array, hessian_dd: Array, format: Format) -> tuple[QuantizedArray, float]:
-    """The matrix quantised so that its products with the calibration's inputs change least.
+    """Quantises a matrix by GPTQ, so that its products with the calibration inputs change little.
 
-    Rows of large inputs come first; scales are those of the matrix as it was, so that groups stay where they are.
+    The rows of the largest inputs are quantised first. The scales are those of the matrix before the quantisation, so
+    that its groups stay as they are.
 
     Args:
-      w_df: (d_in, d_out).
+      w_df: the matrix (d_in, d_out).
       hessian_dd: ``calibration.hessians`` of its inputs.
-      format: of the result.
+      format: number format of the result.
 
     Returns:
-      The matrix, and the damping that ``inverse_factor`` needed.
+      The quantised matrix, and the damping that ``inverse_factor`` needed.
     """
     order_d = jnp.argsort(-jnp.diag(hessian_dd))
     factor_dd, damping = inverse_factor(hessian_dd[jnp.ix_(order_d, order_d)])
@@ -144,22 +150,23 @@ def gptq(w_df: Array, hessian_dd: Array, format: Format) -> tuple[QuantizedArray
 def sparse_gpt(
     w_df: Array, hessian_dd: Array, structure: Unstructured | SemiStructured, format: Format | None = None
 ) -> tuple[Array, float]:
-    """The matrix with zeros so that its products with the calibration's inputs change least.
+    """Prunes a matrix by SparseGPT, so that its products with the calibration inputs change little.
 
-    In each block of rows the numbers go that cost least by the second derivative, ``w^2 / U_jj^2``; the rows after it
-    make up for them.
+    In each block of rows, the weights with the lowest cost by the second derivative, ``w^2 / U_jj^2``, become zero; the
+    rows after them are updated to compensate.
 
     Args:
-      w_df, hessian_dd: as of ``gptq``.
-      structure: which numbers go.
-      format: what stays is of this format too; its scales are those of the matrix as it was.
+      w_df, hessian_dd: see ``gptq``.
+      structure: the pattern of zeros and the sparsity.
+      format: number format to which the remaining weights are rounded in the same pass, with the scales of the matrix
+        before the pruning. None: they stay float.
 
     Returns:
-      The matrix, float32, and the damping that ``inverse_factor`` needed.
+      The matrix (d_in, d_out) float32, and the damping that ``inverse_factor`` needed.
 
     Source: Frantar and Alistarh 2023 (SparseGPT), algorithm 1.
     """
-    live_d = jnp.diag(hessian_dd) > 0  # what reads an input that is always zero is of no use
+    live_d = jnp.diag(hessian_dd) > 0  # weights of an input that is always zero have no effect
     w_df = jnp.where(live_d[:, None], w_df.astype(jnp.float32), 0)
     scale_gf = None if format is None else stored_scale(step_of(w_df, format), format).astype(jnp.float32)
     factor_dd, damping = inverse_factor(hessian_dd)
@@ -180,7 +187,7 @@ def _sparse_gpt(
         scale_f = scale_gf[i // group_size(len(w_df), format)]
         return format.nearest(row_f / scale_f) * scale_f
 
-    # Of every block, so that the whole has exactly its share.
+    # Cumulative numbers of kept weights, so that rounding in the blocks adds up to exactly the sparsity of the matrix.
     kept_before = np.round(np.arange(len(w_df) + 1) * w_df.shape[1] * (1 - structure.sparsity)).astype(np.int64)
 
     def select(rows_gf: Array, diagonal_g: Array, first: Array) -> Array:
@@ -188,7 +195,7 @@ def _sparse_gpt(
         if isinstance(structure, SemiStructured):
             return keep_highest(cost_gf.T, structure.n).T
         starts = np.arange(len(w_df))
-        ends = np.minimum(starts + len(rows_gf), len(w_df))  # of rows that fill up the last block, none is kept
+        ends = np.minimum(starts + len(rows_gf), len(w_df))  # nothing is kept of the rows that pad the last block
         n_keep = jnp.asarray(kept_before[ends] - kept_before[starts], jnp.int32)[first]
         return keep_highest(cost_gf.reshape(-1), n_keep).reshape(cost_gf.shape)
 
