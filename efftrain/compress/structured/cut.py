@@ -1,4 +1,4 @@
-"""A smaller model sliced out of a trained one: fewer units, heads, hidden channels, experts and layers."""
+"""Structured pruning: slices a model with fewer units, heads, channels, experts and layers out of a trained one."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,15 @@ from efftrain.train.checkpoints.checkpoints import flatten
 
 @dataclass(frozen=True)
 class LayerCut:
-    """What is left of a layer: its number in the whole model, and there the kept units, heads and experts.
+    """What is kept of a layer; all numbers are indices in the whole model.
 
-    ``heads`` are KV groups, or of a layer with one group its query heads. None where it has no such parts.
-    ``idle_experts``: those of the whole layer, kept or not, that no calibration token reached; their importance is 0,
-    so that they go first.
+    Attributes:
+      layer: index of the layer.
+      ffn: the kept FFN units; None if the layer has no dense FFN.
+      heads: the kept KV groups, or the kept query heads of a layer with one group.
+      experts: the kept experts; None if the layer has none.
+      idle_experts: experts, kept or not, that no calibration token reached; their importance is 0, so that they are
+        removed first.
     """
 
     layer: int
@@ -41,7 +45,7 @@ class LayerCut:
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of parameters, bytes of all variables, model FLOPs of a training token."""
+    """The size of a model: number of parameters, bytes of all variables, and model FLOPs per training token."""
 
     parameters: int
     bytes: int
@@ -54,15 +58,15 @@ class Size:
 
 @dataclass(frozen=True)
 class SlimReport:
-    """What was kept of a model, ascending, and its size before and after.
+    """What structured pruning kept of a model, and the size of the model before and after.
 
     Attributes:
-      hidden: the channels.
-      layers: those that are left.
-      dropped: the numbers of those that are not.
-      length: tokens of a row, for which FLOPs are counted.
-      before, after: sizes.
-      calibration: from how much text the importance is.
+      hidden: indices of the kept hidden channels, ascending.
+      layers: the kept layers, ascending.
+      dropped: indices of the removed layers, ascending.
+      length: tokens of a row for which FLOPs are counted.
+      before, after: size of the model before and after the cut.
+      calibration: the amount of text from which the importance was computed.
     """
 
     hidden: tuple[int, ...]
@@ -78,20 +82,25 @@ class SlimReport:
 
 
 def slim(pieces: LayerwiseModel, shape: Shape, importance: Importance) -> tuple[Decoder, SlimReport]:
-    """Keeps what is most important, in the order in which it stands.
+    """Structured pruning: keeps the most important parts of a model, in their original order.
 
-    Layers go in one block, that of the least influence. Where hidden channels go, a norm divides by the root mean
-    square of fewer; its scale is multiplied with what that was on the calibration's text, over what it was of all.
-    Zeros move with their rows and columns, so that a pattern such as 2:4 is lost: prune after the cut.
+    Layers are removed as one contiguous block, the one with the least influence. If hidden channels are removed, a norm
+    divides by the root mean square of fewer channels; to correct for that, its scale is multiplied by the ratio of the
+    root mean square of the kept channels to that of all channels on the calibration text. Zeros of an earlier pruning
+    move with their rows and columns, so that a pattern such as 2:4 is lost: prune weights after the cut.
 
     Args:
-      pieces: of the whole model; stays as it is.
-      shape: what is left. FFN units of experts are kept whole.
-      importance: of the whole model.
+      pieces: the whole model, taken apart; not changed.
+      shape: the shape of the smaller model. The FFN units inside of experts are all kept.
+      importance: importance of the parts of the whole model.
+
+    Returns:
+      The smaller model and a report.
 
     Raises:
-      ConfigError: see ``shaped``, ``kept_layers`` and ``check_prunable``; or the smaller model cannot keep its rules of
-        quantisation, or a fork's layer its shapes.
+      ConfigError: see ``shaped``, ``kept_layers`` and ``check_prunable``. Also if the quantisation rules would assign
+        other rules to the layers of the smaller model, or if a layer of a fork does not get the shapes of its
+        configuration.
 
     Source: Muralidharan et al. 2024 (Minitron), section 2; without the residual of pruned heads.
     """
@@ -128,14 +137,16 @@ def slim(pieces: LayerwiseModel, shape: Shape, importance: Importance) -> tuple[
 
 
 def kept_layers(importance: Importance, n_layers: int) -> tuple[int, ...]:
-    """The layers that are left when the block of the least influence goes; the first and the last one always stay.
+    """Indices of the layers that are kept when the contiguous block of layers with the least influence is removed.
+
+    The first and the last layer are always kept.
 
     Args:
-      importance: of the whole model.
-      n_layers: how many are left.
+      importance: importance of the parts of the whole model.
+      n_layers: number of layers that are kept.
 
     Raises:
-      ConfigError: no such block is there.
+      ConfigError: so few layers are to be kept that the first or the last one would be removed.
 
     Source: Muralidharan et al. 2024 (Minitron), on contiguous blocks; Men et al. 2024 (ShortGPT), on influence.
     """
@@ -152,12 +163,19 @@ def kept_layers(importance: Importance, n_layers: int) -> tuple[int, ...]:
 
 
 def largest(importance: np.ndarray, n: int) -> np.ndarray:
-    """The places of the n largest, ascending; of equal ones the first."""
+    """Indices of the n largest values, ascending; of equal values the first are taken."""
     return np.sort(np.argsort(-importance, kind="stable")[:n])
 
 
 def _choose(importance: Importance, number: int, block: BlockConfig, one_group: bool) -> LayerCut:
-    """What of a layer is left, when ``block`` is its smaller configuration; whole, it had one KV group or several."""
+    """Chooses what is kept of a layer.
+
+    Args:
+      importance: importance of the parts of the whole model.
+      number: index of the layer.
+      block: configuration of the layer after the cut.
+      one_group: whether the whole layer has a single KV group, so that query heads are cut.
+    """
 
     def places(scores: np.ndarray, n: int) -> tuple[int, ...]:
         return tuple(largest(scores, n).tolist())
@@ -173,7 +191,7 @@ def _choose(importance: Importance, number: int, block: BlockConfig, one_group: 
 
 
 def _places(cut: LayerCut, block: BlockConfig, hidden: np.ndarray, one_group: bool) -> dict[str, np.ndarray]:
-    """For each logical axis that is cut, what is left of it."""
+    """For each logical axis that is cut, the indices that are kept."""
     attention = block.attention
     queries = 1 if one_group else attention.n_heads // attention.n_kv_heads
 
@@ -192,13 +210,13 @@ def _places(cut: LayerCut, block: BlockConfig, hidden: np.ndarray, one_group: bo
 
 
 def _cut(module: nnx.Module, places: Mapping[str, np.ndarray], factors: Mapping[str, float]) -> nnx.State:
-    """The state of a layer, or of what is around layers, sliced; ``factors`` are for the scales of norms, by name."""
+    """The sliced state of a layer or of the outer part; scales of norms are multiplied by ``factors``, by name."""
     flat = []
     for path, variable in nnx.to_flat_state(nnx.state(module)):
-        if path[0] == "blocks":  # of a model without its layers
+        if path[0] == "blocks":  # the outer part has blocks without arrays
             flat.append((path, variable))
             continue
-        value = np.asarray(variable[...])  # on the host, where no program is compiled for each shape
+        value = np.asarray(variable[...])  # on the host, because JAX would compile a program for each shape
         for axis, name in enumerate(variable.get_metadata()["axes"]):
             if name in places:
                 value = np.take(value, places[name], axis=axis)
@@ -209,12 +227,12 @@ def _cut(module: nnx.Module, places: Mapping[str, np.ndarray], factors: Mapping[
 
 
 def _correction(moments: np.ndarray, hidden: np.ndarray) -> float:
-    """What a norm's scale is multiplied with: the root mean square of the kept channels over that of all."""
+    """The factor for a norm's scale: the root mean square of the kept channels over that of all channels."""
     return float(np.sqrt(moments[hidden].mean() / max(moments.mean(), 1e-30))) if len(hidden) < len(moments) else 1.0
 
 
 def _check_rules(config: ModelConfig, new: ModelConfig, kept: Sequence[int]) -> None:
-    """Rules of quantisation name layers by their place in the pattern, which may be another one now."""
+    """Raises an error if a kept layer gets other rules: rules name positions in the pattern, which may have changed."""
     if not config.quantization.rules:
         return
     old, rules = _rules(config), _rules(new)
@@ -227,7 +245,7 @@ def _check_rules(config: ModelConfig, new: ModelConfig, kept: Sequence[int]) -> 
 
 
 def _rules(config: ModelConfig) -> list[dict[str, Any]]:
-    """For each layer, the rules of its matrices."""
+    """The quantisation rules of each layer's matrices."""
     positions = [
         {name: rule_of(getattr(module, attribute)) for name, module, attribute in matrices(stack)}
         for stack in abstract_decoder(config).blocks

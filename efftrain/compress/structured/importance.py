@@ -1,4 +1,4 @@
-"""How much each part of a model does on calibration text: units, heads, hidden channels, experts, layers."""
+"""Importance of the parts of a model on calibration text: units, heads, hidden channels, experts and layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,30 +20,31 @@ from efftrain.models.moe.layer import RoutedExperts
 from efftrain.models.positions import Rotary
 from efftrain.progress import Progress
 
-SAMPLE = 8192  # tokens whose residual stream is compared between layers
+SAMPLE = 8192  # maximum number of tokens whose residual stream is compared between layers
 NORMS = ("attention_norm", "mlp_norm")
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What one pass over calibration text found; padding counts nowhere.
+    """Importance of the parts of a model, from one pass over calibration text; padding is not counted.
 
     The importance of a channel is ``sqrt(sum over rows of (mean over tokens of |a|) ** 2)``, where a is its activation.
 
     Attributes:
-      ffn: for each layer (d_ff,), of what its ``down`` product reads; None where it has no dense SwiGLU.
-      heads: for each layer (n_kv_heads,), of what its ``out`` product reads, and the L2 norm of that over the columns
-        of all queries of the group; where there is one group (n_heads,), over the columns of each query head.
-      experts: for each layer (n_experts,): the norm of the expert's output times its gate, summed over the tokens that
-        it is given and divided by all tokens, so that an expert that is rarely chosen counts little. None where the
-        layer has none.
-      hidden: (d_model,), of what the norms give, summed over all norms.
-      moments: for each norm, such as ``blocks/3/mlp_norm`` or ``norm``, the mean over tokens of its squared input,
-        (d_model,).
-      cosines: (n_layers + 1, n_layers + 1), the mean over tokens of the cosine between the residual stream before the
-        layers i and j; the last one is behind all.
-      length: of the calibration's rows, in tokens.
-      calibration: how much text it was.
+      ffn: for each layer (d_ff,), the importance of the inputs of its ``down`` product; None if the layer has no dense
+        SwiGLU.
+      heads: for each layer (n_kv_heads,), the L2 norm of the importance of the inputs of its ``out`` product over all
+        query heads of a group. For a layer with one group (n_heads,), the norm over each query head.
+      experts: for each layer (n_experts,), the gate times the norm of the expert's output, summed over the tokens that
+        are routed to it and divided by the number of all tokens, so that an expert that is rarely chosen counts little.
+        None if the layer has no experts.
+      hidden: (d_model,), the importance of the outputs of the norms, summed over all norms.
+      moments: for each norm, by a name such as ``blocks/3/mlp_norm`` or ``norm``, the mean over tokens of its squared
+        input, (d_model,).
+      cosines: (n_layers + 1, n_layers + 1), the mean over tokens of the cosine between the residual streams before the
+        layers i and j; index n_layers is the stream after the last layer.
+      length: tokens of a calibration row.
+      calibration: the amount of calibration text.
 
     Source: Muralidharan et al. 2024 (Minitron), section 2.2; experts: Lasby et al. 2025 (REAP), there divided by the
     tokens of the expert.
@@ -59,23 +60,25 @@ class Importance:
     calibration: CalibrationSize
 
     def block_influence(self, first: int, n: int) -> float:
-        """How far ``n`` layers from ``first`` on turn the residual stream: 1 - mean cosine. Men et al. 2024 (ShortGPT),
-        equation 1."""
+        """How far the ``n`` layers from ``first`` on rotate the residual stream: 1 - mean cosine.
+
+        Source: Men et al. 2024 (ShortGPT), equation 1.
+        """
         return float(1 - self.cosines[first, first + n])
 
 
 def importance(pieces: LayerwiseModel, calibration: CalibrationRows) -> Importance:
-    """Runs the calibration's rows through the model, layer by layer.
+    """Computes the importance of a model's parts by running calibration text through it, layer by layer.
 
     Args:
-      pieces: of a float model; stays as it is.
-      calibration: text. Minitron takes 1024 rows.
+      pieces: a float model, taken apart; not changed.
+      calibration: the text. Minitron uses 1024 rows.
 
     Raises:
       ConfigError: see ``check_prunable``.
     """
     check_prunable(pieces.config)
-    x_ntd = np.array(inputs_of(pieces.outer, calibration))  # each layer writes its output over its input
+    x_ntd = np.array(inputs_of(pieces.outer, calibration))  # a copy, because each layer overwrites its input
     n_tokens = calibration.size.tokens
     sample = _sample(calibration)
     directions = [_directions(x_ntd, sample)]
@@ -105,7 +108,10 @@ def importance(pieces: LayerwiseModel, calibration: CalibrationRows) -> Importan
 
 
 def check_prunable(config: ModelConfig) -> None:
-    """Raises ``ConfigError`` for what cannot be cut: a model stored quantised, learned steps, layers not all pass."""
+    """Raises ``ConfigError`` for models that cannot be cut.
+
+    Those are models that are stored quantised, that have learned steps, or in which not every token passes every layer.
+    """
     if config.quantization.stored:
         raise ConfigError("the model is converted already; prune the one it was made from")
     if any(rule.learned_step for rule in config.quantization.rules):
@@ -123,7 +129,7 @@ def check_prunable(config: ModelConfig) -> None:
 
 
 def check_standard(block: BlockConfig, i: int) -> None:
-    """Raises ``ConfigError`` where a fork has replaced attention, its positions or scores, or the form of the block."""
+    """Raises ``ConfigError`` if a fork has replaced the attention, its positions or scores, or the residual form."""
     attention = block.attention
     parts = [attention, block.residual, *([attention.position] if type(attention) is Attention else [])]
     own = [part for part, kind in zip(parts, (Attention, PreNorm, Rotary), strict=False) if type(part) is not kind]
@@ -137,7 +143,7 @@ def check_standard(block: BlockConfig, i: int) -> None:
 
 @partial(jax.jit, static_argnums=0)
 def _observe(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dict]:
-    """A layer's output, and its sums over rows."""
+    """A layer's output, and the sums over rows from which importance is computed."""
     layer, valid_bt = nnx.merge(graph, state), segments_bt > 0
     norms = {name: Tap(layer, name, valid_bt) for name in NORMS}
     out, down = Tap(layer.attention, "out", valid_bt), None
@@ -169,13 +175,13 @@ def _norm_sums(tap: Tap, valid_bt: Array) -> dict[str, Array]:
 
 
 def _row_means(a_btd: Array, valid_bt: Array) -> Array:
-    """(d,) the sum over rows of the square of the mean over tokens of |a|; a is zero for padding."""
+    """The sum over rows of the squared mean of |a| over tokens, (d,); a must be zero at padding."""
     n_b1 = jnp.maximum(valid_bt.sum(-1, keepdims=True), 1)
     return jnp.square(jnp.abs(a_btd.astype(jnp.float32)).sum(1) / n_b1).sum(0)
 
 
 def _pass(observe, module: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict:
-    """The sums of all rows; the module's output is in the place of its input."""
+    """The sums over all rows; overwrites ``x_ntd`` with the module's output."""
     graph, state = nnx.split(module)
     sums = None
     for rows in calibration.batches():
@@ -187,12 +193,12 @@ def _pass(observe, module: nnx.Module, x_ntd: np.ndarray, calibration: Calibrati
 
 
 def _sample(calibration: CalibrationRows) -> np.ndarray:
-    """Places of tokens in the flattened rows, evenly spread."""
+    """Indices of at most ``SAMPLE`` tokens in the flattened rows, evenly spaced, without padding."""
     real = np.flatnonzero(calibration.segments.reshape(-1) > 0)
     return real[np.linspace(0, len(real) - 1, min(len(real), SAMPLE)).astype(int)]
 
 
 def _directions(x_ntd: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """(tokens, d_model) float32 of length 1."""
+    """The sampled vectors, scaled to length 1: (tokens, d_model) float32."""
     x_nd = x_ntd.reshape(-1, x_ntd.shape[-1])[sample].astype(np.float32)
     return x_nd / np.maximum(np.linalg.norm(x_nd, axis=-1, keepdims=True), 1e-30)

@@ -1,4 +1,4 @@
-"""The shape of a smaller model, and its configuration."""
+"""The shape of a structurally pruned model, and the configuration that follows from it."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,16 @@ from efftrain.models.moe import MoE
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is left of a model.
+    """The size of what is kept of a model.
 
     Attributes:
-      d_model: hidden channels, rounded to a multiple of ``multiple_of``.
-      ffn: the share of every ``Dense`` layer's units, rounded so too.
-      heads: the share of every layer's KV groups, with their queries, rounded; in a layer of one group (MQA), the share
-        of its query heads.
-      experts: the share of every ``MoE`` layer's routed experts, rounded; never fewer than a token uses.
-      n_layers: layers.
+      d_model: number of hidden channels that are kept; rounded to a multiple of ``multiple_of``.
+      ffn: share of the units of every ``Dense`` layer that is kept; rounded to the same multiple.
+      heads: share of the KV groups of every layer, with their query heads, that is kept; rounded. In a layer with one
+        group (MQA), the share of its query heads.
+      experts: share of the routed experts of every ``MoE`` layer that is kept; rounded, but never fewer than the
+        ``top_k`` that a token uses.
+      n_layers: number of layers that are kept.
     """
 
     d_model: int
@@ -38,25 +39,25 @@ class Shape:
 
     @staticmethod
     def of(config: ModelConfig) -> "Shape":
-        """The whole model."""
+        """The shape of the whole model."""
         return Shape(d_model=config.d_model, ffn=1.0, heads=1.0, experts=1.0, n_layers=config.n_layers)
 
 
 def multiple_of(config: ModelConfig) -> int:
-    """Hidden channels and units are kept in multiples of it, for the accelerator's tiles."""
+    """The number whose multiples the sizes of hidden channels and FFN units are, for the accelerator's tiles."""
     return 64 if config.d_model >= 512 else 8
 
 
 def shaped(config: ModelConfig, shape: Shape, kept_layers: Sequence[int]) -> ModelConfig:
-    """The configuration of the smaller model, in the shortest pattern that it repeats.
+    """The configuration of the smaller model, with the shortest pattern that repeats to its layers.
 
     Args:
-      config: of the whole model.
-      shape: of the smaller one.
-      kept_layers: the ``shape.n_layers`` that are left, ascending.
+      config: configuration of the whole model.
+      shape: shape of the smaller model.
+      kept_layers: indices of the ``shape.n_layers`` layers that are kept, ascending.
 
     Raises:
-      ConfigError: the shape is larger than the model, empties a layer, or cuts what no layer has.
+      ConfigError: the shape is larger than the model, leaves a layer empty, or cuts parts that no layer has.
     """
     check_fits(config, shape)
     if len(kept_layers) != shape.n_layers:
@@ -71,7 +72,7 @@ def shaped(config: ModelConfig, shape: Shape, kept_layers: Sequence[int]) -> Mod
 
 
 def check_fits(config: ModelConfig, shape: Shape) -> None:
-    """Raises ``ConfigError`` where a shape is larger than the model, empties a layer, or cuts what no layer has."""
+    """Raises ``ConfigError`` if a shape exceeds the model, leaves a layer empty, or cuts parts that no layer has."""
     for name in ("d_model", "n_layers"):
         if (size := getattr(shape, name)) > (whole := getattr(config, name)):
             raise ConfigError(f"shape.{name} is {size} and the model has {whole}; give at most {whole}")
@@ -88,7 +89,7 @@ def check_fits(config: ModelConfig, shape: Shape) -> None:
 
 
 def cut_block(block: BlockConfig, shape: Shape, multiple: int) -> BlockConfig:
-    """A block with the shape's shares, which fit it."""
+    """The configuration of a block after the cut, for a shape that was checked by ``check_fits``."""
     attention, mlp = standard_attention(block, "a smaller shape"), block.mlp
     heads = _parts(block, "heads", multiple).left(shape.heads)
     if attention.n_kv_heads > 1:
@@ -104,18 +105,18 @@ def cut_block(block: BlockConfig, shape: Shape, multiple: int) -> BlockConfig:
 
 
 def head_parts(attention: Attention) -> int:
-    """What of a layer's attention ``Shape.heads`` is a share of: KV groups, or the query heads of the only one."""
+    """The number that ``Shape.heads`` is a share of: KV groups, or query heads if there is only one group."""
     return attention.n_kv_heads if attention.n_kv_heads > 1 else attention.n_heads
 
 
 def part(share: float, size: int, multiple: int = 1) -> int:
-    """The share of a size, rounded to a multiple of ``multiple``; the whole is never rounded."""
+    """A share of a size, rounded to a multiple of ``multiple``; a share of 1 is the size itself, without rounding."""
     return size if share == 1 else min(math.floor(share * size / multiple + 0.5) * multiple, size)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Equal parts of a layer, of which a multiple is left and at least so many."""
+    """Parts of a layer, such as heads, of which a multiple of ``multiple`` and at least ``least`` are kept."""
 
     what: str
     size: int
@@ -127,7 +128,7 @@ class _Parts:
 
 
 def _parts(block: BlockConfig, name: str, multiple: int) -> _Parts | None:
-    """Those of which a shape's field says the share; None where the block has none."""
+    """The parts that a field of ``Shape`` is a share of; None if the block has no such parts."""
     attention, mlp = block.attention, block.mlp
     if name == "heads":
         return _Parts("KV groups" if attention.n_kv_heads > 1 else "query heads", head_parts(attention))
@@ -137,7 +138,7 @@ def _parts(block: BlockConfig, name: str, multiple: int) -> _Parts | None:
 
 
 def _check_share(config: ModelConfig, name: str, share: float) -> None:
-    """Refuses a share that leaves a layer nothing, or of all layers everything; names the nearest that does neither."""
+    """Raises an error for a share that leaves a layer empty or cuts nothing; it names the nearest share that works."""
     found = {i: _parts(block, name, multiple_of(config)) for i, block in enumerate(config.pattern)}
     parts = {i: p for i, p in found.items() if p is not None}
 

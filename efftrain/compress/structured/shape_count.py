@@ -1,4 +1,4 @@
-"""How many parameters or FLOPs a smaller shape of a model has, counted without building it."""
+"""Counts the parameters or the FLOPs of smaller shapes of a model, without building them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,17 +15,17 @@ from efftrain.models.decoder import abstract_decoder
 from efftrain.models.moe import MoE
 
 By = Literal["parameters", "flops"]
-Term = tuple[float, tuple[tuple[str | None, int], ...]]  # a factor, and the name and size of each axis
+Term = tuple[float, tuple[tuple[str | None, int], ...]]  # a factor, and the logical name and size of each axis
 
 
 class Count:
-    """Parameters of any shape of a model, or model FLOPs of a training token, without building it.
+    """Counts the parameters, or the model FLOPs per training token, of any smaller shape of a model.
 
-    Every matrix counts by its logical axes, as ``slim`` slices them.
+    Every matrix is counted by its logical axes, in the way in which ``slim`` slices them.
 
     Args:
-      config: of the whole model.
-      by: what is counted.
+      config: configuration of the whole model.
+      by: what is counted: "parameters" or "flops".
       length: tokens of a row, for FLOPs.
     """
 
@@ -42,7 +42,10 @@ class Count:
             self.outer.append((head_flops(abstract) / config.d_model, (("embed", config.d_model),)))
 
     def of(self, shape: Shape) -> float:
-        """Of one shape; where layers differ and some go, for the position in the stack at which most is left."""
+        """The count of one shape.
+
+        If layers differ and some are removed, the count depends on which ones; then it is the largest possible.
+        """
         check_fits(self.config, shape)
         outer, layers = self.parts(shape.d_model, shape.heads, [shape.experts], [shape.ffn])
         return float(self.total(outer, layers, shape.n_layers)[0, 0])
@@ -50,7 +53,12 @@ class Count:
     def parts(
         self, d_model: int, heads: float, experts: Sequence[float], ffn: Sequence[float]
     ) -> tuple[float, np.ndarray]:
-        """Of what is around the layers; and of one layer, (pattern positions, experts, ffn) for each pair of shares."""
+        """Counts the outer part and the layers separately, for several shares of experts and FFN units.
+
+        Returns:
+          The count of the outer part, and that of one layer at each position of the pattern, as an array (pattern
+          positions, shares of experts, shares of ffn).
+        """
         d_model = part(d_model / self.config.d_model, self.config.d_model, self.multiple)
         whole = replace(Shape.of(self.config), heads=heads)
         layers = np.zeros((len(self.blocks), len(experts), len(ffn)))
@@ -71,17 +79,17 @@ class Count:
         return factor * _sum(self.outer, {"embed": d_model, "norm": d_model}), factor * layers
 
     def total(self, outer: float, layers: np.ndarray, n_layers: int) -> np.ndarray:
-        """(experts, ffn) of ``parts`` with so many layers left."""
+        """The count of whole models with ``n_layers`` layers, (experts, ffn), from the results of ``parts``."""
         n, n_positions = self.config.n_layers, len(self.blocks)
         dropped = n - n_layers
-        firsts = range(1, min(n - dropped, n_positions + 1)) if dropped else [0]  # of a longer stack the same again
+        firsts = range(1, min(n - dropped, n_positions + 1)) if dropped else [0]  # positions repeat after a pattern
         left = [[*range(first), *range(first + dropped, n)] for first in firsts]
         counts = np.array([np.bincount(np.array(kept) % n_positions, minlength=n_positions) for kept in left])
         return outer + np.tensordot(counts, layers, 1).max(0)
 
 
 def _term(variable: nnx.Variable, by: By) -> Term | None:
-    """Of one variable of a layer, whose product of sizes is multiplied with the factor."""
+    """The term of one variable: its count is the factor times the product of the sizes. None: nothing is counted."""
     metadata = variable.get_metadata()
     axes = [pair for pair in zip(metadata["axes"], variable.shape, strict=True) if pair[0] != "layers"]
     if by == "parameters":
@@ -89,13 +97,13 @@ def _term(variable: nnx.Variable, by: By) -> Term | None:
     if len(axes) < 2:
         return None
     active = metadata.get("active", 1.0)
-    if active < 1:  # a token goes to as many experts of fewer
+    if active < 1:  # a token uses the same number of experts when there are fewer, so that this axis is not scaled
         axes = [(None if name == "experts" else name, size) for name, size in axes]
     return 2.0 * active * passes(variable), tuple(axes)
 
 
 def _sizes(block: BlockConfig, d_model: int, units: np.ndarray, choices: np.ndarray) -> dict[str, int | np.ndarray]:
-    """For each logical axis that ``slim`` cuts, what is left of it."""
+    """The size of each logical axis that ``slim`` cuts, after the cut."""
     attention = block.attention
     sizes = {"embed": d_model, "norm": d_model}
     sizes |= {"heads": attention.n_heads * attention.d_head, "kv_heads": attention.n_kv_heads * attention.d_head}

@@ -1,4 +1,4 @@
-"""Shapes of smaller models that decode in a given share of the time, by the clock."""
+"""Search for the shapes of smaller models that decode in a given share of the measured time."""
 
 import numpy as np
 from flax import nnx
@@ -11,20 +11,26 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.progress import Progress
 
-SHARES = np.arange(0.95, 0.2, -0.05)  # of the parameters
+SHARES = np.arange(0.95, 0.2, -0.05)  # shares of the parameters that are tried
 
 
 def fast_shapes(config: ModelConfig, keep: float, *, way: Way, length: int) -> list[Shape]:
-    """For width and for depth (those that ``way`` says) the largest shape that draws a token in ``keep`` of the time.
+    """Finds the largest shapes that decode a token in ``keep`` of the model's time: one for width, one for depth.
 
-    One row, on this machine, as it is now: let nothing else run.
+    The time is measured for one row on this machine, so that nothing else should run on it.
+
+    Args:
+      config: configuration of the whole model.
+      keep: the share of the time per token, between 0 and 1.
+      way: "width" or "depth" for one of the two shapes, "any" for both.
+      length: tokens of a row; see ``candidates``.
 
     Raises:
       ConfigError: no shape is so fast.
     """
     ways = ("width", "depth") if way == "any" and config.n_layers > 2 else ("width",) if way == "any" else (way,)
     for one in ways:
-        candidates(config, float(SHARES[0]), way=one, by="parameters", length=length)  # what cannot be cut is refused
+        candidates(config, float(SHARES[0]), way=one, by="parameters", length=length)  # fail before measuring
     whole, found = decode_s(config), []
     with Progress("latency", len(ways) * len(SHARES), unit="shapes") as progress:
         for one in ways:
@@ -32,7 +38,7 @@ def fast_shapes(config: ModelConfig, keep: float, *, way: Way, length: int) -> l
                 try:
                     shape = candidates(config, float(share), way=one, by="parameters", length=length)[0]
                 except ConfigError:
-                    break  # nothing is smaller
+                    break  # there is no smaller shape
                 progress.advance()
                 kept = (*range(shape.n_layers - 1), config.n_layers - 1)
                 if decode_s(shaped(config, shape, kept)) <= keep * whole:
@@ -44,7 +50,7 @@ def fast_shapes(config: ModelConfig, keep: float, *, way: Way, length: int) -> l
 
 
 def decode_s(config: ModelConfig) -> float:
-    """Seconds for a token of one row, of a model with random parameters."""
+    """Seconds to decode one token of a single row, measured on a model with random parameters."""
     n_new = min(32, config.max_length // 2)
     prompt = min(128, config.max_length - n_new)
     model = Decoder(config, rngs=nnx.Rngs(0))

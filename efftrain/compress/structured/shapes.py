@@ -1,4 +1,4 @@
-"""Shapes of smaller models that have a given share of the parameters or of the FLOPs."""
+"""Search for the shapes of smaller models that have a given share of the parameters or of the FLOPs."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,21 +14,22 @@ from efftrain.models.config import Dense, ModelConfig
 from efftrain.models.moe import MoE
 
 Way = Literal["width", "depth", "any"]
-NEAR = 0.96  # of the wanted count
-LEAST_FFN = 0.25
+NEAR = 0.96  # smallest share of the target count that still counts as near it
+LEAST_FFN = 0.25  # smallest share of the FFN units that is tried
 # How much a cut of each kind hurts, as a factor of the share that is cut. The order of units, channels and heads is
-# Minitron's; the numbers are from cuts of one small model (recipes/prune.py), those of layers and experts a guess.
+# that of Minitron. The numbers are from cuts of one small model (recipes/prune.py); those of layers and experts are a
+# guess.
 SENSITIVITY = {"ffn": 1.0, "experts": 1.0, "d_model": 3.0, "n_layers": 2.0, "heads": 4.0}
 
 
 class _Found(NamedTuple):
-    far: bool  # more than 4 % below what was wanted
+    far: bool  # below ``NEAR`` of the target
     cost: float
     shape: Shape
 
 
 class _Shares(NamedTuple):
-    """What is tried of each kind."""
+    """The sizes or shares that are tried for each kind of cut."""
 
     d_model: Sequence[int]
     heads: Sequence[float]
@@ -37,21 +38,22 @@ class _Shares(NamedTuple):
 
 
 def candidates(config: ModelConfig, keep: float, *, way: Way, by: By, length: int) -> list[Shape]:
-    """Shapes of at most ``keep`` of the model's count, and as near to it as sizes allow; the best guess comes first.
+    """Finds shapes that have a given share of a model's parameters or FLOPs; the best guess comes first.
 
-    At most 4 % below, or where there is none the nearest. No two have the same number of layers and hidden channels.
-    The order is by what is cut of each kind, see ``SENSITIVITY`` (Muralidharan et al. 2024, Minitron). Only training
-    tells which one is best.
+    All shapes have at most ``keep`` of the model's count, and at least ``NEAR`` of that target; if there is no such
+    shape, the result is the nearest one below. No two shapes have the same number of layers and hidden channels. The
+    order is by an estimate of how much the cuts hurt, see ``SENSITIVITY`` (Muralidharan et al. 2024, Minitron); only
+    training tells which shape is best.
 
     Args:
-      config: of the whole model.
-      keep: the share of the count, between 0 and 1.
-      way: "width" keeps all layers, "depth" cuts only these; "any" gives the best of each, then mixtures of both.
-      by: what is counted.
+      config: configuration of the whole model.
+      keep: the share of the count that is kept, between 0 and 1.
+      way: "width" keeps all layers, "depth" removes only layers; "any" gives the best shape of each, then mixtures.
+      by: what is counted: "parameters" or "flops".
       length: tokens of a row, for FLOPs.
 
     Raises:
-      ConfigError: nothing is so small, or the model cannot be pruned.
+      ConfigError: no shape is so small, or the model cannot be pruned.
     """
     check_prunable(config)
     for name, value, values in (("way", way, get_args(Way)), ("by", by, get_args(By))):
@@ -87,8 +89,10 @@ def candidates(config: ModelConfig, keep: float, *, way: Way, by: By, length: in
 
 
 def _search(count: Count, target: float, shares: _Shares, layers: Sequence[int]) -> list[_Found]:
-    """For each number of layers and channels the best shape of at most ``target``: those that are near by what they
-    cost, then the others, the nearest first."""
+    """The best shape of at most ``target`` for each pair of numbers of layers and channels.
+
+    Shapes near the target come first, by their estimated cost; then the rest, the nearest to the target first.
+    """
     found: dict[tuple[int, int], _Found] = {}
     for d_model, heads in itertools.product(shares.d_model, shares.heads):
         outer, parts = count.parts(d_model, heads, shares.experts, shares.ffn)
@@ -108,7 +112,7 @@ def _search(count: Count, target: float, shares: _Shares, layers: Sequence[int])
 
 
 def _costs(config: ModelConfig, shares: _Shares, d_model: int, heads: float, n_layers: int) -> np.ndarray:
-    """(experts, ffn) how much the cuts are thought to hurt."""
+    """The estimated cost of the cuts, (experts, ffn); see ``SENSITIVITY``."""
     kept = {"d_model": d_model / config.d_model, "n_layers": n_layers / config.n_layers, "heads": heads}
     kept |= {"experts": np.array(shares.experts)[:, None], "ffn": np.array(shares.ffn)}
     return sum((SENSITIVITY[name] * (1 - share)) ** 2 for name, share in kept.items())
@@ -119,7 +123,7 @@ def _smallest(shares: _Shares, layers: Sequence[int]) -> Shape:
 
 
 def _shares(config: ModelConfig) -> _Shares:
-    """Half of the channels, of ``head_parts`` and of experts stay, and a quarter of the FFN units."""
+    """What is tried: at least half of the channels, the ``head_parts`` and the experts, and a quarter of the units."""
     multiple = multiple_of(config)
     units = {block.mlp.d_ff for block in config.pattern if isinstance(block.mlp, Dense)}
     mixtures = [block.mlp for block in config.pattern if isinstance(block.mlp, MoE)]
@@ -136,5 +140,5 @@ def _shares(config: ModelConfig) -> _Shares:
 
 
 def _steps(size: int, multiple: int, least: float) -> list[float]:
-    """Shares of a size that are multiples, and the whole."""
+    """Shares of a size, at least ``least``, that give multiples of ``multiple``; and 1."""
     return [n / size for n in range(multiple, size, multiple) if n >= least * size] + [1.0]
