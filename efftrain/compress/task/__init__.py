@@ -1,4 +1,4 @@
-"""Distillation for one task: the teacher, what it says, the runs.
+"""Distillation for one task: the loss, the teacher's labels and texts, and the runs.
 
 It may import ``compress.distillation``.
 """

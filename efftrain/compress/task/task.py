@@ -1,6 +1,6 @@
-"""Distillation for one task: a teacher's opinion on each label is what a student learns from.
+"""Distillation for one task: the loss by which a student learns a teacher's distribution over the labels.
 
-The vocabularies of the two may differ: what they have in common are the labels.
+The vocabularies of student and teacher may differ, because they only share the labels.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,16 @@ from efftrain.train.objectives.objective import Batch, Metrics, auxiliary_loss
 
 
 def label_divergence(student: Array, teacher: Array, temperature: float) -> Array:
-    """``T^2 KL(teacher || student)`` of two distributions over labels, both at temperature T.
+    """``T^2 KL(teacher || student)`` between two distributions over labels, both at temperature T.
 
     Args:
-      student, teacher: (..., labels) logits; no gradient reaches the teacher's.
+      student, teacher: logits (..., labels); no gradient reaches the teacher's.
+      temperature: T.
 
     Returns:
       (...) float32 nats.
 
-    Source: Hinton et al. 2015; the factor keeps the size of the gradient independent of T.
+    Source: Hinton et al. 2015; the factor T^2 keeps the size of the gradient independent of T.
     """
     tempered = student.astype(jnp.float32) / temperature, jax.lax.stop_gradient(teacher) / temperature
     return temperature**2 * generalized_jsd(*tempered, 0.0)
@@ -40,16 +41,17 @@ def label_divergence(student: Array, teacher: Array, temperature: float) -> Arra
 
 @dataclass(frozen=True, kw_only=True)
 class TaskLoss:
-    """The loss of a question's label, and of its text beside.
+    """The loss on the labels of questions, plus a next-token loss on their text.
 
-    Of a question: ``alpha T^2 KL(teacher || model) + (1 - alpha) CE(label)``; without a teacher CE alone, without a
-    label KL alone. Of a text: ``text_weight`` times its mean nats per token.
+    The loss of a question is ``alpha T^2 KL(teacher || model) + (1 - alpha) CE(label)``. The term of a label is 0 for
+    questions without a known label. The loss of a text is ``text_weight`` times its mean nats per token.
 
     Attributes:
-      first_label, n_labels: the ids of labels.
-      alpha: of the teacher. 0: there is none.
+      first_label: token id of the first label; the labels have consecutive ids.
+      n_labels: number of labels.
+      alpha: weight of the teacher's distribution. 0: there is no teacher.
       temperature: T.
-      text_weight: of the text.
+      text_weight: weight of the text.
     """
 
     first_label: int
@@ -67,10 +69,10 @@ class TaskLoss:
             raise ConfigError(f"text_weight is {self.text_weight}; it must not be negative")
 
     def __call__(self, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        """As ``objective.next_token_loss``, of the rows that ``data.tasks.rows`` makes; counted are questions.
+        """As ``objective.next_token_loss``, for the rows of ``data.tasks.rows``; the count is the number of questions.
 
         Raises:
-          ConfigError: alpha is above 0 and the rows have no teacher's logits.
+          ConfigError: alpha is above 0 and the rows have no logits of a teacher.
         """
         if self.alpha and "teacher_logits" not in batch:
             raise ConfigError(
@@ -102,23 +104,34 @@ class TaskLoss:
         return loss + extra, n_asked, found | metrics
 
     def label_logits(self, model: Decoder, hidden_btd: Array, answers_bn: Array) -> Array:
-        """(batch, n, labels) float32 at the places of the answers."""
+        """Logits of the labels at the positions of the answers, (batch, n, labels) float32.
+
+        Args:
+          model: the decoder.
+          hidden_btd: its hidden states.
+          answers_bn: position of the answer of each question; negative where a row has fewer questions.
+        """
         at_bnd = jnp.take_along_axis(hidden_btd, jnp.maximum(answers_bn, 0)[..., None], axis=1)
         return model.logits(at_bnd)[..., self.first_label : self.first_label + self.n_labels]
 
 
 def n_questions(batch: Batch) -> Array:
-    """() float32 questions of a batch."""
+    """Number of questions in a batch, () float32."""
     return (batch["answers"] >= 0).sum(dtype=jnp.float32)
 
 
 def predict(model: Decoder, loss: TaskLoss, items: Sequence[Item], *, length: int, batch_size: int = 16) -> np.ndarray:
-    """(n, labels) float32 logits of a model for questions, in their order: a teacher's opinion, and what is scored.
+    """Computes a model's logits over the labels of questions, for scores and as what a student learns from a teacher.
 
     Args:
-      items: that ask for a label.
-      length: tokens of the rows that are read.
-      batch_size: rows that are read together.
+      model: the decoder.
+      loss: the task's loss, which knows the ids of the labels.
+      items: questions that ask for a label.
+      length: tokens of a row, in which several questions are packed.
+      batch_size: number of rows that are read together.
+
+    Returns:
+      (n, labels) float32, in the order of the items.
     """
     graph, state = nnx.split(model)
     per_row = examples_per_row(items, length)
@@ -127,7 +140,7 @@ def predict(model: Decoder, loss: TaskLoss, items: Sequence[Item], *, length: in
     for start in range(0, len(rows), batch_size):
         numbers = rows[start : start + batch_size]
         filled = [fill([items[i] for i in row], length, per_row, loss.n_labels) for row in numbers]
-        filled += [fill([], length, per_row, loss.n_labels)] * (batch_size - len(filled))  # one shape, compiled once
+        filled += [fill([], length, per_row, loss.n_labels)] * (batch_size - len(filled))  # one shape is compiled once
         names = ("tokens", "segments", "positions", "answers")
         logits_bnl = np.asarray(_logits(graph, state, {k: np.stack([r[k] for r in filled]) for k in names}, loss))
         for row, found in zip(numbers, logits_bnl, strict=False):

@@ -1,4 +1,4 @@
-"""Runs of a task: what a model is trained on, its run directory, and how good it is."""
+"""Training runs on a task: the training items, the run directory and the scores of the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,20 +26,20 @@ from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.run.directory import Run, check_model, load_model_config
 from efftrain.train.run.tokenizers import check_same_tokenizer, find_tokenizer
 
-LONGEST_ANSWER = 1.5  # times the longest of the examples, in tokens
+LONGEST_ANSWER = 1.5  # the longest answer that is generated, over the longest of the training examples, in tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """A model of a task, and how it is trained.
+    """A model for a task, and how it is trained.
 
     Attributes:
-      model: its vocabulary is made from the task and replaced.
-      training: see there.
-      vocabulary: entries of a tokenizer that is trained on the task's texts. Of a teacher that starts from a general
-        model, that model's counts.
-      word_dropout: chance of a word of a question to be left out, anew each time that it is read.
-      text_weight: of the loss on the questions' text.
+      model: configuration of the model; its vocabulary size is replaced by that of the task's tokenizer.
+      training: the training configuration.
+      vocabulary: number of entries of the tokenizer that is trained on the task's texts. It has no effect for a teacher
+        that starts from a general model and uses that model's tokenizer.
+      word_dropout: probability that a word of a question is left out, drawn again each time that the question is read.
+      text_weight: weight of the loss on the text of the questions.
     """
 
     model: ModelConfig
@@ -51,13 +51,13 @@ class Learner:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """The configuration of one run.
+    """The configuration of one run on a task.
 
     Attributes:
-      model, training: resolved.
-      learner: what they were made from.
-      loss: None of a task that generates.
-      made_from: fingerprints of the examples, of the vocabulary and of the teacher's opinions.
+      model, training: the resolved configurations.
+      learner: the learner that they were made from.
+      loss: the loss on labels; None for a task that generates answers.
+      made_from: fingerprints of the examples, the vocabulary and the teacher's predictions.
     """
 
     model: ModelConfig
@@ -68,7 +68,7 @@ class TaskRun:
 
 
 def task_ids(task: Task, learner: Learner) -> TaskIds:
-    """With a tokenizer that is trained on the texts of the task, but those of the test."""
+    """The task's token ids, with a tokenizer trained on its training and unlabelled texts, but not on the test texts."""
     examples = [*task.train, *task.unlabelled]
     texts = [e.text for e in examples]
     if not task.labels:
@@ -77,11 +77,16 @@ def task_ids(task: Task, learner: Learner) -> TaskIds:
 
 
 def general_ids(general: Path, task: Task, tokenizer: Path | None = None) -> TaskIds:
-    """With a general model's tokenizer: that of its run, of the corpus that the run names, or else the given one.
+    """The task's token ids, with the tokenizer of a general model.
+
+    Args:
+      general: run directory of the general model.
+      task: the task.
+      tokenizer: path of the model's tokenizer. None: that of the run, or of the corpus that the run names.
 
     Raises:
-      ConfigError: there is none, it has another number of entries than the model, or the given one differs from the
-        run's.
+      ConfigError: no tokenizer was found, its size is not that of the model's vocabulary, or the given tokenizer
+        differs from that of the run.
     """
     size = load_model_config(general).vocab_size
     own = find_tokenizer(Path(general))
@@ -102,7 +107,7 @@ def general_ids(general: Path, task: Task, tokenizer: Path | None = None) -> Tas
 
 
 def task_loss(ids: TaskIds, **options: float) -> TaskLoss | None:
-    """None of a task that generates."""
+    """The loss of a task with labels, with further fields of ``TaskLoss``; None for a task that generates answers."""
     return TaskLoss(first_label=ids.first_label, n_labels=len(ids.labels), **options) if ids.labels else None
 
 
@@ -117,17 +122,23 @@ def train_on_task(
     general: Path | None = None,
     made_from: dict[str, str] | None = None,
 ) -> tuple[Decoder, dict[str, float]]:
-    """Trains, or continues what the directory holds; ``ids`` are left in it.
+    """Trains a model on a task, or continues its run, and writes ``ids`` into the run directory.
 
     Args:
-      out: the run directory.
-      items: what is trained on.
-      loss: None: next-token loss on the answers, of a task that generates.
-      general: the run of a model to start from. None: at random.
-      made_from: what the items were made from beside the task.
+      out: run directory.
+      learner: the model and how it is trained.
+      ids: token ids of the task, with the tokenizer.
+      task: the task, whose validation examples are scored.
+      items: what the model is trained on.
+      loss: the loss on labels. None: next-token loss on the answers, for a task that generates.
+      general: run directory of a model whose parameters the training starts from. None: random parameters.
+      made_from: fingerprints of what the items were made from in addition to the task.
 
     Returns:
-      The model; ``train_flops``, and its figures on the validation examples.
+      The model, and its figures: ``train_flops``, and those on the validation examples.
+
+    Raises:
+      ConfigError: ``training.finetune`` is set.
     """
     training = learner.training
     if training.finetune is not None:
@@ -170,17 +181,25 @@ def train_on_task(
 
 
 def teacher_items(ids: TaskIds, task: Task, *, makes_up: bool) -> list[Item]:
-    """What a teacher is trained on; with texts behind labels where it is to make some up."""
+    """The items that a teacher is trained on; if ``makes_up``, also texts after their label, to learn to write them."""
     return _gold(ids, task) + (conditionals(ids, task.texts("train"), task.numbers(task.train)) if makes_up else [])
 
 
 def plain_items(ids: TaskIds, task: Task) -> list[Item]:
-    """What a student without teacher is trained on."""
+    """The items that a student without a teacher is trained on."""
     return _gold(ids, task)
 
 
 def scores(model: Decoder, ids: TaskIds, examples: Sequence[Example], task: Task, length: int) -> dict[str, float]:
-    """How good a model's answers are: ``task_scores.classification``, or ``exact_match``."""
+    """Scores a model's answers: ``task_scores.classification`` for a task with labels, otherwise ``exact_match``.
+
+    Args:
+      model: the model.
+      ids: token ids of the task.
+      examples: the examples to score.
+      task: the task.
+      length: tokens of a row in which questions are read; longer questions lengthen it.
+    """
     if not task.labels:
         found = answer(model, ids, _texts(examples), longest=longest_answer(ids, task))
         return {"exact_match": exact_match(found, [e.answer for e in examples])}
@@ -190,7 +209,7 @@ def scores(model: Decoder, ids: TaskIds, examples: Sequence[Example], task: Task
 
 
 def longest_answer(ids: TaskIds, task: Task) -> int:
-    """Tokens that an answer may have."""
+    """Maximum number of tokens of a generated answer."""
     return int(LONGEST_ANSWER * max(len(tokens) for tokens, _ in ids.encode([e.answer for e in task.train]))) + 1
 
 

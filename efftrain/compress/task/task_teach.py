@@ -1,4 +1,4 @@
-"""What a teacher of a task says: its opinion on every question, its answers, and questions that it makes up."""
+"""The data that a task's teacher makes for a student: logits over labels, answers, and synthetic questions."""
 
 import json
 import os
@@ -20,21 +20,22 @@ from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.train.inputs import model_digest
 
-ROOMS = ("compress", "data", "models", "ops")  # that decide what a teacher says
-# Of the texts, so many are as long as one that is made up may be: those that are drawn together wait for the longest.
+ROOMS = ("compress", "data", "models", "ops")  # packages whose code decides what a teacher says
+# Quantile of the lengths of the task's texts that limits synthetic texts, because a batch waits for its longest text.
 LONGEST_TEXT = 0.98
 
 
 @dataclass(frozen=True)
 class TeacherLabels:
-    """What a teacher said.
+    """What a teacher made for a student.
 
     Attributes:
-      texts: the examples', the unlabelled ones, and those that it made up.
-      labels: (n,) the examples' own, else -1; of a task with labels.
-      logits: (n, labels) of the teacher; of a task with labels.
-      answers: the examples' own, else the teacher's; of a task that generates.
-      counts: how many of each kind, and why others were left out.
+      texts: the texts of the training examples, the unlabelled texts, and the synthetic ones.
+      labels: (n,) the labels of the training examples, -1 for all other texts; None for a task that generates.
+      logits: (n, labels) of the teacher; None for a task that generates.
+      answers: the answers of the training examples, and the teacher's answers to all other texts; None for a task with
+        labels.
+      counts: number of texts of each kind, and numbers of those that were left out, by reason.
     """
 
     texts: list[str]
@@ -47,15 +48,19 @@ class TeacherLabels:
 def teach(
     folder: Path, teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, *, length: int, seed: int
 ) -> TeacherLabels:
-    """Asks the teacher for everything that a student learns from, once: ``taught.npz`` in the folder keeps it.
+    """Runs the teacher on everything that a student learns from, and stores the result in ``taught.npz`` of the folder.
 
-    It is asked again, and a sentence says so, where what is kept comes from another teacher, task or code.
+    A stored result is read instead, unless it was made with another teacher, task, option or version of the code; then
+    a message says so and the teacher is run again.
 
     Args:
-      folder: the teacher's run.
-      augment: None: it makes up nothing, and answers at once.
-      length: tokens of the rows that it reads.
-      seed: of what it draws.
+      folder: run directory of the teacher.
+      teacher: the model.
+      ids: token ids of the teacher.
+      task: the task.
+      augment: synthetic questions, or answers by majority vote. None: no synthetic questions, and one greedy answer.
+      length: tokens of the rows that the teacher reads.
+      seed: seed of the sampling.
     """
     asked: dict[str, Any] = {"teacher": model_digest(teacher), "ids": ids.fingerprint, "task": task.fingerprint}
     asked |= {"augment": to_json(augment), "length": length, "seed": seed}
@@ -80,7 +85,7 @@ def teach(
 
 
 def student_items(ids: TaskIds, taught: TeacherLabels, length: int) -> list[Item]:
-    """What a student is trained on, in rows of ``length`` tokens; made-up questions that are longer are left out."""
+    """The items that a student is trained on; synthetic questions of more than ``length`` tokens are left out."""
     if taught.answers is None:
         items = questions(ids, taught.texts, taught.labels, taught.logits)
         given = taught.counts["labelled"] + taught.counts["unlabelled"]

@@ -1,4 +1,4 @@
-"""Texts that a teacher of a task makes up: questions of a label, and answers that it gives most often."""
+"""Data augmentation by a task's teacher: synthetic questions for a label, and answers by majority vote."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,19 +18,19 @@ from efftrain.models.decoding.sampling import GREEDY, Sampling
 from efftrain.models.decoding.unrolled import unrolled
 from efftrain.progress import Progress
 
-ROWS = 256  # that are drawn together
+ROWS = 256  # number of texts that are sampled together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """More texts, by the teacher.
+    """Options for texts that a teacher generates.
 
     Attributes:
-      per_label: questions that are drawn of each label.
-      temperature: of what is drawn.
-      threshold: a question stays where the teacher, reading it, is so sure of the label that it was drawn of; an answer
-        where this share of the samples agrees.
-      samples: answers to a prompt, of which the most frequent one counts; of tasks that generate.
+      per_label: number of questions that are sampled for each label.
+      temperature: sampling temperature.
+      threshold: a question is kept if the teacher gives at least this probability to the label for which it was
+        sampled; an answer is kept if at least this share of the samples agrees.
+      samples: for tasks that generate: number of answers to each prompt, of which the most frequent one is used.
     """
 
     per_label: int = 100
@@ -50,13 +50,14 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class MadeUp:
-    """Questions that a teacher made up.
+    """Synthetic questions of a teacher.
 
     Attributes:
-      texts: the new ones.
-      labels: the number of the label that each was drawn of.
-      logits: (n, labels) of the teacher that reads them.
-      counts: ``drawn``, ``kept``, and why the others went: ``cut``, ``known``, ``repeated``, ``unsure``.
+      texts: the questions that were kept.
+      labels: (n,) index of the label for which each question was sampled.
+      logits: (n, labels) of the teacher when it reads the questions.
+      counts: how many questions were ``drawn`` and ``kept``, and how many were removed: ``cut`` (without an end, not
+        text, or too long), ``known``, ``repeated``, ``unsure``.
     """
 
     texts: list[str]
@@ -76,14 +77,17 @@ def synthesise(
     longest: int,
     seed: int,
 ) -> MadeUp:
-    """Draws questions of each label, and keeps those that are new and that the teacher itself takes for that label.
+    """Samples questions for each label, and keeps those that are new and that the teacher assigns to that label.
 
     Args:
-      teacher: trained on ``conditionals`` too.
-      known: texts that must not come: of the test, and those that are there already.
-      length: tokens of the rows in which the teacher reads.
-      longest: tokens of a new text.
-      seed: of what is drawn.
+      teacher: a model that was also trained on ``conditionals``.
+      ids: token ids of the teacher.
+      loss: the loss of the task.
+      options: how many questions are sampled, and which are kept.
+      known: texts that must not occur: those of the test, and those that exist already.
+      length: tokens of the rows in which the teacher reads the questions.
+      longest: maximum number of tokens of a question.
+      seed: seed of the sampling.
 
     Source: the filter by a second opinion of the same model follows Wang et al. 2022 (self-consistency) and Yoo et al.
     2021 (GPT3Mix).
@@ -107,7 +111,7 @@ def synthesise(
             found[same_text(text)] = (text, label)
     texts, labels = [text for text, _ in found.values()], np.array([label for _, label in found.values()], np.int32)
     items = questions(ids, texts)
-    fit = np.array([len(item) <= length for item in items], bool)  # read again, a text may have more tokens than drawn
+    fit = np.array([len(item) <= length for item in items], bool)  # a text may have more tokens than were sampled
     logits = np.zeros((len(texts), loss.n_labels), np.float32)
     if fit.any():
         logits[fit] = predict(teacher, loss, [item for item, f in zip(items, fit, strict=True) if f], length=length)
@@ -126,7 +130,7 @@ def answer(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[str]:
-    """The completion of each prompt; one that does not end within ``longest`` tokens is cut there."""
+    """Generates the answer to each prompt; an answer that does not end within ``longest`` tokens is cut there."""
     encoded = [[ids.end_of_text_id, *tokens, ids.answer] for tokens, _ in ids.encode(prompts)]
     drawn = _draw(model, ids, encoded, longest, sampling, seed)
     return [ids.decode(_up_to_end(ids, tokens)) for tokens in drawn]
@@ -135,7 +139,10 @@ def answer(
 def agreed_answers(
     model: Decoder, ids: TaskIds, prompts: Sequence[str], options: Augmentation, *, longest: int, seed: int
 ) -> tuple[list[str | None], dict[str, int]]:
-    """The most frequent of several answers to each prompt; None where too few agree. And how many did.
+    """Generates several answers to each prompt and takes the most frequent one.
+
+    Returns:
+      The answers, None where too few samples agree, and how many prompts were ``asked``, ``unsure`` and ``kept``.
 
     Source: Wang et al. 2022 (self-consistency).
     """
@@ -148,7 +155,7 @@ def agreed_answers(
 
 
 def majority(answers: Sequence[str], share: float) -> str | None:
-    """The most frequent answer, of equals the first one; None where it has less than ``share`` of them, or is empty."""
+    """The most frequent answer, the first one of a tie; None if a smaller share agrees, or if the answer is empty."""
     text, n = Counter(answers).most_common(1)[0]
     return text if n >= share * len(answers) and text.strip() else None
 
@@ -161,7 +168,10 @@ def _draw(
     sampling: Sampling,
     seed: int,
 ) -> list[np.ndarray]:
-    """(longest,) tokens behind each prompt; behind the first end of text they repeat it. One shape, compiled once."""
+    """Samples (longest,) tokens after each prompt; after the first end of text, that token is repeated.
+
+    All batches have the same shape, so that one program is compiled.
+    """
     lengths = np.array([len(p) for p in prompts], np.int32)
     padded = np.zeros(
         (-(-len(prompts) // ROWS) * ROWS if len(prompts) > ROWS else len(prompts), lengths.max()), np.int32
@@ -190,7 +200,7 @@ def _draw(
 
 
 def _text(ids: TaskIds, tokens: np.ndarray) -> str | None:
-    """None where it has no end, nothing in it, or something that is no text."""
+    """The text of sampled tokens; None if it has no end, is empty, or contains what is not text."""
     before = _up_to_end(ids, tokens)
     if len(before) == len(tokens) or (before >= ids.answer).any():
         return None
