@@ -1,4 +1,4 @@
-"""One run on a corpus from its batches to its scorecard, and variants of it side by side.
+"""Experiments: one training run on a corpus with its scorecard, and the comparison of several variants over seeds.
 
-Recipes and recovery training call it. It may import ``measure``, ``train`` and what these import.
+Recipes and the training after pruning call it. It may import ``measure``, ``train`` and what these import.
 """

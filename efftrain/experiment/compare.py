@@ -1,4 +1,4 @@
-"""Variants of an experiment side by side: the same seeds and data for all, the mean and the spread of each figure."""
+"""Comparison of variants of an experiment with the same seeds and data: mean and spread of each figure."""
 
 import contextlib
 import itertools
@@ -21,18 +21,18 @@ from efftrain.progress import console
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.run.directory import environment
 
-LAST_ROWS = 50  # training rows behind the figures of the last steps
+LAST_ROWS = 50  # number of rows of the training metrics over which the figures of the last steps are averaged
 COLUMNS = ("bpb", "train_flops", "train_tokens_per_s", "parameters_active", "parameters_total", "decode_s_per_token_b1")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scorecards of variants, those of a variant in the order of the seeds.
+    """The scorecards of several variants, each trained with several seeds.
 
     Attributes:
-      seeds: of parameters and data; variants with one seed read the same batches.
-      cards: variant -> its scorecards.
-      last: variant -> training figure -> its mean over the last rows, for each seed.
+      seeds: seeds of parameters and data; runs with the same seed read the same batches.
+      cards: the scorecards of each variant, by its name, in the order of the seeds.
+      last: mean of each training metric over the last rows of the log: variant -> metric -> one value per seed.
     """
 
     seeds: tuple[int, ...]
@@ -40,21 +40,21 @@ class Comparison:
     last: Mapping[str, dict[str, list[float]]]
 
     def mean(self, variant: str, figure: str) -> float:
-        """Over the seeds."""
+        """Mean of a figure over the seeds."""
         return statistics.fmean(self._values(variant, figure))
 
     def spread(self, variant: str, figure: str) -> float:
-        """Sample standard deviation over the seeds; 0 where there is one."""
+        """Sample standard deviation of a figure over the seeds; 0 if there is only one seed."""
         return _sd(self._values(variant, figure))
 
     def gap(self, better: str, worse: str, figure: str = "bpb") -> tuple[float, float]:
-        """By how much ``better`` is below ``worse``, seed by seed: mean, and sample standard deviation."""
+        """How far ``better`` is below ``worse``, paired by seed: mean and sample standard deviation of the gaps."""
         pairs = zip(self._values(better, figure), self._values(worse, figure), strict=True)
         gaps = [high - low for low, high in pairs]
         return statistics.fmean(gaps), _sd(gaps)
 
     def as_json(self) -> dict[str, Any]:
-        """Every figure that all seeds have, with its values; the environment of this process and of the runs."""
+        """All figures that every run has, with mean, spread and values; environments of this process and the runs."""
 
         def rows(name: str) -> dict[str, Any]:
             first, *others = self.cards[name]
@@ -84,7 +84,7 @@ class Comparison:
         path.write_text(json.dumps(finite_json(self.as_json() | more), indent=1, allow_nan=False) + "\n")
 
     def table(self) -> Table:
-        """A row a variant, figures as mean and spread."""
+        """A table with a row per variant; figures are shown as mean and standard deviation."""
         splits = sorted({card.figures["bpb"].split for cards in self.cards.values() for card in cards} - {""})
         caption = f"mean +- standard deviation over seeds {', '.join(map(str, self.seeds))}"
         rows = Table("model", caption="; ".join([caption, *(f"quality on the {split} split" for split in splits)]))
@@ -106,12 +106,12 @@ class Comparison:
         return f"{show(mean)} +- {show(spread)}" if figure.method == "measured" else show(mean)
 
     def _values(self, variant: str, figure: str) -> list[float]:
-        """NaN where a run has none, such as the quality of one that diverged."""
+        """The figure of each seed; NaN if a run has no value, such as the quality of a run that diverged."""
         return [card.value(figure) for card in self.cards[variant]]
 
 
 def on_test(card: Scorecard, config: Experiment) -> Scorecard:
-    """The card of a run with its quality on the test split, which nobody has looked at while it was trained."""
+    """The scorecard of a run with its quality on the test split, which was not used during training."""
     return reported(card, config.out, config.corpus, config.training)
 
 
@@ -124,23 +124,29 @@ def compare(
     complete: Callable[[Experiment], Experiment] = lambda config: config,
     report: Callable[[Scorecard, Experiment], Scorecard] = on_test,
 ) -> Comparison:
-    """Runs what has not been run, one after the other, in ``out/VARIANT-seedN``.
+    """Trains every variant with every seed, one after the other, in ``out/VARIANT-seedN``, and compares them.
 
-    An interrupted comparison continues: runs that have a scorecard are read, the others go on from their checkpoint.
-    Several processes may share the work by seeds; a last one reads them all.
+    An interrupted comparison continues: finished runs are read, and unfinished runs continue from their checkpoint. To
+    share the work, several processes may each take some of the seeds; a last call with all seeds then reads the runs.
 
     Args:
       variants: complete configurations by name; ``out`` and the seed of each are replaced.
-      train: makes the scorecard of one.
-      complete: what is known of a configuration only with its directory and seed.
-      report: gives a card the quality that is compared. By default on the test split, see ``on_test``.
+      train: trains one configuration and returns its scorecard.
+      out: the folder of the runs.
+      seeds: the seeds of every variant.
+      complete: completes a configuration with what depends on its directory and seed.
+      report: returns a scorecard with the quality that is compared. The default measures it on the test split; see
+        ``on_test``.
+
+    Returns:
+      The comparison.
 
     Raises:
       ConfigError: a corpus has neither a test split nor a validation split.
       RunError: a directory holds a run of another configuration, of other inputs, or a finished one of other code.
     """
-    for variant in variants.values():  # before anything is trained
-        with contextlib.suppress(CorpusError):  # one that cannot be opened is the business of whoever trains
+    for variant in variants.values():  # a missing split must fail before anything is trained
+        with contextlib.suppress(CorpusError):  # ``train`` reports a corpus that cannot be opened
             reporting(variant.corpus, variant.training.length)
     cards: dict[str, list[Scorecard]] = {name: [] for name in variants}
     last: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
@@ -156,7 +162,7 @@ def compare(
 
 
 def _sd(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 of one value, NaN where a value is none."""
+    """Sample standard deviation; 0 for a single value, NaN if a value is NaN."""
     if any(map(math.isnan, values)):
         return math.nan
     return statistics.stdev(values) if len(values) > 1 else 0.0
@@ -169,14 +175,14 @@ def _last_figures(run: Path) -> dict[str, float]:
 
 
 def equal_quality_flops(points: Sequence[tuple[float, float]], bpb: float) -> float | None:
-    """FLOPs at which a family of models reaches ``bpb``, between its members straight in log FLOPs.
+    """FLOPs at which a family of models reaches a given quality, interpolated linearly in log FLOPs.
 
     Args:
-      points: (FLOPs, bpb) of each member, in any order; more FLOPs give a lower bpb.
-      bpb: of the model that is compared.
+      points: (FLOPs, bits per byte) of each member, in any order; more FLOPs give fewer bits per byte.
+      bpb: bits per byte of the model that is compared.
 
     Returns:
-      None where the quality lies outside of the family: better than its best, or worse than its worst.
+      The FLOPs. None if the quality is better than that of the best member or worse than that of the worst.
     """
     ordered = sorted(points)
     for (less, high), (more, low) in itertools.pairwise(ordered):

@@ -1,4 +1,4 @@
-"""What recipes share: one run on a corpus from its batches to its scorecard."""
+"""One training run on a corpus, from its batches to its scorecard: the part that all recipes share."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -44,11 +44,13 @@ from efftrain.train.start import check_start
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What every recipe's configuration has; a recipe adds fields of its own.
+    """The fields that every recipe's configuration has; a recipe adds its own.
 
     Attributes:
-      corpus: a folder that a script under data/ made.
-      out: the run directory; the same command continues what it finds there.
+      model: configuration of the model.
+      training: configuration of the training.
+      corpus: folder of a corpus, as a script under data/ writes it.
+      out: run directory; if it holds an unfinished run, the same command continues it.
     """
 
     model: ModelConfig
@@ -79,26 +81,30 @@ def train_and_score(
     rules: ShardingRules = DEFAULT_RULES,
     sinks: Sequence[MetricSink] = (),
 ) -> tuple[Decoder, Scorecard]:
-    """Trains on the corpus, or continues; evaluates on its validation split; leaves ``scorecard.json`` in the run.
+    """Trains a model on a corpus, evaluates it on the validation split and writes ``scorecard.json`` into the run.
 
-    Where the corpus has no validation split, the quality in the scorecard is not measured, and a warning says so. What
-    compares models or chose one of them takes their quality from other rows afterwards: see ``reported``.
+    An unfinished run is continued. If the corpus has no validation split, a warning is printed and the scorecard has no
+    quality. Code that compares models, or that chose one by this quality, must report the quality on other rows; see
+    ``reported``.
 
-    Of several processes (``sharding.hosts``) each feeds its part of the batches, and the first one writes.
+    With several processes (``sharding.hosts``), each process feeds its part of the batches, and the first one writes.
 
     Args:
-      config: of the run.
+      config: configuration of the run.
       build, objective, wrap, initial: see ``fit``.
-      source: the run that ``initial`` makes its model from, whose tokenizer must be that of the corpus.
-      part: what is read of the corpus, and what its teacher says of it. None: all of it, and no teacher.
-      evaluated_rows: of the validation split. None: all.
+      source: the run whose model ``initial`` starts from; its tokenizer must be that of the corpus.
+      part: which part of the corpus is read, and the teacher's predictions for it. None: all of it, without a teacher.
+      evaluated_rows: number of rows of the validation split. None: all.
       script: see ``Run``.
       rules: see ``fit``.
-      extra_flops: that the objective spends on a token beside the model: further exits, a teacher.
+      extra_flops: FLOPs per token that the objective spends in addition to the model, for example on a teacher.
       sinks: see ``fit``.
 
+    Returns:
+      The trained model and its scorecard.
+
     Raises:
-      EfftrainError: what ``fit``, ``Run`` and ``data`` refuse.
+      EfftrainError: see ``fit``, ``Run`` and ``data``.
     """
     hosts.connect()
     training = config.training
@@ -106,7 +112,7 @@ def train_and_score(
         corpus = data.open(config.corpus)
         corpus.check_model(config.model.vocab_size)
         begun = has_begun(config.out)
-        if not begun:  # it goes on without the run that it started from
+        if not begun:  # a run that has begun no longer needs the run that it started from
             check_start(training, config.model, config.corpus)
             if source is not None:
                 check_tokenizer(source, config.corpus)
@@ -124,9 +130,9 @@ def train_and_score(
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
     batches = data.batches(loader, *mine, verify=False)
-    run = _open(config, script)  # writes: after all that may be refused
+    run = _open(config, script)  # writes files, so that everything that may raise an error comes before
     if hosts.process_index() == 0 and not (begun and (run.path / TOKENIZER).exists()):
-        # What its tokens mean, for whoever uses the model without the corpus.
+        # A copy of the tokenizer, to use the model without the corpus.
         shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
     fitted = fit(
         build,
@@ -162,7 +168,9 @@ def train_and_score(
 
 
 def _evaluator(corpus: data.Corpus, rows: HeldOut, batch_size: int, part: tuple[int, int]) -> Evaluator | None:
-    """None where the corpus has no such split. Other reasons to fail are found now, and not after the last step.
+    """The evaluator of the rows; None, with a warning, if the corpus has no such split.
+
+    It reads the split at once, so that other errors appear before the training and not after it.
 
     Raises:
       ConfigError: the split is shorter than one row.
@@ -182,13 +190,16 @@ def _evaluator(corpus: data.Corpus, rows: HeldOut, batch_size: int, part: tuple[
 def reported(
     card: Scorecard, run: Path, corpus: Path, training: Training, *, rows: int | None = None, chosen: int = 0
 ) -> Scorecard:
-    """The card of a finished run with the quality on rows that nothing was chosen on; the run keeps it.
+    """Adds to a finished run's scorecard the quality on rows on which nothing was chosen, and writes it into the run.
 
     Args:
-      card: of the run; where it has these figures already, nothing is measured.
-      run: of which the newest checkpoint is read.
+      card: scorecard of the run; if it has the quality on these rows already, nothing is measured.
+      run: run directory, whose newest checkpoint is read.
       corpus, rows, chosen: see ``held_out.reporting``.
-      training: its length, batch size and mesh.
+      training: gives the length, the batch size and the mesh of the evaluation.
+
+    Returns:
+      The scorecard with the new quality.
     """
     with hosts.together():
         held_out = reporting(corpus, training.length, rows, chosen=chosen, batch_size=training.batch_size)
@@ -208,10 +219,10 @@ def reported(
 
 
 def finished(config: Experiment) -> Scorecard | None:
-    """The scorecard of a run that is done; None where ``train_and_score`` has something to do.
+    """The scorecard of a finished run; None if ``train_and_score`` still has to run.
 
     Raises:
-      RunError: the directory holds a run of another configuration, of other inputs or, when finished, of other code.
+      RunError: the directory holds a run with another configuration or other inputs, or a finished run of other code.
     """
     hosts.connect()
     path = config.out / FILE_NAME
@@ -223,10 +234,10 @@ def finished(config: Experiment) -> Scorecard | None:
 
 def _open(config: Experiment, script: Path | None = None) -> Run:
     with hosts.together():
-        inputs = input_contents(config) if hosts.process_index() == 0 else {}  # the one that writes compares them
+        inputs = input_contents(config) if hosts.process_index() == 0 else {}  # only the writer compares them
     return Run(config.out, config, script=script, inputs=inputs)
 
 
 def _with_earlier(card: Scorecard, path: Path) -> Scorecard:
-    """With the figures that others added to the card of this finished run."""
+    """The scorecard with the figures that were added to an earlier scorecard of the same run."""
     return replace(card, figures=Scorecard.read(path).figures | card.figures) if path.exists() else card
