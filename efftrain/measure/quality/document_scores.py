@@ -1,7 +1,7 @@
-"""Bits per byte of every document under a trained model: the signal of perplexity pruning.
+"""Scores every document by its bits per byte under a trained model, for perplexity-based data pruning.
 
-A small reference model is enough to choose the training text of a larger one (Ankner et al. 2024, 2405.20541).
-``data.rules.score_table.ScoreTable`` is the rule that reads what is written here.
+A small reference model is enough to choose the training text of a larger one (Ankner et al. 2024, 2405.20541). The rule
+``data.rules.score_table.ScoreTable`` reads the table that this module writes.
 """
 
 import itertools
@@ -33,13 +33,19 @@ from efftrain.train.objectives.objective import Batch
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-POOL_ROWS = 256  # rows that are packed together: enough short documents to fill the gaps that long ones leave
+POOL_ROWS = 256  # number of rows that are packed together, so that short documents fill the gaps of long ones
 _WRITE_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """``bits_per_byte`` is None where the text has no byte."""
+    """The score of one document.
+
+    Attributes:
+      id: id of the document.
+      bits_per_byte: bits per byte of its text; None if the text is empty.
+      n_bytes: bytes of its text in UTF-8.
+    """
 
     id: str
     bits_per_byte: float | None
@@ -49,7 +55,7 @@ class DocumentScore:
 def score_documents(
     model: Decoder, corpus: Corpus, split: str, out: Path | str, *, length: int | None = None, batch_size: int = 16
 ) -> int:
-    """Scores the documents of a corpus's split and writes the table. See ``document_scores`` and ``write_scores``.
+    """Scores the documents of a split of a corpus and writes the table; see ``document_scores`` and ``write_scores``.
 
     Returns:
       The number of documents.
@@ -75,25 +81,25 @@ def document_scores(
     batch_size: int = 16,
     end_of_text: str | None = None,
 ) -> Iterator[DocumentScore]:
-    """Yields the score of each document, in their order.
+    """Yields the score of each document, in the order of the documents.
 
-    A document is read from its beginning, after the end of text, in consecutive windows of ``length`` tokens; the
-    first token of a window is predicted from the last one of the window before. The nats of all its tokens are summed;
-    the end of the text is not among them. What else stands in a row or a batch has no part in it. What a source skips,
-    and text that is not Unicode (half a surrogate pair), has no score: it never becomes part of a corpus. A file that
-    cannot be read to its end is an error.
+    A document is read from its beginning, after an end-of-text token, in consecutive windows of ``length`` tokens; the
+    first token of a window is predicted from the last token of the window before. The nats of all tokens of the
+    document are summed, without those of the end of the text. Other documents in the same row or batch have no
+    influence on a score. Documents that a source skips, and text that is not valid Unicode (half a surrogate pair), get
+    no score, because they never become part of a corpus.
 
     Args:
-      model: for example of ``efftrain.load``. One process.
-      documents: of a corpus, or of a source before anything was removed.
-      tokenizer: the one that the model was trained with.
+      model: the model, for example from ``efftrain.load``, in a single process.
+      documents: documents of a corpus, or of a source before anything was removed.
+      tokenizer: the tokenizer that the model was trained with.
       length: tokens per window and row. None: the model's ``max_length``.
       batch_size: rows per step.
       end_of_text: the token before each document. None: the one that ``find_end_of_text`` finds.
 
     Raises:
       ConfigError: the tokenizer does not belong to the model, or ``length`` or ``batch_size`` is impossible.
-      CorpusError: the source lost a file.
+      CorpusError: a file of the source cannot be read to its end.
     """
     length = model.config.max_length if length is None else length
     if not 1 <= length <= model.config.max_length:
@@ -118,7 +124,7 @@ def _document_scores(
         pending = None
         for batch, owners in _batches(streams, length, batch_size):
             dispatched = _target_nats(graph, state, batch), owners
-            # One batch late: the device works on this one while the host adds up the one before.
+            # The sums are read one batch late, so that the device works on this batch meanwhile.
             _add(nats, pending)
             pending = dispatched
         _add(nats, pending)
@@ -128,13 +134,13 @@ def _document_scores(
 
 
 def write_scores(scores: Iterable[DocumentScore], out: Path | str) -> int:
-    """Writes a Parquet table of ``id``, ``bits_per_byte`` and ``n_bytes``, which is complete or not there.
-
-    Raises:
-      InUseError: another process writes it.
+    """Writes a Parquet table of ``id``, ``bits_per_byte`` and ``n_bytes``; the file appears when it is complete.
 
     Returns:
       The number of rows.
+
+    Raises:
+      InUseError: another process is writing the table.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -153,14 +159,14 @@ def write_scores(scores: Iterable[DocumentScore], out: Path | str) -> int:
     return n_rows
 
 
-Encoded = tuple[str, int, np.ndarray]  # id, bytes of text, the end of text and the tokens
-Window = tuple[int, int, int]  # number of the stream, first token, tokens
+Encoded = tuple[str, int, np.ndarray]  # id, bytes of text, and the tokens after an end of text
+Window = tuple[int, int, int]  # index of the stream, first token, number of tokens
 
 
 def _encoded(
     documents: Iterable[Document | Skipped], tokenizer: "Tokenizer", end_of_text: str | None
 ) -> Iterator[Encoded]:
-    # The tokenizer works on batches of documents: tee holds those that it is ahead.
+    # The tokenizer reads ahead in batches of documents; ``tee`` holds the documents in between.
     sized, texts = itertools.tee(_sized(documents))
     for (document, n_bytes), tokens in zip(
         sized, encode_documents(tokenizer, (document.text for document, _ in texts), end_of_text), strict=True
@@ -184,7 +190,7 @@ def _sized(documents: Iterable[Document | Skipped]) -> Iterator[tuple[Document, 
 
 
 def _pools(encoded: Iterable[Encoded], n_tokens: int) -> Iterator[list[Encoded]]:
-    """Whole documents, together at least ``n_tokens``."""
+    """Groups whole documents into pools of at least ``n_tokens`` tokens."""
     pool: list[Encoded] = []
     held = 0
     for item in encoded:
@@ -198,11 +204,11 @@ def _pools(encoded: Iterable[Encoded], n_tokens: int) -> Iterator[list[Encoded]]
 
 
 def pack_windows(sizes: Iterable[int], length: int) -> list[list[Window]]:
-    """Cuts streams into windows and puts these into rows, the longest first, each into the fullest row that holds it.
+    """Cuts streams into windows and packs the windows into rows (best fit, longest window first).
 
     Args:
-      sizes: targets of each stream.
-      length: the longest window, and the size of a row.
+      sizes: number of targets of each stream.
+      length: size of a row, and of the longest window.
 
     Returns:
       The windows (stream, start, size) of each row.
@@ -226,7 +232,7 @@ def pack_windows(sizes: Iterable[int], length: int) -> list[list[Window]]:
 
 
 def _batches(streams: list[np.ndarray], length: int, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Batches of (batch_size, length), and which stream each target belongs to, -1 for none."""
+    """Batches of arrays (batch_size, length), with the index of the stream of each target; -1 at padding."""
     rows = pack_windows([len(stream) - 1 for stream in streams], length)
     for first in range(0, len(rows), batch_size):
         shape = batch_size, length
@@ -245,7 +251,7 @@ def _batches(streams: list[np.ndarray], length: int, batch_size: int) -> Iterato
 
 
 def _add(nats: np.ndarray, computed: tuple[Array, np.ndarray] | None) -> None:
-    """Adds a batch's target nats to those of their streams, in float64."""
+    """Adds the nats of a batch's targets to the sums of their streams, in float64."""
     if computed is not None:
         target_nats, owners = computed
         real = owners >= 0
@@ -254,7 +260,7 @@ def _add(nats: np.ndarray, computed: tuple[Array, np.ndarray] | None) -> None:
 
 @partial(jax.jit, static_argnums=0)
 def _target_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
-    """Nats of each target, (batch, length) float32, in chunks: the logits of a batch never exist."""
+    """Nats of each target, (batch, length) float32, in chunks, so that the logits never exist all at once."""
     model = nnx.merge(graph, state)
     hidden_btd, _ = model.hidden(batch["tokens"], segments_bt=batch["segments"], positions_bt=batch["positions"])
 

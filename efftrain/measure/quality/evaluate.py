@@ -1,4 +1,4 @@
-"""Bits per byte on held-out text: the one quality figure that compares models with different tokenizers."""
+"""Evaluation in bits per byte on held-out text, a figure that compares models with different tokenizers."""
 
 import itertools
 import math
@@ -25,30 +25,30 @@ from efftrain.sharding.rules import activation_axes
 from efftrain.train.objectives.objective import Batch, next_token_loss
 from efftrain.train.supervision.interruption import end_if_asked
 
-SHOW_AFTER_S = 2.0  # a shorter evaluation shows no progress
-_BASE, _FRACTION = 256, 3  # of the digits of bytes per token
+SHOW_AFTER_S = 2.0  # seconds after which a progress bar appears
+_BASE, _FRACTION = 256, 3  # base of the digits of bytes per token, and number of digits after the point
 NumpyBatch = Mapping[str, np.ndarray]
 
 
 class Evaluator:
-    """A model's bits per byte (and nats per token) on a fixed set of rows.
+    """Evaluates a model's bits per byte and nats per token on a fixed set of rows.
 
-    Bits per byte are the nats of all counted targets / ln 2 / the bytes of text that these targets stand for. Special
-    tokens have nats and no bytes: a model pays for the ends of documents.
+    Bits per byte are the nats of all counted targets / ln 2 / the bytes of text of these targets. Special tokens have
+    nats but no bytes, so that the ends of documents cost a model bits.
 
-    A model that drops tokens because of others (``MlpConfig.independent_tokens``) is evaluated as it is; its figures
-    then depend on which rows are in a batch together, and on how many.
+    A model that drops tokens depending on other tokens (``MlpConfig.independent_tokens`` is False) is evaluated in the
+    same way; its figures then depend on which and how many rows are in a batch together.
 
-    Compiled once for each shape of batch and model, whatever the parameters. Of several processes each gives its part
-    of every batch (``train.loop.batch_part``), within the ``fit`` that trains the model, and all get the same figures.
+    The program is compiled once for each shape of batch and model. With several processes, each gives its part of every
+    batch (``train.batches.batch_part``) within the ``fit`` that trains the model, and all get the same figures.
 
     Args:
-      batches: starts a fresh pass over the rows; a batch has ``tokens``, ``targets``, ``segments``, ``positions``:
-        (batch, length) int32, and ``mask``: bool, False where the target does not count. A last batch that is filled up
-        with rows of mask False avoids compiling another shape.
-      token_bytes: (tokenizer's vocabulary,) bytes of text of each token, 0 for special tokens:
-        ``Corpus.token_bytes`` of the split that the rows are of.
-      max_batches: stop after so many. None: all.
+      batches: starts a new pass over the rows. A batch has ``tokens``, ``targets``, ``segments`` and ``positions``,
+        (batch, length) int32, and ``mask``, bool, False where the target does not count. Fill up the last batch with
+        rows of mask False to avoid compiling another shape.
+      token_bytes: (vocabulary of the tokenizer,) bytes of text of each token, 0 for special tokens;
+        ``Corpus.token_bytes`` of the split of the rows.
+      max_batches: maximum number of batches. None: all.
     """
 
     def __init__(
@@ -60,13 +60,16 @@ class Evaluator:
         self._byte_digits_kv = byte_digits(token_bytes)
 
     def __call__(self, model: Decoder) -> dict[str, float]:
-        """``bpb`` in bits per byte, ``loss`` in nats per target.
+        """Evaluates a model.
 
-        A model of routed depth is evaluated as it decodes, with ``mean_depth`` in layers a token, and beside it as it
-        was trained, looking ahead: ``bpb_look_ahead``, ... One that cannot decode has these alone.
+        Returns:
+          ``bpb`` in bits per byte and ``loss`` in nats per target. A model with routed depth is evaluated with the
+          causal routing of decoding, which also gives ``mean_depth`` in layers per token, and a second time with the
+          routing of training, which looks ahead: ``bpb_look_ahead``, ``loss_look_ahead``, ... A model that cannot route
+          causally has only the latter figures.
 
         Raises:
-          CorpusError: the rows have no target that stands for text.
+          CorpusError: no target of the rows has any text.
           ConfigError: a target is outside of the tokenizer's vocabulary.
         """
         if not has_routed_depth(model):
@@ -84,7 +87,7 @@ class Evaluator:
             self._check(batch)
             dispatched = batch_nats(graph, state, _place(batch), self._byte_digits_kv)
             end_if_asked()
-            # One batch late: the device works on this one while the host waits for the one before.
+            # The sums are read one batch late, so that the device works on this batch meanwhile.
             total += np.asarray(pending, np.float64)
             pending = dispatched
         nats, n_targets, passes, n_tokens, *digits = total + np.asarray(pending, np.float64)
@@ -110,9 +113,15 @@ class Evaluator:
 
 
 def byte_digits(token_bytes: np.ndarray) -> np.ndarray:
-    """(digits, vocabulary) int32: the whole bytes of each token, then the digits of the fraction to base 256.
+    """Splits the bytes of each token into integers: the whole bytes, then the digits of the fraction to base 256.
 
-    Their sums over a batch are exact in int32, where those of float32 are not; whole numbers have no further digits.
+    Sums of these integers over a batch are exact in int32, while sums in float32 would not be.
+
+    Args:
+      token_bytes: (vocabulary,) integers or floats.
+
+    Returns:
+      (digits, vocabulary) int32; integers have only one digit.
     """
     if np.issubdtype(np.asarray(token_bytes).dtype, np.integer):
         return np.asarray(token_bytes, np.int32)[None]
@@ -123,10 +132,12 @@ def byte_digits(token_bytes: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, byte_digits_kv: Array) -> tuple[Array, ...]:
-    """Of a batch's counted targets: the sum of their nats, () float32, and their number, () int32.
+    """Sums nats, counts and bytes over the counted targets of a batch.
 
-    Then, of routed depth, the layers that tokens passed in a routed block, and the number of such tokens; else zeros.
-    At the end the sums of each of the targets' ``byte_digits``, three () int32 each: see ``ops.counts``.
+    Returns:
+      The sum of the nats of the targets, () float32, and the number of targets, () int32. Then, for routed depth, the
+      number of layers that tokens passed in routed blocks, and the number of such tokens; otherwise zeros. Then, for
+      each of the ``byte_digits``, its sum over the targets as three () int32; see ``ops.counts``.
     """
     metrics = next_token_loss(nnx.merge(graph, state), batch, None)[2]
     digits_kb = jnp.where(batch["mask"], byte_digits_kv[:, batch["targets"]], 0).sum(-1)
@@ -136,7 +147,7 @@ def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, byte_digits_
 
 
 def _place(batch: NumpyBatch) -> Batch:
-    """This process's rows as parts of global arrays; as they are where there is one process."""
+    """Makes global arrays of the rows of all processes; with a single process the rows stay as they are."""
     if hosts.process_count() == 1:
         return dict(batch)
     spec = PartitionSpec(activation_axes("batch") or None, activation_axes("length") or None)
@@ -147,7 +158,7 @@ def _place(batch: NumpyBatch) -> Batch:
 
 
 def _show(batches: Iterable[NumpyBatch], total: int | None) -> Iterator[NumpyBatch]:
-    """Yields the batches, under a progress line from the moment that it takes long."""
+    """Yields the batches, with a progress bar once the evaluation has taken ``SHOW_AFTER_S``."""
     start = time.monotonic()
     progress = None
     with ExitStack() as stack:

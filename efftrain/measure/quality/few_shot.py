@@ -1,4 +1,4 @@
-"""Few-shot scoring: a model not trained on a task reads examples, and says how likely each label's name is."""
+"""Few-shot scoring: a model that was not trained on a task reads examples and scores the name of each label."""
 
 import statistics
 import time
@@ -20,20 +20,20 @@ from efftrain.models.decoding.generate import prefill
 from efftrain.models.decoding.unrolled import unrolled
 from efftrain.ops.cross_entropy import token_nll
 
-NO_CONTENT = "N/A"  # stands for a question when the prior of the labels is asked
-_BUCKET = 32  # prompts are padded to a multiple of so many tokens: few shapes are compiled
+NO_CONTENT = "N/A"  # the question without content that measures the prior of the labels
+_BUCKET = 32  # prompts are padded to a multiple of this number of tokens, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
 class FewShot:
-    """Scores of labels for questions, and the examples that were shown.
+    """Scores of the labels for each text, and the size of the prompt.
 
     Attributes:
-      logits_nl: (n, labels): log likelihood of a label's name behind prompt and question, less that behind the prompt
-        and no question.
-      shots: examples in the prompt: as many as were wanted, or fit.
-      prompt_tokens: of the examples.
-      latency_s: of one text, the examples read again: the median.
+      logits_nl: (n, labels), log likelihood of a label's name after the prompt and the question, minus that after the
+        prompt and a question without content.
+      shots: number of examples in the prompt: as many as were asked for, or as fit.
+      prompt_tokens: number of tokens of the prompt with the examples.
+      latency_s: median time for one text, in which the examples are read again, in seconds.
     """
 
     logits_nl: np.ndarray
@@ -52,19 +52,19 @@ def few_shot(
     shots: int,
     end_of_text: str | None = None,
 ) -> FewShot:
-    """Scores every label for every text by in-context likelihood, calibrated by the labels' prior.
+    """Scores every label for every text by its in-context likelihood, calibrated by the prior of the labels.
 
     Args:
-      model: of language, with the tokenizer's vocabulary.
-      tokenizer: of the model.
-      shown: (text, label) pairs, of which the first ones that fit are shown.
-      labels: of the task; their names are read as words.
-      texts: to be scored.
-      shots: examples to show, at most.
+      model: a language model.
+      tokenizer: the tokenizer of the model.
+      shown: (text, label) pairs; the first ones that fit are the examples.
+      labels: the labels of the task; their names are read as words.
+      texts: the texts to score.
+      shots: maximum number of examples.
       end_of_text: the token before the prompt. None: the one that ``find_end_of_text`` finds.
 
     Raises:
-      ConfigError: a text alone is longer than ``max_length``.
+      ConfigError: a text with a label is longer than ``max_length``, even without examples.
 
     Source: contextual calibration by a question without content, Zhao et al. 2021.
     """
@@ -96,7 +96,7 @@ def few_shot(
 
 
 def words(label: str) -> str:
-    """``card_arrival`` as a person would write it."""
+    """The name of a label as words: ``card_arrival`` becomes ``card arrival``."""
     return label.replace("_", " ").strip()
 
 
@@ -106,7 +106,7 @@ def _asked(tokenizer, text: str) -> list[int]:
 
 @partial(jax.jit, static_argnums=0)
 def _likelihoods(graph, state, prompt_1p: Array, length_1: Array, names_lt: Array, lengths_l: Array) -> Array:
-    """(labels,) log likelihood of each name behind the prompt, which is read once for all of them."""
+    """Log likelihood of each name after the prompt, (labels,); the prompt is read once for all names."""
     model = nnx.merge(graph, state)
     n_labels, longest = names_lt.shape
     logits_1v, cache = prefill(model, prompt_1p, length_1, slots=prompt_1p.shape[1] + longest)

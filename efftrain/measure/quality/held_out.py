@@ -1,4 +1,4 @@
-"""Held-out rows: those on which something is chosen, and those on which the result is reported, never the same ones."""
+"""Held-out rows of a corpus: rows for choosing settings, and separate rows for reporting the result."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from efftrain.errors import CorpusError
 from efftrain.measure.quality.evaluate import Evaluator, NumpyBatch
 
 CHOICES, REPORTS = "validation", "test"
-ROWS = 8  # of a batch
+ROWS = 8  # rows per batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Rows of a corpus, in its order.
+    """A range of rows of a split, in the order of the corpus.
 
     Attributes:
-      corpus: its folder.
+      corpus: folder of the corpus.
       length: tokens of a row.
-      split: which one.
-      start: rows that are left out at the beginning; a multiple of the rows of a batch.
-      rows: how many, at least, as batches are read whole. None: all.
-      note: what a reader of the figures must know beside the split.
+      split: name of the split.
+      start: number of rows that are skipped at the beginning; a multiple of the batch size.
+      rows: minimum number of rows, because whole batches are read. None: all.
+      note: what a reader of the figures must know in addition to the split.
     """
 
     corpus: Path
@@ -34,7 +34,12 @@ class HeldOut:
     note: str = ""
 
     def batches(self, batch_size: int = ROWS, part: tuple[int, int] = (0, 1)) -> Iterator[NumpyBatch]:
-        """One pass; ``part`` of the batches is this process's, see ``data.batches``."""
+        """One pass over the rows in batches.
+
+        Args:
+          batch_size: rows of a batch.
+          part: the part of each batch that this process reads; see ``data.batches``.
+        """
         loader = data.LoaderConfig(
             corpora=(data.Part(path=self.corpus),),
             length=self.length,
@@ -54,22 +59,27 @@ class HeldOut:
 
 
 def choosing(corpus: Path, length: int, rows: int | None = None) -> HeldOut:
-    """The first rows of the validation split."""
+    """The rows on which settings are chosen: the first ``rows`` rows of the validation split, or all if None."""
     return HeldOut(corpus=corpus, length=length, split=CHOICES, rows=rows, note=_first(rows))
 
 
 def reporting(
     corpus: Path, length: int, rows: int | None = None, *, chosen: int = 0, batch_size: int = ROWS
 ) -> HeldOut:
-    """Rows of the test split; of a corpus that has none, those of the validation split after the rows of choices.
+    """The rows on which a result is reported: those of the test split.
+
+    If the corpus has no test split of at least one row, the rows are those of the validation split after the rows on
+    which something was chosen, and the note says so.
 
     Args:
-      rows: at least so many. None: all.
-      chosen: the first rows of the validation split, on which something was chosen.
-      batch_size: of the rows that are read together, there and here.
+      corpus: folder of the corpus.
+      length: tokens of a row.
+      rows: minimum number of rows. None: all.
+      chosen: number of rows, from the start of the validation split, on which something was chosen.
+      batch_size: rows of a batch, for the choice and for the report.
 
     Raises:
-      CorpusError: there is neither a test split nor another row of the validation split.
+      CorpusError: the corpus has neither a test split nor further rows in the validation split.
     """
     opened = data.open(corpus, verify=False)
     if REPORTS in opened.splits and opened.n_tokens(REPORTS) > length:

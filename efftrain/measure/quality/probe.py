@@ -1,4 +1,4 @@
-"""A linear probe: how far the features of a frozen model go in a task, without training the model."""
+"""Linear probes: logistic regression on the features of a frozen model, to measure how useful they are for a task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from efftrain.measure.quality.task_scores import accuracy
 from efftrain.models.decoder import Decoder
 
 L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-_BUCKET = 16  # rows are padded to a multiple of so many tokens: few shapes are compiled
+_BUCKET = 16  # rows are padded to a multiple of this number of tokens, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Probe:
     """Multinomial logistic regression on standardised features.
 
     Attributes:
-      weights_fl, bias_l: of the labels' logits.
-      mean_f, scale_f: of the features.
-      l2: the strength that was chosen.
+      weights_fl, bias_l: parameters of the labels' logits, (features, labels) and (labels,).
+      mean_f, scale_f: mean and standard deviation of the features, (features,).
+      l2: strength of the L2 penalty that was chosen.
     """
 
     weights_fl: np.ndarray
@@ -36,7 +36,7 @@ class Probe:
     l2: float
 
     def __call__(self, features_nf: np.ndarray) -> np.ndarray:
-        """(n, labels) logits."""
+        """Logits (n, labels) for features (n, features)."""
         return (features_nf - self.mean_f) / self.scale_f @ self.weights_fl + self.bias_l
 
 
@@ -50,18 +50,18 @@ def fit_probe(
     strengths: Sequence[float] = L2,
     steps: int = 100,
 ) -> Probe:
-    """Fits a probe with each strength and takes the one that is most often right on held-out features.
+    """Fits a probe with each strength of the L2 penalty and returns the most accurate one on held-out features.
 
     Args:
-      features_nf, labels_n: to fit.
-      held_out_nf, held_out_labels_n: to choose by.
-      n_labels: of the task.
-      strengths: of the L2 penalty.
-      steps: of L-BFGS, at most.
+      features_nf, labels_n: features and labels to fit.
+      held_out_nf, held_out_labels_n: features and labels by which the strength is chosen.
+      n_labels: number of labels of the task.
+      strengths: strengths of the L2 penalty to try.
+      steps: maximum number of L-BFGS steps.
     """
     mean, scale = features_nf.mean(0), features_nf.std(0) + 1e-6
     best: tuple[float, Probe] | None = None
-    for l2 in sorted(strengths, reverse=True):  # of equals the strongest
+    for l2 in sorted(strengths, reverse=True):  # of equally accurate ones the strongest is taken
         weights, bias = logistic_regression(
             (features_nf - mean) / scale, labels_n, n_labels=n_labels, l2=l2, steps=steps
         )
@@ -83,10 +83,17 @@ def logistic_regression(
     steps: int = 300,
     tolerance: float = 1e-5,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises ``mean cross entropy + l2 / 2 |weights|^2`` by L-BFGS; the bias is free.
+    """Minimises ``mean cross entropy + l2 / 2 |weights|^2`` by L-BFGS; the bias is not penalised.
+
+    Args:
+      features_nf, labels_n: features and labels.
+      n_labels: number of labels.
+      l2: strength of the penalty.
+      steps: maximum number of steps.
+      tolerance: norm of the gradient at which the minimisation stops.
 
     Returns:
-      (features, labels) and (labels,) float32.
+      Weights (features, labels) and bias (labels,), float32.
     """
     start = jnp.zeros((features_nf.shape[1], n_labels)), jnp.zeros(n_labels)
     fitted = _minimise(start, jnp.asarray(features_nf, jnp.float32), jnp.asarray(labels_n), l2, tolerance, steps)
@@ -114,10 +121,15 @@ def _minimise(start, features_nf, labels_n, l2, tolerance, steps):
 
 
 def frozen_features(model: Decoder, texts: Sequence[np.ndarray], *, batch_size: int = 64) -> np.ndarray:
-    """(n, 2 d_model) float32: the states behind the last layer, the mean over a text's tokens and the last one.
+    """Features of texts from a frozen model: hidden states after the last layer, averaged and at the last token.
 
     Args:
-      texts: (length,) int32 tokens of each, at least one.
+      model: the model.
+      texts: tokens of each text, (length,) int32, at least one.
+      batch_size: number of texts that are read together.
+
+    Returns:
+      (n, 2 d_model) float32: the mean over a text's tokens, then the state of its last token.
     """
     graph, state = nnx.split(model)
     order = np.argsort([len(text) for text in texts], kind="stable")

@@ -1,14 +1,14 @@
-"""Which documents the rows of a corpus are of, and what is measured of tokens as a loss of each document.
+"""Assigns the tokens of rows to documents, and turns figures of tokens into a loss per document.
 
-The tokens of a document are alike, and so are the rows that it goes through: where samples must be independent, the
-sample is a document.
+The tokens of a document resemble each other, and so do the rows that contain it. Statistics that need independent
+samples must therefore take documents as samples.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-Rows = Sequence[Mapping[str, np.ndarray]]  # batches of (batch, length)
+Rows = Sequence[Mapping[str, np.ndarray]]  # batches of arrays (batch, length)
 
 
 def document_numbers(tokens_bt: np.ndarray, segments_bt: np.ndarray, end_of_text_id: int) -> np.ndarray:
@@ -27,7 +27,7 @@ def document_numbers(tokens_bt: np.ndarray, segments_bt: np.ndarray, end_of_text
 
 
 def with_documents(rows: Rows, end_of_text_id: int) -> list[dict[str, np.ndarray]]:
-    """Batches of consecutive rows with ``documents``, (batch, length): see ``document_numbers``."""
+    """Adds ``documents``, (batch, length), to batches of consecutive rows; see ``document_numbers``."""
     tokens, segments = (np.concatenate([row[name] for row in rows]) for name in ("tokens", "segments"))
     numbers = document_numbers(tokens, segments, end_of_text_id)
     ends = np.cumsum([len(row["tokens"]) for row in rows])[:-1]
@@ -35,18 +35,21 @@ def with_documents(rows: Rows, end_of_text_id: int) -> list[dict[str, np.ndarray
 
 
 def after_tuning(rows: Rows, n_tuning: int) -> list[dict[str, np.ndarray]]:
-    """The batches after the first ``n_tuning``; a document that began in those is -1 in ``documents``, like padding."""
+    """The batches after the first ``n_tuning``; documents that began in these first ones get -1, like padding."""
     tuned = max(row["documents"].max() for row in rows[:n_tuning])
     return [{**r, "documents": np.where(r["documents"] > tuned, r["documents"], -1)} for r in rows[n_tuning:]]
 
 
 def losses_by_document(differs: np.ndarray, counted: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """(documents,) float64: the share of each document's counted tokens that differ; of those that have any.
+    """For each document with counted tokens, the share of these tokens that differ.
 
     Args:
-      differs: bool.
-      counted: bool of the same shape, which tokens count.
-      documents: of the same shape, the number of each token's document; tokens of -1 do not count.
+      differs: bool, any shape.
+      counted: bool of the same shape, True for tokens that count.
+      documents: integers of the same shape, the number of each token's document; tokens with -1 do not count.
+
+    Returns:
+      (documents,) float64.
     """
     counted = counted & (documents >= 0)
     numbers = documents[counted]
@@ -56,6 +59,6 @@ def losses_by_document(differs: np.ndarray, counted: np.ndarray, documents: np.n
 
 
 def count_documents(rows: Rows) -> int:
-    """Documents of which a token counts."""
+    """Number of documents with at least one token that counts."""
     mask, documents = (np.concatenate([row[name] for row in rows]) for name in ("mask", "documents"))
     return len(losses_by_document(mask, mask, documents))

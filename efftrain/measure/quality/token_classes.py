@@ -1,4 +1,4 @@
-"""What kind of text a token stands for: where a model's depth goes is told by class."""
+"""Classes of tokens by their text, such as words and numbers, for figures that are reported by class."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,16 @@ CLASSES = ("special", "space", "number", "word", "punctuation")
 
 
 def token_classes(texts: list[str]) -> np.ndarray:
-    """(vocabulary,) int32 index into ``CLASSES``, by the text of each token.
+    """The class of each token of a vocabulary.
 
-    A special token has the text "". A token of several kinds counts by the first that it has any of: digits, letters
-    (and the underscore), other characters, white space.
+    A token with several kinds of characters has the class of the first kind that occurs in it, in this order: digits,
+    letters (and the underscore), other characters, white space.
+
+    Args:
+      texts: text of each token; "" for special tokens.
+
+    Returns:
+      (vocabulary,) int32 indices into ``CLASSES``.
     """
     kinds: tuple[tuple[str, Callable[[str], bool]], ...] = (
         ("number", lambda c: c.isdigit()),

@@ -1,16 +1,17 @@
-"""The quality of a model that knows how frequent each token is, and nothing else: what every other model gains on."""
+"""The quality of a unigram model, which only knows the frequency of each token: a baseline for every other model."""
 
 import numpy as np
 
 from efftrain.data.corpus import Corpus, TokenStream
 
-CHUNK = 1 << 20  # tokens read at once
+CHUNK = 1 << 20  # number of tokens that are read at once
 
 
 def unigram_bpb(corpus: Corpus, *, split: str = "validation") -> float:
-    """Bits per byte of a split by the frequencies of the training split, each count one larger.
+    """Bits per byte of a split under the token frequencies of the training split, with add-one smoothing.
 
-    As the evaluator counts: all tokens behind the first one are targets, ends of texts have nats and no bytes.
+    Counted as in ``evaluate.Evaluator``: all tokens after the first one are targets, and ends of texts have nats but no
+    bytes.
     """
     n_entries = corpus.vocab_size
     counts = _counts(corpus.tokens("train"), n_entries) + 1.0
