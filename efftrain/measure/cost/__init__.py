@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, FLOPs, latency, memory, a mesh by formulas.
+"""The cost of a model: parameters, bytes, FLOPs, latency, memory, and the estimate of a mesh by formulas.
 
 It imports no other folder of ``measure``.
 """

@@ -1,15 +1,16 @@
-"""FLOPs of one token, counted from the modules of a model; nothing is run.
+"""FLOPs per token, counted from the modules of a model without running it.
 
-Conventions, printed wherever a figure is:
+Conventions, printed with every figure:
 
 - a multiply-add is 2 FLOPs, and only products count: norms, softmax and rotations are a few per cent and left out;
-- every parameter matrix is multiplied with every token once, of experts those that a token goes to, of routed depth as
-  often as it passes on average; a look-up table is free; the head counts, tied or not;
-- layers that training leaves out count by their expected number, where the steps of the run are given;
+- every token is multiplied once with every parameter matrix; of experts, only with those that it is routed to; of
+  blocks with routed depth, as often as it passes them on average. A look-up table is free. The head counts, tied or
+  not;
+- layers that training drops count by their expected number, if the number of steps of the run is given;
 - attention in training and prefill counts the keys that the causal mask and the window leave visible, on average
-  (length + 1) / 2 without a window: the usual "causal halved". Rows count as one document each, so that packing
-  changes nothing;
-- a component of a fork states its other products, or they are counted from its trace, masked pairs included;
+  (length + 1) / 2 without a window: the usual "causal halved". A row counts as one document, so that packing changes
+  nothing;
+- a component of a fork states its other products; otherwise they are counted from its trace, with masked pairs;
 - the backward pass costs twice the forward pass (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
 
 *Model* FLOPs are what the mathematics needs (for MFU); *hardware* FLOPs are what the program computes (for HFU).
@@ -26,16 +27,16 @@ from efftrain.measure.cost.layer_flops import matrix_flops, other_flops
 from efftrain.models.config import AttentionConfig, BlockConfig, ModelConfig
 from efftrain.models.stack import mean_kept
 
-FORWARD_AND_BACKWARD = 3  # in forward passes
+FORWARD_AND_BACKWARD = 3  # cost of a forward and a backward pass, in forward passes
 
 
 def training_flops(model: nnx.Module, length: int, *, steps: int | None = None) -> float:
-    """Model FLOPs of a training token, forward and backward, in rows of ``length`` tokens.
+    """Model FLOPs per training token, forward and backward, in rows of ``length`` tokens.
 
     Args:
-      model: abstract or not; it has a ``config``. A block's matrices count wherever they are, a fork's too.
+      model: a model with a ``config``, abstract or not. All matrices in a block count, also those of a fork's modules.
       length: tokens of a row.
-      steps: of the run, for layers that it leaves out. None: every layer counts.
+      steps: number of steps of the run, for layer dropout. None: every layer counts.
     """
     blocks = matrix_flops(model) + _visible_attention_flops(model, length)
     kept = 1.0 if steps is None else mean_kept(model.config.n_layers, model.config.layer_dropout, steps)
@@ -43,11 +44,11 @@ def training_flops(model: nnx.Module, length: int, *, steps: int | None = None) 
 
 
 def training_hardware_flops(model: nnx.Module, length: int) -> float:
-    """FLOPs that the program spends on a training token: with the masked pairs that it computes, and with remat.
+    """Hardware FLOPs per training token, including masked pairs that the program computes and the work of remat.
 
-    Every layer counts, those too that a step may leave out. Remat "full" runs the blocks forward once more (their last
-    product, which the backward pass does not need, is counted too), "dots" only the attention products. The head is
-    outside of remat.
+    Every layer counts, also if layer dropout may drop it in a step. Remat "full" runs the blocks forward once more
+    (their last product is counted too, although the backward pass does not need it), "dots" only the attention
+    products. The head is outside of remat.
     """
     config = model.config
     attention = _attention_flops(config, length, _computed_keys)
@@ -56,14 +57,14 @@ def training_hardware_flops(model: nnx.Module, length: int) -> float:
 
 
 def prefill_flops(model: nnx.Module, length: int) -> float:
-    """FLOPs per token of reading a prompt of ``length`` tokens; the head is applied to the last one only."""
+    """Model FLOPs per token of reading a prompt of ``length`` tokens; the head is applied only to the last token."""
     return matrix_flops(model) + head_flops(model) / length + _visible_attention_flops(model, length)
 
 
 def decode_flops(model: nnx.Module, context: int) -> float:
-    """Model FLOPs of drawing one token that sees ``context`` tokens, itself included, or as many as the window lets it.
+    """Model FLOPs of decoding one token that sees ``context`` tokens, including itself and limited by the window.
 
-    The program computes a score for every slot of the cache, seen or not.
+    The program itself computes a score for every slot of the cache, visible or not.
     """
     attention = _attention_flops(model.config, context, lambda seen, a: min(seen, _window(a) or seen))
     return matrix_flops(model) + head_flops(model) + attention
@@ -75,10 +76,10 @@ def head_flops(model: nnx.Module) -> float:
 
 
 def attention_flops(attention: AttentionConfig, keys: float) -> float:
-    """FLOPs of one token's scores and weighted values against ``keys`` keys in one layer, forward, as it states them.
+    """Forward FLOPs of one token's scores and weighted values for ``keys`` keys in one layer.
 
     Raises:
-      ConfigError: it does not state them.
+      ConfigError: the attention does not state its FLOPs.
     """
     stated = attention.score_flops(keys)
     if stated is None:
@@ -87,13 +88,13 @@ def attention_flops(attention: AttentionConfig, keys: float) -> float:
 
 
 def mean_visible_keys(length: int, window: int | None) -> float:
-    """Keys that a token of a row sees, itself included, averaged over the row: the mean of min(i + 1, window)."""
+    """Mean number of keys that a token of a row sees, including itself: the mean of min(i + 1, window) over the row."""
     seen = min(length, window or length)
     return seen - seen * (seen - 1) / (2 * length)
 
 
 def mean_computed_keys(length: int, window: int | None, n_blocks: int) -> float:
-    """Keys that ``ops.attention.causal_attention`` computes a score for, averaged over the row."""
+    """Mean number of keys for which ``ops.attention.causal_attention`` computes a score, over the tokens of a row."""
     size = math.ceil(length / min(n_blocks, length))
     pairs = 0
     for start in range(0, length, size):
@@ -112,8 +113,10 @@ def _visible_attention_flops(model: nnx.Module, length: int) -> float:
 
 
 def _attention_flops(config: ModelConfig, length: int, keys: Callable[[int, AttentionConfig], float]) -> float:
-    """Of a token, in all layers, and of what else they compute beside matrices; where a share of a row passes a layer,
-    its tokens see each other only."""
+    """FLOPs per token, in all layers, of attention and all else that they compute beside their matrices.
+
+    If only a share of a row's tokens passes a layer, these tokens see only each other.
+    """
 
     @functools.cache
     def of_layer(layer: BlockConfig, seen: int) -> float:

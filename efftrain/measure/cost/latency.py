@@ -1,6 +1,6 @@
-"""How long a prompt and a new token take, by the clock.
+"""Measures the latency of prefill (reading a prompt) and of decoding.
 
-Run it outside of ``sharding.rules.use``, where a batch of 1 need not be divided over devices.
+Call it outside of ``sharding.rules.use``, where a batch of 1 need not be divided over devices.
 """
 
 import statistics
@@ -26,13 +26,13 @@ from efftrain.models.decoding.unrolled import unrolled
 
 @dataclass(frozen=True)
 class Latency:
-    """Runs of one compiled program, after one run to warm up.
+    """Times of the runs of one compiled program, after one run to warm up.
 
     Attributes:
-      batch: rows that are computed together.
-      tokens: of each row in one run: read in prefill, drawn in decoding.
-      rounds_s: wall clock of each run, seconds, in order.
-      compile_s: what compiling took, seconds; little where JAX's compilation cache has the program.
+      batch: number of rows that are computed together.
+      tokens: number of tokens of each row in a run: read in prefill, generated in decoding.
+      rounds_s: wall-clock time of each run in seconds, in order.
+      compile_s: time of compilation in seconds; short if the program is in JAX's compilation cache.
     """
 
     batch: int
@@ -46,36 +46,38 @@ class Latency:
 
     @property
     def spread_s(self) -> float:
-        """From the fastest to the slowest run."""
+        """Difference between the slowest and the fastest run, in seconds."""
         return max(self.rounds_s) - min(self.rounds_s)
 
     @property
     def s_per_token(self) -> float:
-        """Seconds for one token of every row, at the median."""
+        """Median seconds for one token of every row."""
         return self.median_s / self.tokens
 
     @property
     def tokens_per_s(self) -> float:
-        """Over all rows, at the median."""
+        """Tokens per second of all rows together, at the median time."""
         return self.batch * self.tokens / self.median_s
 
 
 def measure_latency(
     model: Decoder, *, batch: int, prompt_length: int, n_new: int, rounds: int = 5
 ) -> tuple[Latency, Latency]:
-    """Times reading prompts, and drawing tokens behind them: the two halves of ``models.decoding.generate.generate``.
+    """Measures prefill and greedy decoding, the two halves of ``models.decoding.generate.generate``.
 
-    Prefill ends with the first new token. The decoding loop finds the prompt in the cache, which has
-    ``prompt_length + n_new`` slots; it takes the stack apart once a run, which n_new spreads over the tokens.
+    Prefill ends with the first new token. Decoding starts from the prompt in the cache, which has
+    ``prompt_length + n_new`` slots. Each run of the decoding loop splits the stacked layers once; that cost is divided
+    between the ``n_new`` tokens.
 
     Args:
-      batch: rows.
+      model: the model.
+      batch: number of rows.
       prompt_length: tokens of every prompt.
-      n_new: tokens that are drawn in each row.
-      rounds: runs of each half.
+      n_new: number of tokens that are generated in each row.
+      rounds: number of runs of each half.
 
     Returns:
-      Prefill and decoding.
+      The latency of prefill, and that of decoding.
 
     Raises:
       ConfigError: a size is below 1, or prompt and new tokens together are longer than ``max_length``.
@@ -97,7 +99,14 @@ def measure_latency(
 
 @partial(jax.jit, static_argnums=(0, 4))
 def draw(graph: nnx.GraphDef, state: nnx.State, token_b: Array, cache: Cache, n_new: int) -> Array:
-    """The last (batch,) of ``n_new`` likeliest tokens that follow ``token_b``; the cache has room for them."""
+    """Decodes ``n_new`` tokens greedily after ``token_b`` and returns the last one, (batch,).
+
+    Args:
+      graph, state: the unrolled decoder, split by ``nnx.split``.
+      token_b: the tokens to continue, (batch,).
+      cache: the cache of the tokens before, with ``n_new`` free slots.
+      n_new: number of tokens.
+    """
     model = nnx.merge(graph, state)
     layers = model.layers()
 
@@ -122,7 +131,10 @@ def _likeliest(logits_bv: Array) -> Array:
 
 
 def _time(program: Callable, arguments: tuple[Any, ...], rounds: int) -> tuple[Any, tuple[float, ...], float]:
-    """Result, seconds of each round, seconds of compiling. ``program``: jitted, first and last argument static."""
+    """The result, seconds of each round, and seconds of compilation of a jitted program.
+
+    The first and the last of its arguments are static.
+    """
     started = time.perf_counter()
     compiled = program.lower(*arguments).compile()
     compile_s = time.perf_counter() - started
@@ -137,6 +149,6 @@ def _time(program: Callable, arguments: tuple[Any, ...], rounds: int) -> tuple[A
 
 
 def _prompts(model: Decoder, batch: int, length: int) -> Array:
-    """Tokens of all kinds: a routed model must not see one token only."""
+    """Random prompts: a routed model would route copies of a single token to the same experts."""
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length))
     return jnp.asarray(tokens, jnp.int32)

@@ -1,6 +1,6 @@
-"""FLOPs of one token through the matrices of a module, and of what a layer computes beside them.
+"""Forward FLOPs per token of the matrices of a module, and of what a layer computes beside its matrices.
 
-A component states its other products (``models.components``); those of one that does not are counted from a trace.
+Components state the latter (``models.components``); if a component does not, its products are counted from a trace.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from efftrain.models.moe import MoE
 
 
 def matrix_flops(model: nnx.Module) -> float:
-    """FLOPs of one token through all parameter matrices but the head, forward.
+    """Forward FLOPs per token of all parameter matrices except the head and look-up tables.
 
-    A parameter is a matrix where it has two axes or more beside ``layers``.
+    A parameter is a matrix if it has at least two axes other than ``layers``.
     """
     free = embedding_paths(model) | {HEAD}
     return sum(
@@ -30,16 +30,16 @@ def matrix_flops(model: nnx.Module) -> float:
 
 
 def other_flops(block: BlockConfig, model: ModelConfig, length: int, keys: float) -> float:
-    """FLOPs of one token in a layer beside its matrices, forward.
+    """Forward FLOPs per token of what a layer computes beside its matrices, such as attention scores.
 
     Args:
-      block: of the layer.
-      model: that the layer is part of.
-      length: tokens of a row, from which what is not stated is counted, those pairs that are masked included.
-      keys: that the token sees, for what is stated.
+      block: configuration of the layer.
+      model: configuration of the model that the layer is part of.
+      length: tokens of a row; components that state no FLOPs are traced with such a row, including masked pairs.
+      keys: number of keys that the token sees, for components that state their FLOPs.
 
     Raises:
-      ConfigError: a component states nothing, and its trace cannot be counted.
+      ConfigError: a component does not state its FLOPs, and they cannot be counted from its trace.
     """
     trace = _Trace(block, model, length)
     attention, mlp = block.attention, block.mlp
@@ -59,10 +59,10 @@ def _stated(stated: float | None, counted: Callable[[], float]) -> float:
 
 
 class _Trace:
-    """Products of a token beside those with the matrices of a module, by tracing the module on one row."""
+    """Counts FLOPs per token of the products without parameter matrices, by tracing a module on one row."""
 
     def __init__(self, block: BlockConfig, model: ModelConfig, length: int):
-        if isinstance(block.attention, Attention):  # a kernel's products cannot be seen; every pair of the row counts
+        if isinstance(block.attention, Attention):  # a trace does not show the products of a kernel; count all pairs
             attention = replace(block.attention, backend="xla", n_blocks=1, window=None)
             block = replace(block, attention=attention)
         if isinstance(block.mlp, MoE):
@@ -107,7 +107,7 @@ class _Trace:
         def run(state: nnx.State, *arguments: jax.Array):
             return nnx.merge(graph, state)(*arguments)
 
-        # Routed experts: all of them are computed in the trace, and their matrices are those that a token meets.
+        # With routed experts, the trace computes all of them, and ``matrix_flops`` subtracts those of one token.
         counted = traced_flops(run, state, *arguments, name=type(config).__name__)
         return counted / self._length - matrix_flops(module)
 

@@ -1,4 +1,4 @@
-"""The most memory that was held at once, as the system or the device counted it."""
+"""Peak memory of this process, as the operating system or the device reports it."""
 
 import sys
 from pathlib import Path
@@ -7,9 +7,9 @@ import jax
 
 
 def host_peak_bytes() -> int | None:
-    """Peak resident memory of this process since it started; None where the system does not say."""
+    """Peak resident memory of this process since it started, in bytes; None if the system does not report it."""
     status = Path("/proc/self/status")
-    if status.exists():  # of this program alone: Linux's getrusage counts that of the process which started it too
+    if status.exists():  # Linux's getrusage would also count the peak of the process that started this one
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -22,6 +22,6 @@ def host_peak_bytes() -> int | None:
 
 
 def device_peak_bytes() -> int | None:
-    """Peak of the fullest accelerator of this process; None where the device does not say (every CPU)."""
+    """Highest peak memory of this process's accelerators, in bytes; None if the device reports none, such as a CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)

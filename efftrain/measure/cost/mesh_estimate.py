@@ -1,7 +1,8 @@
-"""What a mesh costs by formulas, without compiling: for ranking hundreds of mesh shapes in seconds.
+"""Estimates the cost of a training step on a mesh by formulas, to rank hundreds of mesh shapes in seconds.
 
-Coarse on purpose: activations and traffic of a pre-norm decoder in units of its width. What matters is compiled after.
-Formulas of traffic: ``efftrain/sharding/README.md``; after Austin et al. 2025, "How to Scale Your Model", part 5.
+The estimate is coarse on purpose: it models the activations and the traffic of a pre-norm decoder in units of its
+width; the best shapes are compiled afterwards. The formulas of the traffic are in ``efftrain/sharding/README.md``,
+after Austin et al. 2025, "How to Scale Your Model", part 5.
 """
 
 import math
@@ -27,14 +28,22 @@ from efftrain.sharding.roofline import Roofline, axis_bandwidth, sent_bytes
 from efftrain.sharding.topologies import Topology
 from efftrain.train.config import Training
 
-# Tensors of (tokens, d_model) that one block reads and writes in a forward pass: norms, projections, rotations,
-# residuals and a feed-forward part of some three times the width.
+# Number of tensors of (tokens, d_model) that one block reads and writes in a forward pass: norms, projections,
+# rotations, residuals and a feed-forward part of about three times the width.
 BLOCK_TENSORS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mesh by formulas, for one device."""
+    """The estimated cost of a training step for one device.
+
+    Attributes:
+      mesh: size of each mesh axis.
+      memory_bytes: memory that the step needs.
+      flops: FLOPs of the step.
+      hbm_bytes: bytes that the step moves to and from memory.
+      times: lower bounds of the time by compute, memory and network.
+    """
 
     mesh: dict[str, int]
     memory_bytes: float
@@ -53,20 +62,20 @@ def estimate(
     teacher: nnx.Module | None = None,
     frozen: Any = None,
 ) -> Estimate:
-    """Memory, work and traffic of a step on one device.
+    """Estimates memory, FLOPs and traffic of a training step on one device.
 
     Args:
-      model: abstract, with a ``config``.
-      training: batch, length, micro-batches.
-      state: abstract, with the shardings on ``mesh``.
-      mesh: of the topology's devices.
-      topology: whose chip decides the times; all are 0 where it is not known.
-      teacher: abstract; one forward pass of it. None: there is none.
-      frozen: its abstract variables, with their shardings.
+      model: abstract model with a ``config``.
+      training: gives the batch size, the length and the number of micro-batches.
+      state: abstract train state with its shardings on ``mesh``.
+      mesh: mesh of the topology's devices.
+      topology: its chip decides the times; all times are 0 if the chip is not known.
+      teacher: abstract teacher, which computes one forward pass. None: there is no teacher.
+      frozen: abstract variables of the teacher, with their shardings.
     """
     config: ModelConfig = model.config
     sizes = dict(mesh.shape)
-    tokens = training.batch_size * training.length / mesh.size * sizes["tensor"]  # of a device's rows and columns
+    tokens = training.batch_size * training.length / mesh.size * sizes["tensor"]  # of a device's rows and positions
     flops = training_hardware_flops(model, training.length) * tokens / sizes["tensor"]
     width = jnp.dtype(config.dtype).itemsize
     hbm = _hbm_bytes(model, training, state, tokens, sizes["tensor"], width)
@@ -91,12 +100,15 @@ def estimate(
 def axis_traffic(
     model: nnx.Module, training: Training, sizes: dict[str, int], teacher: nnx.Module | None = None
 ) -> dict[tuple[str, ...], float]:
-    """Bytes that one device sends in a step along each mesh axis.
+    """Bytes that one device sends in a step along each group of mesh axes.
 
-    fsdp: every micro-batch gathers the parameters for the forward and the backward pass in the compute dtype, and
-    scatters the gradients. replica and expert: one all-reduce of the gradients in float32 a step, of those of experts
-    over replica alone. expert: rows there and back in each pass of a mixture. tensor: two sums of the residual stream
-    in each pass of a block. context: the keys and values of the other devices in each pass.
+    - fsdp: every micro-batch gathers the parameters for the forward and the backward pass in the compute dtype, and
+      scatters the gradients.
+    - replica, expert and context: one all-reduce of the gradients in float32 per step; not along expert for the
+      gradients of experts.
+    - expert: the rows of a mixture are sent to the experts and back in each pass.
+    - tensor: two sums of the residual stream in each pass of a block.
+    - context: the keys and values of the other devices are gathered in each pass.
     """
     config: ModelConfig = model.config
     width, passes = jnp.dtype(config.dtype).itemsize, 3 if config.remat == "full" else 2
@@ -125,14 +137,14 @@ def axis_traffic(
 
 
 def _rows_per_token(mlp: MlpConfig, devices: int) -> float:
-    """Rows of an exchange between devices, sent or not filled, for each token."""
+    """Rows per token in an exchange between devices, including empty rows."""
     if not isinstance(mlp, MoE):
         return 0.0
     return mlp.top_k * min(devices, mlp.exchange_factor or devices)
 
 
 def _temporaries(config: ModelConfig, training: Training, state: Any, tokens: float, tensor: int, width: int) -> float:
-    """Gradients, saved activations, one block's work, one gathered layer and a chunk of logits."""
+    """Bytes of gradients, saved activations, the intermediate tensors of one block, and a chunk of logits."""
     tokens /= training.n_microbatches
     gradients = _device_bytes(state.params)
     one_block = tokens * config.d_model * width * (4 + BLOCK_TENSORS / tensor)

@@ -1,4 +1,4 @@
-"""How many numbers a model holds, and in how many bytes they are stored."""
+"""Counts the parameters of a model and the bytes in which they are stored."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.linear import Embedding
 from efftrain.models.quantization import Packed
 
-HEAD = ("head",)  # path of the untied head in a decoder
+HEAD = ("head",)  # path of an untied head in a decoder
 Path = tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers of trained parameters.
+    """Numbers of parameters of a model.
 
     Attributes:
-      total: all of them; a tied head is the embedding and counts once.
-      active: those that one token uses, on average: all but the experts that it does not go to and the blocks that it
-        does not pass. The whole embedding table counts.
-      embedding: of the look-up tables.
-      head: of the head's own matrix, 0 where it is tied.
+      total: all parameters; a tied head counts once, with the embedding.
+      active: parameters that one token uses on average: all except those of experts that it is not routed to and of
+        blocks that it does not pass. The whole embedding table counts.
+      embedding: parameters of the look-up tables.
+      head: parameters of the head's own matrix; 0 if it is tied.
     """
 
     total: int
@@ -35,12 +35,12 @@ class Parameters:
 
     @property
     def non_embedding(self) -> int:
-        """Without tables and head: what depth and width cost, whatever the vocabulary."""
+        """Parameters without look-up tables and head, which do not depend on the vocabulary."""
         return self.total - self.embedding - self.head
 
 
 def count_parameters(model: nnx.Module) -> Parameters:
-    """Counts the ``parameters`` of a model, abstract or not."""
+    """Counts the parameters of a model, abstract or not; matrices that are stored quantised count too."""
     tables = embedding_paths(model)
     sizes = {path: numbers(variable) for path, variable in parameters(model)}
     return Parameters(
@@ -52,46 +52,49 @@ def count_parameters(model: nnx.Module) -> Parameters:
 
 
 def stored_bytes(model: nnx.Module) -> int:
-    """Bytes of every variable in the type that it has, those that are not trained too."""
+    """Bytes of all variables of a model in their dtypes, including those that are not trained."""
     return _bytes(nnx.state(model))
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes that decoding keeps for each token of a row: keys and values of all layers, as the cache stores them.
+    """Bytes of the KV cache of all layers for each token of a row of ``max_length`` tokens.
 
-    A window does not lower it: the cache has a slot for every position. Routed depth does, in rows of ``max_length``.
+    An attention window does not lower it, because the cache has a slot for every position; routed depth does.
     """
     slots = config.max_length
     return round(_bytes(jax.eval_shape(lambda: empty_cache(config, batch=1, slots=slots).layers)) / slots)
 
 
 def parameters(model: nnx.Module) -> Iterator[tuple[Path, nnx.Variable]]:
-    """Every ``nnx.Param``, and every matrix that is stored quantised, with its path from the model, such as
-    ``("blocks", 0, "mlp", "up", "kernel")``."""
+    """Iterates over every ``nnx.Param`` and every matrix that is stored quantised.
+
+    Yields:
+      The path in the model, such as ``("blocks", 0, "mlp", "up", "kernel")``, and the variable.
+    """
     yield from nnx.to_flat_state(nnx.state(model, nnx.filterlib.Any(nnx.Param, Packed)))
 
 
 def numbers(variable: nnx.Variable) -> int:
-    """How many a variable holds; several of a packed matrix share a byte."""
+    """Number of values that a variable holds; in a packed matrix several values share a byte."""
     return variable.size * variable.get_metadata().get("per_byte", 1)
 
 
 def active_size(variable: nnx.Variable) -> float:
-    """How many of a variable's numbers one token is multiplied with, on average over tokens.
+    """Mean number of a variable's values that one token is multiplied with.
 
-    In its metadata, ``active`` is their share, and ``passes`` how often a token meets them, see
-    ``models.depth.routed_depth``.
+    In the metadata of the variable, ``active`` is the share of the values that a token uses, and ``passes`` is how
+    often it uses them; see ``models.depth.routed_depth``.
     """
     return numbers(variable) * variable.get_metadata().get("active", 1.0) * min(passes(variable), 1.0)
 
 
 def passes(variable: nnx.Variable) -> float:
-    """How often a token is multiplied with a variable, on average over tokens."""
+    """Mean number of times that a token is multiplied with a variable."""
     return variable.get_metadata().get("passes", 1.0)
 
 
 def embedding_paths(model: nnx.Module) -> set[Path]:
-    """Where the look-up tables are."""
+    """The paths of the look-up tables of a model."""
     return {path for path, module in nnx.iter_modules(model) if isinstance(module, Embedding)}
 
 

@@ -1,4 +1,4 @@
-"""What a question costs: bytes, FLOPs, and seconds of models side by side."""
+"""Cost of answering a question of a task: bytes and FLOPs, and seconds of several models side by side."""
 
 import statistics
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from efftrain.measure.cost.latency import measure_latency
 from efftrain.measure.cost.parameters import count_parameters, stored_bytes
 from efftrain.models.decoder import Decoder
 
-TURNS, ROUNDS = 3, 20  # models take turns, each with so many runs
+TURNS, ROUNDS = 3, 20  # number of turns of each model, and of runs in a turn
 
 
 def size(model: Decoder) -> dict[str, float]:
-    """``parameters`` and ``bytes``."""
+    """Number of ``parameters`` of a model, and its ``bytes``."""
     return {"parameters": count_parameters(model).total, "bytes": stored_bytes(model)}
 
 
 def usual(task: Task, ids: TaskIds) -> tuple[int, int]:
-    """Tokens of a test question, and of what is said behind it, at the median; a label is one."""
+    """Median number of tokens of a test question, and of its answer; a label is one token."""
     read = int(np.median([len(tokens) + 2 for tokens, _ in ids.encode([e.text for e in task.test])]))
     if task.labels:
         return read, 1
@@ -29,14 +29,14 @@ def usual(task: Task, ids: TaskIds) -> tuple[int, int]:
 
 
 def cost(task: Task, model: Decoder, ids: TaskIds) -> dict[str, float]:
-    """FLOPs of a question of usual length."""
+    """``flops`` of answering a question of median length, and its ``tokens``."""
     read, said = usual(task, ids)
     flops = prefill_flops(model, read) * read + (said - 1) * decode_flops(model, read + said)
     return {"flops": flops, "tokens": read}
 
 
 def side_by_side(task: Task, models: Mapping[str, tuple[Decoder, TaskIds]]) -> dict[str, float]:
-    """Seconds for one question of usual length: medians of rounds that alternate between the models."""
+    """Seconds to answer one question of median length, for each model; turns alternate between the models."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(TURNS):
         for name, (model, ids) in models.items():

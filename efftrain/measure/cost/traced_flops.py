@@ -1,4 +1,4 @@
-"""FLOPs of what no formula states: the matrix products in a trace; nothing is run or compiled."""
+"""Counts the FLOPs of the matrix products in the trace of a function, without running or compiling it."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,20 +8,23 @@ import jax
 
 from efftrain.errors import ConfigError
 
-# Products whose size or number a trace does not tell.
+# Operations for which a trace does not show the size or the number of their products.
 UNKNOWN = ("pallas_call", "custom_call", "ffi_call", "conv_general", "ragged_dot", "dot_product_attention")
 
 
 def traced_flops(function: Callable[..., Any], *arguments: Any, name: str) -> float:
-    """FLOPs of the matrix products that ``function`` computes for abstract ``arguments``.
+    """FLOPs of the matrix products that a function computes.
 
-    A multiply-add is 2 FLOPs. A scan counts with its length, and of a conditional the dearest branch.
+    A multiply-add is 2 FLOPs. The body of a scan counts as often as it runs; of a conditional, the most expensive
+    branch counts.
 
     Args:
-      name: of what is counted, for errors.
+      function: the function to trace.
+      arguments: its arguments, abstract or not.
+      name: what error messages call the function.
 
     Raises:
-      ConfigError: the trace has a product that cannot be counted: in a loop of unknown length, or in a kernel.
+      ConfigError: the trace has a product that cannot be counted, in a loop of unknown length or in a kernel.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr, name)
 
