@@ -1,4 +1,4 @@
-"""The scorecard: a row per model, a column per figure, each with unit and method.
+"""The scorecard: all figures of a model, each with its unit and the method by which it was obtained.
 
 It may import ``measure.cost``; ``measure.quality`` gives it figures and is not imported.
 """

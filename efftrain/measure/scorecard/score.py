@@ -1,4 +1,4 @@
-"""Gathers every figure of one model into its scorecard."""
+"""Measures and counts all figures of a model for its scorecard."""
 
 import math
 from collections.abc import Mapping
@@ -42,21 +42,24 @@ def score(
     n_new: int = 32,
     rounds: int = 5,
 ) -> Scorecard:
-    """Measures and counts; what is not given or cannot be measured here stands as "not measured", with the reason.
+    """Makes the scorecard of a model from its measured and counted figures.
+
+    A figure that is not given or cannot be measured here is "not measured", with the reason. Call it outside of
+    ``sharding.rules.use``; see ``latency``.
 
     Args:
-      model: with its parameters. Call it outside of ``sharding.rules.use``, see ``latency``.
-      name: of the row.
-      length: tokens of a training row: FLOPs are counted in rows of it, and behind a context of it.
-      quality: ``bpb`` and ``loss`` on held-out rows, see ``evaluate.Evaluator``.
-      split, note: of the corpus, whose rows these were, and what is to be said of them.
-      training_tokens: that the whole run read, padding included.
-      training_figures: of ``train.loop.TrainResult``.
-      steps: of the whole run, see ``flops.training_flops``.
-      extra_flops: of a training token, beside the model's.
-      checkpoint: the directory (or file) of the one checkpoint that holds this model.
-      prompt_length, n_new, rounds: see ``measure_latency``. Where prompt and new tokens are longer than ``max_length``
-        they are cut to it; the figures say what was measured.
+      model: the model with its parameters.
+      name: name of the model in the scorecard.
+      length: tokens of a training row; training FLOPs are counted in such rows, and decoding FLOPs with such a context.
+      quality: ``bpb`` and ``loss`` on held-out rows, see ``evaluate.Evaluator``. None: not measured.
+      split, note: split of these rows, and what a reader must know about them.
+      training_tokens: number of tokens that the whole run read, including padding. None: unknown.
+      training_figures: figures of ``train.loop.TrainResult``. None: unknown.
+      steps: number of steps of the whole run, see ``flops.training_flops``. None: every layer counts.
+      extra_flops: FLOPs per training token in addition to those of the model.
+      checkpoint: directory (or file) of the checkpoint that holds this model. None: unknown.
+      prompt_length, n_new, rounds: see ``measure_latency``. Prompt and new tokens are shortened to fit into
+        ``max_length``; the notes of the figures say what was measured.
     """
     figures = quality_figures(quality, split, note)
     if not all(block.mlp.independent_tokens for block in model.config.layers):
@@ -78,12 +81,12 @@ def score(
 
 
 def path_bytes(path: Path) -> int:
-    """Sizes of a file, or of all files under a directory, together."""
+    """Bytes of a file, or of all files under a directory together."""
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
 def quality_figures(values: Mapping[str, float] | None, split: str, note: str = "") -> dict[str, Figure]:
-    """What an evaluator said, with the split of the rows."""
+    """The quality figures of a scorecard, from the result of an ``Evaluator`` and the split of its rows."""
     units = {"bpb": "bits/byte", "loss": "nats/token"}
     if values is None:
         return {name: not_measured(unit, "no validation rows were given") for name, unit in units.items()}
@@ -103,7 +106,7 @@ def quality_figures(values: Mapping[str, float] | None, split: str, note: str = 
 
 
 def _noted(figure: Figure, note: str) -> Figure:
-    """The figure with another note, where it has a value."""
+    """The figure with a further note, if it has a value."""
     return figure if figure.value is None else replace(figure, note="; ".join(filter(None, (figure.note, note))))
 
 

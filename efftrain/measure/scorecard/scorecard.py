@@ -1,4 +1,4 @@
-"""The scorecard: a row per model, a column per figure, and with each figure its unit and how it came about."""
+"""The scorecard of a model: its figures with unit, method and note, as JSON and as a table."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from efftrain.errors import RunError
 FILE_NAME = "scorecard.json"
 Method = Literal["measured", "counted", "modelled", "unavailable"]
 
-# What a comparison shows where nothing else is asked for: as much as fits on 100 columns.
+# The figures that a comparison shows by default; they fit into 100 characters.
 HEADLINE = (
     "bpb",
     "parameters_active",
@@ -31,15 +31,15 @@ HEADLINE = (
 
 @dataclass(frozen=True)
 class Figure:
-    """One number.
+    """One figure of a scorecard.
 
     Attributes:
-      value: None exactly where the method is "unavailable".
-      unit: such as "bits/byte", "B", "s", "FLOP/token"; of an unavailable figure, the unit that it would have.
+      value: the value; None if and only if the method is "unavailable".
+      unit: such as "bits/byte", "B", "s", "FLOP/token"; an unavailable figure has the unit that it would have.
       method: "measured" on this machine, "counted" from the configuration, "modelled" from assumptions that the note
         names, or "unavailable".
-      note: what the reader must know: conditions, spread, why it is missing.
-      split: of the corpus, whose text was read; empty where none was.
+      note: what the reader must know, such as conditions, the spread, or why the figure is missing.
+      split: split of the corpus whose text was read; empty if no text was read.
     """
 
     value: float | None
@@ -59,19 +59,25 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """The figures of one model, by name, and what they depend on (see ``train.run.directory.environment``)."""
+    """The figures of one model by name, and the environment in which they were obtained.
+
+    Attributes:
+      name: name of the model.
+      figures: the figures, by name.
+      environment: see ``train.run.directory.environment``.
+    """
 
     name: str
     figures: dict[str, Figure]
     environment: dict[str, Any]
 
     def value(self, figure: str) -> float:
-        """The value of a figure; NaN where it was not measured."""
+        """The value of a figure; NaN if it was not measured."""
         value = self.figures[figure].value
         return math.nan if value is None else value
 
     def write(self, path: Path) -> None:
-        """Writes JSON, whole or not at all.
+        """Writes the scorecard as JSON, atomically.
 
         Raises:
           RunError: the file cannot be written.
@@ -86,16 +92,16 @@ class Scorecard:
 
     @staticmethod
     def of(value: Any) -> "Scorecard":
-        """Of what a card's file holds."""
+        """Makes a scorecard from the JSON value of its file."""
         figures = {name: Figure(**figure) for name, figure in value["figures"].items()}
         return Scorecard(value["name"], figures, value["environment"])
 
     @staticmethod
     def read(path: Path) -> "Scorecard":
-        """Reads what ``write`` wrote.
+        """Reads a scorecard that ``write`` wrote.
 
         Raises:
-          RunError: there is no such file, or it is not a scorecard.
+          RunError: the file does not exist or is not a scorecard.
         """
         try:
             return Scorecard.of(json.loads(path.read_text()))
@@ -106,28 +112,35 @@ class Scorecard:
 
 
 def not_measured(unit: str, note: str) -> Figure:
-    """A figure that is missing, and why, or the command that would measure it."""
+    """A figure that is missing.
+
+    Args:
+      unit: the unit that it would have.
+      note: why it is missing, or the command that would measure it.
+    """
     return Figure(None, unit, "unavailable", note)
 
 
 def table(scorecards: Sequence[Scorecard], figures: Sequence[str] = HEADLINE) -> Table:
-    """For a person: of one model readable on 80 columns, of several on 100.
+    """Makes a table for the terminal; it is readable with 80 columns for one model, and with 100 for several.
 
     Args:
-      scorecards: one gives a row for each of its figures; several give a row for each model.
-      figures: the columns where there are several models. A method that all of them share stands in the heading.
+      scorecards: a single scorecard gives one row per figure; several give one row per model.
+      figures: the columns of the table of several models. If all models share a method, it is in the heading.
     """
     return _one(scorecards[0]) if len(scorecards) == 1 else _several(scorecards, figures)
 
 
 def show(figure: Figure) -> str:
-    """``12.3 ms``, ``295 kFLOP/token``, ``813k parameters``, ``1.4120 bits/byte``, ``0.8%``; or ``not measured``."""
+    """A figure as text: ``12.3 ms``, ``295 kFLOP/token``, ``813k parameters``, ``1.4120 bits/byte``, ``0.8%``; or
+    ``not measured``.
+    """
     symbol, rest = _split_unit(figure.unit)
     return amount(figure) + ("" if figure.value is None or figure.unit == "share" else rest if symbol else f" {rest}")
 
 
 def amount(figure: Figure) -> str:
-    """The part of ``show`` that differs between models: ``12.3 ms``, ``295 kFLOP``, ``813k``, ``1.4120``."""
+    """A figure as text without the part of its unit that models share: ``12.3 ms``, ``295 kFLOP``, ``813k``."""
     if figure.value is None:
         return "not measured"
     if figure.unit == "share":
@@ -142,13 +155,13 @@ def amount(figure: Figure) -> str:
 
 
 def _split_unit(unit: str) -> tuple[str, str]:
-    """The symbol that takes an SI prefix, where the unit begins with one, and the rest of the unit."""
+    """Splits a unit into the symbol that takes an SI prefix, such as "FLOP" (or ""), and the rest."""
     symbol, slash, rest = unit.partition("/")
     return (symbol, slash + rest) if symbol in ("B", "s", "FLOP", "J") else ("", unit)
 
 
 def _scaled(value: float) -> tuple[str, str]:
-    """Three digits and an SI prefix from nano to exa."""
+    """A value as three significant digits and an SI prefix from nano to exa."""
     for exponent, prefix in enumerate("nµm kMGTPE", start=-3):
         digits = f"{value / 1000.0**exponent:.3g}"
         if abs(float(digits)) < 1000 and (value != 0 or prefix == " "):
