@@ -1,4 +1,4 @@
-"""Which depth a model can be decoded with: exits, speculation, the risk that is stated.
+"""Calibration of adaptive depth in decoding: early exits, self-speculation, and the risk that is guaranteed.
 
 It may import ``measure.quality``, ``measure.cost`` and ``measure.scorecard``.
 """

@@ -1,6 +1,7 @@
-"""Which depth a trained model can be decoded with, measured: drafts, confidence thresholds, where the layers go.
+"""``efftrain calibrate-depth``: measures with which depth a trained model can be decoded.
 
-Leaves ``depth.json`` in the run (and ``depth_probe.npz``), bound to the model that was measured.
+It chooses the drafts of self-speculation and the confidence thresholds of early exits, and counts the layers by class
+of token. The result is ``depth.json`` (and ``depth_probe.npz``) in the run, which is only valid for the measured model.
 """
 
 import os
@@ -46,25 +47,26 @@ from efftrain.train.run.directory import environment, read_json
 from efftrain.train.run.tokenizers import check_tokenizer
 
 FILE_NAME, PROBE_NAME = "depth.json", "depth_probe.npz"
-ROOMS = ("data", "measure", "models", "ops")  # that decide what is measured
+ROOMS = ("data", "measure", "models", "ops")  # packages whose code decides what is measured
 NEVER = 2.0  # a threshold that no confidence reaches
-QUALITY_LOSS = 0.01  # of the bits per byte, that the named point of a curve may cost
+QUALITY_LOSS = 0.01  # relative increase of the bits per byte that the point ``within_quality_loss`` may cost
 
 
 @dataclass(frozen=True, kw_only=True)
 class DepthCalibration:
-    """What is measured, and how thoroughly.
+    """Options of the calibration: what is measured, and on how much text.
 
     Attributes:
-      exits: layers that draft. Empty: 1 up to half of the model's.
-      drafts: lengths of a draft.
-      prompts: rows of the validation split, each continued alone.
-      prompt_length, n_new: tokens; the prompts are cut where both together are longer than ``max_length``.
-      rows: of the validation split, in its order, for the confidence curves: a third of them trains the probe and says
-        which thresholds are tried, the others choose one. What that comes to is measured on other rows, see
-        ``held_out``.
+      exits: numbers of layers that draft. Empty: from 1 to half of the model's layers.
+      drafts: lengths of a draft in tokens.
+      prompts: number of prompts, from rows of the validation split; each is continued alone.
+      prompt_length, n_new: tokens of a prompt, and new tokens; the prompts are shortened if both together are longer
+        than ``max_length``.
+      rows: number of rows of the validation split, in its order, for the confidence curves. A third of them trains the
+        probe and gives the thresholds that are tried; the rest chooses one of these. The result is measured on other
+        rows, see ``held_out``.
       risk: the share of a document's tokens that may differ from those of all layers, on average over documents.
-      error: the probability that the risk is larger than that.
+      error: the probability with which the true risk may be larger than ``risk``.
     """
 
     exits: tuple[int, ...] = ()
@@ -95,16 +97,21 @@ class DepthCalibration:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration that was read back, for the model that it was made for."""
+    """A calibration that was read from a run, valid for the model of that run.
+
+    Attributes:
+      values: content of ``depth.json``.
+      probe: the probe of the rule "probe"; None for a model of routed depth.
+    """
 
     values: Mapping[str, Any]
     probe: ExitProbe | None
 
     def speculation(self) -> SelfSpeculation:
-        """The fastest that was measured, of those with the tokens of plain decoding.
+        """The fastest self-speculation of those that gave the same tokens as plain decoding.
 
         Raises:
-          ConfigError: the model cannot draft for itself, or gains nothing by it.
+          ConfigError: the model cannot draft for itself, or no draft was faster than plain decoding.
         """
         self._check_not_routed()
         best = self.values["self_speculation"]
@@ -115,10 +122,13 @@ class Calibrated:
         return SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])
 
     def exit(self, rule: str = "similarity") -> ConfidenceExit:
-        """The boldest threshold of a rule within the stated risk.
+        """The early exit with the threshold that leaves out the most layers within the risk of the calibration.
+
+        Args:
+          rule: one of ``exit_curves.RULES``.
 
         Raises:
-          ConfigError: there is no such rule, or no threshold is within the risk.
+          ConfigError: there is no such rule, or none of its thresholds is within the risk.
         """
         self._check_not_routed()
         found = self.values["confidence_exit"].get(rule)
@@ -139,7 +149,11 @@ class Calibrated:
 
 
 def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
-    """What ``calibrate`` found for this model, with whichever version of this package: its figures stay true of it.
+    """Reads the calibration of a run; the version of the package that made it does not matter.
+
+    Args:
+      run: run directory.
+      model: the model of the run; the calibration must be of this model.
 
     Raises:
       RunError: there is no calibration, or it is of another model.
@@ -158,17 +172,20 @@ def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
 
 
 def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = None) -> dict[str, Any]:
-    """Measures the depths of a run's model, writes them beside it, and adds its figures to the run's scorecard.
+    """Calibrates the depth of a run's model, writes ``depth.json`` into the run, and adds the figures to its scorecard.
 
-    When interrupted it continues with what it has not measured.
+    If it was interrupted, a second call only measures what is missing.
 
     Args:
-      run: a training run.
-      options: of the measurement.
-      corpus: whose validation split is read to choose, and whose test split to report. None: that of the run.
+      run: directory of a training run.
+      options: options of the calibration.
+      corpus: the corpus; its validation split is used to choose, and its test split to report. None: that of the run.
+
+    Returns:
+      The content of ``depth.json``.
 
     Raises:
-      EfftrainError: the run, its corpus or the options do not fit.
+      EfftrainError: the run, its corpus and the options do not fit each other.
     """
     model, settings = efftrain.load(run), read_json(run / "config.json")
     if corpus is None and not settings.get("corpus"):
@@ -180,7 +197,7 @@ def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = Non
     length = settings["training"]["length"]
     rows = _rows(corpus_path, length, options, opened.end_of_text_id)
     size = len(rows[0]["tokens"])
-    chosen = 0 if has_routed_depth(model) else options.rows  # which depths a token takes, is no choice of ours
+    chosen = 0 if has_routed_depth(model) else options.rows  # routed depth chooses nothing here
     held_out = reporting(corpus_path, length, chosen=chosen, batch_size=size)
     report_on = with_documents(
         rows_to_report(held_out, options.rows - options.tuning_rows, size), opened.end_of_text_id
@@ -213,12 +230,12 @@ def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = Non
 
 
 def _rows(corpus: Path, length: int, options: DepthCalibration, end_of_text_id: int) -> list[dict[str, np.ndarray]]:
-    """Validation rows in batches, those for tuning, then the others; with ``documents``, see ``with_documents``.
+    """Validation rows in batches, first those for tuning, with their ``documents``; see ``with_documents``.
 
-    In the order of the corpus, in which documents are shuffled: so few of them are cut.
+    The rows are consecutive, so that few documents are cut; documents are shuffled in a corpus.
 
     Raises:
-      CorpusError: there are not so many.
+      CorpusError: the split has fewer rows.
     """
     size = next(n for n in (8, 4, 2, 1) if options.tuning_rows % n == options.rows % n == 0)
     whole = whole_rows(choosing(corpus, length), options.rows, size)
@@ -235,12 +252,12 @@ def _prompts(rows: Rows, options: DepthCalibration, max_length: int) -> list[np.
         raise ConfigError(f"calibration.n_new is {options.n_new} and model.max_length {max_length}; draw fewer")
     length = min(options.prompt_length, rows[0]["tokens"].shape[1], max_length - options.n_new)
     tokens = np.concatenate([row["tokens"] for row in rows])[:, :length].astype(np.int32)
-    spread = np.linspace(0, len(tokens) - 1, min(options.prompts, len(tokens))).astype(int)  # over the documents
+    spread = np.linspace(0, len(tokens) - 1, min(options.prompts, len(tokens))).astype(int)  # spread over the documents
     return [row[None] for row in tokens[spread]]
 
 
 def _split(rows: Rows, options: DepthCalibration) -> tuple[Rows, Rows]:
-    """The rows for tuning, and those after them; raises ConfigError where these hold too few documents."""
+    """Splits the rows into those for tuning and the rest; raises ConfigError if the rest has too few documents."""
     n_tuning = options.tuning_rows // len(rows[0]["tokens"])
     held_out = after_tuning(rows, n_tuning)
     there, needed = count_documents(held_out), documents_needed(options.risk, options.error)
@@ -256,7 +273,7 @@ def _split(rows: Rows, options: DepthCalibration) -> tuple[Rows, Rows]:
 def _speculation(
     model: Decoder, prompts: list[np.ndarray], options: DepthCalibration, kept: Measurements
 ) -> dict[str, Any]:
-    """Every exit and draft length against plain decoding, in turn; the fastest of those that keep the tokens."""
+    """Measures every exit layer and draft length; returns the fastest that keeps the tokens, with the whole grid."""
     exits = options.exits or tuple(range(1, model.config.n_layers // 2 + 1))
     pairs = [SelfSpeculation(exit_layer=e, n_draft=k) for e in exits for k in options.drafts]
     for pair in pairs:
@@ -276,7 +293,7 @@ def _speculation(
 def _exits(
     model: Decoder, tuning: Rows, held_out: Rows, text: TokenTable, options: DepthCalibration, kept: Measurements
 ) -> tuple[dict[str, Any], ExitProbe]:
-    """For each rule a curve over thresholds, the boldest one within the risk, and the one within 1 % of the quality."""
+    """For each rule, a curve over thresholds and the chosen points of ``_choose``; and the probe."""
     tuned = kept.cell("tuned", lambda: tune(model, tuning))
     probe = ExitProbe(**{name: jnp.asarray(values, jnp.float32) for name, values in tuned["probe"].items()})
     full, found = full_choices(model, held_out), {}
@@ -302,7 +319,7 @@ def _seconds(
     options: DepthCalibration,
     kept: Measurements,
 ) -> dict[str, Any]:
-    """With each rule's point of small quality loss: one row, and eight."""
+    """Decoding times with one row and with eight, for each rule's threshold ``within_quality_loss``."""
     thresholds = {rule: found["within_quality_loss"]["threshold"] for rule, found in exits.items()}
     eight = np.tile(np.concatenate(prompts), (8, 1))[:8]
     return {
@@ -321,7 +338,7 @@ def _choose(points: list[dict], options: DepthCalibration) -> dict[str, Any]:
     good = [p for p in points if p["bpb"] is not None and p["bpb"] <= full * (1 + QUALITY_LOSS)]
     curve = [_without_losses(point) for point in points]
     return {
-        "threshold": points[safe]["threshold"] if safe else None,  # the first one is to leave out nothing
+        "threshold": points[safe]["threshold"] if safe else None,  # point 0 is decoding with all layers
         "risk": options.risk,
         "error": options.error,
         "within_quality_loss": _without_losses(min(good, key=lambda p: p["mean_depth"])),
@@ -340,6 +357,6 @@ def _write_probe(path: Path, probe: ExitProbe) -> None:
 
 
 def _best_rule(model: Decoder, exits: Mapping[str, Any]) -> str:
-    """The rule whose point of small quality loss takes the fewest FLOPs."""
+    """The rule whose point ``within_quality_loss`` needs the fewest FLOPs."""
     points = {rule: found["within_quality_loss"] for rule, found in exits.items()}
     return min(points, key=lambda rule: flops_at(model, rule, points[rule], context=1))

@@ -1,4 +1,4 @@
-"""What the depths that a calibration chose come to on rows that nothing was chosen on."""
+"""Reports the quality and speed of the depths that a calibration chose, on rows on which nothing was chosen."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,16 @@ from efftrain.progress import console
 
 
 def whole_rows(held_out: HeldOut, n: int, size: int) -> list[dict[str, np.ndarray]]:
-    """The first ``n`` of these rows, or fewer where there are not so many, in whole batches of ``size``."""
+    """The first ``n`` rows, or as many as there are, in batches of ``size``; batches with padding rows are left out."""
     rows = itertools.islice(held_out.batches(size), n // size)
     return [row for row in rows if np.asarray(row["mask"]).any(1).all()]
 
 
 def rows_to_report(held_out: HeldOut, n: int, size: int) -> list[dict[str, np.ndarray]]:
-    """As ``whole_rows``, of ``held_out.reporting``.
+    """As ``whole_rows``, for the rows of ``held_out.reporting``.
 
     Raises:
-      CorpusError: there are none.
+      CorpusError: there is no whole batch.
     """
     rows = whole_rows(held_out, n, size)
     if not rows:
@@ -54,13 +54,16 @@ def report_depth(
     n_new: int,
     kept: Measurements,
 ) -> dict[str, Any]:
-    """The quality of all layers and of each rule's chosen threshold, and the speed of the chosen drafts; JSON.
+    """Measures the quality with all layers and with each rule's chosen threshold, and the speed of the chosen drafts.
 
     Args:
-      model, text, probe, n_new: as they were calibrated.
-      rows, prompts: to report on.
+      model, text, probe, n_new: as in the calibration.
+      rows, prompts: the rows and prompts to report on.
       chosen: ``self_speculation`` and ``confidence_exit`` of the calibration.
-      kept: what was measured before.
+      kept: the store of measurements.
+
+    Returns:
+      As JSON: ``confidence_exit`` and ``self_speculation``; the latter is None if no draft was chosen.
     """
     full, exits = full_choices(model, rows), {}
     for rule, found in chosen["confidence_exit"].items():
@@ -78,12 +81,13 @@ def report_depth(
 
 
 def add_to_scorecard(run: Path, model: Decoder, values: Mapping[str, Any], length: int) -> None:
-    """Adds what a calibration reports to the scorecard of its run.
+    """Adds the reported figures of a calibration to the scorecard of its run.
 
     Args:
-      run: the directory.
-      values: what ``depth.json`` holds.
-      length: of the context that FLOPs are counted at.
+      run: run directory.
+      model: the model of the run.
+      values: content of ``depth.json``.
+      length: tokens of context for which FLOPs are counted.
     """
     if not (run / SCORECARD).exists():
         console.print(f"{run} has no scorecard to add the figures to; they are in {run}", markup=False)
@@ -121,12 +125,19 @@ def add_to_scorecard(run: Path, model: Decoder, values: Mapping[str, Any], lengt
 
 
 def histogram_text(shares: Sequence[float]) -> str:
-    """``2: 15%, 3: 60%, ...`` of the depths that at least one in 200 tokens has."""
+    """A histogram of depths as text, such as ``2: 15%, 3: 60%``, without depths of fewer than one in 200 tokens."""
     return ", ".join(f"{depth}: {share:.0%}" for depth, share in enumerate(shares) if share >= 0.005)
 
 
 def flops_at(model: Decoder, rule: str, point: Mapping[str, Any], context: int) -> float:
-    """Expected FLOPs of a token; keys and values of skipped layers are left out."""
+    """Expected FLOPs of decoding a token with early exits, without the keys and values of skipped layers.
+
+    Args:
+      model: the model.
+      rule: the rule of the exits; "gap" applies the head after every layer.
+      point: a point of a curve, with its ``mean_depth``.
+      context: tokens of context.
+    """
     heads = point["mean_depth"] - 1 if rule == "gap" else 0.0
     blocks = decode_flops(model, context) - head_flops(model)
     return blocks * point["mean_depth"] / model.config.n_layers + (1 + heads) * head_flops(model)

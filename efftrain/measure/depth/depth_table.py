@@ -1,4 +1,4 @@
-"""A calibration of depth, for a person."""
+"""Tables of a depth calibration for the terminal."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,11 @@ from efftrain.measure.depth.exit_curves import RULES
 
 
 def summary(values: Mapping[str, Any]) -> Iterator[Table]:
-    """For a person: drafts, exits, and where the layers go."""
+    """Yields the tables of a calibration: self-speculation, early exits, and depths by class of token.
+
+    Args:
+      values: content of ``depth.json``.
+    """
     report = values["report"]
     of = f"{report['split']} split, {report['rows']} rows" + (f"; {report['note']}" if report["note"] else "")
     if values.get("self_speculation"):

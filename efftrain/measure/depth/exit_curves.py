@@ -1,4 +1,4 @@
-"""What leaving the stack early costs and saves: quality, depth and seconds over thresholds, and where layers go."""
+"""Curves of early exits: quality, mean depth and seconds over confidence thresholds, and depths by class of token."""
 
 import math
 import statistics
@@ -26,28 +26,37 @@ from efftrain.ops.cross_entropy import token_nll
 from efftrain.progress import Progress
 
 RULES = ("similarity", "gap", "probe")
-# Quantiles of the confidence at which thresholds are tried, from all layers for nearly all tokens to few layers.
+# Quantiles of the confidence that are tried as thresholds, from nearly all tokens with all layers to few layers.
 QUANTILES = (0.999, 0.99, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
 
-MOST_PROBED = 20_000  # tokens that train the probes
+MOST_PROBED = 20_000  # number of tokens after which no more batches are read to train the probes
 
 ROW = ("tokens", "targets", "segments", "positions", "mask")
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """What tokens stand for: a class (index into ``token_classes.CLASSES``), and bytes; (vocabulary,) each."""
+    """Class and bytes of each token of the vocabulary.
+
+    Attributes:
+      classes: (vocabulary,) indices into ``token_classes.CLASSES``.
+      token_bytes: (vocabulary,) bytes of text.
+    """
 
     classes: np.ndarray
     token_bytes: np.ndarray
 
 
 def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
-    """What a curve needs, from rows that it does not see; as JSON.
+    """Fits the exit probe and finds the thresholds to try, on rows that are not used for the curves.
+
+    Args:
+      model: the model.
+      rows: batches of rows.
 
     Returns:
-      ``probe``: its arrays; ``thresholds``: for each rule, quantiles of the confidences that occur, careful ones first;
-      ``tokens``: how many both are from.
+      As JSON: ``probe``, the arrays of the probe; ``thresholds``, for each rule the ``QUANTILES`` of its confidences,
+      the safest first; ``tokens``, the number of tokens that both were computed from.
     """
     n = model.config.n_layers
     graph, state = nnx.split(model)
@@ -89,7 +98,7 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
 
 
 def full_choices(model: Decoder, rows: Rows) -> list[Array]:
-    """For each batch of rows, the likeliest next tokens (batch, length) when all layers are computed."""
+    """For each batch of rows, the most probable next tokens (batch, length) if all layers are computed."""
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -110,17 +119,19 @@ def measure_exit(
     threshold: float,
     probe: ExitProbe,
 ) -> dict[str, Any]:
-    """One point of a curve; as JSON.
+    """Measures one point of a curve: quality and depth with a confidence threshold.
 
     Args:
-      model, rows: measured on; rows also have ``documents``, see ``row_documents.with_documents``.
-      full: ``full_choices`` of them.
-      text: of the vocabulary.
+      model: the model.
+      rows: batches of rows with ``documents``, see ``row_documents.with_documents``.
+      full: ``full_choices`` of these rows.
+      text: classes and bytes of the vocabulary.
       exit_, threshold, probe: see ``early_exit.exit_states``.
 
     Returns:
-      ``bpb``; ``document_losses``, for each document the share of tokens that are not those of all layers, and
-      ``differs``, their mean; mean depth and histograms by class of the token that is predicted.
+      As JSON: ``threshold``; ``bpb``; ``document_losses``, for each document the share of the predicted tokens that
+      differ from those with all layers, and ``differs``, their mean; the mean depth, and mean depths and histograms by
+      class of the target.
     """
     graph, state = nnx.split(model)
     totals, differs = None, []
@@ -145,7 +156,7 @@ def measure_exit(
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _row_with_exits(graph, state, row, full_bt, exit_, threshold, probe, classes_v):
-    """Which tokens are not those of all layers, (batch, length) bool; of all, nats and depths by class."""
+    """Which predictions differ from those with all layers, (batch, length) bool; sum of nats; depths by class."""
     model = nnx.merge(graph, state)
     where = {"segments_bt": row["segments"], "positions_bt": row["positions"]}
     found = exit_states(model, row["tokens"], exit_, threshold, probe=probe, **where)
@@ -156,13 +167,13 @@ def _row_with_exits(graph, state, row, full_bt, exit_, threshold, probe, classes
 
 
 def _histogram(layers_bt: Array, classes_bt: Array, mask_bt: Array, most: int) -> Array:
-    """(classes, most + 1) float32: tokens of each class by the number of their layers."""
+    """Numbers of tokens by class and number of layers, (classes, most + 1) float32."""
     cells = jnp.zeros((len(CLASSES), most + 1))
     return cells.at[classes_bt, layers_bt].add(mask_bt.astype(jnp.float32))
 
 
 def _depths(histogram_cl: np.ndarray) -> dict[str, Any]:
-    """How many tokens; mean depth, by class too, and the shares of each class's tokens by depth."""
+    """The number of tokens, the mean depth, and for each class its mean depth and histogram of depths."""
     numbers, by_class = np.arange(histogram_cl.shape[1]), histogram_cl.sum(1)
     there = [c for c in range(len(CLASSES)) if by_class[c]]
     return {
@@ -181,14 +192,18 @@ def measure_seconds(
     n_new: int,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Seconds of a token and mean depth in decoding, with all layers and with an exit by each rule, alternating.
+    """Measures seconds per token and mean depth of decoding, with all layers and with early exits by each rule.
 
     Args:
-      prompt_bp: (batch, length) int32 without padding.
-      thresholds: of each rule.
-      probe: of the rule "probe".
-      n_new: tokens behind each prompt.
-      rounds: beyond one that warms up; the median counts.
+      model: the model.
+      prompt_bp: tokens of the prompts, (batch, length) int32, without padding.
+      thresholds: threshold of each rule.
+      probe: probe of the rule "probe".
+      n_new: number of tokens that are generated after each prompt.
+      rounds: number of rounds after one round to warm up; the settings alternate, and the median is taken.
+
+    Returns:
+      ``s_per_token`` and ``mean_depth`` for "all layers" and for each rule.
     """
     graph, state = nnx.split(unrolled(model))
     key, exits = jax.random.key(0), ConfidenceExit().places(model.config.n_layers)
@@ -211,7 +226,7 @@ def measure_seconds(
 
 
 def routed_depths(model: Decoder, rows: Rows, text: TokenTable) -> dict[str, Any]:
-    """Layers of each token as decoding chooses them, by class of the target."""
+    """Depths of a model of routed depth, as decoding chooses them, by class of the target; see ``measure_exit``."""
     graph, state = nnx.split(causally_routed(model))
     most = sum(len(block.depth.passes()) for block in model.config.layers)
 

@@ -1,7 +1,7 @@
-"""How low a threshold may go, with a stated probability that a mean stays under its bound.
+"""Risk control: the lowest confidence threshold for which a mean loss stays under a bound with a given probability.
 
-The bounds are for independent losses: those of documents (``row_documents``), and not of rows or tokens, of which a
-document has several that are alike.
+The tests hold for independent losses: those of documents (``row_documents``), but not those of rows or tokens, because
+the rows and tokens of a document resemble each other.
 """
 
 import itertools
@@ -12,12 +12,21 @@ import numpy as np
 
 
 def documents_needed(bound: float, error: float) -> int:
-    """How many documents without any loss show that the mean is under ``bound``."""
+    """Number of documents without any loss that are needed to show that the mean loss is under ``bound``.
+
+    Args:
+      bound: bound of the mean loss.
+      error: the probability that the conclusion is wrong.
+    """
     return next(n for n in itertools.count(1) if p_value([0.0] * n, bound) <= error)
 
 
 def p_value(losses: Sequence[float], bound: float) -> float:
-    """Of the hypothesis that the mean of independent losses between 0 and 1 is above ``bound``: Hoeffding-Bentkus.
+    """Hoeffding-Bentkus p-value of the hypothesis that the mean of independent losses is above ``bound``.
+
+    Args:
+      losses: independent losses between 0 and 1.
+      bound: bound of the mean.
 
     Source: Bates et al. 2021 (Distribution-free, risk-controlling prediction sets), section 3.1.
     """
@@ -34,20 +43,22 @@ def p_value(losses: Sequence[float], bound: float) -> float:
 
 
 def last_safe(losses: Sequence[Sequence[float]], bound: float, error: float) -> int | None:
-    """The last of some settings, ordered from safe to bold before any was measured, whose mean loss is under a bound.
+    """Fixed-sequence test: the boldest setting, in an order from safe to bold, whose mean loss is under a bound.
 
-    Tests them in this order and stops at the first that fails, so that the chance that the result is wrong is at most
-    ``error``, however many there are.
+    The order must be fixed before any setting is measured. The settings are tested in this order until one fails, so
+    that the probability of a wrong result is at most ``error`` for any number of settings.
 
     Args:
-      losses: of each setting, of the same independent samples (documents), between 0 and 1.
-      bound: on the mean.
-      error: the probability that the answer is wrong.
+      losses: for each setting, the losses of the same independent samples (documents), between 0 and 1.
+      bound: bound of the mean loss.
+      error: the probability that the result is wrong.
 
     Returns:
-      An index, or None where even the first fails.
+      The index of the setting, or None if even the first one fails.
 
-    Source: Angelopoulos et al. 2021 (Learn then Test), fixed-sequence testing; used so by Schuster et al. 2022 (CALM).
+    Source: Angelopoulos et al. 2021 (Learn then Test), fixed-sequence testing; applied to early exits by Schuster et
+      al.
+    2022 (CALM).
     """
     safe = None
     for i, of_setting in enumerate(losses):

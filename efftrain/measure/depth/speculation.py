@@ -1,4 +1,4 @@
-"""What drafting with the first layers is worth, by the clock."""
+"""Measures the speed-up of self-speculative decoding, in which the first layers of a model draft tokens."""
 
 import statistics
 import time
@@ -21,16 +21,19 @@ from efftrain.models.decoding.unrolled import unrolled
 def measure_speculation(
     model: Decoder, prompts: list[np.ndarray], speculation: SelfSpeculation, n_new: int, rounds: int = 1
 ) -> dict[str, Any]:
-    """Tokens a second of drafting and of plain decoding on the same prompts, alternating; reading prompts is left out.
+    """Times self-speculative and plain greedy decoding alternately on the same prompts, without the prefill.
 
     Args:
-      prompts: each (batch, length) int32, without padding.
-      n_new: tokens that are drawn behind each.
-      rounds: over all prompts.
+      model: the model.
+      prompts: tokens of each prompt, (batch, length) int32, without padding.
+      speculation: the layer that drafts and the length of a draft.
+      n_new: number of tokens that are generated after each prompt.
+      rounds: number of rounds over all prompts.
 
     Returns:
-      ``speedup``: median over prompts and rounds of the ratio of the times; ``tokens_per_s`` and
-      ``plain_tokens_per_s`` of a row; ``acceptance``; and whether all tokens were ``identical``.
+      The fields of ``speculation`` and: ``speedup``, the median over prompts and rounds of plain time over speculative
+      time; ``tokens_per_s`` and ``plain_tokens_per_s`` of a row; ``acceptance``, the share of the drafted tokens that
+      were accepted; and whether all tokens were ``identical``.
     """
     graph, state = nnx.split(unrolled(model))
     key = jax.random.key(0)
@@ -49,7 +52,7 @@ def measure_speculation(
         times.append((plain_s, s))
         identical &= bool((np.asarray(tokens) == np.asarray(found.tokens_bn)).all())
         accepted, drafted = accepted + int(found.accepted_b.sum()), drafted + int(found.drafted_b.sum())
-    drawn = n_new - 1  # the first one comes from the prompt
+    drawn = n_new - 1  # the first token comes from the prefill
     return asdict(speculation) | {
         "speedup": statistics.median(p / s for p, s in times),
         "tokens_per_s": drawn / statistics.median(s for _, s in times),
@@ -60,7 +63,7 @@ def measure_speculation(
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What a program returns, when it is there, and the seconds until then."""
+    """Runs a program, waits for its result, and returns the result and the seconds that it took."""
     started = time.perf_counter()
     found = jax.block_until_ready(run())
     return found, time.perf_counter() - started
