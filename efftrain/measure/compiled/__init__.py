@@ -1,4 +1,4 @@
-"""Compiled programs without the chips that they are for: memory, collectives, products.
+"""Analysis of programs that are compiled for chips of another machine: memory, collectives and FLOPs.
 
 It may import ``measure.cost``.
 """

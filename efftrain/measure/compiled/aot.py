@@ -1,4 +1,4 @@
-"""A recipe's train step, compiled for chips that are not here: does it fit, and what will it wait for."""
+"""Compiles a recipe's training step ahead of time for chips that are not present, and reports memory and step time."""
 
 import dataclasses
 import math
@@ -31,12 +31,12 @@ from efftrain.train.program import Wrap, abstract_batch, make_program
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is compiled: a configuration of a recipe.
+    """What is compiled: the training step of a configuration of a recipe.
 
     Attributes:
-      name: for people.
-      build, objective, wrap: as ``fit`` takes them.
-      training: with the mesh.
+      name: name of the recipe and the configuration, for reports.
+      build, objective, wrap: as for ``fit``.
+      training: the training configuration, with the mesh.
     """
 
     name: str
@@ -51,7 +51,15 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each device."""
+    """Memory of a training step in bytes on each device.
+
+    Attributes:
+      parameters, optimizer, other_state: the parts of the train state.
+      teacher: variables of the teacher; 0 without one.
+      batch: the batch.
+      total: all memory that the step needs, with the program itself.
+      limit: memory of the chip; None if it is not known.
+    """
 
     parameters: int
     optimizer: int
@@ -59,7 +67,7 @@ class Memory:
     teacher: int
     batch: int
     temporaries: int
-    """Activations, gradients and what is gathered: all that the step allocates beside its arguments."""
+    """Activations, gradients and gathered parameters: all that the step allocates in addition to its arguments."""
     total: int
     limit: float | None
 
@@ -70,13 +78,22 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """What was found out about a step on one device.
+    """The report of a compiled training step; all figures are of one device and one step.
 
     Attributes:
-      flops: that the program computes, products only.
-      model_flops: that the mathematics needs (see ``measure.cost.flops``).
-      counted_from: "program", or "formulas" where the text of the program could not be had.
-      times: by roofline; None for a chip without known peaks.
+      target: name of the target.
+      topology: name of the topology.
+      devices: number of devices.
+      mesh: size of each mesh axis.
+      memory: memory of the step.
+      flops: FLOPs that the program computes; only products count.
+      model_flops: FLOPs that the mathematics needs (see ``measure.cost.flops``).
+      hbm_bytes: bytes that are moved to and from memory.
+      counted_from: "program", or "formulas" if the text of the program is not available.
+      times: lower bounds of the time by the roofline model; None for a chip whose peaks are not known.
+      collectives: traffic between devices; empty if the text of the program is not available.
+      warnings: problems of the layout, as sentences.
+      compile_s: time of compilation in seconds.
     """
 
     target: str
@@ -94,7 +111,7 @@ class CompiledStep:
     compile_s: float
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, with ``times`` taken apart."""
+        """The report as JSON, with the derived values of ``memory`` and ``times``."""
         found = dataclasses.asdict(self)
         found["memory"]["fits"] = self.memory.fits
         if self.times:
@@ -103,10 +120,14 @@ class CompiledStep:
 
 
 def read_target(recipe: Path, name: str | None = None) -> Target:
-    """A configuration of a recipe script, by name; the first one where there is none.
+    """Reads a configuration of a recipe script.
+
+    Args:
+      recipe: path of the script.
+      name: name of the configuration. None: the first one.
 
     Raises:
-      ConfigError: the script lacks ``configs``, ``program`` or that configuration.
+      ConfigError: the script has no ``configs``, no ``program``, or no such configuration.
     """
     script = import_script(recipe)
     configs, program = getattr(script, "configs", None), getattr(script, "program", None)
@@ -122,10 +143,16 @@ def read_target(recipe: Path, name: str | None = None) -> Target:
 
 
 def compile_target(target: Target, topology: Topology) -> CompiledStep:
-    """Compiles the step that ``fit`` would run on this slice. Takes seconds to minutes; nothing is run or allocated.
+    """Compiles the training step that ``fit`` would run on a slice, without running it or allocating its arrays.
+
+    Compilation takes seconds to minutes.
+
+    Args:
+      target: what is compiled.
+      topology: the slice.
 
     Raises:
-      ConfigError: the mesh does not fit the topology, or a parameter not the mesh.
+      ConfigError: the mesh does not fit the topology, or a parameter cannot be sharded on the mesh.
     """
     training = target.training
     mesh = make_mesh(training.mesh, topology.devices)
@@ -171,7 +198,7 @@ def compile_target(target: Target, topology: Topology) -> CompiledStep:
 
 
 def _read(compiled: Any) -> tuple[ProgramText | None, list[str]]:
-    """The program's text; libtpu cannot print every program, and what cannot be printed is no reason to fail."""
+    """The program's text, or None with a warning, because libtpu cannot print every program."""
     try:
         return ProgramText(compiled.as_text()), []
     except Exception as error:
@@ -180,7 +207,7 @@ def _read(compiled: Any) -> tuple[ProgramText | None, list[str]]:
 
 
 def _flops(model: nnx.Module, teacher: nnx.Module | None, training: Training) -> float:
-    """Of a token, that the mathematics needs."""
+    """Model FLOPs per token, with the forward pass of the teacher."""
     alone = training_flops(model, training.length)
     return alone if teacher is None else alone + training_flops(teacher, training.length) / FORWARD_AND_BACKWARD
 

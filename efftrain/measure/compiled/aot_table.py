@@ -1,4 +1,4 @@
-"""A report of ``measure.compiled.aot`` for a person."""
+"""Prints the reports of ``measure.compiled.aot`` to the terminal."""
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -9,7 +9,7 @@ from efftrain.measure.cost.mesh_estimate import Estimate
 
 
 def show(report: CompiledStep, console: Console) -> None:
-    """Prints memory, work and traffic of one device, then what to look at."""
+    """Prints memory, FLOPs, times and traffic of one device, then the warnings."""
     mesh = ", ".join(f"{axis}={n}" for axis, n in report.mesh.items() if n > 1) or "one device"
     console.print(f"{report.target} on {report.topology}: {report.devices} devices, {mesh}", markup=False)
     console.print(f"compiled in {report.compile_s:.0f} s; all figures are of one device and one step\n")
@@ -48,7 +48,7 @@ def show(report: CompiledStep, console: Console) -> None:
 
 
 def show_search(ranked: list[Estimate], console: Console, *, first: int = 10) -> None:
-    """Prints the fastest meshes by formulas."""
+    """Prints the ``first`` fastest meshes of a search by formulas."""
     table = Table("mesh", "step", "by", "memory", title=f"{len(ranked)} meshes that fit, by formulas")
     for found in ranked[:first]:
         mesh = ", ".join(f"{axis}={n}" for axis, n in found.mesh.items() if n > 1) or "one device"

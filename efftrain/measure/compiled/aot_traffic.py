@@ -1,4 +1,4 @@
-"""The collectives of a compiled step, put together by kind, mesh axes and place."""
+"""Traffic of a compiled step: its collectives, summed by kind, mesh axes and whether they are in a loop."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,17 @@ from efftrain.sharding.roofline import sent_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Equal collectives together. Bytes are those that one device sends in a step."""
+    """The collectives of one kind along the same mesh axes.
+
+    Attributes:
+      kind: one of ``hlo.KINDS``.
+      axes: the mesh axes along which devices exchange data.
+      count: number of collectives in a step.
+      sent: bytes that one device sends in a step.
+      largest: bytes of the whole result of the largest collective; see ``hlo.Collective.size``.
+      in_loop: whether they are in the body of a loop.
+      source: the JAX operation that one of them comes from.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -23,7 +33,7 @@ class Traffic:
 
 
 def traffic(text: ProgramText, mesh: Mesh) -> list[Traffic]:
-    """The collectives of a program by kind, mesh axes and place, largest first."""
+    """Sums the collectives of a program by kind, mesh axes and whether they are in a loop; most bytes first."""
     groups: dict[tuple, list] = {}
     for c in text.collectives:
         groups.setdefault((c.kind, group_axes(c.group, mesh), c.in_loop), []).append(c)

@@ -1,4 +1,4 @@
-"""What to look at in a compiled step: memory and traffic that a better layout would not need."""
+"""Warnings about a compiled step: memory and traffic that a better layout would not need."""
 
 import math
 from typing import Any
@@ -11,11 +11,17 @@ from efftrain.measure.compiled.aot_traffic import Traffic
 from efftrain.measure.compiled.hlo import ProgramText
 from efftrain.sharding.layout import Placed
 
-TILE = (8, 128)  # rows and columns of a TPU register: smaller last dimensions are padded to it
+TILE = (8, 128)  # rows and columns of a TPU register; the last two dimensions are padded to multiples of it
 
 
 def parameter_warnings(rows: list[Placed], mesh: Mesh, *, tiled: bool) -> list[str]:
-    """Parameters over 1 % of the model that every device keeps whole, or whose shards a TPU pads by over 10 %."""
+    """Warns about parameters that are replicated on every device, or whose shards a TPU pads by more than 10 %.
+
+    Args:
+      rows: the layout of the parameters; only those of more than 1 % of the model's bytes are checked.
+      mesh: the mesh.
+      tiled: whether the device pads arrays to tiles, as TPUs do.
+    """
     whole, found = sum(row.bytes_total for row in rows), []
     splitting = math.prod(size for axis, size in mesh.shape.items() if axis != "replica")
     for row in rows:
@@ -34,7 +40,15 @@ def parameter_warnings(rows: list[Placed], mesh: Mesh, *, tiled: bool) -> list[s
 
 
 def loop_warnings(text: ProgramText, collectives: list[Traffic], params: Any) -> list[str]:
-    """Gathers in a loop that are larger than what fsdp must fetch there, and loops that could not be counted."""
+    """Warns about traffic in loops that a better layout would avoid, and about loops that could not be counted.
+
+    The traffic is all-gathers that are larger than the parameters that FSDP must gather, and all-reduces along fsdp.
+
+    Args:
+      text: the program.
+      collectives: its traffic.
+      params: abstract parameters, and those of a teacher.
+    """
     found = [f"loop {name}: its number of rounds could not be read; counted once" for name in text.unknown_loops]
     largest = 0
     for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
@@ -61,7 +75,7 @@ def _shard_shape(row: Placed, mesh: Mesh) -> tuple[int, ...]:
 
 
 def _padded_bytes(row: Placed, mesh: Mesh) -> int:
-    """With the better of the two orders of the last dimensions: XLA chooses the layout."""
+    """Bytes of a shard after padding, in the better order of its last two dimensions, since XLA chooses the layout."""
     shape = _shard_shape(row, mesh)
     orders = {shape, (*shape[:-2], *shape[-2:][::-1])}
     return min(math.prod(_to_tiles(order)) for order in orders) * row.dtype.itemsize

@@ -1,7 +1,7 @@
-"""Reads a compiled XLA program: how often each part runs, its products, and what it sends between devices.
+"""Analyses the text of a compiled XLA program: how often each part runs, its FLOPs, memory traffic and collectives.
 
-XLA's own cost analysis counts the body of a loop once and says nothing of collectives. Here every instruction counts as
-often as it runs. The text is that of ``jax.stages.Compiled.as_text()``, of one device's program.
+XLA's own cost analysis counts the body of a loop once and does not report collectives. Here every instruction counts as
+often as it runs. The text is that of ``jax.stages.Compiled.as_text()``, the program of one device.
 """
 
 import math
@@ -21,14 +21,14 @@ _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """A collective of the program.
+    """A collective operation of the program.
 
     Attributes:
       kind: one of ``KINDS``.
-      size: bytes of the whole, as in ``roofline.sent_bytes``.
-      group: the devices that device 0 exchanges with, itself included: positions in the mesh, counted row by row.
+      size: bytes of the whole array, as in ``roofline.sent_bytes``.
+      group: the devices that device 0 exchanges data with, including itself, as positions in the flattened mesh.
       count: how often it runs in a step.
-      in_loop: it stands in the body of a loop.
+      in_loop: whether it is in the body of a loop.
       source: the JAX operation that it comes from.
     """
 
@@ -44,9 +44,10 @@ class ProgramText:
     """A parsed program.
 
     Attributes:
-      computations: by name.
+      computations: the computations by name.
+      entry: name of the computation where the program begins.
       runs: how often each computation runs in a step.
-      unknown_loops: names of loops whose number of rounds could not be read; they count once.
+      unknown_loops: names of the loops whose trip count could not be read; their bodies count once.
     """
 
     def __init__(self, text: str):
@@ -88,7 +89,7 @@ class ProgramText:
             self.unknown_loops.append(loop.name)
             return 1
         number, end = limit
-        # Loops that XLA makes of one product and its gather take two rounds at once: the step matters.
+        # XLA unrolls loops of a product and its gather by two, so that the counter may increase by more than 1.
         step = _counter_step(body, number)
         if step is None:
             self.unknown_loops.append(loop.name)
@@ -96,7 +97,7 @@ class ProgramText:
 
     @cached_property
     def flops(self) -> float:
-        """FLOPs of all products in a step on one device; a multiply-add is two."""
+        """FLOPs of all products in a step on one device; a multiply-add is 2 FLOPs."""
         return sum(
             times * product_flops(instruction, self.computations[name])
             for name, times in self.runs.items()
@@ -106,7 +107,7 @@ class ProgramText:
 
     @cached_property
     def kernels(self) -> tuple[int, float]:
-        """Pallas kernels that run in a step: how many that give no estimate, and the estimated FLOPs of the others."""
+        """Pallas kernels in a step: the number of runs without a cost estimate, and the FLOPs of those with one."""
         unknown, flops = 0, 0.0
         for name, times in self.runs.items():
             for instruction in self.computations[name].instructions.values():
@@ -118,7 +119,10 @@ class ProgramText:
 
     @cached_property
     def memory_bytes(self) -> float:
-        """Bytes that a step moves to and from the memory of one device: operands and results of what is not fused."""
+        """Bytes that a step moves to and from the memory of one device.
+
+        Those are the operands and results of instructions that are not inside of a fusion.
+        """
         return sum(
             times * self._moved(instruction, self.computations[name])
             for name, times in self.runs.items()
@@ -144,14 +148,14 @@ class ProgramText:
             return written + sum(_hbm(i.arrays) for i in reads)
         sliced = _sliced_parameters(callee)
         total = sum(min(sliced.get(k, math.inf), _hbm(i.arrays)) for k, i in enumerate(reads))
-        if callee.root.opcode == "dynamic-update-slice":  # in place
+        if callee.root.opcode == "dynamic-update-slice":  # it works in place and writes only the update
             update = callee.instructions.get(callee.root.operands[1])
             written = min(written, sum(a.n_bytes for a in update.arrays)) if update else written
         return total + written
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        """Every collective, largest traffic first. One that is spread over several fusions counts once."""
+        """All collectives, largest traffic first; a collective that is spread over several fusions counts once."""
         found: dict[str, list[Collective]] = defaultdict(list)
         for name, times in self.runs.items():
             for instruction in self.computations[name].instructions.values():
@@ -159,7 +163,7 @@ class ProgramText:
                 if kind not in KINDS:
                     continue
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"  # what TPUs make of an all-reduce of which each device keeps a part
+                    kind = "reduce-scatter"  # on TPUs, a fused all-reduce of which each device keeps a part
                 group = first_group(instruction.rest)
                 collective = Collective(
                     kind=kind,
@@ -169,7 +173,8 @@ class ProgramText:
                     in_loop=name in self._in_loop,
                     source=_source(instruction),
                 )
-                # The pieces of an asynchronous one share a channel; the loops that it runs beside do not repeat it.
+                # The pieces of an asynchronous collective share a channel; loops that it overlaps with do not repeat
+                # it.
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 chained = channel and "chain_id=" in instruction.rest
                 found[f"{kind} {channel[1]}" if chained else f"{name} {instruction.name}"].append(collective)
@@ -177,7 +182,7 @@ class ProgramText:
         return sorted(once, key=lambda c: -c.size * c.count)
 
 
-# Opcodes that move nothing: they rename a buffer, or what they call is counted itself.
+# Opcodes that move no bytes themselves: they rename a buffer, or the computations that they call are counted.
 _FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id"}
 )
@@ -194,20 +199,20 @@ def _constant(instruction: Instruction | None) -> int | None:
 
 
 def _element(instruction: Instruction) -> int | None:
-    """Which element of a tuple this takes."""
+    """The index of a get-tuple-element instruction; None for other instructions."""
     match = instruction.opcode == "get-tuple-element" and re.search(r"index=(\d+)", instruction.rest)
     return int(match[1]) if match else None
 
 
 def _counter_limit(condition: Computation) -> tuple[int, int] | None:
-    """Of a loop that counts from 0 while less than a constant: the number of its counter in the state, the constant."""
+    """The index of the counter in a loop's state, and its limit, for a loop from 0 to a constant; otherwise None."""
     counters = [n for i in condition.instructions.values() if (n := _element(i)) is not None]
     ends = {n for i in condition.instructions.values() if (n := _constant(i)) is not None}
     return (counters[0], ends.pop()) if len(counters) == 1 and len(ends) == 1 else None
 
 
 def _counter_step(body: Computation, number: int) -> int | None:
-    """What a loop adds to its counter in a round: the constants between the counter going in and the one coming out."""
+    """The constant that a loop adds to its counter in a round; None if it cannot be read."""
     operands, step = body.root.operands, 0
     at = body.instructions.get(operands[number]) if number < len(operands) else None
     while at is not None:
@@ -234,16 +239,16 @@ def _collective_size(kind: str, instruction: Instruction, n: int) -> float:
     if not instruction.opcode.endswith("-start"):
         total = sum(a.n_bytes for a in instruction.arrays)
         return total * n if instruction.opcode == "reduce-scatter" else total
-    total = sum(a.n_bytes for a in instruction.arrays if a.dims)  # without the counters that wait for it
+    total = sum(a.n_bytes for a in instruction.arrays if a.dims)  # without scalars, which only synchronise
     if kind == "all-gather":
-        return total * n / (n + 1)  # the inputs stand beside the results, which are n times as large
+        return total * n / (n + 1)  # the type lists the inputs too, and the results are n times as large
     if kind == "collective-permute":
-        return total / 2  # input and result
+        return total / 2  # the type lists input and result
     return total
 
 
 def _sliced_parameters(fused: Computation) -> dict[int, float]:
-    """Parameters of a fusion that it reads only slices of -> bytes of those slices."""
+    """The parameters of a fusion of which it only reads slices, with the bytes of these slices."""
     slices: dict[int, float] = {}
     for parameter in fused.instructions.values():
         if parameter.opcode != "parameter":

@@ -1,4 +1,4 @@
-"""FLOPs of the products of a compiled program: ``dot``, and the ``convolution`` that TPUs make of it."""
+"""FLOPs of the products of a compiled program: ``dot``, and ``convolution``, as which TPUs compute products."""
 
 import math
 import re
@@ -7,7 +7,12 @@ from efftrain.measure.compiled.hlo_text import Computation, Instruction
 
 
 def product_flops(product: Instruction, within: Computation) -> float:
-    """Of a ``dot`` or ``convolution`` whose operands stand in the same computation."""
+    """FLOPs of a ``dot`` or ``convolution``; a multiply-add is 2 FLOPs.
+
+    Args:
+      product: the instruction.
+      within: its computation, which also contains its operands.
+    """
     left, right = (within.instructions[name].arrays[0].dims for name in product.operands[:2])
     out = product.arrays[0].dims
     if product.opcode == "dot":
@@ -18,7 +23,11 @@ def product_flops(product: Instruction, within: Computation) -> float:
 
 
 def _convolution_flops(text: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """TPUs compute every product as a convolution, with batch dimensions as space: only pairs inside count."""
+    """FLOPs of a convolution without padding.
+
+    TPUs compute every product as a convolution with batch dimensions as spatial dimensions, so that only pairs of
+    output and kernel positions that meet an input element count.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
     window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\d_x\-]+)", _window(text))}
     total = 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")]
@@ -47,7 +56,7 @@ def _window(text: str) -> str:
 
 
 def _valid_pairs(*, size: int, kernel: int, out: int, stride: int, low: int, dilate: int, kernel_dilate: int) -> int:
-    """(output, kernel) positions of one dimension that meet an element of the input and not padding or a hole."""
+    """Number of (output, kernel) position pairs of one dimension that meet an input element, not padding or a hole."""
     last = (size - 1) * dilate
     return sum(
         0 <= at <= last and at % dilate == 0

@@ -1,4 +1,4 @@
-"""The text of a compiled XLA program as computations of instructions: what ``measure.compiled.hlo`` counts in."""
+"""Parses the text of a compiled XLA program into computations and instructions, for ``measure.compiled.hlo``."""
 
 import math
 import re
@@ -13,7 +13,13 @@ _ON_CHIP = "S(1)"  # memory space 1 of a TPU is inside of the chip
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a type: dimensions and bytes."""
+    """One array of an instruction's type.
+
+    Attributes:
+      dims: its dimensions.
+      n_bytes: its bytes; 4-bit types have half a byte per element.
+      on_chip: whether it is in the on-chip memory of a TPU and not in HBM.
+    """
 
     dims: tuple[int, ...]
     n_bytes: float
@@ -22,7 +28,16 @@ class Array:
 
 @dataclass
 class Instruction:
-    """A line of a computation."""
+    """An instruction of a computation.
+
+    Attributes:
+      name: its name.
+      arrays: the arrays of its result.
+      opcode: such as "dot" or "all-gather-start".
+      operands: names of its operands.
+      rest: the text after the opcode's parenthesis: operands and attributes.
+      root: whether it is the result of the computation.
+    """
 
     name: str
     arrays: list[Array]
@@ -43,10 +58,13 @@ class Computation:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the one where the program begins.
+    """Parses the text of a program.
+
+    Returns:
+      The computations by name, and the name of the computation where the program begins.
 
     Raises:
-      ValueError: the text is not a whole program.
+      ValueError: the text is not a complete program.
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
@@ -68,7 +86,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Lines, with those put together that the metadata of a kernel breaks."""
+    """The lines of the text, joining those that line breaks in a kernel's metadata have split."""
     whole, inside = "", False
     for line in text.splitlines():
         if inside and line != "}" and not line.startswith("  "):

@@ -1,4 +1,4 @@
-"""Which devices take part in a collective, in the three ways in which XLA writes it."""
+"""Parses which devices take part in a collective, in the notations that XLA uses."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 
 def first_group(text: str) -> tuple[int, ...]:
-    """The group of the first devices, or for a permute everyone who sends to or receives from one of a cycle.
+    """The devices of the first group of a collective; of a permute, all devices connected with its first pair.
 
     Args:
       text: attributes of a collective instruction: ``replica_groups={{0,1},{2,3}}``, ``replica_groups=[2,4]<=[8]``
@@ -16,7 +16,7 @@ def first_group(text: str) -> tuple[int, ...]:
         ``device_ids``), or ``source_target_pairs=``.
 
     Returns:
-      Positions of devices in the mesh; () where the text names none (all devices).
+      Positions of devices in the mesh; () if the text names none, which means all devices.
     """
     if match := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
         return _cycle([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", match[1])])
@@ -32,7 +32,7 @@ def first_group(text: str) -> tuple[int, ...]:
 
 
 def group_axes(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ."""
+    """The mesh axes along which the devices of a group differ; for an empty group, all axes of more than one device."""
     if not group:
         return tuple(axis for axis, size in mesh.shape.items() if size > 1)
     coordinates = np.unravel_index(group, mesh.devices.shape)
@@ -44,7 +44,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """XLA's ``[2,4]T(1,0)``: 0, 1, 2, ... in this shape, transposed."""
+    """The devices of XLA's iota notation ``[2,4]T(1,0)``: 0, 1, 2, ... in this shape, transposed."""
     sizes = _numbers(dims)
     devices = np.arange(math.prod(sizes)).reshape(sizes)
     return devices.transpose(_numbers(order)) if order else devices
@@ -65,14 +65,14 @@ def _mesh_group(sizes_text: str, ids_text: str | None, axes_text: str) -> tuple[
         size = sizes[dim][1]
         if not part:
             keep[dim] = slice(None)
-        else:  # a part of an axis: ``before`` blocks, of which each has ``part`` pieces
+        else:  # a part of an axis, which is split into ``before`` blocks of ``part`` pieces each
             step = size // (int(before) * int(part))
             keep[dim] = slice(0, step * int(part), step)
     return tuple(int(n) for n in grid[tuple(keep)].reshape(-1))
 
 
 def _cycle(pairs: list[tuple[int, int]]) -> tuple[int, ...]:
-    """The devices that are tied together with the first pair."""
+    """All devices that are connected with the first pair, directly or through other pairs."""
     after = {}
     for source, target in pairs:
         after.setdefault(source, set()).add(target)
