@@ -1,1 +1,1 @@
-"""What a model is worth and what it costs: measured, or counted and called so."""
+"""Measurements of a model's quality and cost; every figure says whether it was measured, counted or modelled."""

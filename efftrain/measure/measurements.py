@@ -1,4 +1,4 @@
-"""Measurements that take long, kept as they are made, so that the same command continues where it was stopped."""
+"""A store for long measurements, which lets an interrupted command continue where it was stopped."""
 
 import contextlib
 import json
@@ -15,17 +15,19 @@ from efftrain.progress import console
 
 
 class Measurements:
-    """What was measured so far for a file that does not exist yet, beside it; ``remove`` when the file is written.
+    """Stores the measurements for a result file next to it, until the result file is complete.
 
-    Until then, the end of the ``with`` block or of this object, no other process can measure for the same file.
+    Call ``remove`` when the result file is written. Until then, or until the ``with`` block ends or this object is
+    deleted, no other process can measure for the same file.
 
     Args:
-      path: of the file.
-      values: what the measurements depend on, as JSON; those of other values are not taken, and a sentence says so.
-      code: ``code_identity`` of what measures; the same goes for it.
+      path: path of the result file.
+      values: what the measurements depend on, as JSON. Stored measurements with other values are not used, and a
+        message says so.
+      code: ``code_identity`` of the code that measures; treated like ``values``.
 
     Raises:
-      InUseError: another process measures for this file.
+      InUseError: another process is measuring for this file.
     """
 
     def __init__(self, path: Path, values: dict[str, Any], code: Mapping[str, str]):
@@ -49,7 +51,12 @@ class Measurements:
         self._lock.release()
 
     def cell(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What ``measure`` returned, now or before; JSON, with None for floats that are not finite."""
+        """Returns the stored measurement of this name, or calls ``measure`` and stores its result.
+
+        Args:
+          name: name of the measurement.
+          measure: returns a JSON value; floats that are not finite become None.
+        """
         if name not in self._cells:
             self._cells[name] = finite_json(measure())
             write_json(self._path, self.values | {"cells": self._cells})
@@ -61,7 +68,7 @@ class Measurements:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What an earlier process kept; None where there is nothing, or a damaged file, which is then set aside."""
+    """The measurements of an earlier process; None if there are none, or if the file is damaged and was set aside."""
     if not path.exists():
         return None
     try:
@@ -77,11 +84,14 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def other_origin(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """In what a result was made otherwise than it is made now: ``other code (efftrain)``; None where in nothing.
+    """Describes how the origin of a stored result differs from that of the requested one, for error messages.
 
     Args:
-      before: what a result was made from, as it was written; under "code" by which code.
-      now: the same of what is asked for.
+      before: what the stored result was made from, as it was written; its entry "code" is the code that made it.
+      now: the same for the requested result.
+
+    Returns:
+      A phrase such as ``other code (changed since: ...)``, or None if nothing differs.
     """
     plain = [{name: value for name, value in origin.items() if name != "code"} for origin in (before, now)]
     if changed := difference(plain[0], json.loads(json.dumps(plain[1]))):
@@ -91,10 +101,10 @@ def other_origin(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a file, whole or not at all; floats that are not finite become null.
+    """Writes a JSON file atomically; floats that are not finite become null.
 
     Raises:
-      RunError: it cannot be written.
+      RunError: the file cannot be written.
     """
     temporary = path.with_name(f"{path.name}.writing")
     with _writing(path):

@@ -1,4 +1,4 @@
-"""Which mesh a model should be trained on: every shape by formulas, the best few compiled."""
+"""Search for the mesh on which to train a model: all shapes are estimated by formulas, and the best few compiled."""
 
 import math
 
@@ -14,10 +14,19 @@ from efftrain.train.program import abstract_batch, make_program
 
 
 def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[list[Estimate], list[CompiledStep]]:
-    """Mesh shapes for a slice, fastest first by formulas among those that fit; the best few are compiled.
+    """Ranks the mesh shapes of a slice by their estimated step time, and compiles the best few.
+
+    Args:
+      target: what is trained; its own mesh only gives the size of the expert axis.
+      topology: the slice.
+      n_compiled: number of mesh shapes that are compiled.
+
+    Returns:
+      The estimates of the mesh shapes that fit the memory by the formulas, fastest first; and the reports of the
+      compiled ones, first those that fit, fastest first.
 
     Raises:
-      ConfigError: no mesh shape takes this model and batch, or none fits the memory.
+      ConfigError: no mesh shape divides this model and batch, or none fits the memory.
     """
     training = target.training
     model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
@@ -49,7 +58,7 @@ def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[
 
 
 def mesh_shapes(n_devices: int, *, expert: int = 1) -> list[MeshConfig]:
-    """Every way to spread devices over replica, fsdp, tensor and context."""
+    """All ways to divide devices between the axes replica, fsdp, tensor and context, for a given expert axis."""
     left = n_devices // expert if n_devices % expert == 0 else 0
     return [
         MeshConfig(

@@ -68,7 +68,12 @@ class TaskRun:
 
 
 def task_ids(task: Task, learner: Learner) -> TaskIds:
-    """The task's token ids, with a tokenizer trained on its training and unlabelled texts, but not on the test texts."""
+    """The task's token ids, with a tokenizer trained on its training and unlabelled texts, but not on its test texts.
+
+    Args:
+      task: the task.
+      learner: says how many entries the tokenizer has.
+    """
     examples = [*task.train, *task.unlabelled]
     texts = [e.text for e in examples]
     if not task.labels:
