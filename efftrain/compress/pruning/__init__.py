@@ -1,4 +1,4 @@
-"""Pruning: at once, layer by layer, or during training with masks in an optax wrapper.
+"""Pruning of weights: one-shot pruning layer by layer, and pruning during training by an optax wrapper with masks.
 
 It may import ``compress.layerwise``.
 """

@@ -64,6 +64,7 @@ class Magnitude:
     straight_through: bool = False
 
     def of(self, w: Array, g: Array) -> Array:
+        """The scores of weights with their gradients; the highest are kept."""
         return jnp.abs(w)
 
 
@@ -99,6 +100,7 @@ class RigL:
         return jnp.abs(w)
 
     def growth(self, g: Array, key: Array) -> Array:
+        """The scores by which new weights are chosen among those that are zero."""
         return jnp.abs(g) if self.by == "gradient" else jax.random.uniform(key, g.shape)
 
 

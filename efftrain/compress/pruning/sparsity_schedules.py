@@ -35,9 +35,11 @@ class OneShot:
         return self.at
 
     def due(self, step: Array, n_steps: int) -> Array:
+        """Whether the masks change in a step, () bool; ``n_steps`` is the number of steps of the run."""
         return step == round(self.at * n_steps)
 
     def share(self, step: Array, n_steps: int) -> Array:
+        """The share of the target sparsity that the masks of a step have, () float32."""
         return (step >= round(self.at * n_steps)).astype(jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""Post-training quantisation: rounding, GPTQ, AWQ, and the choice of formats under a budget.
+"""Post-training quantisation: rounding to nearest, GPTQ, AWQ, and mixed precision under a budget of bytes.
 
 It may import ``compress.layerwise``.
 """

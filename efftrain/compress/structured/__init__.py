@@ -1,4 +1,4 @@
-"""Structured pruning: importance, the shape of the smaller model, the cut.
+"""Structured pruning: importance of a model's parts, the shape of the smaller model, and the cut.
 
 It may import ``compress.layerwise``.
 """

@@ -16,7 +16,7 @@ def unigram_bpb(corpus: Corpus, *, split: str = "validation") -> float:
     n_entries = corpus.vocab_size
     counts = _counts(corpus.tokens("train"), n_entries) + 1.0
     seen = _counts(corpus.tokens(split), n_entries)
-    seen[corpus.end_of_text_id] -= 1  # the first token of the stream is no target
+    seen[corpus.end_of_text_id] -= 1  # the first token of the stream is not a target
     nats = -(seen * np.log(counts / counts.sum())).sum()
     return float(nats / np.log(2) / (seen * corpus.token_bytes(split)).sum())
 
