@@ -16,6 +16,9 @@ if FAKE_DEVICES not in os.environ.get("XLA_FLAGS", ""):
 if "--xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # most of the tests' time is compilation
 
+# Recipes start themselves again for huge pages unless this is set, and so import everything twice.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+
 cache = Path(tempfile.gettempdir()) / f"efftrain-test-cache-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # operations outside of jit are many and small
