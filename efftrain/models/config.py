@@ -231,7 +231,7 @@ class ModelConfig:
 
     @property
     def n_layers(self) -> int:
-        """Number of layers: ``n_repeats`` times the blocks of ``pattern``; a recursive block counts once."""
+        """``n_repeats`` times the blocks of ``pattern``; a block that is applied several times counts once."""
         return len(self.pattern) * self.n_repeats
 
     @property

@@ -312,7 +312,7 @@ class RoutedDepth(nnx.Module):
 
 
 def causally_routed(model: nnx.Module) -> nnx.Module:
-    """Returns a copy of the model, of the same arrays, whose routed layers decide each token alone, as decoding does."""
+    """Returns a copy of the model, of the same arrays, whose routed layers decide each token alone, as in decoding."""
     copy = nnx.merge(*nnx.split(model), copy=True)
     for _, module in nnx.iter_modules(copy):
         if isinstance(module, RoutedDepth):
