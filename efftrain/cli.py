@@ -45,8 +45,8 @@ def main(args: Sequence[str] | None = None) -> None:
         """Run a recipe, and start it again after a crash, a kill or a preemption; it continues from its newest
         checkpoint.
 
-        All arguments after the recipe belong to the recipe, such as: efftrain train recipes/dense.py cpu --out
-        runs/dense --max-restarts 5
+        All other arguments after the recipe belong to the recipe, such as cpu and --out in: efftrain train
+        recipes/dense.py cpu --out runs/dense --max-restarts 5
 
         Args:
           recipe: the script.

@@ -49,7 +49,7 @@ class Block(nnx.Module):
     def join(
         self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None, segments_bt: Array | None
     ) -> tuple[Array, dict]:
-        """Joins the residual stream and the output of attention; returns the stream after the block, and metrics."""
+        """Returns the stream after the block, and metrics, from the stream before it and the output of attention."""
         x_btd += attended_btd
         out_btd, metrics = self.feed_forward(self.mlp_norm(x_btd), tokens_bt, segments_bt)
         return x_btd + out_btd, metrics

@@ -73,14 +73,14 @@ class Decoder(nnx.Module):
         key: Array | None = None,
         exits_e: Array | None = None,
     ) -> tuple[Array, Array | None, dict]:
-        """Returns the residual stream after the last layer and, on request, after further layers.
+        """Returns the residual stream after the last layer and, if asked for, after other layers.
 
         Args:
           tokens_bt: (batch, length) integers.
           segments_bt: (batch, length) integers; no token sees another segment; 0 is padding. None: one segment per row.
-          positions_bt: (batch, length) positions in the row. None: 0, 1, 2, ...
+          positions_bt: (batch, length) positions of the tokens in their document. None: 0, 1, 2, ... in each row.
           key: random key for what training draws (layer dropout). None: nothing is drawn, as in evaluation.
-          exits_e: (e,) integers, indices of the layers after which the stream is returned too. None: no further layers.
+          exits_e: (e,) integers, indices of the layers after which the stream is returned too. None: no other layers.
 
         Returns:
           (batch, length, d_model) in the compute dtype; (e, batch, length, d_model) or None; and the layers' metrics as

@@ -84,7 +84,7 @@ def run_layers(
         which is added to the loss, and ``statistics``, a dict that is stacked over the repeats instead.
       n_repeats, scan, remat: see ``ModelConfig``.
       kept: bool, the layers that are computed: (layers,), or (layers, batch) for each row. None: all.
-      exits_e: (e,) integers, indices of the layers after which x is returned too. None: no further layers.
+      exits_e: (e,) integers, indices of the layers after which x is returned too. None: no other layers.
 
     Returns:
       x; x after the layers of ``exits_e`` (e, batch, length, d_model), or None; and the metrics. If a layer has
@@ -153,7 +153,7 @@ def dropout_rates(n_layers: int, rate: float, strength: Array | float) -> Array:
 
 
 def dropout_strength(step: Array | int, after: int, ramp_steps: int) -> Array:
-    """Strength of layer dropout at a step: 0 before ``after``, then growing to 1 over ``ramp_steps``, or at once if 0.
+    """Strength of layer dropout at a step: 0 before ``after``, then growing to 1 over ``ramp_steps`` (0: at once).
 
     Source: Elhoushi et al. 2024 (LayerSkip), section 4.1, where the ramp is the whole run.
     """

@@ -128,7 +128,7 @@ def _attend(
 
 
 def _levels_and_scale(a_bksd: Array | QuantizedArray, dtype: jnp.dtype) -> tuple[Array, Array | float]:
-    """Levels, and scales for scores or weights (batch, kv_heads, 1, 1, slots), where they cost less than on vectors."""
+    """Returns levels, and scales (batch, kv_heads, 1, 1, slots) for scores or weights: cheaper than for vectors."""
     if not isinstance(a_bksd, QuantizedArray):
         return a_bksd, 1.0
     return a_bksd.levels().astype(dtype), a_bksd.scale[..., 0].astype(jnp.float32)[:, :, None, None]

@@ -32,7 +32,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(OptimizerConfig):
-    """Adam with decoupled weight decay on matrices. Loshchilov and Hutter 2019."""
+    """Adam with decoupled weight decay on matrices. Loshchilov and Hutter 2019.
+
+    Attributes:
+      peak_lr: largest learning rate.
+      b1, b2: decays of the first and the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: weight decay of matrices, per unit of learning rate.
+    """
 
     peak_lr: float = 3e-3
     b1: float = 0.9
@@ -59,6 +66,13 @@ class Muon(OptimizerConfig):
     """Orthogonalised momentum for the matrices of the layers, AdamW for the rest (tables, head, norms).
 
     Updates are scaled to the size of Adam's (``consistent_rms``), so one learning rate serves both.
+
+    Attributes:
+      peak_lr: largest learning rate, of both optimizers.
+      momentum: decay of Muon's momentum.
+      b1, b2: decays of AdamW's first and second moment.
+      weight_decay: weight decay of matrices, per unit of learning rate.
+      consistent_rms: root mean square to which Muon's updates are scaled.
 
     Source: Jordan et al. 2024; scaling from Liu et al. 2025 (Moonlight), section 2.2.
     """

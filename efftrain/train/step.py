@@ -90,7 +90,7 @@ def make_step(
 
 
 def batch_axes(shape: tuple[int, ...], length: int) -> tuple[str | None, ...]:
-    """Logical axes of an array of a batch: "batch" for its rows, and "length" for an axis that is the rows' length."""
+    """Logical axes of an array of a batch: "batch", and "length" for a second axis that has the rows' length."""
     second = ("length" if n == length and i == 0 else None for i, n in enumerate(shape[1:]))
     return "batch", *second
 

@@ -64,7 +64,7 @@ class RoutedDepthConfig(DepthConfig):
         return RoutedDepth(self, block, model, rngs=rngs)
 
     def expected(self, level: int, tokens: int) -> int:
-        """Number of slots for the tokens, of ``tokens`` tokens decided alone, that pass a round; it has a reserve."""
+        """Number of slots of a round in which ``tokens`` tokens are decided alone: ``room`` times the capacity."""
         capacity = self.capacities()[level]
         return tokens if capacity == 1 else min(tokens, math.ceil(self.room * capacity * tokens))
 

@@ -64,6 +64,6 @@ def put(x_btd: Array, y_bnd: Array, choice: ChosenTokens) -> Array:
 
 
 def divisible(count: int, length: int) -> int:
-    """Rounds a number of a row's tokens up, for the mesh that splits the row and the tiles of kernels."""
+    """Rounds a token count up so that the mesh can split it and kernels get whole tiles; at most ``length``."""
     step = shard_count("length") * (TILE if length >= MANY_TILES * TILE else 1)
     return min(length, -(-count // step) * step)

@@ -128,7 +128,7 @@ def _local_experts(
 
     Args:
       x_nd: (tokens, d_model).
-      experts_nk: indices among this device's experts; the number of these experts stands for no expert.
+      experts_nk: indices among this device's experts; the index after the last one means no expert.
       weights: of this device's experts.
       run: how the experts are computed.
       n_tokens: number of tokens from which the capacity of an expert is computed.

@@ -203,7 +203,7 @@ class EarlyExitLoss:
         return -(-(n_layers - 1) // (self.every or n_layers - 1))
 
     def heads(self, n_layers: int, steps: int) -> float:
-        """Head evaluations per token that the exits add to that of the last layer: a mean over a run of ``steps``."""
+        """Mean number of head evaluations per token that the exits add in a run of ``steps`` steps: their cost."""
         return self.n_exits(n_layers) / self.stride * max(1 - self.after / steps, 0.0)
 
     def __call__(self, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:

@@ -46,7 +46,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def until_asked(self, work: Callable[[], T]) -> T | None:
-        """Runs ``work`` until a signal ends it.
+        """Runs ``work`` to its end, or until a signal ends it.
 
         Several processes work together and cannot stop at different places: their work ends where it calls
         ``end_if_asked``.
