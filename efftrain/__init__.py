@@ -1,10 +1,10 @@
 """efftrain: language models that do more with less, from raw text to a model that is cheap to run.
 
-Importing the package imports neither JAX nor TFDS; the rooms (``efftrain.data``, ``efftrain.models``, ...) bring what
-they need.
+Importing the package imports neither JAX nor TFDS; its subpackages (``efftrain.data``, ``efftrain.models``, ...) import
+what they need.
 """
 
-import efftrain.moved  # noqa: F401  old names of modules are found
+import efftrain.moved  # noqa: F401  makes the old names of modules importable
 
 __version__ = "0.1.0"
 __all__ = ["load"]

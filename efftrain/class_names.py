@@ -1,8 +1,8 @@
-"""Names of configuration classes in files: they stay when a class moves to another module.
+"""Names of configuration classes in files, which stay the same when a class moves to another module.
 
-A class of this package is written as ``Dense``, one of a script as ``recipe.py:Block``, of another package as
-``module:Class``. Earlier versions wrote the package's own as ``efftrain.models.config:Dense``; both are read. So that a
-bare name is enough, no two configurations (keyword-only dataclasses) of the package share one.
+A class of this package is written as ``Dense``, one of a script as ``recipe.py:Block``, and one of another package as
+``module:Class``. Earlier versions wrote the package's own classes as ``efftrain.models.config:Dense``; both can be
+read. So that a bare name is enough, no two configurations (keyword-only dataclasses) of the package share a name.
 """
 
 import functools
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from efftrain.errors import ConfigError
 
-SCRIPT_PREFIX = "efftrain_script_"  # of the module names that ``recipe.import_script`` gives
-# A name that earlier versions wrote -> what the class is called now.
+SCRIPT_PREFIX = "efftrain_script_"  # start of the module names that ``recipe.import_script`` gives
+# A name that earlier versions wrote -> the present name of the class.
 RENAMED = {
     "Calibration": "DepthCalibration",
     "NofM": "SemiStructured",
@@ -30,7 +30,7 @@ _DATACLASS = re.compile(r"^@(?:dataclasses\.)?dataclass(\(.*\))?\n(?:@.*\n)*clas
 
 
 def class_name(cls: type) -> str:
-    """The name under which a class is written."""
+    """Returns the name under which a class is written."""
     module = sys.modules[cls.__module__]
     if module.__name__.startswith(f"{__package__}."):
         return current_name(f"{module.__name__}:{cls.__qualname__}")
@@ -40,18 +40,18 @@ def class_name(cls: type) -> str:
 
 
 def current_name(written: str) -> str:
-    """A name as an earlier version may have written it -> as ``class_name`` writes it."""
+    """Returns the name that ``class_name`` writes now for a name that an earlier version may have written."""
     found = _OF_MODULE.fullmatch(written)
     name = found[1] if found else written
     return RENAMED.get(name, name)
 
 
 def find_class(written: str, script: types.ModuleType | None) -> type:
-    """The class of a name.
+    """Returns the class of a name.
 
     Args:
-      written: as this or an earlier version wrote it.
-      script: the module that has the classes that a script defined.
+      written: the name as this or an earlier version wrote it.
+      script: the module with the classes that a script defined. None: there is no script.
 
     Raises:
       ConfigError: there is no such class, or the package has several.
@@ -70,7 +70,7 @@ def find_class(written: str, script: types.ModuleType | None) -> type:
 
 @functools.cache
 def package_dataclasses() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Name -> modules that define it, read from the sources: of keyword-only dataclasses, and of the others."""
+    """Returns name -> modules that define it, read from the sources: for keyword-only dataclasses, and for others."""
     found: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
     for path in sorted(_PACKAGE.rglob("*.py")):
         module = ".".join((__package__, *path.relative_to(_PACKAGE).with_suffix("").parts)).removesuffix(".__init__")

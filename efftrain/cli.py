@@ -1,4 +1,4 @@
-"""``efftrain VERB``. A verb imports what it needs when it runs, so that ``efftrain --help`` is instant."""
+"""The command ``efftrain VERB``. A verb imports what it needs when it runs, so that ``efftrain --help`` is instant."""
 
 import itertools
 import os
@@ -21,7 +21,10 @@ RESTARTS = "--max-restarts"
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one verb, or prints the version.
 
-    An unknown verb or flag, or a mistake that the user can mend, ends with exit code 2, Ctrl-C with 130.
+    An unknown verb or flag, or a mistake that the user can correct, ends with exit code 2, Ctrl-C with 130.
+
+    Args:
+      args: the command line without the program's name. None: that of the process.
     """
     write_in_any_locale()
     arguments = list(sys.argv[1:] if args is None else args)
@@ -42,12 +45,12 @@ def main(args: Sequence[str] | None = None) -> None:
         """Run a recipe, and start it again after a crash, a kill or a preemption; it continues from its newest
         checkpoint.
 
-        What stands behind the recipe belongs to it, such as: efftrain train recipes/dense.py cpu --out runs/dense
-        --max-restarts 5
+        All other arguments after the recipe belong to the recipe, such as cpu and --out in: efftrain train
+        recipes/dense.py cpu --out runs/dense --max-restarts 5
 
         Args:
           recipe: the script.
-          max_restarts: give up after so many in a row that brought no newer checkpoint.
+          max_restarts: give up after this many restarts in a row that brought no newer checkpoint.
         """
         from efftrain.train.supervision.supervise import supervise
 
@@ -75,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _split_train(args: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments of ``efftrain``, and those of the recipe that ``efftrain train`` starts."""
+    """Splits the arguments of ``efftrain`` from those of the recipe that ``efftrain train`` starts."""
     positional = (i for i in range(1, len(args)) if not args[i].startswith("-") and args[i - 1] != RESTARTS)
     recipe = next(positional, None)
     if args[:1] != ["train"] or recipe is None:
@@ -115,10 +118,10 @@ def inspect(
 
     Args:
       dir: the folder of the corpus.
-      rule: only those that this rule removed.
-      source: only those of this source.
-      seed: a random choice instead of the first ones; another seed, another choice.
-      limit: end after so many; by default 20 with a seed or where stdin is no terminal, else all.
+      rule: show only documents that this rule removed.
+      source: show only documents of this source.
+      seed: show a random choice instead of the first documents; another seed gives another choice.
+      limit: number of documents to show; by default 20 with a seed or if stdin is no terminal, otherwise all.
     """
     from efftrain.data.report.inspect import inspect_corpus
 
@@ -138,18 +141,19 @@ def calibrate_depth(
     risk: float = 0.1,
     error: float = 0.05,
 ) -> None:
-    """Measure how a run's model decodes with fewer layers: drafts that are checked, exits by confidence, mean depth.
+    """Measure how a run's model decodes with fewer layers: self-speculation, exits by confidence, mean depth.
 
     Leaves depth.json in the run, and figures in its scorecard. When interrupted, the same command continues.
 
     Args:
       run: the directory of a training run.
-      corpus: whose validation split is read to choose and whose test split to report; by default that of the run.
-      exits: layers that draft; by default 1 up to half of the model's.
-      drafts: lengths of a draft.
-      prompts: how many are continued, each alone.
-      n_new: tokens behind each.
-      rows: of the validation split, for the confidence curves; what they choose is measured on the test split.
+      corpus: corpus whose validation split is used to choose and whose test split to report; by default that of the
+        run.
+      exits: numbers of layers that draft; by default 1 up to half of the model's.
+      drafts: lengths of a draft, in tokens.
+      prompts: number of prompts that are continued, each alone.
+      n_new: number of new tokens after each prompt.
+      rows: rows of the validation split for the confidence curves; their choices are measured on the test split.
       risk: the share of tokens that an exit may change.
       error: the probability that it changes more.
     """
@@ -186,7 +190,7 @@ def compress(
     out: Path | None = None,
     corpus: Path | None = None,
 ) -> None:
-    """Make a smaller model of a run's, in a run directory of its own: fewer bits, fewer weights, or a smaller shape.
+    """Make a smaller model from that of a run, in a run directory of its own: fewer bits, weights, or a smaller shape.
 
     Such as: efftrain compress runs/dense --quantize int4:g32 --method gptq; --sparsity 0.5; --slim 0.33 --recover
     400000. When interrupted, the same command continues. Only --slim makes a model faster: JAX has no sparse products,
@@ -194,25 +198,27 @@ def compress(
 
     Args:
       run: the directory of a training run.
-      quantize: int8, int4:g32, fp8, ternary:g32: the type, and how many numbers share a scale (by default those of an
-        output). By default what the run was trained for. With a budget: several, such as int8,int4:g32.
-      activations: the type of what they are multiplied with, such as int8, a scale a token; by default float.
-      cache: the type of keys and values in decoding, such as int8; by default float.
+      quantize: number format of the weights: int8, int4:g32, fp8, ternary:g32, where g32 means that 32 numbers share a
+        scale (by default all those of an output). By default the format that the run was trained for. With a budget:
+        several, such as int8,int4:g32.
+      activations: number format of the inputs of the weights, such as int8, with one scale per token; by default float.
+      cache: number format of keys and values in decoding, such as int8; by default float.
       layers: a regular expression for the names of matrices, such as blocks/.*/mlp/.* or blocks/.*|embedding.
-      method: to quantise, round to the nearest (the default), or look at the inputs on calibration text: gptq, awq. To
-        prune, by size: magnitude; by size and inputs: wanda; making up for it: sparsegpt (the default).
-      budget: bytes of the blocks' matrices as a share of float32; each layer gets the format that it bears.
-      rows: of calibration text, or of each trial of a budget.
+      method: to quantise: round to nearest (nearest, the default), or use the inputs on calibration text (gptq, awq).
+        To prune: by size (magnitude), by size and inputs (wanda), or with compensation in the remaining weights
+        (sparsegpt, the default).
+      budget: bytes of the blocks' matrices as a share of float32; each layer gets the format that it can bear.
+      rows: rows of calibration text, or of each trial of a budget.
       sparsity: weights that become zero: a share, such as 0.5, or 2:4. Fewer bytes on disk, no speed.
-      slim: the share to cut off, such as 0.33: units, heads and channels that do least go. Faster.
+      slim: share to cut off by structured pruning, such as 0.33: the least important units, heads and channels. Faster.
       way: cut width (better quality) or depth (better latency); any: a search over both.
-      by: slim is a share of the parameters, of training FLOPs, or of the time that one row decodes in.
-      search: shapes to try, each trained with a tenth of the tokens of recover.
-      recover: tokens of training behind the cut; a twentieth to a tenth of what the run was trained on.
-      rounds: cut and train in so many, for 50 % and more.
-      distill: in that training, learn from the run as it was and not from the text.
+      by: slim is a share of the parameters, of training FLOPs, or of the time to decode one row.
+      search: number of shapes to try, each trained with a tenth of the tokens of recover.
+      recover: tokens of training after the cut; a twentieth to a tenth of what the run was trained on.
+      rounds: number of rounds in which to cut and train, for 50 % and more.
+      distill: in that training, learn from the original run instead of the text.
       out: the new run directory; by default the run's name with these options.
-      corpus: by default that of the run.
+      corpus: corpus for calibration and training; by default that of the run.
     """
     from efftrain.compress.options import Compression
     from efftrain.compress.run import compress as compress_run
@@ -253,22 +259,22 @@ def teacher(
     corpus: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Keep what a run's model predicts at every token of a corpus, so that students learn from it without running it.
+    """Store what a run's model predicts at every token of a corpus, so that students learn from it without running it.
 
-    Such as: efftrain teacher runs/dense --samples 50. Up to 4 bytes a token for each probability of --top-k (6 where
+    Such as: efftrain teacher runs/dense --samples 50. Up to 4 bytes per token for each probability of --top-k (6 if
     the vocabulary is over 65,536), and about 1 for each of --samples. When interrupted, the same command continues.
 
     Args:
-      run: the directory of the teacher's run; a compressed one teaches too.
-      top_k: keep so many of the largest probabilities of each position, and the sum of the others; by default 64.
-      samples: instead, draw so many tokens from each distribution, 255 at most: an unbiased estimate of it.
-      rows: only the first so many rows of the split; documents lie in shuffled order.
-      split: of the corpus.
-      length: tokens of a row; by default as the run was trained. Students are trained on rows of the same length.
+      run: the directory of the teacher's run; a compressed one can teach too.
+      top_k: store this many of the largest probabilities at each position, and the sum of the others; by default 64.
+      samples: instead, draw this many tokens from each distribution, 255 at most: an unbiased estimate of it.
+      rows: store only the first rows of the split, this many; documents are in shuffled order.
+      split: split of the corpus.
+      length: tokens per row; by default as in the run's training. Students train on rows of the same length.
       batch_size: rows that the teacher reads at once.
-      seed: of the draws.
-      corpus: that the students will be trained on; by default that of the run.
-      out: the folder; by default the run's name with these options.
+      seed: seed of the draws.
+      corpus: the corpus on which the students will train; by default that of the run.
+      out: the folder to write; by default the run's name with these options.
     """
     from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
 
@@ -294,14 +300,14 @@ def aot(
     compile: int = 2,
     json: bool = False,
 ) -> None:
-    """Compile a recipe's train step for a TPU slice that is not here: memory, step time, traffic, warnings.
+    """Compile a recipe's train step for a TPU slice that is not attached: memory, step time, traffic, warnings.
 
     Args:
       recipe: a recipe script.
       config: the name of one of its configurations; the first one by default.
       topology: such as v5e:8x8, v6e:4x4, v5p:2x2x2, v4:2x2x4, or cpu:8 to try this out.
       search: rank the mesh shapes that fit by formulas, and compile the best few.
-      compile: how many a search compiles.
+      compile: number of mesh shapes that a search compiles.
       json: print one JSON object.
     """
     import dataclasses
@@ -310,7 +316,7 @@ def aot(
     kind, _, count = topology.partition(":")
     if kind == "cpu" and count.isdigit():
         _fake_devices(int(count))
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a program for another machine needs no device of this one
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiling for another machine needs no device of this one
 
     from efftrain.measure.compiled.aot import compile_target, read_target
     from efftrain.measure.compiled.aot_table import show, show_search
@@ -345,8 +351,8 @@ def doctor(
     Args:
       recipe: a recipe script whose model is laid out; a small decoder by default.
       config: the name of one of its configurations; the first one by default.
-      mesh: by default that of the recipe, else all devices along fsdp.
-      fake_devices: lay out for so many devices, which this CPU pretends to have.
+      mesh: by default that of the recipe, or else all devices along fsdp.
+      fake_devices: lay out for this many devices, which the CPU simulates.
     """
     if config is not None and recipe is None:
         raise ConfigError(f"--config {config} needs the recipe it belongs to; add --recipe PATH")
@@ -360,7 +366,7 @@ def doctor(
 def _fake_devices(count: int) -> None:
     if count < 1:
         raise ConfigError(f"--fake-devices is {count}; give a positive number")
-    # XLA reads this once, when the first device is asked for; of two such flags the last one counts.
+    # XLA reads this once, when the first device is requested; of two such flags the last one counts.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -1,7 +1,7 @@
-"""Which code a result was made by, so that a result of other code is never taken for one of this code.
+"""Identifies the code that made a result, so that a result of other code is never mistaken for one of this code.
 
-A commit does not say it: a dirty tree is not one state, and a rule that a script defines stands in no commit of the
-package at all. What is compared are digests of source files.
+Digests of source files are compared. A commit is not enough: a dirty tree has no commit of its own, and a rule that a
+script defines is in no commit of the package.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ _PACKAGE = Path(efftrain.__file__).parent
 
 
 def code_identity(*values: Any, rooms: Iterable[str] = ()) -> dict[str, str]:
-    """The code that decides what becomes of a configuration.
+    """Returns digests of the code that determines the result of a configuration.
 
     Args:
       values: dataclasses, functions, classes, modules, and lists, tuples and dictionaries of them, at any depth. The
-        modules that define them count, those of base classes too, and what these import from modules that are neither
-        installed nor of the standard library.
-      rooms: the parts of the package that take part, folders or files: ``("data", "compress/text")``. Those that define
-        one of the values are added. All of it by default.
+        modules that define them (and their base classes) count, and the modules that these import if those are neither
+        installed nor in the standard library.
+      rooms: the parts of the package that count, folders or files: ``("data", "compress/text")``. Parts that define one
+        of the values are added. Empty: the whole package.
 
     Returns:
-      Digests of source: under "efftrain" the package's version and the rooms; under the name of its file or module
-      each module outside of the package.
+      Digests of source code: under "efftrain" the package's version and the rooms; for each module outside the
+      package, under the name of its file or module.
 
     Raises:
       ConfigError: a class was defined where Python keeps no source (at a prompt).
@@ -49,14 +49,14 @@ def code_identity(*values: Any, rooms: Iterable[str] = ()) -> dict[str, str]:
 
 
 def own_sources(*values: Any) -> dict[str, bytes]:
-    """The source files outside of the package that decide what becomes of a configuration, to be kept with a result.
+    """Returns the source files outside the package that determine a configuration's result, to store with that result.
 
     Args:
       values: as for ``code_identity``.
 
     Returns:
-      File name -> content: ``mine.py``, ``layers.blocks.py`` for the module ``layers.blocks``; of several files with
-      one name ``mine.py``, ``mine-2.py``, ...
+      File name -> content: ``mine.py``, or ``layers.blocks.py`` for the module ``layers.blocks``; several files with
+      one name are ``mine.py``, ``mine-2.py``, ...
 
     Raises:
       ConfigError: as for ``code_identity``.
@@ -69,19 +69,21 @@ def own_sources(*values: Any) -> dict[str, bytes]:
 
 
 def changed_code(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str | None:
-    """The names in which two identities differ, for a message: ``efftrain, essays.py``; None where they are equal.
+    """Returns the names in which two identities differ, for a message: ``efftrain, essays.py``; None if they are equal.
 
     Args:
-      before: None where none was written, as by an earlier version.
-      now: of the code that runs.
+      before: identity that was stored. None: none was written, as by an earlier version.
+      now: identity of the running code.
     """
     before = before or {}
     return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name))) or None
 
 
 def modules_outside(names: Iterable[str]) -> list[types.ModuleType]:
-    """The modules of these names that are neither of this package nor of Python, and those that they import from files
-    that are not installed; a module comes after what it imports."""
+    """Returns the modules of these names that belong neither to this package nor to Python, with their own imports.
+
+    Of the modules that these import, those that are not installed are added; a module comes after what it imports.
+    """
     found: dict[str, types.ModuleType] = {}
     for name in names:
         _follow(name, found)
@@ -89,14 +91,14 @@ def modules_outside(names: Iterable[str]) -> list[types.ModuleType]:
 
 
 def defined_outside(module: types.ModuleType) -> bool:
-    """Whether a module is a user's own file: neither of this package, nor installed, nor a command."""
+    """Returns whether a module is a user's own file: not in this package, not installed, and no command."""
     path = Path(getattr(module, "__file__", None) or "")
     return path.suffix == ".py" and not path.is_relative_to(_PACKAGE) and not _is_installed(module)
 
 
 @functools.cache
 def package_identity(rooms: tuple[str, ...] = ()) -> str:
-    """Version and digest of the source files of some rooms, or of the whole package.
+    """Returns version and digest of the source files of some rooms (folders or files of the package), or of all.
 
     Raises:
       ValueError: there is no such room.
@@ -110,7 +112,7 @@ def package_identity(rooms: tuple[str, ...] = ()) -> str:
 
 
 def _sources(values: Iterable[Any]) -> dict[str, list[bytes]]:
-    """By name of script or module; the scripts of two runs may have one name."""
+    """Returns contents by name of script or module; the scripts of two runs may have the same name."""
     found: dict[str, set[bytes]] = {}
     for module in modules_outside({owner for value in values for owner in _owners(value)}):
         found.setdefault(_name(module), set()).add(_source(module))
@@ -118,7 +120,7 @@ def _sources(values: Iterable[Any]) -> dict[str, list[bytes]]:
 
 
 def _owners(value: Any) -> Iterator[str]:
-    """Names of the modules that define what a value is made of."""
+    """Yields the names of the modules that define the parts of a value."""
     if isinstance(value, types.ModuleType):
         yield value.__name__
     elif isinstance(value, type):
@@ -133,7 +135,7 @@ def _owners(value: Any) -> Iterator[str]:
         yield from _owners((value.func, value.args, value.keywords))
     elif isinstance(value, types.MethodType):
         yield from _owners((value.__func__, value.__self__))
-    elif isinstance(value, types.FunctionType) or hasattr(value, "__wrapped__"):  # what jax.jit returns is no function
+    elif isinstance(value, types.FunctionType) or hasattr(value, "__wrapped__"):  # jax.jit returns no FunctionType
         yield value.__module__
         yield from _owners(getattr(value, "__wrapped__", ()))
     elif dataclasses.is_dataclass(value):
@@ -145,11 +147,11 @@ def _owners(value: Any) -> Iterator[str]:
 
 
 def _follow(name: str, found: dict[str, types.ModuleType]) -> None:
-    """Adds a module that defines something, unless it is of this package or of Python, and what it imports."""
+    """Adds a module and those that it imports, unless it belongs to this package or to Python."""
     module = sys.modules.get(name)
     if module is None or name in found or _is_own(name) or _is_python(module):
         return
-    found[name] = module  # at once, for modules that import each other
+    found[name] = module  # before its imports, because modules may import each other
     for value in list(vars(module).values()):
         owner = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
         imported = sys.modules.get(owner) if isinstance(owner, str) else None
@@ -163,7 +165,7 @@ def _is_own(name: str) -> bool:
 
 
 def _is_python(module: types.ModuleType) -> bool:
-    """Whether a module is of the standard library or built in."""
+    """Whether a module belongs to the standard library or is built in."""
     return module.__name__.partition(".")[0] in sys.stdlib_module_names and module.__name__ != "__main__"
 
 
@@ -179,11 +181,11 @@ def _installed() -> tuple[Path, ...]:
 
 
 def _name(module: types.ModuleType) -> str:
-    """A script has one name, however it was started or imported: ``config.to_json`` writes the same."""
+    """Returns one name for a script, however it was started or imported; ``config.to_json`` writes the same name."""
     is_script = module.__spec__ is None or module.__name__.startswith((SCRIPT_PREFIX, "__mp_main__"))
     if is_script and getattr(module, "__file__", None):
         return Path(module.__file__).name
-    return module.__spec__.name if module.__spec__ else module.__name__  # of ``python -m``, it is not __main__
+    return module.__spec__.name if module.__spec__ else module.__name__  # with ``python -m``, the latter is __main__
 
 
 def _source(module: types.ModuleType) -> bytes:

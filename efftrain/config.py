@@ -1,8 +1,8 @@
-"""Frozen dataclasses to JSON and back, so that a run directory can rebuild any model.
+"""Turns frozen dataclasses into JSON and back, so that a run directory can rebuild any model.
 
 A choice between components is a union of dataclasses, so every object carries its type: ``{"type": "Class", "field":
-value, ...}``, see ``class_names``. Fields at their default are written too (but ``LATER`` ones): a file made today
-means the same after a default changed. A float that is not finite is a string, such as "inf".
+value, ...}``, see ``class_names``. Fields at their default are written too (except ``LATER`` ones), so that a file
+means the same after a default has changed. A float that is not finite is written as a string, such as "inf".
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from efftrain.class_names import class_name, current_name, find_class
 from efftrain.errors import ConfigError
 
 NOT_FINITE = ("inf", "-inf", "nan")
-# Metadata of a field that came after configurations had been written: at its default, which is what they mean, it is
-# left out, so that older files, and digests of what was made from them, stay the same.
+# Metadata of a field that was added after configurations had been written. At its default, which is what those
+# configurations mean, it is not written, so that older files and the digests of what was made from them stay valid.
 LATER = {"later": True}
 
 
@@ -28,7 +28,7 @@ def to_json(value: Any) -> Any:
     """Turns a (nested) dataclass into plain JSON values.
 
     Raises:
-      ConfigError: a field holds something that JSON cannot carry (a function, say): make it a small dataclass.
+      ConfigError: a field holds something that JSON cannot represent (a function, say): make it a small dataclass.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"type": class_name(type(value))} | {
@@ -87,7 +87,7 @@ def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any
                 f"{value['type']} lacks its field {missing[0]!r}; it was written by another version of efftrain"
             )
         return cls(**{k: _decode(v, hints[k], script) for k, v in given.items()})
-    # Of an optional field, the kind that a JSON list or object can stand for.
+    # Of a union, such as an optional field, the member that a JSON list or object can represent.
     kinds = [annotation, *typing.get_args(annotation)]
     if isinstance(value, dict):
         kind = next((k for k in kinds if typing.get_origin(k) is dict), Any)
@@ -104,7 +104,7 @@ def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any
 
 
 def finite_json(value: Any) -> Any:
-    """The same JSON values with null for every float that is not finite: JSON has no word for these."""
+    """Returns the JSON values with null for every float that is not finite, which JSON cannot represent."""
     if isinstance(value, Mapping):
         return {name: finite_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -113,20 +113,20 @@ def finite_json(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """A short stable fingerprint of a configuration (blake2b of its canonical JSON)."""
+    """Returns a short stable fingerprint of a configuration (blake2b of its canonical JSON), 32 hex digits."""
     return json_digest(to_json(value))
 
 
 def json_digest(value: Any) -> str:
-    """As ``digest``, of JSON as it is."""
+    """As ``digest``, for a value that is JSON already."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """The fields in which two JSON values differ, as ``path: old -> new``, for error messages.
+    """Returns the fields in which two JSON values differ, as ``path: old -> new``, for error messages.
 
-    The name of a class as an earlier version wrote it (``class_names``) is no difference.
+    Two names of the same class, written by different versions (``class_names``), are not a difference.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]

@@ -1,4 +1,4 @@
-"""What a machine has, and how a model would lie on it: the text of ``efftrain doctor``."""
+"""The text of ``efftrain doctor``: what a machine has, and how a model would be laid out on it."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ def show(out: Console, recipe: Path | None, config: str | None, mesh: MeshConfig
     """Prints versions, devices, the mesh, and the layout of a model's parameters.
 
     Args:
-      out: where.
+      out: the console to print to.
       recipe, config, mesh: see ``cli.doctor``.
 
     Raises:
@@ -72,7 +72,7 @@ def _devices_table(devices: list[jax.Device]) -> Table:
 
 
 def _versions_table() -> Table:
-    """Each requirement of efftrain: what is installed against the range that is tested."""
+    """One row for each requirement of efftrain: the installed version and the range that is tested."""
     table = Table("package", "installed", "tested with", "")
     for name, wanted in _requirements():
         try:
@@ -86,7 +86,7 @@ def _versions_table() -> Table:
 
 
 def _requirements() -> Iterator[tuple[str, Any]]:
-    """Name and version specifier of what efftrain needs here, without its extras."""
+    """Yields name and version specifier of each requirement of efftrain on this platform, without its extras."""
     for line in importlib.metadata.requires("efftrain") or ():
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -96,7 +96,7 @@ def _requirements() -> Iterator[tuple[str, Any]]:
 
 
 def _huge_pages() -> str:
-    """Whether recipes get them; see ``recipe.restart_with_huge_pages``."""
+    """Returns whether recipes get huge pages; see ``recipe.restart_with_huge_pages``."""
     tunables = os.environ.get("GLIBC_TUNABLES")
     if tunables is not None:
         return "on" if HUGE_PAGES in tunables else f"off, because GLIBC_TUNABLES={tunables} was set"
@@ -136,7 +136,7 @@ def _model(config: Any, recipe: Path | None) -> tuple[ModelConfig, str]:
 
 
 def _abstract_parameters(model: ModelConfig) -> Any:
-    """Shapes and logical axes of the model's parameters; nothing is allocated."""
+    """Returns shapes and logical axes of the model's parameters; nothing is allocated."""
     return nnx.split(abstract_decoder(model), nnx.Param, ...)[1]
 
 

@@ -1,8 +1,8 @@
-"""Errors that the user can mend.
+"""Errors that the user can correct.
 
-Each message is one sentence that names the field or the file and the remedy. A command prints it without a
-traceback and exits with code 2 (see ``recipe.exit_cleanly``); everything else is a bug and keeps its traceback.
-So does every script that imports efftrain, also while its own configurations are made: see ``_print_one_sentence``.
+Each message is one sentence that names the field or the file and the remedy. A command prints it without a traceback
+and exits with code 2 (see ``recipe.exit_cleanly``); everything else is a bug and keeps its traceback. So does every
+script that imports efftrain, even while it creates its configurations: see ``_print_one_sentence``.
 """
 
 import sys
@@ -10,23 +10,23 @@ import traceback
 from types import TracebackType
 
 EXIT_MISTAKE = 2
-EXIT_CTRL_C = 130  # 128 + SIGINT, as shells have it
+EXIT_CTRL_C = 130  # 128 + SIGINT, as in shells
 
 
 class EfftrainError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base class of all errors that the user can correct."""
 
 
 class ConfigError(EfftrainError):
-    """A field of a configuration is impossible, alone or with another field."""
+    """A field of a configuration has an impossible value, alone or in combination with another field."""
 
 
 class CorpusError(EfftrainError):
-    """A corpus, or a file it is made of, is missing, damaged, empty or unreadable."""
+    """A corpus, or a file from which it is made, is missing, damaged, empty or unreadable."""
 
 
 class RunError(EfftrainError):
-    """A run directory or a checkpoint cannot be used for what was asked."""
+    """A run directory or a checkpoint cannot be used for the requested purpose."""
 
 
 class InUseError(EfftrainError):
@@ -34,11 +34,11 @@ class InUseError(EfftrainError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C. The message says what is kept and how to go on."""
+    """Ctrl-C. The message says what is kept and how to continue."""
 
 
 def exit_code(error: BaseException) -> int | None:
-    """Of a process that ends with this error after one sentence; None where it deserves a traceback."""
+    """Returns the exit code of a process that ends with this error after one sentence; None: print a traceback."""
     if isinstance(error, EfftrainError):
         return EXIT_MISTAKE
     return EXIT_CTRL_C if isinstance(error, Interrupted) else None
@@ -48,9 +48,9 @@ _previous_hook = sys.excepthook
 
 
 def _print_one_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's ``excepthook``: an uncaught error that the user can mend is one sentence with the line of the script.
+    """Python's ``excepthook``: prints an error that the user can correct as one sentence with the script's line.
 
-    A recipe makes its configurations while it is read, before anything of efftrain could catch their errors.
+    A recipe creates its configurations while it is imported, before anything of efftrain could catch their errors.
     """
     if (code := exit_code(error)) is None:
         return _previous_hook(kind, error, trace)

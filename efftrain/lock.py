@@ -1,11 +1,11 @@
-"""One process at a time: a lock on a file that goes with the process that holds it, however that process ends.
+"""A file lock that keeps other processes from a path, and is released however the process that holds it ends.
 
-The lock is the kernel's (``flock``): SIGKILL or a crash releases it, and a file that is left over locks nothing. What
-stands in the file, process and host, is for the message. On NFS, Linux takes the lock on the server, for all hosts.
-File systems that grant it to each host alone (Lustre with ``localflock``, mounted buckets) do not keep two hosts apart.
+The lock is the kernel's (``flock``): SIGKILL or a crash releases it, and a leftover file locks nothing. The file holds
+process and host only for the message. On NFS, Linux takes the lock on the server, for all hosts. File systems that
+grant it to each host separately (Lustre with ``localflock``, mounted buckets) do not keep two hosts apart.
 
-Where the file system has no such locks, the file itself is the lock: it counts as long as its process is alive. Of a
-process on another host nobody can tell, so that the user is asked to delete the file when it has ended.
+If the file system has no such locks, the file itself is the lock: it counts as long as its process is alive. Whether a
+process on another host is alive cannot be found out, so the user is asked to delete the file when it has ended.
 """
 
 import contextlib
@@ -18,25 +18,25 @@ from pathlib import Path
 
 from efftrain.errors import InUseError
 
-FILE_NAME = ".lock"  # in a directory that is locked from within
+FILE_NAME = ".lock"  # in a directory that is locked by a file within it
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
-_held: dict[Path, tuple[int, int]] = {}  # file -> its descriptor, and how many locks of this process share it
+_held: dict[Path, tuple[int, int]] = {}  # file -> its descriptor, and the number of locks of this process that share it
 _guard = threading.Lock()
 
 
 class Lock:
-    """Keeps other processes from a path until ``release``, the end of the ``with`` block, of the object or the process.
+    """Keeps other processes from a path until ``release``, or until the ``with`` block, the object or the process ends.
 
     This process may lock the same path several times. A forked or spawned child does not hold the lock.
 
     Args:
-      file: the file that is locked; its folder is made, and it is removed at the release.
-      path: what it stands for, for the message.
-      option: which names another path, for the message.
+      file: the file that is locked; its folder is created if missing, and the file is removed at the release.
+      path: the path that the lock protects, for the message.
+      option: the command line option with which another path can be chosen, for the message.
 
     Raises:
-      InUseError: another process holds it.
+      InUseError: another process holds the lock.
       OSError: the file cannot be written.
     """
 
@@ -58,7 +58,7 @@ class Lock:
 
 
 def beside(path: Path) -> Path:
-    """The lock file of a path that does not exist yet, or that is replaced as a whole."""
+    """Returns the lock file of a path that does not exist yet, or that is replaced as a whole."""
     return path.with_name(f".{path.name}{FILE_NAME}")
 
 
@@ -68,7 +68,7 @@ def _acquire(file: Path, path: Path, option: str) -> int:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _take(descriptor, file, path, option)
-            if _is_at(file, descriptor):  # and was not removed by its last holder between the two calls
+            if _is_at(file, descriptor):  # its last holder may have removed it between the two calls
                 os.truncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} {os.uname().nodename}\n".encode(), 0)
                 return descriptor
@@ -98,7 +98,7 @@ def _take(descriptor: int, file: Path, path: Path, option: str) -> None:
 
 
 def _is_alive(process: int, *, since: float) -> bool:
-    """Whether the process that wrote at this time still runs; a later one only got its number."""
+    """Whether the process that wrote the file at this time still runs; a later process may have the same number."""
     import psutil
 
     try:
@@ -117,7 +117,7 @@ def _is_at(file: Path, descriptor: int) -> bool:
 def _release(file: Path, descriptor: int) -> None:
     with _guard:
         found, count = _held.get(file, (None, 0))
-        if found != descriptor:  # a forked child, which has closed it
+        if found != descriptor:  # in a forked child, which has closed the descriptor
             return
         if count > 1:
             _held[file] = descriptor, count - 1
@@ -130,7 +130,7 @@ def _release(file: Path, descriptor: int) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the lock is the parent's, and would outlive it with every copy of its descriptor."""
+    """Drops the locks in a forked child: they are the parent's, and a copied descriptor would keep them locked."""
     global _guard
     _guard = threading.Lock()
     for descriptor, _ in _held.values():

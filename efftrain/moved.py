@@ -1,7 +1,7 @@
-"""Old names of modules and classes, for one version: the recipes that runs keep beside their model import by them.
+"""Old names of modules and classes, kept for one version because the recipes stored in runs still import them.
 
-``efftrain.models.decode`` is found as ``efftrain.models.decoding.generate``, and ``NofM`` as ``SemiStructured``; a
-``DeprecationWarning`` says so. Where a module or folder has the name of an old module, it asks ``old_names``.
+``efftrain.models.decode`` is imported as ``efftrain.models.decoding.generate``, and ``NofM`` as ``SemiStructured``,
+with a ``DeprecationWarning``. A present module or folder with the name of an old module uses ``old_names``.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from typing import Any
 from efftrain.class_names import RENAMED, find_class
 from efftrain.errors import ConfigError
 
-# "folder before, folder now": names of modules, as ``before:now`` where that changed too.
+# "old folder, new folder": names of modules, as ``old:new`` if the name has changed too.
 _FOLDERS = {
     "compress compress.quantization": "awq mixed_precision quantize:convert",
     "compress compress.distillation": "distill features on_policy student teacher_cache:build_teacher_cache",
@@ -88,7 +88,7 @@ NAMES = RENAMED | {
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module or folder in whose place an old module was."""
+    """Returns the ``__getattr__`` of a module or folder that has the name of an old module."""
 
     def get(name: str) -> Any:
         if name.startswith("__"):
@@ -97,7 +97,7 @@ def old_names(module: str) -> Callable[[str], Any]:
         found = now.get(name, now.get(NAMES.get(name)))
         if found is None:
             try:
-                found = find_class(name, None)  # a configuration that went elsewhere than its module
+                found = find_class(name, None)  # a configuration that moved to another place than its old module
             except ConfigError:
                 raise AttributeError(f"module {module!r}, now {MODULES[module]}, has no attribute {name!r}") from None
         where = getattr(found, "__module__", MODULES[module])
@@ -124,7 +124,7 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Its names are looked up when they are asked for."""
+        """Does nothing: the names of the module are looked up on access."""
 
 
-sys.meta_path.append(_OldModules())  # last: only for what is not there
+sys.meta_path.append(_OldModules())  # last, so that it is only asked for modules that do not exist

@@ -1,4 +1,4 @@
-"""Progress that a person sees in a terminal and can still read in a log file."""
+"""Progress output that is readable both in a terminal and in a log file."""
 
 import codecs
 import io
@@ -16,13 +16,13 @@ ASCII = {"•": "*", "…": "...", "µ": "u", "─": "-", "━": "-", "│": "|"
 
 
 def print_error(error: BaseException, where: str = "") -> None:
-    """One sentence on stderr, which begins with "error:" where the user made a mistake."""
+    """Prints an error as one sentence on stderr, beginning with "error:" if the user made a mistake."""
     text = str(error) if isinstance(error, KeyboardInterrupt) else f"error: {error}"
     console.print(text + where, style="red", markup=False)
 
 
 def write_in_any_locale() -> None:
-    """Lets stdout and stderr take what their encoding lacks: as similar ASCII, or as an escape. See ``ASCII``."""
+    """Lets stdout and stderr print characters that their encoding lacks as similar ASCII (``ASCII``) or as escapes."""
     codecs.register_error("efftrain.ascii", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -37,9 +37,16 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 
 class Progress:
-    """One line of progress: a bar with rate and time left on a terminal, a plain line every few seconds in a log.
+    """One line of progress: a bar with rate and time left in a terminal, a plain line every few seconds in a log.
 
-    Used as a context manager; ``advance`` moves it, ``note`` sets the text behind it.
+    It is a context manager; ``advance`` moves the bar, ``note`` sets the text after it.
+
+    Args:
+      description: text before the bar.
+      total: amount of work. None: not known.
+      unit: unit of the amounts.
+      initial: amount that an earlier process has done, which does not count for the time left.
+      log_every_s: seconds between two lines in a log.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class Progress:
         initial: float = 0.0,
         log_every_s: float = 10.0,
     ):
-        """``initial`` was done before, by an earlier process; it does not count for the time left."""
+        """Creates the bar; it is shown within the context."""
         self.description, self.total, self.unit, self.log_every_s = description, total, unit, log_every_s
         self.done, self._initial, self._note = initial, initial, ""
         self._live = console.is_terminal
@@ -90,7 +97,7 @@ class Progress:
         self._bar.update(self._task, note=text)
 
     def print(self, text: str) -> None:
-        """A line of its own above the bar."""
+        """Prints a separate line above the bar."""
         console.print(text, markup=False)
 
     def _log(self, word: str = "") -> None:
@@ -107,7 +114,7 @@ class Progress:
 
 
 def track(items: Iterable[T], description: str, total: float | None = None, *, unit: str = "") -> Iterator[T]:
-    """Yields the items under a ``Progress``."""
+    """Yields the items and shows a ``Progress``."""
     with Progress(description, total, unit=unit) as progress:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""What turns a file of named configurations into a command: ``main(recipe_cli(configs))``."""
+"""The command line of recipes: turns a table of named configurations into a command, ``main(recipe_cli(configs))``."""
 
 import contextlib
 import dataclasses
@@ -18,8 +18,8 @@ from efftrain.progress import console, print_error, write_in_any_locale
 
 Config = TypeVar("Config")
 
-# glibc then asks for huge pages. XLA on CPU allocates and frees its temporaries each step, and the page faults cost up
-# to 20 % of a training step. It is read when a process starts, so it cannot be set from inside.
+# Makes glibc ask for huge pages. XLA on CPU allocates and frees its temporaries in each step, and the page faults cost
+# a considerable part of a training step. The setting is read when a process starts, so a process cannot set its own.
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 JAX_CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -32,11 +32,11 @@ def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None)
 
     Args:
       configs: name -> complete configuration; the first one is the default.
-      description: the text of ``--help``; by default the docstring of the running script.
+      description: text of ``--help``. None: the docstring of the running script.
 
     Returns:
-      The chosen configuration with the overrides applied. Ends the process with code 2 and one sentence where an
-      argument is unknown or a value impossible, and with code 0 after ``--help``.
+      The chosen configuration with the overrides applied. Ends the process with code 2 and one sentence if an argument
+      is unknown or a value impossible, and with code 0 after ``--help``.
     """
     import tyro
 
@@ -65,7 +65,7 @@ def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None)
 
 
 def run_recipe(main, configs: Mapping[str, Config]) -> None:
-    """``main(recipe_cli(configs))`` with errors as one sentence: what stands at the end of every recipe."""
+    """Runs ``main(recipe_cli(configs))`` and prints errors as one sentence; every recipe ends with this call."""
     config = recipe_cli(configs)
     with exit_cleanly():
         main(config)
@@ -73,7 +73,7 @@ def run_recipe(main, configs: Mapping[str, Config]) -> None:
 
 @contextlib.contextmanager
 def _hints(config: Any, arguments: list[str]) -> Iterator[None]:
-    """Where the command line was refused, says of each unknown flag which ones stand in its place."""
+    """If the command line is rejected, prints for each unknown flag which flags exist in its place."""
     try:
         yield
     except SystemExit as stop:
@@ -84,11 +84,11 @@ def _hints(config: Any, arguments: list[str]) -> Iterator[None]:
 
 
 def flag_hint(config: Any, flag: str) -> str | None:
-    """What to give instead of a flag that names no field; None where it names one, or its group is unknown too.
+    """Returns what to use instead of a flag that names no field; None if it names one, or if its group is unknown too.
 
     Args:
       config: the dataclass whose fields are flags.
-      flag: such as ``--model.n-layers``, which follows from other fields.
+      flag: a flag such as ``--model.n-layers``, which follows from other fields.
     """
     *groups, name = flag.removeprefix("--").replace("-", "_").split(".")
     for group in groups:
@@ -112,9 +112,9 @@ def flag_hint(config: Any, flag: str) -> str | None:
 
 @contextlib.contextmanager
 def exit_cleanly() -> Iterator[None]:
-    """Turns an ``EfftrainError`` into one sentence and exit code 2, and Ctrl-C into one and code 130.
+    """Turns an ``EfftrainError`` into one sentence and exit code 2, and Ctrl-C into one sentence and exit code 130.
 
-    Every other exception passes.
+    All other exceptions pass.
     """
     try:
         yield
@@ -132,11 +132,11 @@ def fail(error: EfftrainError) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs for the next process, in ``compilation_cache()``; before the first one is compiled.
+    """Keeps compiled programs for later processes in ``compilation_cache()``; call it before the first compilation.
 
-    ``EFFTRAIN_CACHE=off`` prevents it; a folder that JAX was given (``JAX_COMPILATION_CACHE_DIR``) stays.
+    ``EFFTRAIN_CACHE=off`` prevents it; a folder that was given to JAX (``JAX_COMPILATION_CACHE_DIR``) is kept.
     """
-    jax = sys.modules.get("jax")  # whoever has not imported it yet will read the environment
+    jax = sys.modules.get("jax")  # if JAX is not imported yet, it will read the environment
     if os.environ.get("EFFTRAIN_CACHE") == "off" or JAX_CACHE in os.environ:
         return
     if jax is not None and jax.config.jax_compilation_cache_dir:
@@ -145,17 +145,17 @@ def use_compilation_cache() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written to: everything works, and is compiled each time
+        return  # the home directory is not writable: everything works, but is compiled each time
     os.environ[JAX_CACHE] = str(folder)
     if jax is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def compilation_cache() -> Path:
-    """The folder of this user's compiled programs for this kind of machine.
+    """Returns the folder of this user's compiled programs for this kind of machine.
 
-    Programs for the CPU use its instructions, and JAX's key does not hold them for certain: a home that is shared by
-    unlike machines needs a folder for each kind.
+    Programs for the CPU use its instructions, which may be missing in JAX's cache key, so that a home directory shared
+    by different machines needs a folder for each kind.
     """
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
@@ -166,7 +166,7 @@ def compilation_cache() -> Path:
 
 
 def restart_with_huge_pages() -> None:
-    """Starts this Python process again with huge pages for malloc, where that helps and was not decided by the user."""
+    """Restarts this Python process with huge pages for malloc, if that helps and the user has not decided about it."""
     if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
         return
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -180,12 +180,12 @@ def restart_with_huge_pages() -> None:
 def import_script(path: Path | str, name: str | None = None) -> types.ModuleType:
     """Imports a recipe or corpus script by its path, as a module named after the file.
 
-    Scripts of one name in several folders, such as the ``recipe.py`` of runs, are modules of their own: a class names
-    its module, and that leads to its source.
+    Scripts of the same name in several folders, such as the ``recipe.py`` of runs, become separate modules, because a
+    class names its module, and the module leads to its source.
 
     Args:
-      path: of the script.
-      name: of the module, where another process has given it one.
+      path: path of the script.
+      name: name of the module, if another process has given it one. None: named after the file.
 
     Raises:
       ConfigError: there is no such file.
@@ -197,7 +197,7 @@ def import_script(path: Path | str, name: str | None = None) -> types.ModuleType
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a run directory stays as it is
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leaves the run directory unchanged
     try:
         spec.loader.exec_module(module)
     finally:

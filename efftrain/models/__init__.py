@@ -1,1 +1,1 @@
-"""Flax NNX modules: plain pytrees, no nnx transform anywhere."""
+"""The models as Flax NNX modules, which are used as plain pytrees, without any nnx transform."""

@@ -1,4 +1,4 @@
-"""The attention part of a block: projections, positions, and the two ways to attend."""
+"""The attention part of a block: projections, positions, and attention in training and with a cache."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,37 +21,37 @@ if TYPE_CHECKING:
 
 
 class AttentionModule(nnx.Module):
-    """What ``AttentionConfig.build`` returns: the calls of an attention part, those of forks too.
+    """Base class of attention modules, which ``AttentionConfig.build`` returns; a fork derives its own from it.
 
-    ``x_btd`` is normalised, (batch, tokens, d_model). A cache is what ``AttentionConfig.empty_cache`` makes. Its
-    entries count by their slots: a slot after those of a row's tokens may hold anything, and is written before it is
-    seen.
+    In all calls ``x_btd`` is normalised, (batch, tokens, d_model), and a cache is what ``AttentionConfig.empty_cache``
+    returns. A query sees the cache entries up to its own slot: slots after those of a row's tokens may hold anything,
+    and are written before they are seen.
     """
 
     def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> Array:
-        """Training: every token sees the earlier tokens of its segment. (batch, tokens, d_model)."""
+        """Attention in training: every token sees the earlier tokens of its segment; (batch, tokens, d_model)."""
         raise NotImplementedError
 
     def write_cache(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
-        """The cache with new tokens.
+        """Returns the cache with new tokens added.
 
         Args:
           x_btd: (batch, new tokens, d_model).
           positions_bt: (batch, new tokens).
-          cache: this layer's.
-          slots_bt: (batch, new tokens) where they stand in the cache, consecutive; those of several tokens that are
-            after the last slot are dropped. None: at their positions. See ``cache.store_tokens``.
+          cache: cache of this layer.
+          slots_bt: (batch, new tokens), consecutive indices of the slots in the cache; of several new tokens, those
+            after the last slot are dropped. None: the slots are the positions. See ``cache.store_tokens``.
         """
         raise NotImplementedError
 
     def attend_cached(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Array:
-        """What new tokens that the cache already has see in it; arguments as in ``write_cache``."""
+        """Attention of new tokens, which the cache already holds, to the cache; arguments as in ``write_cache``."""
         raise NotImplementedError
 
     def prefill(
         self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None
     ) -> tuple[Array, Any]:
-        """Decoding, where the cache is empty: the new tokens see each other, and the cache keeps them."""
+        """Attention and ``write_cache`` for an empty cache: the new tokens see only each other, and are cached."""
         return self(x_btd, positions_bt), self.write_cache(x_btd, positions_bt, cache, slots_bt)
 
 
@@ -139,14 +139,14 @@ class SelfAttention(AttentionModule):
 
     def _attend_fresh(self, q_bthd, k_btkd, v_btkd, positions_bt: Array, segments_bt: Array | None) -> Array:
         config = self.config
-        if self.cache_format is not None:  # what later tokens will find in the cache
+        if self.cache_format is not None:  # train with the values that later tokens will find in the cache
             k_btkd, v_btkd = (fake_quantize(a, self.cache_format, -1) for a in (k_btkd, v_btkd))
         if config.score_mod is None:
             length = q_bthd.shape[1] // shard_count("length")
             backend = choose_backend(config.backend, q_bthd.dtype, config.d_head, length)
             attend = partial(attention, window=config.window, backend=backend, n_blocks=config.n_blocks)
             scores = None
-        else:  # kernels compute scores of their own
+        else:  # the other kernels compute the scores themselves
             backend, mod = "xla", nnx.split(self.score_mod)
             attend = partial(_attend_modified, mod[0], window=config.window, n_blocks=config.n_blocks)
             scores = ScoreInputs(positions_bt, jnp.arange(config.n_heads), mod[1])

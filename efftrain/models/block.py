@@ -1,4 +1,4 @@
-"""One transformer block."""
+"""One transformer block: attention and a feed-forward part around the residual stream."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Block(nnx.Module):
-    """Residual block of the attention and the feed-forward part that its configuration builds, pre-norm.
+    """Pre-norm residual block with the attention and the feed-forward part that its configuration builds.
 
     A subclass that replaces ``join`` is another kind of block, in training and in decoding.
 
-    Decoding has two parts, of which early exits skip the second: ``write_cache`` puts the keys and values of new tokens
+    Decoding has two parts, because early exits skip the second: ``write_cache`` puts the keys and values of new tokens
     into the cache, where later tokens need them, and ``attend_cached`` computes the block.
     """
 
@@ -32,13 +32,16 @@ class Block(nnx.Module):
     def __call__(
         self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None, tokens_bt: Array | None = None
     ) -> tuple[Array, dict]:
-        """Training: (batch, length, d_model) and metrics.
+        """Computes the block in training.
 
         Args:
           x_btd: (batch, length, d_model).
           positions_bt: (batch, length).
-          segments_bt: (batch, length); no token sees another segment. None: one segment a row.
-          tokens_bt: (batch, length) ids, for a feed-forward part that reads them.
+          segments_bt: (batch, length); no token sees another segment. None: one segment per row.
+          tokens_bt: (batch, length) token ids, for a feed-forward part that reads them.
+
+        Returns:
+          (batch, length, d_model) and metrics.
         """
         attended_btd = self.attention(self.attention_norm(x_btd), positions_bt, segments_bt)
         return self._join(x_btd, attended_btd, tokens_bt, segments_bt)
@@ -46,13 +49,13 @@ class Block(nnx.Module):
     def join(
         self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None, segments_bt: Array | None
     ) -> tuple[Array, dict]:
-        """The stream after the block, and metrics, from the stream before it and what attention made of that."""
+        """Returns the stream after the block, and metrics, from the stream before it and the output of attention."""
         x_btd += attended_btd
         out_btd, metrics = self.feed_forward(self.mlp_norm(x_btd), tokens_bt, segments_bt)
         return x_btd + out_btd, metrics
 
     def feed_forward(self, x_btd: Array, tokens_bt: Array | None, segments_bt: Array | None) -> tuple[Array, dict]:
-        """The feed-forward part, with the token ids and the segments where it reads them."""
+        """Computes the feed-forward part, with the token ids and the segments if it reads them."""
         read = {"segments_bt": segments_bt} if self.reads_segments else {}
         if not self.reads_tokens:
             return self.mlp(x_btd, **read)
@@ -73,16 +76,19 @@ class Block(nnx.Module):
         valid_bt: Array | None = None,
         tokens_bt: Array | None = None,
     ) -> tuple[Array, Any]:
-        """New tokens after those in the cache.
+        """Computes new tokens that follow those in the cache.
 
         Args:
           x_btd: (batch, new tokens, d_model).
           positions_bt: (batch, new tokens), consecutive in each row.
-          cache: this layer's.
-          fresh: the cache is empty, so the new tokens see only each other.
-          valid_bt: (batch, new tokens) bool, False after the end of a shorter row. Of no concern here: what such a
+          cache: cache of this layer.
+          fresh: the cache is empty, so that the new tokens see only each other.
+          valid_bt: (batch, new tokens) bool, False after the end of a shorter row. Not used here, because what such a
             token leaves in the cache is overwritten before it is seen.
-          tokens_bt: as in the call.
+          tokens_bt: as in ``__call__``.
+
+        Returns:
+          (batch, new tokens, d_model), and the cache with the new tokens.
         """
         if not fresh:
             cache = self.write_cache(x_btd, positions_bt, cache)
@@ -97,12 +103,12 @@ class Block(nnx.Module):
         slots_bt: Array | None = None,
         tokens_bt: Array | None = None,
     ) -> tuple[Array, Any]:
-        """``write_cache`` and ``attend_cached`` for an empty cache: the slots are not read."""
+        """``write_cache`` and ``attend_cached`` for an empty cache, whose slots need not be read."""
         out_btd, cache = self.attention.prefill(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
         return self._join(x_btd, out_btd, tokens_bt)[0], cache
 
     def write_cache(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
-        """The cache with the new tokens; ``slots_bt``: where, consecutive. None: at their positions."""
+        """Returns the cache with the new tokens in the consecutive slots ``slots_bt``. None: at their positions."""
         return self.attention.write_cache(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
 
     def attend_cached(
@@ -113,7 +119,7 @@ class Block(nnx.Module):
         slots_bt: Array | None = None,
         tokens_bt: Array | None = None,
     ) -> Array:
-        """What the block makes of new tokens whose keys and values the cache has; arguments as in ``prefill``."""
+        """Computes the block for new tokens whose keys and values are in the cache; arguments as in ``prefill``."""
         out_btd = self.attention.attend_cached(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
         return self._join(x_btd, out_btd, tokens_bt)[0]
 

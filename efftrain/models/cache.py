@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, in static shapes."""
+"""The cache of keys and values of the tokens seen so far, in static shapes."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, a slot for each token, quantised where the model says so.
+    """Keys and values of one layer, with a slot for each token, quantised if the model configuration says so.
 
     Attributes:
-      k_bksd: (batch, kv_heads, slots, d_head).
-      v_bksd: like k.
-      positions_bs: (batch, slots) int32, of the keys; of attention that modifies scores by positions, else None.
+      k_bksd: keys (batch, kv_heads, slots, d_head).
+      v_bksd: values, like the keys.
+      positions_bs: (batch, slots) int32, positions of the keys, for attention that modifies scores by positions. None:
+        for other attention.
     """
 
     k_bksd: Array | QuantizedArray
@@ -37,7 +38,7 @@ class LayerCache:
         *,
         consecutive: bool = False,
     ) -> "LayerCache":
-        """The cache with new tokens at ``positions_bt`` (batch, new tokens); slots as in ``store_tokens``."""
+        """Returns the cache with new tokens at ``positions_bt`` (batch, new tokens); slots as in ``store_tokens``."""
 
         def put(stored: Array | QuantizedArray, new: Array) -> Array | QuantizedArray:
             return store_tokens(stored, new, positions_bt, slots_bt, consecutive=consecutive)
@@ -51,13 +52,13 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutedCache:
-    """A routed layer (``models.depth.routed_depth``): keys and values of the tokens that passed.
+    """Cache of a routed layer (``models.depth.routed_depth``): keys and values of the tokens that passed.
 
     Attributes:
       levels: for each round, the cache of each of its layers; slot i holds the i-th token that passed.
-      rooms: for each round, how many tokens have a slot.
-      stored_lb: (rounds, batch) int32, how many passed.
-      refused_lb: (rounds, batch) int32, how many should have and found no room.
+      rooms: for each round, the number of slots (its capacity).
+      stored_lb: (rounds, batch) int32, number of tokens that passed.
+      refused_lb: (rounds, batch) int32, overflow: number of tokens that were routed but found no free slot.
     """
 
     levels: tuple[tuple[Any, ...], ...]
@@ -66,21 +67,26 @@ class RoutedCache:
     refused_lb: Array
 
     def passed_b(self) -> Array:
-        """(batch,) int32, layers that all tokens so far have passed here."""
+        """(batch,) int32, number of layers that all tokens so far have passed here, summed over the tokens."""
         return sum(stored_b * len(level) for stored_b, level in zip(self.stored_lb, self.levels, strict=True))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """All layers, each a ``LayerCache`` or what its depth policy keeps, and the tokens of each row, (batch,) int32."""
+    """The cache of all layers.
+
+    Attributes:
+      layers: for each layer, a ``LayerCache`` or the cache of its depth policy.
+      lengths_b: (batch,) int32, number of tokens in each row.
+    """
 
     layers: tuple[Any, ...]
     lengths_b: Array
 
 
 def empty_cache(config: "ModelConfig", batch: int, slots: int) -> Cache:
-    """A cache with no tokens and room for ``slots`` a row, in the model's dtype."""
+    """Returns a cache without tokens, with ``slots`` slots per row, in the model's dtype."""
     return Cache(
         layers=tuple(block.depth.empty_cache(block, config, batch, slots) for block in config.layers),
         lengths_b=jnp.zeros((batch,), jnp.int32),
@@ -88,7 +94,7 @@ def empty_cache(config: "ModelConfig", batch: int, slots: int) -> Cache:
 
 
 def empty_layer_cache(attention: "Attention", model: "ModelConfig", batch: int, slots: int) -> LayerCache:
-    """No tokens, room for ``slots`` a row, in the model's dtype or quantised."""
+    """Returns a layer's cache without tokens, with ``slots`` slots per row, in the model's dtype or quantised."""
     k_bksd, v_bksd = (empty_slots(model, batch, attention.n_kv_heads, slots, attention.d_head) for _ in "kv")
     has_mod = attention.score_mod is not None
     return LayerCache(k_bksd, v_bksd, jnp.zeros((batch, slots), jnp.int32) if has_mod else None)
@@ -100,7 +106,7 @@ def empty_slots(model: "ModelConfig", batch: int, heads: int, slots: int, size: 
     format = model.quantization.cache
     if format is None:
         return empty
-    # Not quantised zeros: XLA would compute them while it compiles.
+        # Zeros in the shape of the quantised array: XLA would quantise constant zeros at compile time.
     stored = jax.eval_shape(lambda: quantize(empty, format, -1))
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stored)
 
@@ -113,14 +119,14 @@ def store_tokens(
     *,
     consecutive: bool = False,
 ) -> Array | QuantizedArray:
-    """Puts new tokens in their slots, as they are stored: levels and scales go to the same slots.
+    """Writes new tokens into their slots, in the format of the cache; levels and scales go to the same slots.
 
     Args:
       stored_bksd: (batch, heads, slots, size).
       new_btkd: (batch, new tokens, heads, size), any float dtype.
-      positions_bt: (batch, new tokens) int32, consecutive: the slots where ``slots_bt`` is None.
-      slots_bt: (batch, new tokens) int32; a token after the last slot is dropped. None: at their positions.
-      consecutive: slots follow each other and exist, so that one slice is written.
+      positions_bt: (batch, new tokens) int32, consecutive; used as the slots if ``slots_bt`` is None.
+      slots_bt: (batch, new tokens) int32; a token after the last slot is dropped. None: the positions.
+      consecutive: the slots are consecutive and exist, so that one slice can be written.
     """
     at_bt = positions_bt if slots_bt is None else slots_bt
     scattered = slots_bt is not None and new_btkd.shape[1] > 1 and not consecutive
@@ -128,7 +134,7 @@ def store_tokens(
     def put(old_bksd: Array, new_bktd: Array) -> Array:
         if scattered:
             return jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))(old_bksd, new_bktd, at_bt)
-        if len(old_bksd) == 1:  # one plain slice update, which XLA does in place
+        if len(old_bksd) == 1:  # a single slice update, which XLA does in place
             return jax.lax.dynamic_update_slice(old_bksd, new_bktd, (0, 0, at_bt[0, 0], 0))
         update = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
         return update(old_bksd, new_bktd, at_bt[:, 0])

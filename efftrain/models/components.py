@@ -1,11 +1,12 @@
-"""The bases of what a block is made of: small configurations that build a module. A fork brings its own subclass.
+"""Base classes of the components of a block: small configurations that build a module.
 
-Each base says what the built module is called with; ``recipes/README.md`` lists the seams. A variable of such a module
-has the metadata ``axes``, a logical name for each dimension (``sharding.rules``); None keeps a dimension whole.
+A fork derives its own components from them. The docstring of each base class says how the built module is called;
+``recipes/README.md`` lists all places for own components. A variable of such a module has the metadata ``axes``, a
+logical name for each dimension (``sharding.rules``); the name None keeps a dimension whole.
 
-Whether a component states its FLOPs: products with parameter matrices are counted from the parameters. A base's
-``..._flops`` method states the other products of a token; where it returns None, ``measure.cost.flops`` traces the
-module and counts them, those that a mask hides included.
+A component may state its FLOPs. Products with parameter matrices are counted from the parameters; the ``..._flops``
+method of a base class states the other products of a token. If it returns None, ``measure.cost.flops`` traces the
+module and counts them, including those that a mask hides.
 """
 
 from dataclasses import dataclass
@@ -22,27 +23,27 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-    """Base of every feed-forward configuration, those of forks too.
+    """Base class of feed-forward configurations; a fork derives its own from it.
 
-    ``build`` returns a module whose call takes and returns (batch, length, d_model), and beside it a dict of
-    (sum, count) metrics, empty where there is nothing to say. Where ``reads_tokens``, the call also takes the token ids
-    (batch, length); where ``reads_segments``, the segments as ``segments_bt``: (batch, length) integers, 0 is padding;
-    None: no token is padding.
+    ``build`` returns a module whose call takes (batch, length, d_model), and returns the same shape and a dict of
+    (sum, count) metrics, which may be empty. If ``reads_tokens``, the call also takes the token ids (batch, length). If
+    ``reads_segments``, it takes the segments as ``segments_bt``: (batch, length) integers, where 0 is padding; None: no
+    token is padding.
     """
 
     @property
     def independent_tokens(self) -> bool:
-        """What becomes of a token does not depend on which others are computed with it."""
+        """Whether the result for a token is independent of the other tokens that are computed with it."""
         return True
 
     @property
     def reads_tokens(self) -> bool:
-        """The module is called with the ids of the tokens too."""
+        """Whether the module is called with the token ids too."""
         return False
 
     @property
     def reads_segments(self) -> bool:
-        """The module is called with the segments too, by which it knows padding."""
+        """Whether the module is called with the segments too, which show it the padding."""
         return False
 
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
@@ -55,7 +56,7 @@ class MlpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionConfig:
-    """Base of every encoding of positions into queries and keys, those of forks too.
+    """Base class of encodings of positions into queries and keys; a fork derives its own from it.
 
     ``build`` returns a module with the methods ``queries(q_bthd, positions_bt)`` and ``keys(k_btkd, positions_bt)``,
     which return arrays of the same shape and dtype, (batch, length, heads, d_head). Keys are cached as returned.
@@ -71,31 +72,34 @@ class PositionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreModConfig:
-    """Base of every modification of attention scores (ALiBi, a soft cap), those of forks too.
+    """Base class of modifications of attention scores (ALiBi, a soft cap); a fork derives its own from it.
 
     ``build`` returns a module that is called with ``(scores_bhts, heads_h, queries_bt, keys_bs)`` and returns scores of
-    the same shape: scaled float32 scores before the mask, the numbers of the heads among all query heads, and the
-    positions of queries and keys. It must treat each pair alone, as it also gets parts of a row. Only the backend "xla"
-    calls it.
+    the same shape. The arguments are the scaled float32 scores before the mask, the indices of the heads among all
+    query heads, and the positions of queries and keys. The module must treat each query-key pair independently, because
+    it also gets parts of a row. Only the backend "xla" calls it.
     """
 
     def build(self, attention: "Attention", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
         raise _no_build(self)
 
     def score_flops(self, keys: float) -> float | None:
-        """FLOPs of a token's scores against ``keys`` keys, all products with parameters apart, forward. None: counted
-        from a trace."""
+        """FLOPs of a token's scores against ``keys`` keys, forward, without products with parameters.
+
+        None: counted from a trace.
+        """
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Base of every attention configuration, those of forks too.
+    """Base class of attention configurations; a fork derives its own from it.
 
     ``build`` returns a subclass of ``models.attention.AttentionModule``, which lists the calls.
 
     Attributes:
-      quantizes_cache: the module's cache follows ``quantization.cache``; a model that sets it refuses other attention.
+      quantizes_cache: whether the module's cache follows ``quantization.cache``. A model that sets
+        ``quantization.cache`` accepts no other attention.
     """
 
     quantizes_cache: ClassVar[bool] = False
@@ -104,20 +108,23 @@ class AttentionConfig:
         raise _no_build(self)
 
     def empty_cache(self, model: "ModelConfig", batch: int, slots: int) -> Any:
-        """What a layer keeps in decoding: a pytree of arrays with an entry for each of ``slots`` tokens a row."""
+        """Returns the empty cache of a layer: a pytree of arrays with ``slots`` entries, one per token, in each row."""
         raise TypeError(f"{type(self).__name__} has no empty_cache method, so that it cannot be decoded")
 
     def score_flops(self, keys: float) -> float | None:
-        """FLOPs of a token against ``keys`` keys beside the products with parameter matrices, forward. None: counted
-        from a trace."""
+        """FLOPs of a token against ``keys`` keys, forward, without products with parameter matrices.
+
+        None: counted from a trace.
+        """
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualConfig:
-    """Base of how attention and feed-forward part join the residual stream of a block, those of forks too.
+    """Base class of the ways in which attention and feed-forward part join the residual stream of a block.
 
-    ``build`` returns a ``models.block.Block``, or a subclass that replaces ``join``. Depth policies work around it.
+    A fork derives its own from it. ``build`` returns a ``models.block.Block``, or a subclass that replaces ``join``.
+    Depth policies wrap the built block.
     """
 
     def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
@@ -130,12 +137,13 @@ class ResidualConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DepthConfig:
-    """Base of every depth policy of a block, those of forks too: which tokens pass the block, and how often.
+    """Base class of depth policies (which tokens pass a block, and how often); a fork derives its own from it.
 
-    ``build`` returns a module with the calls of ``models.block.Block``, around what ``block.residual.build`` makes.
+    ``build`` returns a module with the calls of ``models.block.Block``, around the block that ``block.residual.build``
+    builds.
 
     Attributes:
-      every_token: every token passes, once, a plain ``Block``: what exits and drafts need of a stack.
+      every_token: every token passes a plain ``Block`` exactly once, which early exits and drafts need of a stack.
     """
 
     every_token: ClassVar[bool] = False
@@ -144,21 +152,21 @@ class DepthConfig:
         raise _no_build(self)
 
     def passes(self) -> tuple[float, ...]:
-        """The share of a row's tokens that each layer which a token may pass here computes, in order."""
+        """For each layer that a token may pass in this block, in order: the share of a row's tokens it computes."""
         return (1.0,)
 
     def empty_cache(self, block: "BlockConfig", model: "ModelConfig", batch: int, slots: int) -> Any:
-        """What the block keeps in decoding, for ``slots`` tokens a row; a pytree."""
+        """Returns the empty cache of the block for ``slots`` tokens per row; a pytree."""
         return block.attention.empty_cache(model, batch, slots)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Base of every router of experts that replaces the learned matrix of ``MoE``, those of forks too.
+    """Base class of expert routers that replace the learned matrix of ``MoE``; a fork derives its own from it.
 
-    ``build`` returns a module that is called with ``(x_btd, tokens_bt, bias_e)`` (states, token ids, and the balancing
-    bias that is added to scores for the choice alone) and returns an ``ops.routing.Routing`` of the batch * length
-    tokens.
+    ``build`` returns a module that is called with ``(x_btd, tokens_bt, bias_e)`` and returns an ``ops.routing.Routing``
+    of the batch * length tokens. The arguments are the states, the token ids, and the balancing bias, which is added to
+    the scores only for the choice of experts.
     """
 
     def build(self, moe: "MoE", d_model: int, *, rngs: nnx.Rngs) -> nnx.Module:

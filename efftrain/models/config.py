@@ -1,4 +1,4 @@
-"""What a model is: a pattern of blocks, repeated. Components are dataclasses that build their own module."""
+"""The configuration of a model: a pattern of blocks, repeated. Components are dataclasses that build their module."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -29,16 +29,16 @@ class Attention(AttentionConfig):
     """Grouped-query attention.
 
     Attributes:
-      n_heads: query heads.
-      n_kv_heads: key and value heads; divides n_heads.
+      n_heads: number of query heads.
+      n_kv_heads: number of key and value heads; divides n_heads.
       d_head: size of a head; even for rotary positions.
-      qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020): stable at high learning rates.
-      window: how many tokens back a token sees, itself included; None sees all.
+      qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020), which is stable at high learning rates.
+      window: number of latest tokens that a token sees, itself included. None: all.
       rope_theta: base of the rotary frequencies.
-      n_blocks: query blocks in training, see ``ops.attention``; of the backend "xla".
-      backend: the kernel in training, see ``ops.attention_backends``: by the platform of the mesh, or always this one.
-      position: how queries and keys know their positions.
-      score_mod: modifies the scores; "auto" then takes the backend "xla". None: they stay as they are.
+      n_blocks: number of query blocks in training with the backend "xla", see ``ops.attention``.
+      backend: the kernel in training, see ``ops.attention_backends``. "auto": chosen by the platform of the mesh.
+      position: how queries and keys encode their positions.
+      score_mod: modifies the attention scores; "auto" then selects the backend "xla". None: no modification.
     """
 
     quantizes_cache: ClassVar[bool] = True
@@ -86,13 +86,17 @@ class Attention(AttentionConfig):
         return empty_layer_cache(self, model, batch, slots)
 
     def score_flops(self, keys: float) -> float:
-        """Of scores and weighted values; positions and ``score_mod`` state their own."""
+        """FLOPs of the scores and the weighted values; positions and ``score_mod`` state their own."""
         return 4.0 * self.n_heads * self.d_head * keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(MlpConfig):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``. Shazeer 2020."""
+    """A SwiGLU feed-forward part: ``down(silu(gate(x)) * up(x))``. Shazeer 2020.
+
+    Attributes:
+      d_ff: size of the hidden layer.
+    """
 
     d_ff: int
 
@@ -110,7 +114,7 @@ class Dense(MlpConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Full(DepthConfig):
-    """Every token passes the block once."""
+    """The depth policy in which every token passes the block once."""
 
     every_token: ClassVar[bool] = True
 
@@ -120,7 +124,7 @@ class Full(DepthConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PreNorm(ResidualConfig):
-    """Attention, then the feed-forward part, each on the normalised stream and added to it."""
+    """Pre-norm residuals: attention, then the feed-forward part, each on the normalised stream and added to it."""
 
     def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
         from efftrain.models.block import Block
@@ -133,7 +137,14 @@ class PreNorm(ResidualConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One transformer block: its parts, how they join the residual stream, and which tokens pass it."""
+    """Configuration of one transformer block.
+
+    Attributes:
+      attention: the attention part.
+      mlp: the feed-forward part.
+      depth: which tokens pass the block, and how often.
+      residual: how the parts join the residual stream.
+    """
 
     attention: AttentionConfig
     mlp: MlpConfig
@@ -143,14 +154,15 @@ class BlockConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDropout:
-    """Layers that are left out at random in training, deep ones more often, so that early ones learn to do without.
+    """Layers skipped at random in training, deep ones more often, so that early layers learn to predict without them.
 
     Attributes:
-      rate: probability for the last layer, at full strength; 0 for none.
-      after: steps that the model is trained before the first layer is left out: what has learnt most is hurt less.
-      ramp_steps: steps from then on over which the strength grows from 0 to full, exponentially. 0: full at once.
-      per_row: a coin for each row. Every layer is computed, which saves nothing. False: one coin for all rows that are
-        computed together, and a layer that is left out costs nothing (but on a mesh of several CPU devices, see
+      rate: probability of skipping the last layer, at full strength; 0: no layer dropout.
+      after: number of training steps before the first layer is skipped; a model that has learnt most is hurt less.
+      ramp_steps: number of steps after that over which the strength grows from 0 to full, exponentially. 0: full at
+        once.
+      per_row: draw for each row separately. Every layer is then computed, which saves nothing. False: one draw for all
+        rows that are computed together, and a skipped layer costs nothing (except on a mesh of several CPU devices, see
         ``ops.platform.conditional``).
 
     Source: Elhoushi et al. 2024 (LayerSkip), section 4.1.
@@ -171,21 +183,23 @@ class LayerDropout:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder.
+    """Configuration of a decoder.
 
     Attributes:
-      vocab_size: rows of the embedding; at least the tokenizer's.
+      vocab_size: number of rows of the embedding; at least the size of the tokenizer's vocabulary.
       d_model: width of the residual stream.
-      pattern: the blocks that are repeated, in order: "every second block is MoE" is a pattern of two.
-      n_repeats: how often the pattern stands in the stack.
-      max_length: the longest sequence that the model is trained on or decodes.
-      tied_embedding: the head is the embedding's transpose.
+      pattern: the blocks that are repeated, in order; "every second block is MoE" is a pattern of two blocks.
+      n_repeats: number of times that the pattern is repeated in the stack.
+      max_length: length in tokens of the longest sequence that the model is trained on or decodes.
+      tied_embedding: the head is the transpose of the embedding.
       norm_eps: see ``ops.norm``.
-      dtype: of activations and products; parameters are float32.
-      scan: one traced block for all repeats (short compile, for deep models) or every layer traced (faster on CPU).
-      remat: what the backward pass computes again: nothing, all of a block, or all but the dense products.
-      layer_dropout: layers that training leaves out.
-      quantization: matrices and cache that are quantised.
+      dtype: dtype of activations and products; parameters are float32.
+      scan: trace one block for all repeats (short compilation, for deep models). False: trace every layer (faster on
+        CPU).
+      remat: what the backward pass recomputes: nothing ("none"), all of a block ("full"), or all but the dense products
+        ("dots").
+      layer_dropout: layers that training skips at random.
+      quantization: which matrices are quantised, and whether the cache is.
     """
 
     vocab_size: int
@@ -217,7 +231,7 @@ class ModelConfig:
 
     @property
     def n_layers(self) -> int:
-        """``n_repeats`` times the blocks of ``pattern``; a block that is passed several times counts once."""
+        """``n_repeats`` times the blocks of ``pattern``; a block that is applied several times counts once."""
         return len(self.pattern) * self.n_repeats
 
     @property
@@ -230,10 +244,10 @@ class ModelConfig:
 
 
 def standard_attention(block: BlockConfig, technique: str) -> Attention:
-    """The attention of a block, for a technique that reads its heads.
+    """Returns the attention of a block, for a technique that needs its heads.
 
     Raises:
-      ConfigError: it is a fork's own.
+      ConfigError: the attention is a fork's own.
     """
     if not isinstance(block.attention, Attention):
         raise ConfigError(
@@ -254,7 +268,7 @@ def llama(
     max_length: int,
     **changes,
 ) -> ModelConfig:
-    """The plain dense decoder (Llama's shape): one block, repeated."""
+    """Returns the configuration of a plain dense decoder in the shape of Llama: one block, repeated."""
     _positive("n_heads", n_heads)
     if d_model % n_heads:
         raise ConfigError(f"model.d_model is {d_model}, which n_heads {n_heads} does not divide; make it a multiple")

@@ -1,4 +1,4 @@
-"""The decoder: embedding, a stack of blocks, a head."""
+"""The decoder: a causal language model of an embedding, a stack of blocks and a head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,16 +18,16 @@ from efftrain.sharding.rules import constrain
 
 
 class StepCount(nnx.Variable):
-    """How many training steps the model has seen: what a ramp is measured by. Not trained."""
+    """Number of training steps that the model has seen, which ramps depend on. Not trained."""
 
 
 class Decoder(nnx.Module):
     """A causal language model; see ``ModelConfig``.
 
     Attributes:
-      blocks: for each position of the pattern, one ``Block`` (or what its depth policy builds) whose parameters are
+      blocks: for each position of the pattern, one ``Block`` (or the module of its depth policy) whose parameters are
         stacked over the repeats.
-      steps: () int32, training steps; of a model with layer dropout.
+      steps: () int32, number of training steps; only in a model with layer dropout.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -49,7 +49,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_bt: Array, *, segments_bt: Array | None = None, positions_bt: Array | None = None
     ) -> Array:
-        """Logits (batch, length, vocab) in float32. Training uses ``hidden`` and never forms them all."""
+        """Returns logits (batch, length, vocab) in float32. Training uses ``hidden``, and never holds all logits."""
         return self.logits(self.hidden(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt)[0])
 
     def hidden(
@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
         positions_bt: Array | None = None,
         key: Array | None = None,
     ) -> tuple[Array, dict]:
-        """Normalised states before the head (batch, length, d_model), and metrics; see ``states``."""
+        """Returns the normalised states before the head (batch, length, d_model), and metrics; see ``states``."""
         x_btd, _, metrics = self.states(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt, key=key)
         return self.norm(x_btd), metrics
 
@@ -73,14 +73,14 @@ class Decoder(nnx.Module):
         key: Array | None = None,
         exits_e: Array | None = None,
     ) -> tuple[Array, Array | None, dict]:
-        """The residual stream behind the last layer, and behind some others.
+        """Returns the residual stream after the last layer and, if asked for, after other layers.
 
         Args:
           tokens_bt: (batch, length) integers.
-          segments_bt: (batch, length) integers; no token sees another segment; 0 is padding. None: one segment a row.
-          positions_bt: (batch, length) for the rotary embedding. None: 0, 1, 2, ...
-          key: of what training draws (layer dropout). None: nothing is drawn, as in evaluation.
-          exits_e: (e,) integers, the layers behind which the stream is wanted too. None: none.
+          segments_bt: (batch, length) integers; no token sees another segment; 0 is padding. None: one segment per row.
+          positions_bt: (batch, length) positions of the tokens in their document. None: 0, 1, 2, ... in each row.
+          key: random key for what training draws (layer dropout). None: nothing is drawn, as in evaluation.
+          exits_e: (e,) integers, indices of the layers after which the stream is returned too. None: no other layers.
 
         Returns:
           (batch, length, d_model) in the compute dtype; (e, batch, length, d_model) or None; and the layers' metrics as
@@ -104,13 +104,13 @@ class Decoder(nnx.Module):
             kept=kept,
             exits_e=exits_e,
         )
-        if kept is not None:  # the step counts, and calls ``after_step`` where there are statistics
+        if kept is not None:  # ``after_step`` must count the step, and it is called only if there are statistics
             metrics |= {"depth/kept": (kept.sum(dtype=jnp.float32), jnp.float32(kept.size))}
             metrics.setdefault("statistics", [{} for _ in self.blocks])
         return x_btd, exit_ebtd, metrics
 
     def _kept(self, key: Array | None, batch: int) -> Array | None:
-        """The layers that training computes: (layers,) or (layers, batch) bool; None: all."""
+        """The layers that training computes: (layers,) or (layers, batch) bool. None: all."""
         dropout, n = self.config.layer_dropout, self.config.n_layers
         if key is None or not dropout.rate:
             return None
@@ -127,17 +127,21 @@ class Decoder(nnx.Module):
         fresh: bool = False,
         n_real_b: Array | None = None,
     ) -> tuple[Array, Cache]:
-        """Reads new tokens behind those in the cache.
+        """Computes new tokens that follow those in the cache.
 
         Args:
           tokens_bt: (batch, new tokens).
-          cache: lengths may differ between rows; room for the new tokens is the caller's to provide.
-          layers: ``self.layers()``, for a loop that takes the stack apart once and not in every round.
-          fresh: the cache is empty (prefill): cheaper, the slots are not read.
-          n_real_b: (batch,) how many of the new tokens are real, the first ones of a row. None: all.
+          cache: the rows may have different lengths; the caller must make sure that the new tokens have slots.
+          layers: ``self.layers()``, for a loop that takes the stack apart once and not in every iteration. None: it is
+            taken apart here.
+          fresh: the cache is empty (prefill), which is cheaper because its slots are not read.
+          n_real_b: (batch,) number of valid new tokens, which come first in each row. None: all.
 
         Returns:
-          Normalised states (batch, new tokens, d_model), and the cache with the real new tokens.
+          Normalised states (batch, new tokens, d_model), and the cache with the valid new tokens.
+
+        Raises:
+          ConfigError: there are more new tokens than ``max_length``.
         """
         length = tokens_bt.shape[1]
         self._check_length(length)
@@ -155,11 +159,11 @@ class Decoder(nnx.Module):
         return self.norm(x_btd), Cache(layers=layer_caches, lengths_b=cache.lengths_b + n_real_b)
 
     def after_step(self, statistics: list[dict]) -> dict:
-        """Updates what is not trained but follows the data, from the ``statistics`` of a step.
+        """Updates variables that are not trained but follow the data, from the ``statistics`` of a step.
 
         Returns:
-          The step's figures as (sum, count) pairs. Figures that are arrays are not added up: their names end with the
-          position in the pattern.
+          The figures of the step as (sum, count) pairs. Figures that are arrays are not summed over the blocks: their
+          names end with the position in the pattern.
         """
         figures: dict = {}
         if self.config.layer_dropout.rate:
@@ -171,9 +175,9 @@ class Decoder(nnx.Module):
         return figures
 
     def layers(self) -> list[nnx.Module]:
-        """The blocks of the stack as single modules, first to last.
+        """Returns the blocks of the stack as single modules, first to last.
 
-        Their parameters are views of an ``unrolled`` model's, and copies of those of a model with stacked layers.
+        Their parameters are views of those of an ``unrolled`` model, or copies of those of a model with stacked layers.
         """
         split = [nnx.split(stack) for stack in self.blocks]
         states = [unstack(state, self.config.n_repeats) for _, state in split]
@@ -184,17 +188,17 @@ class Decoder(nnx.Module):
         ]
 
     def head_kernel(self) -> Array:
-        """(d_model, vocab) in the compute dtype."""
+        """Returns the kernel of the head, (d_model, vocab) in the compute dtype."""
         return self.embedding.as_head() if self.config.tied_embedding else self.head.cast_kernel()
 
     def logits(self, hidden: Array) -> Array:
-        """(..., d_model) -> (..., vocab) in float32."""
+        """Computes the head: (..., d_model) -> (..., vocab) in float32."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         product = jnp.matmul(flat, self.head_kernel(), preferred_element_type=jnp.float32)
         return product.reshape(*hidden.shape[:-1], -1)
 
     def exit_logits(self, x: Array) -> Array:
-        """(..., d_model) of the residual stream behind any layer -> (..., vocab): all exits share norm and head."""
+        """Logits (..., vocab) of the residual stream (..., d_model) after any layer: all exits share norm and head."""
         return self.logits(self.norm(x))
 
     def _check_length(self, length: int) -> None:
@@ -214,7 +218,7 @@ def extend_layers(
     valid_bt: Array | None = None,
     tokens_bt: Array | None = None,
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Some consecutive layers on new tokens; arguments as in ``Block.extend``. The stream and the layers' caches."""
+    """Computes new tokens in consecutive layers; see ``Block.extend``. Returns the stream and the layers' caches."""
     after = []
     for layer, layer_cache in zip(layers, caches, strict=True):
         x_btd, layer_cache = layer.extend(
@@ -225,5 +229,5 @@ def extend_layers(
 
 
 def abstract_decoder(config: ModelConfig) -> Decoder:
-    """The decoder with shapes in place of arrays: to count in, without memory."""
+    """Returns the decoder with shapes in place of arrays, to count parameters without memory."""
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))

@@ -1,4 +1,4 @@
-"""The three parametrised operations that every model is made of: a dense product, a table, a norm."""
+"""The three parametrised operations of which every model is made: a dense product, an embedding table, a norm."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,11 +12,11 @@ class Linear(nnx.Module):
     """The one dense product of every model: ``y_...f = x_...d @ kernel_df``, without bias.
 
     Args:
-      d_in, d_out: sizes.
+      d_in, d_out: sizes of the kernel.
       axes: logical axis names of the kernel.
-      units: indivisible pieces of each axis (heads, not their columns), for sharding. None: the sizes.
-      dtype: of the product; the kernel is float32.
-      gain: scales the initial kernel (LeCun normal).
+      units: number of indivisible pieces along each axis (heads, not their columns), for sharding. None: the sizes.
+      dtype: dtype of the product; the kernel is float32.
+      gain: factor of the initial kernel (LeCun normal).
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Linear(nnx.Module):
         return product(flat.astype(self.dtype), self, "kernel").reshape(*x.shape[:-1], -1)
 
     def cast_kernel(self) -> Array:
-        """The kernel (d_in, d_out) as the product sees it."""
+        """Returns the kernel (d_in, d_out) as the product uses it."""
         return read(self, "kernel", self.dtype)
 
 
@@ -48,26 +48,26 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs, dtype: str):
         table = nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, d_model))
-        # Scales are shared along a vector, which is looked up, and which the tied head multiplies with a state.
+        # Scales are shared along a vector, which is what a lookup reads and what the tied head multiplies with a state.
         self.table = Matrix(table, axes=("vocab", "embed"), units=(vocab_size, d_model), contraction=-1)
         self.dtype = dtype
 
     def __call__(self, tokens: Array) -> Array:
-        # Cast after the lookup: the gradient of a frequent token adds up in float32. In bfloat16 it stops growing.
+        # Cast after the lookup: the gradient of a frequent token adds up in float32; in bfloat16 it would stop growing.
         return read_rows(self, "table", tokens).astype(self.dtype)
 
     def as_head(self) -> Array:
-        """The transpose (d_model, vocab), for a tied head."""
+        """Returns the transpose (d_model, vocab), for a tied head."""
         return read(self, "table", self.dtype).T
 
 
 class RMSNorm(nnx.Module):
-    """See ``ops.norm``.
+    """Root mean square normalisation with a learned scale, see ``ops.norm``.
 
     Args:
-      size: of what is normalised.
-      eps: see there.
-      axis: logical axis name of the scale: of hidden channels "norm".
+      size: size of the normalised axis.
+      eps: see ``ops.norm``.
+      axis: logical axis name of the scale; "norm" for the hidden channels.
     """
 
     def __init__(self, size: int, *, eps: float, axis: str = "norm"):

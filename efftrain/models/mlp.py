@@ -9,7 +9,7 @@ from efftrain.sharding.rules import constrain
 
 
 class SwiGLU(nnx.Module):
-    """``down(silu(gate(x)) * up(x))`` on (batch, length, d_model)."""
+    """A SwiGLU feed-forward part: ``down(silu(gate(x)) * up(x))`` on (batch, length, d_model)."""
 
     def __init__(self, d_model: int, d_ff: int, *, n_layers: int, dtype: str, rngs: nnx.Rngs):
         into, out = ("embed", "mlp"), ("mlp", "embed")

@@ -1,4 +1,4 @@
-"""Positions in queries and keys."""
+"""Rotary positions of queries and keys."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary(PositionConfig):
-    """Queries and keys are rotated, with the frequencies of ``attention.rope_theta``. Su et al. 2021."""
+    """Rotary position embedding, with the frequencies of ``attention.rope_theta``. Su et al. 2021."""
 
     def build(self, attention: "Attention", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
         return RotaryEmbedding(attention.d_head, attention.rope_theta)
@@ -25,7 +25,7 @@ class Rotary(PositionConfig):
 
 
 class RotaryEmbedding(nnx.Module):
-    """See ``ops.rope``."""
+    """The module of ``Rotary``, see ``ops.rope``."""
 
     def __init__(self, d_head: int, theta: float):
         self.d_head, self.theta = d_head, theta

@@ -1,8 +1,8 @@
-"""Which matrices of a model are quantised, and how a module reads one: trained for it, or stored so.
+"""Quantisation of a model: which matrices are quantised, and how a module reads one in training and when stored.
 
-A matrix is a ``Matrix``: every dense product's kernel, the experts', the embedding's table. A module reads it through
-``read``, which gives the float matrix, the values that it would have after quantisation (training), or those that were
-stored. A rule stands in the variable's metadata; what is stored has variables of its own, which are not trained.
+Every dense product's kernel, the experts' kernels and the embedding table are a ``Matrix``. A module reads it through
+``read``, which returns the float matrix, the values that it would have after quantisation (in training), or those that
+were stored. The rule is in the variable's metadata; a stored matrix has variables of its own, which are not trained.
 """
 
 import math
@@ -32,9 +32,9 @@ from efftrain.ops.quantize import (
     stored_scale,
 )
 
-RATIO = "_step_ratio"  # behind a matrix's name
-SMALLEST_RATIO = 0.05  # of a learned step over that of the largest magnitude
-MULTIPLIES_FLOAT8 = {"tpu", "gpu"}  # not measured; on CPU such a product is one of floats
+RATIO = "_step_ratio"  # suffix of a matrix's name
+SMALLEST_RATIO = 0.05  # lower bound of a learned step, relative to the step of the largest magnitude
+MULTIPLIES_FLOAT8 = {"tpu", "gpu"}  # not measured; on CPU such a product is computed in float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,13 @@ class QuantizationRule:
     """How some matrices are quantised.
 
     Attributes:
-      layers: a regular expression that the whole name of a matrix matches, such as ``blocks/.*``, ``.*/attention/.*``
-        or ``embedding``. Names are paths in the model: ``blocks/0/mlp/up``, where 0 is the place in the pattern.
-      weights: the format of the matrix. None: float.
-      activations: the format of what a dense product multiplies it with, a scale for each token. None: float. Experts,
-        embedding and head take floats in any case.
-      learned_step: scales are trained too (LSQ): for 4 bits and fewer.
+      layers: a regular expression that must match the whole name of a matrix, such as ``blocks/.*``,
+        ``.*/attention/.*`` or ``embedding``. Names are paths in the model: ``blocks/0/mlp/up``, where 0 is the position
+        in the pattern.
+      weights: number format of the matrix. None: float.
+      activations: number format of the input of a dense product, with one scale per token. None: float. The inputs of
+        experts, embedding and head are always float.
+      learned_step: train the scales too (LSQ); for 4 bits and fewer.
     """
 
     layers: str = "blocks/.*"
@@ -68,13 +69,14 @@ class QuantizationRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """What of a model is quantised.
+    """Which parts of a model are quantised.
 
     Attributes:
-      rules: the first one that a matrix matches counts; one that matches none is an error. Norms and routers are float.
-      cache: the format of keys and values, a scale for each token and head. None: the model's dtype.
-      stored: matrices are held in their format, and not trained: a converted model. False: they are float, and used as
-        they will be when they are stored.
+      rules: the first rule that matches a matrix applies to it; a rule that matches no matrix is an error. Norms and
+        routers are always float.
+      cache: number format of keys and values in the cache, with one scale per token and head. None: the model's dtype.
+      stored: matrices are held in their format and not trained, as in a converted model. False: they are float, and are
+        used with the values that they will have when they are stored.
     """
 
     rules: tuple[QuantizationRule, ...] = ()
@@ -87,26 +89,26 @@ class Quantization:
 
 
 class Matrix(nnx.Param):
-    """A matrix (..., d_in, d_out), which a rule may quantise. Metadata ``contraction``: -2, or -1 for a table."""
+    """A matrix (..., d_in, d_out) that a rule may quantise. Metadata ``contraction``: -2, or -1 for a table."""
 
 
 class Packed(nnx.Variable):
-    """The packed levels of a matrix that is stored quantised. Metadata: as of the ``Matrix``, and ``per_byte``."""
+    """Packed levels of a matrix that is stored quantised. Metadata: those of the ``Matrix``, and ``per_byte``."""
 
 
 class Scale(nnx.Variable):
-    """The scales of a ``Packed``, under its name with ``_scale`` behind it."""
+    """Scales of a ``Packed`` matrix, under its name with the suffix ``_scale``."""
 
 
 class StepRatio(nnx.Param):
-    """Learned steps over those of the largest magnitude, under the matrix's name with ``_step_ratio`` behind it.
+    """Learned steps divided by those of the largest magnitude, under the matrix's name with the suffix ``_step_ratio``.
 
     A ratio, so that one learning rate fits all, and steps follow their matrix from the first training step on.
     """
 
 
 def read(module: nnx.Module, name: str, dtype: Any) -> Array:
-    """The matrix ``name`` of a module as its products see it."""
+    """Returns the matrix ``name`` of a module with the values that its products use."""
     variable = getattr(module, name)
     if isinstance(variable, Packed):
         return stored(module, name).dequantize().astype(dtype)
@@ -121,7 +123,7 @@ def read(module: nnx.Module, name: str, dtype: Any) -> Array:
 
 
 def read_rows(module: nnx.Module, name: str, places: Array) -> Array:
-    """Rows of a table, (...) integers -> (..., d_model) float32: only they are made float again."""
+    """Looks up rows of a table, (...) integers -> (..., d_model) float32; only these rows are dequantised."""
     variable = getattr(module, name)
     if isinstance(variable, Packed):
         table = stored(module, name)
@@ -131,7 +133,7 @@ def read_rows(module: nnx.Module, name: str, places: Array) -> Array:
 
 
 def product(x_nd: Array, module: nnx.Module, name: str) -> Array:
-    """(n, d_in) @ the matrix -> (n, d_out), in the dtype of x."""
+    """Multiplies with a matrix: (n, d_in) @ matrix -> (n, d_out), in the dtype of x."""
     variable, rule = getattr(module, name), rule_of(getattr(module, name))
     if rule is None:
         return x_nd @ read(module, name, x_nd.dtype)
@@ -149,10 +151,11 @@ def product(x_nd: Array, module: nnx.Module, name: str) -> Array:
 
 
 def _dequantized_for(x_nd: Array, kernel: QuantizedArray) -> Array:
-    """The float matrix, made for this product and no other.
+    """Dequantises a matrix for this product only.
 
-    XLA on CPU moves what does not change out of a loop, and decoding would hold the whole model in float. So the levels
-    depend on x: exclusive or with zero, which only a number that is both infinite and none would make another.
+    XLA on CPU moves loop-invariant code out of a loop, so that decoding would hold the whole model in float. Therefore
+    the levels are made to depend on x, by an exclusive or with a zero that is computed from x: it is 1 only for a
+    number that is both NaN and infinite, which does not exist.
     """
     if platform() != "cpu" or kernel.packed.dtype != jnp.int8:
         return kernel.dequantize().astype(x_nd.dtype)
@@ -163,7 +166,7 @@ def _dequantized_for(x_nd: Array, kernel: QuantizedArray) -> Array:
 
 
 def stored(module: nnx.Module, name: str) -> QuantizedArray:
-    """A matrix that is stored quantised."""
+    """Returns a matrix that is stored quantised."""
     variable = getattr(module, name)
     metadata, packed = variable.get_metadata(), variable[...]
     axis, format = metadata["contraction"], metadata["rule"].weights
@@ -172,16 +175,16 @@ def stored(module: nnx.Module, name: str) -> QuantizedArray:
 
 
 def learned_steps(module: nnx.Module, name: str) -> Array:
-    """The float32 scales of a matrix whose rule has ``learned_step``; not differentiated in the matrix."""
+    """Returns the float32 scales of a matrix whose rule has ``learned_step``; no gradient reaches the matrix."""
     matrix = getattr(module, name)
     step = step_of(jax.lax.stop_gradient(matrix[...]), rule_of(matrix).weights, matrix.get_metadata()["contraction"])
     ratio = getattr(module, f"{name}{RATIO}")[...]
-    # Straight through the bound, or a step below it would never come back.
+    # The gradient passes straight through the bound; otherwise a step below it would never come back.
     return step * (ratio + jax.lax.stop_gradient(jnp.maximum(ratio, SMALLEST_RATIO) - ratio))
 
 
 def quantized(module: nnx.Module, name: str) -> QuantizedArray:
-    """What a matrix with a rule for its weights becomes when it is stored: exactly what ``read`` gives."""
+    """Quantises a matrix with a rule for its weights, to be stored: exactly the values that ``read`` returns."""
     variable = getattr(module, name)
     rule, axis = rule_of(variable), variable.get_metadata()["contraction"]
     scale = stored_scale(learned_steps(module, name), rule.weights) if rule.learned_step else None
@@ -189,7 +192,7 @@ def quantized(module: nnx.Module, name: str) -> QuantizedArray:
 
 
 def store(module: nnx.Module, name: str, value: QuantizedArray) -> None:
-    """Puts a quantised matrix, concrete or abstract, in the place of a float one."""
+    """Replaces a float matrix by a quantised one, concrete or abstract."""
     metadata = getattr(module, name).get_metadata()
     kept = {k: metadata[k] for k in ("axes", "units", "active", "passes", "rule", "contraction") if k in metadata}
     axes, units = list(metadata["axes"]), list(metadata["units"])
@@ -205,12 +208,12 @@ def store(module: nnx.Module, name: str, value: QuantizedArray) -> None:
 
 
 def rule_of(variable: nnx.Variable) -> QuantizationRule | None:
-    """The rule that a matrix has."""
+    """Returns the rule of a matrix; None: it has none."""
     return variable.get_metadata().get("rule")
 
 
 def matrices(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, str]]:
-    """Every matrix that may be quantised or is: its name in the model, the module that holds it, its attribute."""
+    """Yields every matrix that is or may be quantised: its name in the model, the module with it, its attribute."""
     for path, module in nnx.iter_modules(model):
         for name, variable in vars(module).items():
             if isinstance(variable, Matrix | Packed) and variable.get_metadata().get("quantizable", True):
@@ -218,7 +221,7 @@ def matrices(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, str]]:
 
 
 def prepare(model: nnx.Module, quantization: Quantization) -> None:
-    """Gives the matrices of a float model their rules; where ``stored``, quantises them.
+    """Gives the matrices of a float model their rules, and quantises them if ``quantization.stored``.
 
     Raises:
       ConfigError: a rule matches no matrix, or a group does not divide one.
@@ -239,10 +242,12 @@ def prepare(model: nnx.Module, quantization: Quantization) -> None:
 
 
 def give_rules(module: nnx.Module, quantization: Quantization, prefix: str = "") -> None:
-    """Gives float matrices the rules that they match, in place of those that they had.
+    """Gives float matrices the first rules that they match, replacing their previous ones.
 
     Args:
-      module: a model, or the part of one whose name is ``prefix``.
+      module: a model, or the part of a model whose name is ``prefix``.
+      quantization: has the rules.
+      prefix: start of the names of the part's matrices.
     """
     for name, holder, attribute in list(matrices(module)):
         name = f"{prefix}{name}"
@@ -251,7 +256,7 @@ def give_rules(module: nnx.Module, quantization: Quantization, prefix: str = "")
 
 
 def in_float(model: nnx.Module) -> nnx.Module:
-    """The same model, of the same arrays, in variables of its own; neither matrices nor cache are quantised."""
+    """Returns the model with neither matrices nor cache quantised: the same arrays, in variables of its own."""
     graph, state = nnx.split(model)
     twin = nnx.merge(graph, jax.tree.map(lambda array: array, state))
     give_rules(twin, Quantization())

@@ -21,11 +21,11 @@ REMAT: dict[str, Policy] = {
 
 
 def stack_layers(build: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
-    """A module whose parameters hold ``n`` layers on a leading axis, logical name ``layers``.
+    """Builds a module whose parameters hold ``n`` layers on a leading axis with the logical name ``layers``.
 
     Args:
-      build: makes one layer.
-      n: how many.
+      build: function that builds one layer.
+      n: number of layers.
       rngs: a key is split off for each layer.
     """
     layer_def, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
@@ -53,10 +53,10 @@ def _without_layer_axis(variable: nnx.Variable) -> nnx.Variable:
 
 
 def unstack(state: nnx.State, n: int) -> list[nnx.State]:
-    """The states of the single layers.
+    """Returns the states of the single layers.
 
-    ``lax.split`` and not indexing: its gradient is one concatenation, where that of n slices is n padded arrays and
-    their sum.
+    It uses ``lax.split`` instead of indexing, because the gradient of a split is one concatenation, and that of n
+    slices is n padded arrays and their sum.
     """
     leaves, tree = jax.tree.flatten(state)
     pieces = [[jnp.squeeze(p, 0) for p in jax.lax.split(leaf, [1] * n, axis=0)] for leaf in leaves]
@@ -75,7 +75,7 @@ def run_layers(
     kept: Array | None = None,
     exits_e: Array | None = None,
 ) -> tuple[Array, Array | None, dict]:
-    """Every layer once, in order: the pattern, ``n_repeats`` times.
+    """Computes every layer once, in order: the pattern, ``n_repeats`` times.
 
     Args:
       stacks: one stacked module for each position of the pattern.
@@ -84,11 +84,11 @@ def run_layers(
         which is added to the loss, and ``statistics``, a dict that is stacked over the repeats instead.
       n_repeats, scan, remat: see ``ModelConfig``.
       kept: bool, the layers that are computed: (layers,), or (layers, batch) for each row. None: all.
-      exits_e: (e,) integers, of the layers behind which x is returned too. None: none.
+      exits_e: (e,) integers, indices of the layers after which x is returned too. None: no other layers.
 
     Returns:
-      x; x behind the layers of ``exits_e`` (e, batch, length, d_model), or None; and the metrics. Their ``statistics``,
-      where a layer has any, is a list with one dict of (n_repeats, ...) arrays for each position of the pattern.
+      x; x after the layers of ``exits_e`` (e, batch, length, d_model), or None; and the metrics. If a layer has
+      ``statistics``, they are a list with one dict of (n_repeats, ...) arrays for each position of the pattern.
     """
     split = [nnx.split(stack) for stack in stacks]
     n_positions = len(split)
@@ -126,7 +126,7 @@ def run_layers(
 
 
 def _run_or_keep(run: Callable, kept: Array, state: nnx.State, x_btd: Array) -> tuple[Array, dict]:
-    """The layer where ``kept`` () or (batch,), else x. Left out for all rows it is not computed and has no metrics."""
+    """Computes the layer where ``kept``, () or (batch,), else keeps x. () and False: costs nothing, no metrics."""
     if kept.ndim:
         y_btd, metrics = run(state, x_btd)
         return jnp.where(kept[:, None, None], y_btd, x_btd), metrics
@@ -139,11 +139,11 @@ def _run_or_keep(run: Callable, kept: Array, state: nnx.State, x_btd: Array) -> 
 
 
 def dropout_rates(n_layers: int, rate: float, strength: Array | float) -> Array:
-    """The probability (layers,) that training leaves each layer out: 0 for the first, ``rate * strength`` for the last.
+    """Returns (layers,) probabilities of skipping each layer: 0 for the first, ``rate * strength`` for the last.
 
     Args:
-      n_layers: of the stack.
-      rate: of the last layer, at full strength.
+      n_layers: number of layers of the stack.
+      rate: probability for the last layer, at full strength.
       strength: () from 0 to 1.
 
     Source: Elhoushi et al. 2024 (LayerSkip), equation 1.
@@ -153,7 +153,7 @@ def dropout_rates(n_layers: int, rate: float, strength: Array | float) -> Array:
 
 
 def dropout_strength(step: Array | int, after: int, ramp_steps: int) -> Array:
-    """How far layer dropout has grown at a step: 0 before ``after``, from there to 1 over ``ramp_steps`` or at once.
+    """Strength of layer dropout at a step: 0 before ``after``, then growing to 1 over ``ramp_steps`` (0: at once).
 
     Source: Elhoushi et al. 2024 (LayerSkip), section 4.1, where the ramp is the whole run.
     """
@@ -163,7 +163,7 @@ def dropout_strength(step: Array | int, after: int, ramp_steps: int) -> Array:
 
 
 def mean_kept(n_layers: int, dropout: LayerDropout, steps: int) -> float:
-    """The share of layers that a run of ``steps`` computes, on average over layers and steps."""
+    """Share of the layers that a run of ``steps`` steps computes, on average over layers and steps."""
     if not dropout.rate or dropout.per_row:
         return 1.0
     strength = dropout_strength(jnp.arange(steps), dropout.after, dropout.ramp_steps).mean()

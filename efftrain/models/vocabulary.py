@@ -1,4 +1,4 @@
-"""A trained decoder with more entries in its vocabulary, to be trained on."""
+"""Enlarges the vocabulary of a trained decoder, for further training."""
 
 from flax import nnx
 
@@ -7,13 +7,13 @@ from efftrain.models.decoder import Decoder
 
 
 def with_vocabulary(model: Decoder, vocab_size: int, *, max_length: int | None = None, rngs: nnx.Rngs) -> Decoder:
-    """The model with entries behind those that it has; what it says of the old ones is what it said.
+    """Returns the model with entries added after its present ones, for which its logits stay the same.
 
     Args:
-      model: trained; not quantised.
-      vocab_size: of the new one.
-      max_length: of the new one. None: as before.
-      rngs: of the new entries' vectors.
+      model: a trained model, not quantised.
+      vocab_size: vocabulary size of the new model.
+      max_length: ``max_length`` of the new model. None: as before.
+      rngs: random keys for the vectors of the new entries.
 
     Raises:
       ConfigError: the new vocabulary is smaller.

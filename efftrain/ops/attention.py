@@ -8,7 +8,7 @@ from jax import Array
 
 from efftrain.ops.quantize import QuantizedArray
 
-# Scores (batch, heads, t, s) float32, and positions of queries (batch, t) and keys (batch, s), to scores.
+# (scores (batch, heads, t, s) float32, positions of queries (batch, t), positions of keys (batch, s)) -> scores
 ScoreMod = Callable[[Array, Array, Array], Array]
 
 
@@ -25,20 +25,20 @@ def causal_attention(
 ) -> Array:
     """Softmax attention of each token to itself and earlier tokens of its segment.
 
-    The queries are those of the last t of the s tokens: all of them where t = s, the device's own part of the row where
-    a mesh splits it.
+    The queries are those of the last t of the s tokens: of all tokens if t = s, or of the device's own part of the row
+    if a mesh splits the row.
 
-    Queries are cut into blocks, each against the keys it can see: that skips most of the upper triangle, and on CPU the
-    independent products keep all cores busy (one batched product uses one core).
+    Queries are cut into blocks, and each block is multiplied only with the keys that it can see. This skips most of the
+    upper triangle, and on CPU the independent products keep all cores busy (one batched product uses one core).
 
     Args:
       q_bthd: (batch, t, heads, d_head).
       k_bskd: (batch, s, kv_heads, d_head), s >= t; heads is a multiple of kv_heads.
       v_bskd: like k.
-      segments_bs: (batch, s) integers; tokens see only their own segment. None: one segment a row.
-      window: how many tokens back a token sees, itself included. None: all.
-      n_blocks: query blocks; any number, the last block may be shorter.
-      score_mod: changes scores before they are masked. None: they stay as they are.
+      segments_bs: (batch, s) integers; tokens see only their own segment. None: one segment per row.
+      window: number of latest tokens that a token sees, itself included. None: all.
+      n_blocks: number of query blocks; any number, since the last block may be shorter.
+      score_mod: changes scores before they are masked. None: no change.
       positions_bs: (batch, s) integers, which ``score_mod`` reads.
 
     Returns:
@@ -50,7 +50,7 @@ def causal_attention(
     outs = []
     for start in range(0, length, size):
         stop = min(start + size, length)
-        low, high = before + start, before + stop  # the queries' places among the keys
+        low, high = before + start, before + stop  # indices of the queries among the keys
         first = max(0, low - window + 1) if window else 0
         query, key = jnp.arange(low, high)[:, None], jnp.arange(first, high)[None]
         mask = key <= query
@@ -78,12 +78,13 @@ def cached_attention(
 
     Args:
       q_bthd: (batch, new tokens, heads, d_head).
-      k_bksd: (batch, kv_heads, slots, d_head); the slots of the new tokens are already written. Quantised: with a scale
-        for each slot and head.
+      k_bksd: (batch, kv_heads, slots, d_head); the slots of the new tokens are already written. If quantised, it has
+        one scale for each slot and head.
       v_bksd: like k.
-      positions_bt: (batch, new tokens) position of each query; slots behind it are not seen, whatever they hold.
+      positions_bt: (batch, new tokens) position of each query; later slots are not seen, whatever they hold.
       window: as in ``causal_attention``.
-      score_mod: as there, with the positions of the queries (batch, new tokens) and of all slots (batch, slots).
+      score_mod: the function as in ``causal_attention``, and the positions of the queries (batch, new tokens) and of
+        all slots (batch, slots). None: no change.
 
     Returns:
       (batch, new tokens, heads, d_head).
@@ -120,14 +121,14 @@ def _attend(
         change, positions_bt, positions_bs = score_mod
         batch, _, _, *ts = scores.shape
         scores = change(scores.reshape(batch, -1, *ts), positions_bt, positions_bs).reshape(scores.shape)
-    # jax.nn.softmax and not exp and sum: its own derivative is a third cheaper than that of the parts.
+    # jax.nn.softmax instead of exp and sum: its own derivative is cheaper than that of the parts.
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1) * v_scale
     out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v_bksd.dtype), v_bksd, preferred_element_type=jnp.float32)
     return out.astype(q_bkgtd.dtype)
 
 
 def _levels_and_scale(a_bksd: Array | QuantizedArray, dtype: jnp.dtype) -> tuple[Array, Array | float]:
-    """Multiplied with the scores or weights, (batch, kv_heads, 1, 1, slots), scales cost less than with the vectors."""
+    """Returns levels, and scales (batch, kv_heads, 1, 1, slots) for scores or weights: cheaper than for vectors."""
     if not isinstance(a_bksd, QuantizedArray):
         return a_bksd, 1.0
     return a_bksd.levels().astype(dtype), a_bksd.scale[..., 0].astype(jnp.float32)[:, :, None, None]

@@ -1,4 +1,4 @@
-"""One attention, several kernels: chosen by the platform of the mesh, and compared with the reference before use."""
+"""Attention with a choice of kernels: by the platform of the mesh, and compared with the reference before use."""
 
 import functools
 import threading
@@ -18,7 +18,7 @@ from efftrain.ops.attention_splash import splash_attention
 from efftrain.ops.platform import platform
 
 Backend = Literal["auto", "xla", "splash", "cudnn"]
-LONGEST_CHECK = 4096  # tokens: the reference has the scores of four heads
+LONGEST_CHECK = 4096  # tokens in a check: the reference holds the scores of four heads
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # where each kernel runs; xla runs everywhere
 
 
@@ -32,25 +32,25 @@ def attention(
     backend: Backend = "auto",
     n_blocks: int = 4,
 ) -> Array:
-    """Softmax attention of each token to itself and earlier tokens of its segment, by the kernel that is asked for.
+    """Softmax attention of each token to itself and earlier tokens of its segment, computed by the chosen kernel.
 
-    Operates on what one device has. On a mesh, ``efftrain.sharding.context`` calls it for each device's part.
+    It operates on the part of one device. On a mesh, ``efftrain.sharding.context`` calls it for each device's part.
 
     Args:
       q_bthd: (batch, t, heads, d_head), the last t of the s tokens.
       k_bskd: (batch, s, kv_heads, d_head); heads is a multiple of kv_heads.
       v_bskd: like k.
-      segments_bs: (batch, s) integers. None: one segment a row.
-      window: how many tokens back a token sees, itself included. None: all.
+      segments_bs: (batch, s) integers. None: one segment per row.
+      window: number of latest tokens that a token sees, itself included. None: all.
       backend: "auto": see ``choose_backend``. "xla": query blocks in plain JAX. "splash": the Pallas kernel for TPU,
         interpreted on CPU (slow, for tests). "cudnn": cuDNN's flash kernels.
-      n_blocks: of "xla".
+      n_blocks: number of query blocks of "xla".
 
     Returns:
       (batch, t, heads, d_head) in q's dtype; scores and sums are float32.
 
     Raises:
-      ConfigError: the backend cannot do this, or is not right on this device.
+      ConfigError: the backend cannot compute this, or gives wrong results on this device.
     """
     backend = choose_backend(backend, q_bthd.dtype, q_bthd.shape[-1], q_bthd.shape[1])
     kernel = _kernel(backend, platform(), n_blocks)
@@ -64,22 +64,22 @@ def _kernel(backend: Backend, platform: str, n_blocks: int = 4) -> Callable[...,
 
 
 def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Backend:
-    """The kernel that ``attention`` runs: never "auto".
+    """Returns the kernel that ``attention`` runs, never "auto".
 
-    A kernel is checked where a device of its platform is attached (compiling for a topology that is not here checks
-    nothing), once a process for each size of head and each power of two into which the length fits.
+    A kernel is checked if a device of its platform is attached (compiling for a topology that is not attached checks
+    nothing), once per process for each head size and each power of two into which the length fits.
 
     Args:
-      backend: "auto" takes splash on TPU, cuDNN on GPU; where cuDNN cannot do the type, the head or the row on this
-        GPU, or a kernel fails its check, it takes xla and warns. Several processes must agree on the outcome of a
-        check, so there a failed one is an error.
-      dtype: of the queries.
+      backend: "auto" selects splash on TPU and cuDNN on GPU. If cuDNN does not support the dtype, the head size or the
+        row on this GPU, or if a kernel fails its check, it selects xla and warns. Several processes must agree on the
+        outcome of a check, so that for them a failed check is an error.
+      dtype: dtype of the queries.
       d_head: size of a head.
-      length: of a device's queries.
+      length: number of queries on a device.
 
     Raises:
-      ConfigError: an unknown name, or a kernel that is of another platform, cannot do this shape on this GPU, or has
-        failed its check.
+      ConfigError: the name is unknown, or the kernel is for another platform, does not support this shape on this GPU,
+        or has failed its check.
     """
     if backend not in get_args(Backend):
         names = ", ".join(map(repr, get_args(Backend)))
@@ -95,13 +95,13 @@ def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Ba
     length_class = min(max(128, 2 ** (length - 1).bit_length()), LONGEST_CHECK if here != "cpu" else 256)
     can = functools.partial(refusal, dtype, d_head, length, length, capability=attached_capability())
     if backend != "auto":
-        if backend == "cudnn" and (reason := can(masked=False)):  # of segments it hears later
+        if backend == "cudnn" and (reason := can(masked=False)):  # ``cudnn_attention`` checks again with segments
             raise ConfigError(f"attention.backend 'cudnn' {reason}")
         if reason := _failure(backend, here, d_head, length_class):
             raise ConfigError(f"{reason}; use attention.backend 'xla', or another jax")
         return backend
     chosen = next((name for name, where in PLATFORM.items() if where == here), "xla")
-    # Whether the row has segments is the caller's to change; the rule is the same for both.
+    # As if the row had segments: the caller may pass them or not, and the choice should be the same for both.
     if chosen == "cudnn" and (reason := can(masked=True)):
         warnings.warn(f"attention.backend 'auto' takes 'xla', because cuDNN {reason}", stacklevel=2)
         return "xla"
@@ -115,7 +115,7 @@ def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Ba
 
 @functools.cache
 def _failure(backend: str, platform: str, d_head: int, length: int) -> str | None:
-    """Returns what is wrong with a kernel on the attached device (without a final period), or None."""
+    """Returns the reason why a kernel cannot be used on the attached device (without a final period), or None."""
     try:
         device = jax.local_devices(backend=platform)[0]
     except RuntimeError:
@@ -125,11 +125,11 @@ def _failure(backend: str, platform: str, d_head: int, length: int) -> str | Non
     def run() -> None:
         try:
             found.append(difference(backend, device, d_head=d_head, length=length))
-        except Exception as error:  # whatever a kernel or its compiler raises is the answer
+        except Exception as error:  # any error of a kernel or its compiler means that it cannot be used
             where = f"on {device.device_kind} with heads of {d_head} in rows of {length}"
             found.append(f"attention.backend {backend!r} does not run {where}: {error}".split("\n")[0])
 
-    # A thread of its own knows nothing of the mesh and the trace from which the first use comes.
+    # In a thread of its own, which is outside the mesh and the trace in which the kernel is first used.
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
@@ -137,16 +137,16 @@ def _failure(backend: str, platform: str, d_head: int, length: int) -> str | Non
 
 
 def difference(backend: Backend, device: jax.Device, *, d_head: int = 64, length: int = 256) -> str | None:
-    """Compares a kernel with float32 on two packed rows with a window and grouped heads, gradients too.
+    """Compares a kernel with float32 on two packed rows with a window and grouped heads, including gradients.
 
     Args:
       backend: the kernel.
-      device: where it runs.
+      device: the device that runs it.
       d_head: size of a head.
-      length: of a row.
+      length: length of a row.
 
     Returns:
-      A sentence without its end where they differ by more than bfloat16 rounds; None where they agree.
+      A sentence without a final period if the results differ by more than bfloat16 rounding; None if they agree.
     """
     rng = np.random.default_rng(0)
     heads, kv_heads = 4, 2

@@ -1,4 +1,4 @@
-"""Attention by JAX's Pallas kernel for TPUs ("splash"): scores live in blocks on the chip and never reach memory."""
+"""Attention by JAX's Pallas kernel for TPUs ("splash"): scores stay in blocks on the chip and never reach memory."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 from jax import Array
 
 LANES = 128  # the kernel's smallest block along the row
-LARGEST_BLOCK = 512  # fewer, larger blocks keep the matrix unit busier; not measured here
-NOWHERE = np.iinfo(np.int32).min  # the segment of padding: no token may have it
+LARGEST_BLOCK = 512  # fewer, larger blocks should keep the matrix unit busier; not measured
+NOWHERE = np.iinfo(np.int32).min  # the segment of padding, which no token may have
 
 
 def splash_attention(
@@ -19,19 +19,19 @@ def splash_attention(
     window: int | None = None,
     interpret: bool = False,
 ) -> Array:
-    """What ``causal_attention`` computes, forward and backward, without keeping scores.
+    """Computes ``causal_attention``, forward and backward, without storing the scores.
 
     Rows are padded to multiples of 128: at their end, which causal queries never see, and in front of the keys, in a
-    segment of their own. Blocks are of 512, 256 or 128 tokens, the largest that divides the padded row: lengths just
-    below a multiple of 512 cost least.
+    segment of their own. Blocks have 512, 256 or 128 tokens, the largest size that divides the padded row, so that
+    lengths just below a multiple of 512 cost least.
 
     Args:
       q_bthd: (batch, t, heads, d_head), the last t of the s tokens.
       k_bskd: (batch, s, kv_heads, d_head); heads is a multiple of kv_heads.
       v_bskd: like k.
-      segments_bs: (batch, s) int32. None: one segment a row.
-      window: how many tokens back a token sees, itself included. None: all.
-      interpret: run the kernel's Python on any platform; slow, for tests.
+      segments_bs: (batch, s) int32. None: one segment per row.
+      window: number of latest tokens that a token sees, itself included. None: all.
+      interpret: run the kernel's Python code on any platform; slow, for tests.
 
     Returns:
       (batch, t, heads, d_head) in q's dtype; scores and sums are float32.
@@ -66,8 +66,8 @@ def _segment_ids(segments_bs: Array, t: int):
 
 
 def _kernel(heads: int, t: int, s: int, window: int | None, interpret: bool):
-    """The kernel for padded lengths t <= s, both multiples of 128."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second; only TPUs need it
+    """Returns the kernel for padded lengths t <= s, both multiples of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: a slow import that only TPUs need
 
     if window is None:
         mask = splash.CausalMask((t, s), offset=s - t)

@@ -22,10 +22,10 @@ def cross_entropy(
       x_btd: (batch, length, d_model) hidden states, any float dtype.
       kernel_dv: (d_model, vocab) head in x's dtype.
       targets_bt: (batch, length) integers.
-      weights_bt: (batch, length) float32 or bool; 0 leaves a token out.
-      n_chunks: how many chunks, from 1 to the length. None: so that a chunk has at most ``CHUNK_ELEMENTS`` logits a
-        shard.
-      shards: over how many devices the tokens are divided, for that choice.
+      weights_bt: (batch, length) float32 or bool; a token with weight 0 does not count.
+      n_chunks: number of chunks, from 1 to the length. None: chosen so that a chunk has at most ``CHUNK_ELEMENTS``
+        logits per shard.
+      shards: number of devices over which the tokens are divided, for the choice of ``n_chunks``.
 
     Returns:
       () float32 nats, summed. Differentiable in x and the kernel.
@@ -33,7 +33,7 @@ def cross_entropy(
     batch, length, _ = x_btd.shape
     if n_chunks is None:
         n_chunks = choose_chunks(length, batch * length * kernel_dv.shape[1] // shards)
-    # int32: the targets are compared with 0 .. vocab - 1, which a smaller type may not hold.
+    # int32: the targets are compared with 0 .. vocab - 1, which may not fit into a smaller dtype.
     arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32)
     return fused_linear_loss(_weighted_nll, x_btd, kernel_dv, arrays, n_chunks=n_chunks)[0]
 
@@ -45,7 +45,7 @@ def token_nll(logits: Array, targets: Array) -> Array:
 
 
 def at_targets(values: Array, targets: Array) -> Array:
-    """(..., vocab), (...) -> (...). By comparison and not by an index, whose gradient scatters."""
+    """Selects values at targets: (..., vocab), (...) -> (...). By comparison, since indexing has a scatter gradient."""
     vocab = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     return jnp.where(vocab == targets[..., None], values, 0).sum(-1)
 

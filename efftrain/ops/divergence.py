@@ -1,6 +1,6 @@
-"""How far a student's next-token distribution is from its teacher's, and the losses that are made of it.
+"""Divergences of a student's next-token distribution from its teacher's, and the distillation losses made from them.
 
-Of the teacher there are states and a head, or the part of its distribution that a cache keeps.
+The teacher is given by its states and head, or by the part of its distribution that a cache keeps.
 """
 
 import math
@@ -15,20 +15,20 @@ from jax import Array
 from efftrain.ops.cross_entropy import at_targets
 from efftrain.ops.fused_linear_loss import choose_chunks, fused_linear_loss, logits_of
 
-LOG_OF_ZERO = math.log(np.finfo(np.float32).tiny)  # stands for the logarithm of a probability of 0, which is masked
-SMALLEST_TAIL = 1e-6  # is added to a student's probability outside of what a cache keeps: float32 resolves no less
+LOG_OF_ZERO = math.log(np.finfo(np.float32).tiny)  # used as the logarithm of a probability of 0, which is masked
+SMALLEST_TAIL = 1e-6  # added to a student's probability outside the kept tokens, since float32 resolves no less
 
 
 def generalized_jsd(student_logits: Array, teacher_logits: Array, beta: float) -> Array:
     """Generalised Jensen-Shannon divergence between two next-token distributions.
 
     With the mixture ``m = (1 - beta) student + beta teacher`` it is
-    ``beta KL(teacher || m) + (1 - beta) KL(student || m)``, which vanishes at both ends; there it is, as its source
-    defines it, the divergence that its direction comes to.
+    ``beta KL(teacher || m) + (1 - beta) KL(student || m)``. This vanishes for beta 0 and 1, for which the
+    source defines it as the KL divergence that it approaches up to a factor.
 
     Args:
-      student_logits: (..., vocab), any float dtype; computed in float32. Entries of -inf (a vocabulary that is padded)
-        have no gradient, and cost 87 nats for each unit of the teacher's probability on them.
+      student_logits: (..., vocab), any float dtype; computed in float32. Entries of -inf (a padded vocabulary) have no
+        gradient, and cost 87 nats for each unit of the teacher's probability on them.
       teacher_logits: (..., vocab); -inf is a probability of 0.
       beta: 0 gives forward KL(teacher || student), 1 gives reverse KL(student || teacher).
 
@@ -47,7 +47,7 @@ def generalized_jsd(student_logits: Array, teacher_logits: Array, beta: float) -
 
 
 def _log_probabilities(logits: Array) -> Array:
-    """``log_softmax`` in float32, finite where a logit is -inf: 0 times the logarithm of 0 would not be a number."""
+    """``log_softmax`` in float32, finite even if a logit is -inf: 0 times the logarithm of 0 would be NaN."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return jnp.where(log_p == -jnp.inf, LOG_OF_ZERO, log_p)
 
@@ -57,15 +57,16 @@ def _kl(log_p: Array, log_q: Array) -> Array:
 
 
 def kept_divergence(student_logits: Array, ids: Array, probs: Array, *, tail: bool) -> Array:
-    """What draws a student to the part of its teacher's distribution that a cache keeps.
+    """Divergence of a student from the part of its teacher's distribution that a cache keeps.
 
     Args:
       student_logits: (..., vocab); for -inf see ``generalized_jsd``.
-      ids: (..., k) integers; entries of probability 0 do not count.
-      probs: (..., k) float32.
-      tail: the probabilities are the largest ones, and all others are one more bucket: KL(teacher || student) over
-        these buckets, a lower bound of the whole. Renormalised without it, the student would become too sure.
-        False: they are shares of samples, for an unbiased estimate of the cross entropy to the teacher.
+      ids: (..., k) integers, the kept tokens; entries of probability 0 do not count.
+      probs: (..., k) float32, the teacher's probabilities of the kept tokens.
+      tail: True: the probabilities are the largest ones, and all other tokens are one more bucket. The result is
+        KL(teacher || student) over these buckets, a lower bound of the whole; with renormalised probabilities and no
+        bucket, the student would become overconfident. False: the probabilities are shares of samples, which give an
+        unbiased estimate of the cross entropy to the teacher.
 
     Returns:
       (...) nats.
@@ -99,20 +100,20 @@ def distillation_loss(
 ) -> tuple[Array, Array, Array]:
     """``alpha T^2 D + (1 - alpha) CE`` summed over tokens: D of the distributions at temperature T, CE of the targets.
 
-    T^2 keeps the size of the gradient independent of T.
+    The factor T^2 keeps the size of the gradient independent of T.
 
     Args:
       x_btd: (batch, length, d_model) states of the student.
-      kernel_dv: (d_model, vocab), its head.
+      kernel_dv: (d_model, vocab) head of the student.
       targets_bt, weights_bt: see ``cross_entropy``.
-      teacher_btd, teacher_dv: of the teacher, of whose width they may be; not differentiated.
+      teacher_btd, teacher_dv: states and head of the teacher, whose width may differ; not differentiated.
       alpha, temperature: () float32, or numbers.
       beta: see ``generalized_jsd``.
-      n_chunks, shards: see ``cross_entropy``; a chunk has the logits of both.
+      n_chunks, shards: see ``cross_entropy``; a chunk has the logits of both models.
 
     Returns:
-      () float32 nats, summed: the loss; the cross entropy; and KL(teacher || student) at temperature 1, which alone
-      can be compared between schedules.
+      () float32 nats, summed: the loss; the cross entropy; and KL(teacher || student) at temperature 1, the only one of
+      the three that can be compared between schedules.
 
     Source: Hinton et al. 2015, section 2.
     """
@@ -139,7 +140,7 @@ def kept_distillation_loss(
     n_chunks: int | None = None,
     shards: int = 1,
 ) -> tuple[Array, Array, Array]:
-    """As ``distillation_loss``, from what a cache keeps of the teacher; see ``kept_divergence``."""
+    """As ``distillation_loss``, from the part of the teacher's distribution in a cache; see ``kept_divergence``."""
     batch, length, _ = x_btd.shape
     if n_chunks is None:
         n_chunks = choose_chunks(length, batch * length * kernel_dv.shape[1] // shards)
@@ -151,7 +152,7 @@ def kept_distillation_loss(
     return loss, nll, divergence
 
 
-# partial(...) is hashable by identity alone: equal ones would be traced again, and no more than that.
+# A partial(...) is hashed by identity, so that an equal one is traced again; it has no other effect.
 
 
 def _to_teacher(logits: Array, arrays: tuple[Array, ...], constants: Any, *, beta: float, as_is: bool):

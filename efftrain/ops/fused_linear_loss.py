@@ -1,4 +1,4 @@
-"""A loss on the logits of a vocabulary head, in chunks of tokens: the logits of a whole batch never exist."""
+"""Fused linear loss: a loss on the logits of a vocabulary head in chunks of tokens, which never holds all logits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from jax import Array
 
 CHUNK_ELEMENTS = 2**25  # logits that exist at once on a device: 128 MiB in float32
 
-# (logits (batch, some, vocab) float32, the arrays' part for these tokens, constants) -> (sum, other sums)
+# (logits (batch, tokens, vocab) float32, the arrays for these tokens, constants) -> (sum, other sums)
 LogitsLoss = Callable[[Array, tuple[Array, ...], Any], tuple[Array, Any]]
 
 
@@ -23,20 +23,20 @@ def fused_linear_loss(
     *,
     n_chunks: int,
 ) -> tuple[Array, Any]:
-    """The sum over tokens of a loss on ``x @ kernel``, and sums of other figures.
+    """Sums a loss on the logits ``x @ kernel`` over tokens, together with sums of other figures.
 
     The gradient is formed in the forward pass, chunk by chunk, so nothing is computed twice. A chunk takes every n-th
-    token of each row, which leaves the sharding of batch and length as it is. Where that does not go out even, rows are
-    filled up with tokens of zeros.
+    token of each row, which keeps the sharding of batch and length. If ``n_chunks`` does not divide the length, rows
+    are padded with tokens of zeros.
 
     Args:
-      loss_of: hashable; what it minimises is () float32, the other sums a pytree of () float32. A token whose arrays
-        are all zero (its weight too) adds nothing to any of them.
+      loss_of: hashable function; the loss that it returns is () float32, the other sums are a pytree of () float32. A
+        token whose arrays are all zero (including its weight) must add nothing to any of them.
       x_btd: (batch, length, d_model) hidden states, any float dtype.
       kernel_dv: (d_model, vocab) head in x's dtype.
       arrays: (batch, length, ...) each; not differentiated.
-      constants: a pytree that all chunks see, such as the head of a teacher; not differentiated.
-      n_chunks: how many, from 1 to the length; see ``choose_chunks``.
+      constants: a pytree that all chunks read, such as the head of a teacher; not differentiated.
+      n_chunks: number of chunks, from 1 to the length; see ``choose_chunks``.
 
     Returns:
       () float32 and the other sums. Differentiable in x and the kernel; the other sums are not.
@@ -47,9 +47,13 @@ def fused_linear_loss(
 
 
 def choose_chunks(length: int, elements: int) -> int:
-    """How many chunks of a length bring ``elements`` logits under ``CHUNK_ELEMENTS`` a chunk, of one token at least.
+    """Returns the number of chunks of a row that keeps a chunk at ``CHUNK_ELEMENTS`` logits or one token.
 
-    As few as can be, or up to twice as many where these divide the length, so that nothing is filled up.
+    It is the smallest such number, or one up to twice as large that divides the length, so that nothing is padded.
+
+    Args:
+      length: number of tokens of a row.
+      elements: number of logits of all tokens on a device.
     """
     longest = max(length * CHUNK_ELEMENTS // max(elements, 1), 1)
     fewest = -(-length // longest)
@@ -57,7 +61,7 @@ def choose_chunks(length: int, elements: int) -> int:
 
 
 def logits_of(x: Array, kernel_dv: Array) -> Array:
-    """(..., d_model) @ (d_model, vocab) -> (..., vocab) float32."""
+    """Logits of a head: (..., d_model) @ (d_model, vocab) -> (..., vocab) float32."""
     flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel_dv, preferred_element_type=jnp.float32)
     return flat.reshape(*x.shape[:-1], -1)
 
@@ -109,9 +113,9 @@ def _zeros(loss_of, n_chunks, x_btd, kernel_dv, arrays, constants):
 
 
 def over_chunks(step, carry, arrays, n_chunks):
-    """``lax.scan`` of ``step`` over chunks of the length axis; outputs come back in the order of the length.
+    """``lax.scan`` of ``step`` over chunks of the length axis; outputs come back in the order of the tokens.
 
-    Where ``n_chunks`` does not divide the length, zeros fill it up; their outputs are left out.
+    If ``n_chunks`` does not divide the length, it is padded with zeros, whose outputs are removed.
 
     An output is None, or a pytree of arrays (batch, tokens of the chunk, ...).
     """

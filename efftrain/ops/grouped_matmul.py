@@ -1,14 +1,14 @@
-"""SwiGLU of rows, each by the matrices of the group that it belongs to: the arithmetic of a mixture of experts.
+"""SwiGLU of rows, each with the matrices of its group: the arithmetic of a mixture of experts.
 
-How the groups are bounded decides how the products are made (``Dispatch``):
+How rows are arranged by group decides how the products are computed (``Dispatch``):
 
   each       every assignment in its own row, with a copy of its group's matrices: for fewer rows than groups, as when
              one token is decoded; nothing is dropped
   capacity   the same number of rows for every group: one batched product; what does not fit was dropped
-  blocks     sorted rows, a few at a time, with a backward pass of its own; nothing is dropped
+  blocks     sorted rows, one block at a time, with a backward pass of its own; nothing is dropped
   megablox   sorted rows by JAX's Pallas kernel for TPUs; nothing is dropped
-  ragged     sorted rows by ``jax.lax.ragged_dot``; nothing is dropped. Its programs hold the products of every row with
-             every group, on CPU and, as compiled for v5e (libtpu 0.0.52), on TPU, where its kernel may skip them
+  ragged     sorted rows by ``jax.lax.ragged_dot``; nothing is dropped. Its programs contain the products of every row
+             with every group, on CPU and, as compiled for v5e (libtpu 0.0.52), on TPU, where its kernel may skip them
 """
 
 from collections.abc import Callable
@@ -27,15 +27,14 @@ Dispatch = Literal["each", "capacity", "blocks", "megablox", "ragged"]
 Blocks = tuple[int, ...]
 Carry = TypeVar("Carry")
 
-SMALLEST, LARGEST = 8, 64  # the last block of a group
+SMALLEST, LARGEST = 8, 64  # bounds of the size of the last block of a group
 
 
 def block_sizes(n_assignments: int, n_groups: int) -> tuple[int, int]:
-    """Rows of one product in "blocks": whole ones, and then the rest of a group in small ones.
+    """Returns the block sizes of "blocks": that of whole blocks, and that of the small ones for the rest of a group.
 
-    Measured on two cores with 1,024 rows of 384 a group: 256 and 64 take 1.35 of the time of one dense product, 512 and
-    64 the same, 256 alone 1.44, 128 alone 1.7 (tests/bench/moe.py times the whole step). Groups of few rows, as in
-    decoding, take smaller ones.
+    On CPU, two sizes are faster than one size alone (tests/bench/moe.py times the whole step). Groups of few rows, as
+    in decoding, get smaller blocks.
     """
     mean = n_assignments // n_groups
     rest = SMALLEST
@@ -45,12 +44,12 @@ def block_sizes(n_assignments: int, n_groups: int) -> tuple[int, int]:
 
 
 def dispatch_layout(groups_nk: Array, n_groups: int, dispatch: Dispatch, *, capacity: int) -> Layout:
-    """The rows that ``grouped_swiglu`` takes; ``capacity`` is for the dispatch of that name. See ``group_layout``."""
+    """Returns the rows that ``grouped_swiglu`` takes; ``capacity`` is only for that dispatch. See ``group_layout``."""
     if dispatch == "each":
         return unsorted_layout(groups_nk, n_groups)
     if dispatch == "capacity":
         return group_layout(groups_nk, n_groups, capacity=capacity)
-    # The last block of the last group may reach behind it; the kernel wants whole tiles.
+    # The last block of the last group may extend beyond the group; the megablox kernel needs whole tiles.
     rest = block_sizes(groups_nk.size, n_groups)[-1]
     slack = {"blocks": rest, "megablox": -groups_nk.size % row_tile(groups_nk.size), "ragged": 0}
     return group_layout(groups_nk, n_groups, slack=slack[dispatch])
@@ -59,14 +58,14 @@ def dispatch_layout(groups_nk: Array, n_groups: int, dispatch: Dispatch, *, capa
 def grouped_swiglu(
     x_rd: Array, gate_edf: Array, up_edf: Array, down_efd: Array, where: Layout, dispatch: Dispatch
 ) -> Array:
-    """(rows, d): ``down(silu(gate(x)) * up(x))`` of each row by its group, sums in float32, in the dtype of x.
+    """SwiGLU ``down(silu(gate(x)) * up(x))`` of each row by its group: (rows, d) in the dtype of x, sums in float32.
 
     Args:
-      x_rd: rows as ``to_rows`` laid them out in ``dispatch_layout``.
+      x_rd: rows as ``to_rows`` arranges them for the layout.
       gate_edf, up_edf: (groups, d, f) in the dtype of x.
       down_efd: (groups, f, d).
-      where: the layout.
-      dispatch: see above. Rows that hold no assignment come out as anything, and get no gradient.
+      where: the layout that ``dispatch_layout`` returned.
+      dispatch: see the module docstring. The results of rows without an assignment are undefined, and get no gradient.
     """
     if dispatch == "blocks":
         sizes = block_sizes(where.row_nk.size, gate_edf.shape[0])
@@ -138,7 +137,7 @@ def _blocks_backward(blocks: Blocks, saved: tuple, gradient_rd: Array) -> tuple[
         def block(at: Array, rows: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dx_rd, d_gate_up, d_down = carry
             gradient = _rows(gradient_rd, at, rows)
-            if rows == blocks[-1]:  # may reach into the rows of the next group
+            if rows == blocks[-1]:  # may extend into the rows of the next group
                 gradient = jnp.where((at + jnp.arange(rows) < start + size)[:, None], gradient, 0)
             hidden, pull_back = jax.vjp(lambda product: _swiglu(product, f), _rows(gate_up_rf, at, rows))
             (d_product,) = pull_back(_dot(gradient, down_fd.T))
@@ -162,8 +161,8 @@ def _over_blocks(
 ) -> Carry:
     """Calls ``block(first row, rows, carry)`` until all rows of a group are done, in order.
 
-    Blocks larger than all ``n_rows`` are left out. The last block may write behind its group: the groups that follow
-    write there later, or nothing reads it.
+    Blocks larger than all ``n_rows`` are skipped. The last block may write beyond its group: the following groups
+    overwrite these rows later, or nothing reads them.
     """
     end = start + size
     for rows in blocks:

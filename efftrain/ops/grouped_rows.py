@@ -1,12 +1,12 @@
-"""Where the assignments of tokens to groups stand as rows, group after group, and how tokens come there and back.
+"""Layouts of the assignments of tokens to groups as rows, group after group, and the way of tokens there and back.
 
-An assignment is a pair (token, choice). Three layouts:
+An assignment is a pair (token, choice). There are three layouts:
 
   capacity   every group has the same number of rows; what does not fit is dropped
-  sorted     groups of any size, one behind the other; nothing is dropped
+  sorted     groups of any size, one after the other; nothing is dropped
   unsorted   a row for each assignment, in their order; nothing is dropped
 
-Rows are moved by gathers only, also in the backward pass: a scatter-add is slow on every platform.
+Rows are moved only by gathers, also in the backward pass, because a scatter-add is slow on every platform.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layout:
-    """Where assignments stand.
+    """The rows of assignments.
 
     Attributes:
-      row_nk: (tokens, choices) int32 row of each assignment; ``n_rows`` for one that has none.
-      assignment_r: (rows,) int32 which assignment (token * choices + choice) stands in a row; -1 for none.
-      sizes_e: (groups,) int32 assignments of each group, the dropped ones included.
-      group_r: (rows,) int32 the group of each row of an unsorted layout; None for the others.
+      row_nk: (tokens, choices) int32, row of each assignment; ``n_rows`` for an assignment without a row.
+      assignment_r: (rows,) int32, the assignment (token * choices + choice) in each row; -1 for an empty row.
+      sizes_e: (groups,) int32, number of assignments of each group, including dropped ones.
+      group_r: (rows,) int32, group of each row of an unsorted layout. None for other layouts.
     """
 
     row_nk: Array
@@ -39,17 +39,17 @@ class Layout:
 
 
 def group_layout(groups_nk: Array, n_groups: int, *, capacity: int | None = None, slack: int = 0) -> Layout:
-    """Lays out the assignments, those of a group in the order of the tokens.
+    """Returns the layout of assignments, with those of a group in the order of the tokens.
 
     Args:
-      groups_nk: (tokens, choices) int32 group of each assignment; ``n_groups`` for one that belongs to none.
-      n_groups: how many there are.
-      capacity: rows of each group; None sorts without bounds.
-      slack: empty rows behind the sorted ones.
+      groups_nk: (tokens, choices) int32, group of each assignment; ``n_groups`` for an assignment to no group.
+      n_groups: number of groups.
+      capacity: number of rows of each group. None: sorted rows without such a bound.
+      slack: number of empty rows after the sorted ones.
     """
     flat = groups_nk.reshape(-1)
     n = flat.shape[0]
-    # Stable: tokens keep their order, so that equal scores give equal layouts on every machine.
+    # Stable, so that tokens keep their order, and equal scores give equal layouts on every machine.
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sizes_e = jnp.bincount(flat, length=n_groups).astype(jnp.int32)
     rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)
@@ -57,7 +57,7 @@ def group_layout(groups_nk: Array, n_groups: int, *, capacity: int | None = None
         n_rows, row = n + slack, rank
     else:
         n_rows = n_groups * capacity
-        place = rank - (jnp.cumsum(sizes_e) - sizes_e)[flat]  # among the assignments of its group
+        place = rank - (jnp.cumsum(sizes_e) - sizes_e)[flat]  # index among the assignments of its group
         row = jnp.where(place < capacity, flat * capacity + place, n_rows)
     row = jnp.where(flat < n_groups, row, n_rows)
     assignment_r = jnp.full(n_rows, -1, jnp.int32)
@@ -66,7 +66,7 @@ def group_layout(groups_nk: Array, n_groups: int, *, capacity: int | None = None
 
 
 def unsorted_layout(groups_nk: Array, n_groups: int) -> Layout:
-    """A row for each assignment, in order; empty where it belongs to no group. Arguments: as of ``group_layout``."""
+    """Returns a layout with a row for each assignment, empty if it has no group; arguments as in ``group_layout``."""
     flat = groups_nk.reshape(-1)
     number, belongs = jnp.arange(flat.shape[0], dtype=jnp.int32), flat < n_groups
     return Layout(
@@ -79,7 +79,7 @@ def unsorted_layout(groups_nk: Array, n_groups: int) -> Layout:
 
 @jax.custom_vjp
 def to_rows(x_nd: Array, where: Layout) -> Array:
-    """(rows, d): each assignment's token in its row, zeros in the empty ones."""
+    """Gathers each assignment's token into its row: (rows, d), with zeros in empty rows."""
     choices = where.row_nk.shape[1]
     rows = x_nd[jnp.maximum(where.assignment_r, 0) // choices]
     return jnp.where(where.assignment_r[:, None] >= 0, rows, 0)
@@ -98,7 +98,7 @@ to_rows.defvjp(_to_rows_forward, _to_rows_backward)
 
 @jax.custom_vjp
 def from_rows(y_rd: Array, weights_nk: Array, where: Layout) -> Array:
-    """(tokens, d) in float32: the sum of each token's rows, weighted; an assignment without a row adds nothing."""
+    """Weighted sum of each token's rows: (tokens, d) float32; an assignment without a row adds nothing."""
     return jnp.einsum("nkd,nk->nd", _take_rows(y_rd, where), weights_nk, preferred_element_type=jnp.float32)
 
 
@@ -118,6 +118,6 @@ from_rows.defvjp(_from_rows_forward, _from_rows_backward)
 
 
 def _take_rows(y_rd: Array, where: Layout) -> Array:
-    """(tokens, choices, d), zeros for an assignment without a row."""
+    """Gathers the row of each assignment: (tokens, choices, d), zeros for an assignment without a row."""
     rows = y_rd[jnp.minimum(where.row_nk, where.n_rows - 1)]
     return jnp.where((where.row_nk < where.n_rows)[..., None], rows, 0)

@@ -1,4 +1,4 @@
-"""The highest numbers of several arrays together, which may be more than an int32 counts."""
+"""The highest numbers of several arrays together, which may be more than an int32 can count."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from efftrain.ops.counts import at_least, carried, share_out, total
 
 
 def keep_highest_together(scores: Sequence[Array], n_keep: Array) -> list[Array]:
-    """bool like each array: the ``n_keep`` highest of all, exactly so many; of equal ones those that come first.
+    """Marks the ``n_keep`` highest numbers of all arrays: bool like each array; of equal numbers, the first are kept.
 
-    The lowest that stays is found bit by bit, by counting: nothing is sorted, and the arrays are not concatenated.
+    The lowest kept number is found bit by bit, by counting: nothing is sorted, and the arrays are not concatenated.
 
     Args:
-      scores: (..., n) float each, none of them NaN; n below 2^31.
-      n_keep: of ``ops.counts``; may be traced.
+      scores: (..., n) float each, without NaN; n below 2^31.
+      n_keep: a count of ``ops.counts``; may be traced. Exactly this number is kept.
     """
     keys = [_ordered(a) for a in scores]
 
@@ -38,7 +38,7 @@ def keep_highest_together(scores: Sequence[Array], n_keep: Array) -> list[Array]
 
 
 def _ordered(a: Array) -> Array:
-    """uint32 in the order of float32 numbers; the two zeros are one."""
+    """Maps float32 numbers to uint32 in the same order; both zeros become one."""
     bits = jax.lax.bitcast_convert_type(jnp.where(a == 0, 0, a).astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits < sign, bits | sign, ~bits)

@@ -1,4 +1,4 @@
-"""Which numbers of a matrix stay: exactly so many, in a pattern; and masks as bits."""
+"""Sparsity masks: which numbers of a matrix are kept, an exact number of them in a pattern; and masks as bits."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ __getattr__ = old_names(__name__)
 
 
 def keep_highest(scores: Array, n_keep: Array | int) -> Array:
-    """(..., n) bool: the ``n_keep`` highest of the last axis, exactly so many; of equal ones those of lower index.
+    """Marks the ``n_keep`` highest numbers of the last axis: (..., n) bool; of equal numbers, the first are kept.
 
     Args:
       scores: (..., n) float.
-      n_keep: () integer, may be traced.
+      n_keep: () integer, may be traced. Exactly this number is kept.
     """
     n = scores.shape[-1]
-    # One sort of values and no permutations: a large matrix has no room for them.
+    # One sort of values instead of permutations, for which there is no memory with a large matrix.
     ordered = jnp.sort(scores, axis=-1)
     least = jnp.take(ordered, jnp.clip(n - n_keep, 0, n - 1), axis=-1)[..., None]
     above = scores > least
@@ -34,10 +34,10 @@ def keep_highest(scores: Array, n_keep: Array | int) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Unstructured:
-    """Any number of a matrix may go.
+    """Unstructured sparsity: any numbers of a matrix may be removed.
 
     Attributes:
-      sparsity: the share that goes.
+      sparsity: share of the numbers that is removed.
     """
 
     sparsity: float = 0.5
@@ -46,25 +46,27 @@ class Unstructured:
         _check_sparsity(self.sparsity)
 
     def check(self, name: str, d: int, f: int) -> None:
-        """Raises ``ConfigError`` where a (d, f) matrix cannot have the pattern."""
+        """Raises ``ConfigError`` if a (d, f) matrix cannot have the pattern."""
         if d * f >= 1 << 31:
             raise ConfigError(f"sparsity of {name}: {d} x {f} weights are too many for one ranking; use n:m or blocks")
 
     def group(self, a_ldf: Array) -> Array:
-        """(l, d, f) -> (l, groups, units): of every group the same number of units stays."""
+        """Groups the units of matrices: (l, d, f) -> (l, groups, units); the same number of each group is kept."""
         return a_ldf.reshape(len(a_ldf), 1, -1)
 
     def ungroup(self, keep_lgu: Array, shape: tuple[int, int, int]) -> Array:
-        """(l, groups, units) -> the mask (l, d, f)."""
+        """Returns the mask (l, d, f) of kept units (l, groups, units); inverse of ``group``."""
         return keep_lgu.reshape(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Blocks of rows x columns (inputs x outputs) go whole; a block counts by its mean.
+    """Block sparsity: whole blocks of rows x columns (inputs x outputs) are removed; the score of a block is its mean.
 
     Attributes:
-      sparsity: the share that goes.
+      sparsity: share of the blocks that is removed.
+      rows: number of inputs of a block.
+      columns: number of outputs of a block.
     """
 
     sparsity: float = 0.5
@@ -95,7 +97,12 @@ class Blocks:
 
 @dataclass(frozen=True, kw_only=True)
 class SemiStructured:
-    """Of ``m`` inputs that follow each other ``n`` stay, for each output: 2 of 4 is what NVIDIA's sparse cores read."""
+    """N:M sparsity: of ``m`` consecutive inputs ``n`` are kept for each output. NVIDIA's sparse tensor cores use 2:4.
+
+    Attributes:
+      n: number of kept inputs.
+      m: number of consecutive inputs.
+    """
 
     n: int = 2
     m: int = 4
@@ -128,31 +135,31 @@ Structure = Unstructured | Blocks | SemiStructured
 
 
 def kept_units(structure: Structure, units: int, share: Array | float = 1.0, sparsity: float | None = None) -> Array:
-    """() int32: how many units of a group stay.
+    """Returns () int32: the number of units of a group that are kept.
 
     Args:
-      structure: whose sparsity is the target.
-      units: of a group.
-      share: of the way to the target; may be traced.
-      sparsity: the target in place of that of the structure.
+      structure: its sparsity is the target.
+      units: number of units of a group.
+      share: share of the way from 0 to the target sparsity; may be traced.
+      sparsity: target in place of that of the structure. None: that of the structure.
     """
     sparsity = structure.sparsity if sparsity is None else sparsity
-    # float32 cannot represent the units of a large matrix: the target itself is exact.
+    # float32 cannot represent the number of units of a large matrix, so the target itself is computed in Python.
     on_the_way = jnp.round((1 - sparsity * share) * units).astype(jnp.int32)
     return jnp.where(jnp.asarray(share) >= 1, jnp.int32(round((1 - sparsity) * units)), on_the_way)
 
 
 def kept_units_together(structure: Structure, units: int, share: Array | float) -> Array:
-    """As ``kept_units``, of all matrices together: a count of ``ops.counts``, of up to 2^53 units."""
+    """As ``kept_units``, for all matrices together: a count of ``ops.counts``, of up to 2^53 units."""
     on_the_way = jnp.round((1 - structure.sparsity * share) * float(units))
     exact = as_count(round((1 - structure.sparsity) * units))
     return jnp.where(jnp.asarray(share) >= 1, exact, as_count(on_the_way))
 
 
 def count_zeros(a: Array) -> int:
-    """Numbers of an array (..., n) that are exactly zero; the array may have more than an int32 counts.
+    """Counts the exact zeros of an array (..., n), which may have more numbers than an int32 can count.
 
-    Where several processes hold the array, all of them must call it.
+    If several processes hold the array, all of them must call it.
     """
     rows = zeros_per_row(a)
     if not rows.is_fully_addressable:
@@ -162,17 +169,17 @@ def count_zeros(a: Array) -> int:
 
 @jax.jit
 def zeros_per_row(a: Array) -> Array:
-    """(...) int32 of an array (..., n)."""
+    """Counts the exact zeros along the last axis: (..., n) -> (...) int32."""
     return (a == 0).sum(-1, dtype=jnp.int32)
 
 
 def pack_bits(mask: Array, axis: int) -> Array:
-    """uint8 with eight of the axis in each; a last byte is filled up with zeros."""
+    """Packs eight bools along the axis into each uint8; the last byte is filled up with zeros."""
     return jnp.packbits(mask, axis=axis)
 
 
 def unpack_bits(packed: Array, size: int, axis: int) -> Array:
-    """The inverse of ``pack_bits``: bool, ``size`` along the axis."""
+    """Inverse of ``pack_bits``: bool, with ``size`` entries along the axis."""
     return jnp.unpackbits(packed, axis=axis, count=size).astype(bool)
 
 

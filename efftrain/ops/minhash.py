@@ -1,6 +1,6 @@
 """The permutations of MinHash in JAX: an alternative to ``efftrain.data.dedup.minhash.minima``.
 
-On CPU NumPy is faster; on an accelerator the host's hashing of shingles is what takes the time.
+On CPU NumPy is faster; with an accelerator, hashing the shingles on the host takes most of the time.
 """
 
 from functools import partial
@@ -12,10 +12,10 @@ from jax import Array
 
 
 def minima(hashes: np.ndarray, offsets: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Per document and permutation the minimum of ``a_k * fmix32(h) + b_k mod 2^32`` over the document's hashes.
+    """Minimum of ``a_k * fmix32(h) + b_k mod 2^32`` over the hashes of each document, for each permutation k.
 
     Args:
-      hashes: (m,) uint32.
+      hashes: (m,) uint32, the hashes of all documents.
       offsets: (docs + 1,) int64, strictly rising from 0 to m; document i has ``hashes[offsets[i]:offsets[i + 1]]``.
       a: (K,) uint32, odd.
       b: (K,) uint32.
@@ -24,7 +24,7 @@ def minima(hashes: np.ndarray, offsets: np.ndarray, a: np.ndarray, b: np.ndarray
       (docs, K) uint32, on the host.
     """
     n_documents = len(offsets) - 1
-    # Powers of two: a few shapes to compile. Padding belongs to one more document, which is dropped.
+    # Padded to powers of two, so that few shapes are compiled. Padding is one more document, which is dropped.
     n_hashes, n_segments = (1 << int(size).bit_length() for size in (len(hashes), n_documents))
     segments = np.repeat(np.arange(n_documents, dtype=np.int32), np.diff(offsets))
     segments = np.pad(segments, (0, n_hashes - len(hashes)), constant_values=n_documents)
@@ -39,7 +39,7 @@ def _segment_minima(hashes: Array, segments: Array, a: Array, b: Array, n_segmen
     def one(factors):
         return jax.ops.segment_min(factors[0] * mixed + factors[1], segments, n_segments, indices_are_sorted=True)
 
-    return jax.lax.map(one, (a, b), batch_size=8)  # all at once would be m x K in memory
+    return jax.lax.map(one, (a, b), batch_size=8)  # all permutations at once would need memory for m x K numbers
 
 
 def fmix32(hashes: Array) -> Array:

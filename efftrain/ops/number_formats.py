@@ -1,7 +1,8 @@
-"""The types in which numbers are stored quantised, and their names.
+"""The number formats of quantised storage, and their names.
 
-One convention everywhere, that of qwix and compressed-tensors: symmetric, ``value = scale * q``, the scale such that
-the largest magnitude of a group falls half a step behind the greatest level (absmax / 7.5 for 4 bits, levels -8 to 7).
+One convention is used everywhere, that of qwix and compressed-tensors: symmetric, ``value = scale * q``, with a scale
+such that the largest magnitude of a group is half a step above the greatest level (absmax / 7.5 for 4 bits, levels -8
+to 7).
 """
 
 from dataclasses import dataclass
@@ -21,14 +22,15 @@ class Format:
     """How numbers are stored; see the subclasses.
 
     Attributes:
-      group: along the contraction, so many numbers share a scale. None: all of them, a scale for each output.
-      scale_dtype: in which scales are stored.
+      group: number of consecutive numbers along the contraction that share a scale. None: all of them, so that there is
+        one scale for each output.
+      scale_dtype: dtype of the stored scales.
     """
 
     group: int | None = None
     scale_dtype: ScaleDtype = "bfloat16"
 
-    dtype: ClassVar[str]  # of a level before packing
+    dtype: ClassVar[str]  # dtype of a level before packing
 
     def __post_init__(self):
         if self.group is not None and self.group < 1:
@@ -38,26 +40,26 @@ class Format:
 
     @property
     def storage_bits(self) -> int:
-        """Of one number, without its share of the scale."""
+        """Bits of one stored number, without its share of the scale."""
         return 8
 
     @property
     def levels(self) -> tuple[float, float]:
-        """The least and the greatest."""
+        """The least and the greatest level."""
         raise NotImplementedError
 
     def step(self, x: Array, axis: int) -> Array:
-        """The scale of float32 numbers along ``axis``, which goes, before it is rounded or checked."""
+        """Returns the scales of float32 numbers, reduced along ``axis``, before they are rounded or checked."""
         raise NotImplementedError
 
     def nearest(self, v: Array) -> Array:
-        """The nearest level to each of the float32 numbers ``value / scale``, as float32."""
+        """Returns the level nearest to each of the float32 numbers ``value / scale``, as float32."""
         return jnp.clip(jnp.round(v), *self.levels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Integer(Format):
-    """Signed integers of 8 or 4 bits; those of 4 are packed, two to a byte."""
+    """Signed integers of 8 or 4 bits; those of 4 bits are packed, two to a byte."""
 
     bits: int = 8
     dtype: ClassVar[str] = "int8"
@@ -99,7 +101,7 @@ class Ternary(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class Float8(Format):
-    """Floating point of 8 bits, 4 of exponent and 3 of mantissa (e4m3fn, Micikevicius et al. 2022)."""
+    """Floating point numbers of 8 bits, 4 of exponent and 3 of mantissa (e4m3fn, Micikevicius et al. 2022)."""
 
     dtype: ClassVar[str] = "float8_e4m3fn"
 
@@ -111,8 +113,8 @@ class Float8(Format):
         return _times(jnp.abs(x).max(axis), 1 / self.levels[1])
 
     def nearest(self, v: Array) -> Array:
-        # Clipped first: beyond its largest number the type has only NaN. The barrier: XLA may leave out a conversion
-        # there and back, and with it the rounding (GPUs allow excess precision by default).
+        # Clipped first, because above its largest number the dtype has only NaN. The barrier: XLA may remove a
+        # conversion there and back, and with it the rounding (GPUs allow excess precision by default).
         return jax.lax.optimization_barrier(jnp.clip(v, *self.levels).astype(self.dtype)).astype(jnp.float32)
 
 
@@ -120,10 +122,10 @@ AnyFormat = Integer | Ternary | Float8  # what a field of a configuration may ho
 
 
 def parse_format(text: str) -> AnyFormat:
-    """``int8``, ``int4:g32``, ``ternary:g64``, ``fp8``: the type, and the group where there is one.
+    """Parses the name of a format with an optional group: ``int8``, ``int4:g32``, ``ternary:g64``, ``fp8``.
 
     Raises:
-      ConfigError: something else.
+      ConfigError: the text is not a number format.
     """
     name, _, rest = text.partition(":")
     formats = {"int8": Integer(bits=8), "int4": Integer(bits=4), "ternary": Ternary(), "fp8": Float8()}
@@ -137,11 +139,11 @@ def parse_format(text: str) -> AnyFormat:
 
 
 def format_name(format: Format) -> str:
-    """The inverse of ``parse_format``, but for the type of the scales."""
+    """Inverse of ``parse_format``; the dtype of the scales is not in the name."""
     name = {Ternary: "ternary", Float8: "fp8"}.get(type(format)) or f"int{format.storage_bits}"
     return name if format.group is None else f"{name}:g{format.group}"
 
 
 def _times(x: Array, reciprocal: float) -> Array:
-    """Not a division: XLA makes it this product within a program, and does not where it is the whole program."""
+    """Not a division, because XLA turns one into this product within a larger program, but not on its own."""
     return x * jnp.float32(reciprocal)

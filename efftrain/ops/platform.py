@@ -1,4 +1,4 @@
-"""Where a program will run."""
+"""The platform for which a program is traced."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from jax import Array
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the devices of the current mesh, attached or not; without a mesh, JAX's default."""
+    """ "cpu", "gpu" or "tpu", of the current mesh's devices, attached or not; without a mesh, JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.config.jax_default_device
@@ -18,9 +18,9 @@ def platform() -> str:
 
 
 def conditional(wanted: Array, compute: Callable[..., Any], skip: Callable[..., Any], *operands: Any) -> Any:
-    """``lax.cond``, which computes one branch; on a mesh of several CPU devices both, and selects.
+    """``lax.cond``, which computes one branch; on a mesh of several CPU devices it computes both and selects.
 
-    Collectives of such devices share a few threads, and those within a condition may wait for each other for ever.
+    Collectives of CPU devices share a few threads, and collectives within a condition may wait for each other for ever.
     """
     if platform() != "cpu" or jax.sharding.get_abstract_mesh().size <= 1:
         return jax.lax.cond(wanted, compute, skip, *operands)

@@ -1,7 +1,7 @@
-"""Quantised arrays: one value for numbers and their scales, the fake quantisation that trains for it, and products.
+"""Quantised arrays: numbers with their scales, the fake quantisation of quantisation-aware training, and products.
 
-A scale is rounded to the type in which it is stored *before* the numbers are, so that what is trained with is what is
-stored. A group of zeros has scale 1. Types of numbers and the convention of scales: ``ops.number_formats``.
+Scales are rounded to their stored dtype *before* the numbers are quantised, so that training uses the values that are
+stored later. A group of zeros has scale 1. The formats, and the convention for scales, are in ``ops.number_formats``.
 """
 
 import math
@@ -15,21 +15,21 @@ from jax import Array
 from efftrain.errors import ConfigError
 from efftrain.ops.number_formats import AnyFormat, Format
 
-SMALLEST_SCALE = 1e-30  # below, a division by it is not finite; the numbers are zero for every purpose
+SMALLEST_SCALE = 1e-30  # dividing by a smaller scale is not finite; such numbers count as zero
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("packed", "scale"), meta_fields=("format", "axis", "group"))
 @dataclass(frozen=True)
 class QuantizedArray:
-    """Numbers and their scales.
+    """Quantised numbers and their scales.
 
     Attributes:
-      packed: int8 or float8, the shape of the array but for ``axis``, along which int8 holds several levels each: the
-        first in the lowest bits.
-      scale: as many as there are groups along ``axis``.
-      format: of the numbers.
-      axis: the contraction, negative, so that a stack of arrays is one too.
-      group: numbers along it that share a scale.
+      packed: int8 or float8, in the shape of the array except along ``axis``, along which an int8 may hold several
+        levels, the first in the lowest bits.
+      scale: like the array, but with the number of groups along ``axis``.
+      format: number format.
+      axis: the contraction, negative, so that a stack of quantised arrays is a quantised array too.
+      group: number of consecutive numbers along ``axis`` that share a scale.
     """
 
     packed: Array
@@ -40,7 +40,7 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array that this stands for."""
+        """Shape of the array before packing."""
         shape = list(self.packed.shape)
         shape[self.axis] *= 8 // self.format.storage_bits
         return tuple(shape)
@@ -54,19 +54,19 @@ class QuantizedArray:
         return math.prod(self.shape)
 
     def levels(self) -> Array:
-        """The numbers before scaling, int8 or float8."""
+        """Returns the numbers before scaling, int8 or float8."""
         return unpack(self.packed, self.format, self.axis)
 
     def dequantize(self) -> Array:
-        """float32 of the original shape."""
+        """Returns float32 numbers in the original shape."""
         return _scaled(self.levels().astype(jnp.float32), self.scale, self.group, self.axis)
 
 
 def group_size(length: int, format: Format) -> int:
-    """Numbers along a contraction of this length that share a scale.
+    """Returns how many numbers share a scale along a contraction of this length.
 
     Raises:
-      ConfigError: the group does not divide the length, or the format packs more numbers in a byte than divide it.
+      ConfigError: the group does not divide the length, or packing does not fill whole bytes.
     """
     size = length if format.group is None else format.group
     if length % size:
@@ -80,26 +80,28 @@ def group_size(length: int, format: Format) -> int:
 
 
 def step_of(x: Array, format: Format, axis: int = -2) -> Array:
-    """The scales of an array, one a group along ``axis``, in float32: before they are rounded to ``scale_dtype``."""
+    """Returns the scales of an array, one per group along ``axis``, in float32, before rounding to ``scale_dtype``."""
     step = format.step(_grouped(x.astype(jnp.float32), group_size(x.shape[axis], format), axis), axis)
     return jnp.where(step < SMALLEST_SCALE, 1.0, step)
 
 
 def stored_scale(step: Array, format: Format) -> Array:
-    """Float32 scales in the format's ``scale_dtype``, rounded for certain: XLA may leave out a conversion and its
-    inverse, but not this."""
+    """Converts float32 scales to the format's ``scale_dtype``, with a rounding that XLA cannot remove.
+
+    XLA may remove a conversion that is followed by its inverse, but not ``reduce_precision``.
+    """
     rounded = jax.lax.reduce_precision(step, 8, 7) if format.scale_dtype == "bfloat16" else step
     return rounded.astype(format.scale_dtype)
 
 
 def quantize(x: Array, format: Format, axis: int = -2, *, scale: Array | None = None) -> QuantizedArray:
-    """The nearest numbers of a format.
+    """Quantises an array to the nearest numbers of a format.
 
     Args:
       x: (...) of any float dtype.
-      format: of the numbers.
-      axis: the contraction, negative: scales are shared along it.
-      scale: those to use, in ``scale_dtype``. None: ``step_of`` rounded to it.
+      format: number format.
+      axis: the contraction, negative, along which scales are shared.
+      scale: scales to use, in ``scale_dtype``. None: those of ``step_of``, rounded to ``scale_dtype``.
     """
     size = group_size(x.shape[axis], format)
     scale = stored_scale(step_of(x, format, axis), format) if scale is None else scale
@@ -109,12 +111,12 @@ def quantize(x: Array, format: Format, axis: int = -2, *, scale: Array | None = 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def fake_quantize(x: Array, format: Format, axis: int = -2) -> Array:
-    """The values that ``quantize(x, format, axis).dequantize()`` has, in x's dtype; to the gradient it is x.
+    """The values of ``quantize(x, format, axis).dequantize()`` in x's dtype, with a straight-through gradient.
 
-    ``x + stop_gradient(q - x)`` would be off by a rounding, and what is converted later would not be what was trained.
+    ``x + stop_gradient(q - x)`` would be off by a rounding, and a later conversion would not give the trained values.
 
-    Source: Bengio et al. 2013 (straight-through estimator). Clipped numbers have a gradient too: what is clipped is at
-    most half a step.
+    Source: Bengio et al. 2013 (straight-through estimator). Clipped numbers have a gradient too, because clipping
+    changes a number by at most half a step.
     """
     size = group_size(x.shape[axis], format)
     scale = stored_scale(step_of(x, format, axis), format)
@@ -135,18 +137,18 @@ fake_quantize.defvjp(_fake_forward, _fake_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def learned_quantize(x: Array, step: Array, format: Format, axis: int = -2) -> Array:
-    """``fake_quantize`` with scales that are learned too.
+    """``fake_quantize`` with learned scales.
 
     Args:
       x: (...) float32.
-      step: float32 scales, one a group along ``axis``, positive; rounded to the format's ``scale_dtype`` here.
+      step: float32 scales, one per group along ``axis``, positive; rounded to the format's ``scale_dtype`` here.
       format: Integer or Ternary.
       axis: the contraction, negative.
 
     Returns:
-      The quantised values, like x. The gradient of x is zero where it is clipped; that of a step is the sum over its
-      group of ``round(v) - v`` inside and the level at which it is clipped outside, ``v = x / step``, divided by the
-      root of (numbers in a group x greatest level).
+      The quantised values, like x. The gradient of x is zero where x is clipped. The gradient of a step is the sum over
+      its group of ``round(v) - v`` inside the range and of the clipping level outside, with ``v = x / step``, divided
+      by the root of (numbers in a group x greatest level).
 
     Source: Esser et al. 2020 (LSQ), equations 3 and 5, section 2.2.
     """
@@ -173,7 +175,7 @@ learned_quantize.defvjp(_learned_forward, _learned_backward)
 
 
 def pack(levels: Array, format: Format, axis: int = -2) -> Array:
-    """int8 levels, several to a byte along ``axis``; float8 and 8 bits as they are."""
+    """Packs int8 levels, several to a byte along ``axis``; float8 and 8-bit levels are returned unchanged."""
     bits = format.storage_bits
     if bits == 8:
         return levels
@@ -185,11 +187,11 @@ def pack(levels: Array, format: Format, axis: int = -2) -> Array:
 
 
 def unpack(packed: Array, format: Format, axis: int = -2) -> Array:
-    """The inverse of ``pack``."""
+    """Inverse of ``pack``."""
     bits = format.storage_bits
     if bits == 8:
         return packed
-    # Shifted up, then down again: int8 shifts keep the sign.
+    # Shifted up, then down again, because right shifts of int8 keep the sign.
     fields = [(packed << (8 - bits * (i + 1))) >> (8 - bits) for i in range(8 // bits)]
     stacked = jnp.stack(fields, axis=axis)
     shape = list(packed.shape)
@@ -198,18 +200,18 @@ def unpack(packed: Array, format: Format, axis: int = -2) -> Array:
 
 
 def quantized_product(x_nd: Array, kernel: QuantizedArray, activations: Format) -> Array:
-    """(n, d) @ (d, f) -> (n, f) float32 of quantised numbers, in their own type: no matrix is made float.
+    """(n, d) @ (d, f) -> (n, f) float32, computed in the quantised dtype, without making a float matrix.
 
     Args:
-      x_nd: quantised here, a scale a row.
-      kernel: a scale a column, along axis -2, of the type that the activations have.
-      activations: the format of x.
+      x_nd: float activations, quantised here with one scale per row.
+      kernel: with one scale per column, along axis -2, in the dtype of the quantised activations.
+      activations: number format of x.
 
     Returns:
-      ``fake_quantized_product``; integers are summed exactly, in int32.
+      The same as ``fake_quantized_product``; integers are summed exactly, in int32.
     """
     n = len(x_nd)
-    if n == 1:  # XLA on CPU makes a product of one row a sum of floats; of two it is half as long
+    if n == 1:  # XLA on CPU computes a product with one row in float, which takes longer than one with two rows
         x_nd = jnp.pad(x_nd, ((0, 1), (0, 0)))
     x = quantize(x_nd, activations, -1)
     total = jnp.int32 if activations.dtype == "int8" else jnp.float32
@@ -219,10 +221,10 @@ def quantized_product(x_nd: Array, kernel: QuantizedArray, activations: Format) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def fake_quantized_product(x_nd: Array, kernel_df: Array, activations: Format, format: Format) -> Array:
-    """What ``quantized_product`` gives of a float matrix, to be trained: float32, straight-through gradients.
+    """``quantized_product`` of float matrices, for training: float32 with straight-through gradients.
 
-    Levels are multiplied as floats. They are small integers, which every float type holds, and their sums are exact in
-    float32 up to 1,040 inputs and nearly always beyond: equal to the bit to the product of integers.
+    Levels are multiplied as floats. They are small integers, which every float dtype holds, and their sums are exact in
+    float32 up to 1,040 inputs and nearly always beyond that: bitwise equal to the product of integers.
     """
     x = _levels(x_nd, activations, -1)
     kernel = _levels(kernel_df, format, -2)
@@ -248,7 +250,7 @@ fake_quantized_product.defvjp(_product_forward, _product_backward)
 
 
 def _levels(x: Array, format: Format, axis: int) -> tuple[Array, Array]:
-    """float32 levels with one scale along the axis, and the scales."""
+    """Returns float32 levels with one scale along the axis, and the scales."""
     scale = stored_scale(step_of(x, format, axis), format)
     return format.nearest(_unscaled(x.astype(jnp.float32), scale, x.shape[axis], axis)), scale
 
@@ -258,14 +260,14 @@ def _rescaled(product_nf: Array, x_scale: Array, kernel_scale: Array) -> Array:
 
 
 def multiplies_quantized(format: Format | None, activations: Format | None) -> bool:
-    """Whether ``quantized_product`` can take these: one type of one byte, and a scale a row and a column."""
+    """Returns whether ``quantized_product`` supports the formats: one 1-byte dtype, a scale per row and per column."""
     if format is None or activations is None or format.storage_bits != 8:
         return False
     return activations.dtype == format.dtype and format.group is activations.group is None
 
 
 def _grouped(x: Array, size: int, axis: int) -> Array:
-    """``axis`` as two: the group at ``axis - 1``, and the number within it at ``axis``."""
+    """Splits ``axis`` into two: the group at ``axis - 1``, and the number within it at ``axis``."""
     at = x.ndim + axis
     return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
 

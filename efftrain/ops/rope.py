@@ -5,11 +5,11 @@ from jax import Array
 
 
 def rope_angles(positions_bt: Array, d_head: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines of every position.
+    """Cosines and sines of the rotation angles of every position.
 
     Args:
       positions_bt: (batch, length) integers.
-      d_head: even size of a head.
+      d_head: size of a head, even.
       theta: base of the frequencies.
 
     Returns:

@@ -1,18 +1,18 @@
-"""What accelerators can do, by the vendors' data sheets: the denominators of utilisation."""
+"""Peak figures of accelerators from the vendors' data sheets, the denominators of utilisation."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device as JAX sees it.
+    """Peak figures of one device as JAX sees it.
 
     Attributes:
-      name: of the chip.
+      name: name of the chip.
       bf16_flops: dense peak, FLOP/s.
-      hbm_bytes: memory.
-      hbm_bytes_per_s: its bandwidth.
-      link_bytes_per_s: what it sends to the other chips of its slice (TPU: over one link in one direction; it has two
+      hbm_bytes: size of the memory.
+      hbm_bytes_per_s: bandwidth of the memory.
+      link_bytes_per_s: bandwidth to the other chips of its slice (TPU: over one link in one direction; a chip has two
         links along each dimension of the torus) or of its host (NVIDIA: NVLink, one direction). None: not known.
     """
 
@@ -48,5 +48,5 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip of ``jax.Device.device_kind``; None where the peak is not known (every CPU)."""
+    """Returns the chip of a ``jax.Device.device_kind``; None if its peak is not known (as for every CPU)."""
     return CHIPS.get(device_kind)

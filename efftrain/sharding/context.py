@@ -1,9 +1,9 @@
 """Context parallelism: attention over rows whose tokens are split over devices, and kernels on each device's part.
 
-Each device keeps its queries and fetches the keys and values before them, which grouped heads make small. They come in
-the order of the row and end with the device's own, so that all devices run one program: the queries are always those
-of the last tokens, and what lies before the row is in a segment that no query has. (The other way, to rotate keys and
-values in a ring and to merge partial softmaxes, Liu et al. 2023, needs less memory and cannot use kernels as they are.)
+Each device keeps its queries and fetches the keys and values before them, which are small with grouped heads. They come
+in the order of the row and end with the device's own. So all devices run one program: the queries are always those of
+the last tokens, and what would be before the row is in a segment that no query has. (The alternative, to rotate keys
+and values in a ring and merge partial softmaxes, Liu et al. 2023, needs less memory but cannot use unchanged kernels.)
 """
 
 import math
@@ -25,12 +25,12 @@ BEFORE_THE_ROW = np.iinfo(np.int32).min  # a segment that no token has
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What an ``attend`` that modifies scores reads beside queries, keys and values.
+    """The inputs that an ``attend`` with a score modification reads beside queries, keys and values.
 
     Attributes:
-      positions_bs: (batch, s) integers, of the keys; the queries are the last t of them.
-      heads_h: (heads,) int32, numbers of the query heads among all.
-      state: a pytree of arrays, whole on every device.
+      positions_bs: (batch, s) integers, positions of the keys; the queries are the last t of them.
+      heads_h: (heads,) int32, indices of the query heads among all heads.
+      state: a pytree of arrays, replicated on every device.
     """
 
     positions_bs: Array
@@ -49,7 +49,7 @@ def attend_on_mesh(
     per_device: bool,
     scores: ScoreInputs | None = None,
 ) -> Array:
-    """Causal self-attention of whole rows, whatever the mesh splits: rows, heads and tokens.
+    """Causal self-attention of whole rows on a mesh that may split rows, heads and tokens.
 
     Args:
       attend: (q_bthd, k_bskd, v_bskd, segments_bs=...) -> (batch, t, heads, d_head) on one device, where the queries
@@ -57,14 +57,15 @@ def attend_on_mesh(
       q_bthd: (batch, length, heads, d_head).
       k_btkd: (batch, length, kv_heads, d_head).
       v_btkd: like k.
-      segments_bt: (batch, length) integers. None: one segment a row.
-      window: that ``attend`` applies; keys that no query of a device sees are not fetched.
-      per_device: ``attend`` is a kernel that the compiler cannot divide: call it on each device even where rows and
-        heads alone are split.
-      scores: of the whole row; ``attend`` gets a device's part of it as ``scores=...``. None: it does not.
+      segments_bt: (batch, length) integers. None: one segment per row.
+      window: the window that ``attend`` applies; keys that no query of a device sees are not fetched.
+      per_device: whether ``attend`` is a kernel that the compiler cannot divide, and must therefore be called on each
+        device even if only rows and heads are split.
+      scores: inputs for the whole row; ``attend`` gets a device's part of them as ``scores=...``. None: no such
+        argument.
 
     Raises:
-      ConfigError: a dimension that the mesh cannot split, see ``ShardingRules.resolve``.
+      ConfigError: the mesh cannot split a dimension, see ``ShardingRules.resolve``.
     """
     context = activation_axes("length")
     q_spec = activation_spec(q_bthd.shape, "batch", "length", "heads", None)
@@ -89,7 +90,7 @@ def attend_on_mesh(
                 scores = replace(scores, positions_bs=more[0]) if more else None
         return _call(attend, q, k, v, segments, scores)
 
-    # Kernels do not say how their results vary over the mesh, so this cannot be checked (check_vma).
+    # check_vma is off, because kernels do not say how their results vary over the mesh.
     return jax.shard_map(on_one_device, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(
         q_bthd, k_btkd, v_btkd, segments_bt, scores
     )
@@ -102,25 +103,25 @@ def _call(attend: Callable[..., Array], q, k, v, segments: Array | None, scores:
 def fetch_earlier(
     k_btkd: Array, v_btkd: Array, segments_bt: Array, *others: Array, axes: tuple[str, ...], window: int | None
 ) -> tuple[Array, ...]:
-    """Inside ``shard_map``: keys, values and segments of the tokens before a device's own, and then its own.
+    """Fetches keys, values and segments of the tokens before a device's own, inside ``shard_map``.
 
     Args:
-      k_btkd, v_btkd, segments_bt: of the device's tokens.
+      k_btkd, v_btkd, segments_bt: of the device's own tokens.
       others: (batch, length, ...) of these tokens, to be fetched too.
       axes: mesh axes that split the row.
-      window: how many tokens back a token sees.
+      window: number of latest tokens that a token sees, itself included. None: all.
 
     Returns:
-      (batch, s, ...) of each argument; s is the same on all devices, the length of the row or what the window reaches.
-      What would lie before the row has the segment ``BEFORE_THE_ROW``.
+      (batch, s, ...) of each argument: the earlier tokens, then the device's own. s is the same on all devices: the
+      length of the row, or what the window reaches. What would be before the row has the segment ``BEFORE_THE_ROW``.
     """
     n, length = jax.lax.axis_size(axes), k_btkd.shape[1]
     index = jax.lax.axis_index(axes)
     hops = n - 1 if window is None else min(n - 1, -(-(window - 1) // length))
-    chunk = index + jnp.arange(-hops, 1)  # which parts of the row, in their order; negative: before it
+    chunk = index + jnp.arange(-hops, 1)  # the parts of the row, in order; a negative number is before the row
 
     def fetch(a: Array) -> Array:
-        if hops == n - 1:  # everything: one collective, which runs both ways round the ring
+        if hops == n - 1:  # the whole row: one collective, which uses both directions of the ring
             return jnp.take(jax.lax.all_gather(a, axes), chunk % n, axis=0)
         parts = [a]
         for _ in range(hops):
@@ -135,7 +136,7 @@ def fetch_earlier(
 
 
 def _over_all_axes(spec: PartitionSpec) -> PartitionSpec:
-    """The spec with the mesh axes of size 1 on the first dimension: gradients are summed over axes that it lacks."""
+    """Adds the mesh axes of size 1 to the first dimension, because gradients are summed over axes that a spec lacks."""
     single = [axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1]
     first, *rest = spec or (None,)
     named = [first] if isinstance(first, str) else list(first or ())
@@ -143,9 +144,9 @@ def _over_all_axes(spec: PartitionSpec) -> PartitionSpec:
 
 
 def _one_for_each_shard(a_btkd: Array) -> Array:
-    """Repeats key and value heads where the mesh splits the query heads more often than there are of them.
+    """Repeats key and value heads if there are fewer of them than the mesh splits the query heads into.
 
-    Without a copy where ``kv_heads`` is kept whole, as each device then has all of them.
+    If ``kv_heads`` is kept whole, each device has all of them and nothing is copied.
     """
     kv_heads = a_btkd.shape[2]
     shards = shard_count("heads")

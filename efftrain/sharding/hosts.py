@@ -1,7 +1,7 @@
-"""Several processes as one run: they find each other, agree before the first step, and notice when one is lost.
+"""Several processes as one run: they connect, agree before the first step, and notice when one is lost.
 
-What is said here goes through the key-value store of ``jax.distributed``'s coordinator: it needs no device, and every
-wait has an end. JAX is imported where it is used, so that reading a configuration stays cheap.
+Messages go through the key-value store of ``jax.distributed``'s coordinator, which needs no device and in which every
+wait has a timeout. JAX is imported where it is used, so that reading a configuration stays cheap.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ from efftrain.progress import console
 if TYPE_CHECKING:
     import jax
 
-WAIT_S = 300  # for what all processes do within seconds of each other: open a corpus, make a directory
+WAIT_S = 300  # timeout of what all processes do within seconds of each other: open a corpus, create a directory
 PREFIX = "EFFTRAIN_"
-_calls = itertools.count()  # every process makes the same calls in the same order, so that numbers name them
+_calls = itertools.count()  # every process makes the same calls in the same order, so that numbers identify them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """How the processes of a run find each other. Without any field, Slurm, Open MPI, GKE and TPU VMs are recognised.
+    """How the processes of a run connect. If no field is set, Slurm, Open MPI, GKE and TPU VMs are recognised.
 
     Attributes:
-      coordinator: ``host:port`` of process 0, reachable from every other; the port is free there.
-      processes: how many.
-      process: which of them this is, from 0.
-      connect_s: seconds to wait for the others.
+      coordinator: ``host:port`` of process 0, reachable from every other process; the port must be free there.
+      processes: number of processes.
+      process: index of this process, from 0.
+      connect_s: seconds to wait for the other processes.
       lost_after_s: seconds of silence after which a process counts as lost and the others end.
     """
 
@@ -67,8 +67,11 @@ class Hosts:
 
     @classmethod
     def from_environment(cls) -> "Hosts":
-        """``EFFTRAIN_COORDINATOR``, ``EFFTRAIN_PROCESSES``, ``EFFTRAIN_PROCESS``, ``EFFTRAIN_CONNECT_S``,
-        ``EFFTRAIN_LOST_AFTER_S``: the fields, in capitals."""
+        """Reads the fields from the environment, in capitals after ``EFFTRAIN_``.
+
+        The variables are ``EFFTRAIN_COORDINATOR``, ``EFFTRAIN_PROCESSES``, ``EFFTRAIN_PROCESS``, ``EFFTRAIN_CONNECT_S``
+        and ``EFFTRAIN_LOST_AFTER_S``.
+        """
         given = {
             name: os.environ[PREFIX + name.upper()]
             for name in cls.__dataclass_fields__
@@ -85,15 +88,16 @@ _lost_after_s = Hosts.lost_after_s
 
 
 def connect(config: Hosts | None = None) -> None:
-    """Joins the other processes of this run; a process that is alone does nothing. Call it before JAX sees a device.
+    """Connects to the other processes of this run; does nothing for a single process.
 
-    From here on the console of every process but the first shows errors only, behind the process's number.
+    It must be called before JAX sees a device. From then on the console of every process but the first shows only
+    errors, with the number of the process.
 
     Args:
-      config: by default what the environment says.
+      config: how to connect. None: read from the environment.
 
     Raises:
-      ConfigError: the environment contradicts itself, or the coordinator or the others do not answer in time.
+      ConfigError: the environment contradicts itself, or the coordinator or other processes do not answer in time.
     """
     global _lost_after_s
     config = Hosts.from_environment() if config is None else config
@@ -105,7 +109,7 @@ def connect(config: Hosts | None = None) -> None:
     if config.process:
         _await_coordinator(config.coordinator, config.connect_s)
     _lost_after_s = config.lost_after_s
-    # The service takes SIGTERM away from Python, knows no Ctrl-C, and Orbax may swallow its one notice.
+    # The service takes SIGTERM away from Python, ignores Ctrl-C, and Orbax may consume its only notice.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # the CPU backend has none of its own
     left_s = max(1.0, config.connect_s - (time.monotonic() - start))
@@ -117,13 +121,13 @@ def connect(config: Hosts | None = None) -> None:
             config.coordinator,
             config.processes,
             config.process,
-            initialization_timeout=round(left_s) + 30,  # behind our own: JAX aborts the process from C++
-            # Behind our own, which says more; this one also notices when the coordinator's machine is gone.
+            initialization_timeout=round(left_s) + 30,  # later than our own, because JAX aborts the process from C++
+            # Later than our own, which says more; this one also notices when the coordinator's machine is gone.
             heartbeat_timeout_seconds=max(10, 2 * config.lost_after_s),
             shutdown_timeout_seconds=config.lost_after_s,
             cluster_detection_method="deactivate" if config.coordinator else None,
         )
-        jax.devices()  # all of them together: the first look of one alone waits for the others
+        jax.devices()  # on all processes together, because the first call on one waits for the others
     except (RuntimeError, ValueError, OSError) as error:
         raise _not_met(config, _first_line(error)) from error
     finally:
@@ -142,13 +146,13 @@ def _not_met(config: Hosts, why: str) -> ConfigError:
 
 
 def _give_up(config: Hosts) -> None:
-    """From another thread: the first one is in C++, which cannot be interrupted."""
+    """Ends the process from another thread, because the main thread is in C++ and cannot be interrupted."""
     console.print(f"error: {_not_met(config, 'timeout')}", style="red", markup=False)
     os._exit(2)
 
 
 def process_index() -> int:
-    """Which process this is, from 0; known without touching a device."""
+    """Returns the index of this process, from 0, without touching a device."""
     from jax._src import distributed
 
     return distributed.global_state.process_id if distributed.global_state.client else 0
@@ -161,10 +165,10 @@ def process_count() -> int:
 
 
 def part_of_rows(sharding: "jax.sharding.Sharding", shape: tuple[int, ...]) -> tuple[int, int]:
-    """Which part of the rows (dimension 0) of a global array the devices of this process hold: (number, of how many).
+    """Returns which part of the rows (dimension 0) of a global array this process holds: (number, number of parts).
 
     Raises:
-      ConfigError: the rows have gaps.
+      ConfigError: the rows of this process are not contiguous.
     """
     places = sharding.addressable_devices_indices_map(shape).values()
     rows = sorted({row for place in places for row in range(*place[0].indices(shape[0]))})
@@ -178,10 +182,14 @@ def part_of_rows(sharding: "jax.sharding.Sharding", shape: tuple[int, ...]) -> t
 
 
 def exchange(text: str, *, wait_s: float = WAIT_S) -> list[str]:
-    """What every process says, in their order. All of them must call it.
+    """Returns the texts of all processes, in their order. All of them must call it.
+
+    Args:
+      text: text of this process.
+      wait_s: seconds to wait for the other processes.
 
     Raises:
-      RunError: some did not within ``wait_s`` seconds.
+      RunError: a process did not call it within ``wait_s`` seconds.
     """
     client = _client()
     if client is None:
@@ -202,13 +210,13 @@ def exchange(text: str, *, wait_s: float = WAIT_S) -> list[str]:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives on process 0 (JSON), on all of them: for a file that only process 0 can be sure to see."""
+    """Returns on all processes what ``make`` returns on process 0 (JSON), such as from a file that only it may see."""
     return json.loads(exchange(json.dumps(make()) if process_index() == 0 else "")[0])
 
 
 @contextlib.contextmanager
 def together(*, wait_s: float = WAIT_S) -> Iterator[None]:
-    """What fails in this block with an ``EfftrainError`` on one process, fails on all of them, with its sentence."""
+    """Makes an ``EfftrainError`` in this block on one process an error on all processes, with the same message."""
     problem = None
     try:
         yield
@@ -223,10 +231,10 @@ def together(*, wait_s: float = WAIT_S) -> Iterator[None]:
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Stops all processes where one has other facts (JSON: configuration, code, versions) than process 0.
+    """Stops all processes if one has other facts (JSON: configuration, code, versions) than process 0.
 
     Raises:
-      RunError: names the process and the first fact in which it differs.
+      RunError: facts differ; the message names the process and the first difference.
     """
     first = from_first(lambda: facts)
     with together():
@@ -245,7 +253,7 @@ def _client() -> Any:
 
 
 def reach_coordinator() -> socket.socket:
-    """A connection to the port of process 0; an ``OSError`` where it is gone."""
+    """Opens a connection to the port of process 0; raises ``OSError`` if it is gone."""
     from jax._src import distributed
 
     return _open(distributed.global_state.coordinator_address, None)
@@ -257,7 +265,7 @@ def _open(address: str, timeout_s: float | None) -> socket.socket:
 
 
 def _in_cluster() -> bool:
-    """Whether ``jax.distributed.initialize()`` would find several processes; one alone must not wait for others."""
+    """Whether ``jax.distributed.initialize()`` would find several processes; a single one must not wait for others."""
     import jax
     from jax._src import cloud_tpu_init
 
@@ -272,7 +280,7 @@ def _in_cluster() -> bool:
 
 
 def _await_coordinator(address: str, wait_s: float) -> None:
-    """Until the port answers. JAX would wait too, but ends the process from C++ when it gives up."""
+    """Waits until the port answers. JAX would wait too, but ends the process from C++ when it gives up."""
     end = time.monotonic() + wait_s
     while True:
         try:
@@ -289,7 +297,7 @@ def _await_coordinator(address: str, wait_s: float) -> None:
 
 
 class _ErrorsOnly(RenderHook):
-    """The console of a process that is not the first."""
+    """Rich render hook of a process that is not the first: only errors are shown, with the number of the process."""
 
     def __init__(self, process: int):
         self._prefix = f"process {process}: "

@@ -1,4 +1,4 @@
-"""From the logical axes on parameters to the sharding of a whole state, and a table that shows it."""
+"""Derives the sharding of a whole state from the logical axes on its parameters, and shows it as a table."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from efftrain.sharding.rules import DEFAULT_RULES, Axes, ShardingRules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placed:
-    """Where one array of a state lives. Bytes are those of the values, without padding by the device."""
+    """Placement of one array of a state. Bytes are those of the values, without padding by the device."""
 
     path: str
     shape: tuple[int, ...]
@@ -32,38 +32,40 @@ class Placed:
 
 
 def state_shardings(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
-    """The sharding of every array in a tree of NNX variables: parameters, model state, optimizer state.
+    """Returns the sharding of every array in a tree of NNX variables: parameters, model state, optimizer state.
 
-    optax builds its moments by mapping over the parameters, so they are variables with the same ``axes`` and
-    go where their parameter goes. Outside of variables, scalars and vectors (counts, keys) are replicated.
+    optax builds its moments by mapping over the parameters, so they are variables with the same ``axes``, and are
+    sharded like their parameter. Outside variables, scalars and vectors (counts, keys) are replicated.
 
     Args:
       state: a pytree of arrays or ``jax.ShapeDtypeStruct``s, e.g. ``nnx.split(nnx.eval_shape(build))[1]`` or
         ``jax.eval_shape(optimizer.init, params)``.
+      mesh: the mesh.
+      rules: which mesh axis splits which logical axis.
 
     Returns:
-      The same structure with a ``NamedSharding`` for each array: ``out_shardings`` of ``jax.jit``.
+      The same structure with a ``NamedSharding`` for each array, for ``out_shardings`` of ``jax.jit``.
 
     Raises:
-      ConfigError: a variable without ``axes``, a bare array of two or more dimensions, or what
-        ``ShardingRules.resolve`` refuses.
+      ConfigError: a variable has no ``axes``, an array of two or more dimensions is in no variable, or
+        ``ShardingRules.resolve`` fails.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         name, metadata = _name(path), leaf.get_metadata() if is_variable(leaf) else None
-        # A variable is itself a tree: of one array, or of none where optax masked it.
+        # A variable is itself a tree: of one array, or of none if optax masked it.
         return jax.tree.map(lambda x: NamedSharding(mesh, _spec(name, x, metadata, mesh, rules)), leaf)
 
     return jax.tree_util.tree_map_with_path(place, state, is_leaf=is_variable)
 
 
 def with_shardings(state: Any, shardings: Any) -> Any:
-    """``jax.ShapeDtypeStruct``s that carry their sharding: what Orbax restores to."""
+    """Returns ``jax.ShapeDtypeStruct``s that carry their sharding, which Orbax needs to restore."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings)
 
 
 def layout(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> list[Placed]:
-    """How each array of ``state`` is laid out, in tree order. Arguments and errors: ``state_shardings``."""
+    """Returns how each array of ``state`` is placed, in tree order; arguments and errors as in ``state_shardings``."""
     leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable)
     shardings = jax.tree.leaves(state_shardings(state, mesh, rules), is_leaf=is_variable)
     rows = []
@@ -85,7 +87,7 @@ def layout(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> list
 
 
 def layout_table(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Table:
-    """``layout`` for a person: a row for each array, then the sums."""
+    """Returns ``layout`` as a table for a person: a row for each array, then the sums."""
     rows = layout(state, mesh, rules)
     table = Table()
     table.add_column("parameter", overflow="fold")
@@ -134,6 +136,6 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _show(spec: PartitionSpec) -> str:
-    """The mesh axes of each dimension: ``fsdp, tensor``; ``-`` is a dimension that is kept whole."""
+    """The mesh axes of each dimension, such as ``fsdp, tensor``; ``-`` is a dimension that is kept whole."""
     parts = ["-" if entry is None else entry if isinstance(entry, str) else "+".join(entry) for entry in spec]
     return ", ".join(parts) or "replicated"

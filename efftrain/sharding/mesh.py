@@ -1,6 +1,6 @@
 """The device mesh: five named axes, all of size 1 on a laptop.
 
-JAX is imported where a mesh is made: the command line reads ``MeshConfig`` without paying for JAX.
+JAX is imported where a mesh is made, so that the command line can read ``MeshConfig`` without importing JAX.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ AXES = ("replica", "fsdp", "expert", "tensor", "context")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices stand along each mesh axis. One axis may be -1: it takes what the others leave.
+    """Number of devices along each mesh axis. One axis may be -1: it takes what the others leave.
 
     What each axis does to memory and traffic, and when to choose it: ``efftrain/sharding/README.md``.
     """
 
     replica: int = 1
-    """Copies of the whole model. Costs one all-reduce of the gradients a step, so it can span slow links."""
+    """Copies of the whole model. Costs one all-reduce of the gradients per step, so it can span slow links."""
     fsdp: int = -1
     """Splits parameters and batch. Parameters are gathered layer by layer: less memory, more traffic."""
     expert: int = 1
     """Splits the experts of a mixture and, everywhere else, the batch."""
     tensor: int = 1
-    """Splits heads, feed-forward and vocabulary. Talks in every layer: keep it within fast links."""
+    """Splits heads, feed-forward and vocabulary. Communicates in every layer: keep it within fast links."""
     context: int = 1
     """Splits the sequence. Fetches the keys and values of the tokens before a device's own in every layer."""
     slices: int = 1
-    """Groups of devices (TPU slices) between which links are slow. replica spans them, and fsdp where it must."""
+    """Groups of devices (TPU slices) with slow links between them. replica spans the groups, and fsdp if it must."""
 
     def __post_init__(self) -> None:
         sizes = self.sizes()
@@ -48,11 +48,11 @@ class MeshConfig:
             raise ConfigError(f"mesh.slices is {self.slices}; give a positive number")
 
     def sizes(self) -> dict[str, int]:
-        """How many devices stand along each of ``AXES``."""
+        """Returns the number of devices along each of ``AXES``."""
         return {axis: getattr(self, axis) for axis in AXES}
 
     def fill(self, n_devices: int) -> "MeshConfig":
-        """The same mesh with -1 replaced, so that the axes multiply to ``n_devices``.
+        """Returns the mesh with -1 replaced, so that the axes multiply to ``n_devices``.
 
         Raises:
           ConfigError: no such number exists.
@@ -76,10 +76,10 @@ class MeshConfig:
         return self
 
     def across_slices(self) -> dict[str, int]:
-        """How many slices each axis spans, for a mesh without -1. They multiply to ``slices``.
+        """Returns how many slices each axis spans, for a mesh without -1; the numbers multiply to ``slices``.
 
         Raises:
-          ConfigError: replica and fsdp together cannot be cut into so many equal parts.
+          ConfigError: replica and fsdp together cannot be divided into ``slices`` equal parts.
         """
         replica = math.gcd(self.replica, self.slices)
         fsdp = self.slices // replica
@@ -92,14 +92,15 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: "Sequence[jax.Device] | None" = None) -> "jax.sharding.Mesh":
-    """A mesh over all devices with the axes ``AXES``, in which the compiler places what is not constrained.
+    """Returns a mesh with the axes ``AXES``, on which the compiler places whatever is not constrained.
 
     Args:
-      config: the size of each axis.
-      devices: by default all devices of all processes.
+      config: size of each axis.
+      devices: devices of the mesh. None: all devices of all processes.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices, or TPU slices are not those of ``mesh.slices``.
+      ConfigError: the axes do not multiply to the number of devices, or the devices have not ``mesh.slices`` TPU
+        slices.
     """
     import jax
 
@@ -113,10 +114,10 @@ def make_mesh(config: MeshConfig, devices: "Sequence[jax.Device] | None" = None)
 
 
 def check_slices(slices: int, devices: "Sequence[jax.Device]") -> None:
-    """Refuses TPU slices that the mesh does not know of: its fast axes would run over slow links.
+    """Checks the number of TPU slices, because fast axes of a mesh would otherwise run over slow links.
 
     Raises:
-      ConfigError: there are several, and not ``slices``.
+      ConfigError: the devices come in several slices, and not in ``slices``.
     """
     if devices[0].platform != "tpu":
         return
@@ -126,12 +127,12 @@ def check_slices(slices: int, devices: "Sequence[jax.Device]") -> None:
 
 
 def arrange(config: MeshConfig, devices: "Sequence[jax.Device]") -> "np.ndarray":
-    """Devices in the shape of the mesh, those of a slice next to each other on every axis.
+    """Arranges devices in the shape of the mesh, with those of a slice next to each other on every axis.
 
     Args:
-      config: without -1.
-      devices: with ``slice_index`` they are taken by it; else ``slices`` equal groups in their order, which on several
-        hosts is that of the hosts.
+      config: mesh without -1.
+      devices: grouped by ``slice_index`` if they have one; otherwise into ``slices`` equal groups in their order, which
+        with several hosts is that of the hosts.
 
     Returns:
       An array of devices; on an axis that spans slices, the slice is the slower index.

@@ -1,4 +1,4 @@
-"""Notices that another process of the run ended, says so in one sentence, and ends this one."""
+"""Notices that another process of the run ended, prints one sentence about it, and ends this process."""
 
 import contextlib
 import ctypes
@@ -16,15 +16,15 @@ from efftrain.progress import console
 from efftrain.sharding import hosts
 
 EXIT_LOST = 76  # EX_PROTOCOL: another process is gone; the same command continues from the newest checkpoint
-BROKEN = ("Gloo", "NCCL", "connection", "Connection")  # a collective whose other end is gone
+BROKEN = ("Gloo", "NCCL", "connection", "Connection")  # in errors of a collective whose other end is gone
 
 
 class Peers:
-    """Within the context, this process ends soon after any other one did; a single process is left alone.
+    """Context manager in which this process ends soon after any other one ended; does nothing for a single process.
 
-    Without it a collective waits for ever for the process that is gone (NCCL, TPU), or JAX aborts with a stack of C++.
-    A thread of each process writes a sign of life and waits for news from the others; process 0 watches the signs.
-    The context ends, without an error, on all processes together.
+    Without it a collective waits for ever for the lost process (NCCL, TPU), or JAX aborts with a C++ stack trace. A
+    thread of each process writes a sign of life and waits for news from the others; process 0 watches the signs.
+    If there is no error, the context ends on all processes together.
     """
 
     def __init__(self) -> None:
@@ -53,9 +53,9 @@ class Peers:
             self._thread.join(self._interval_s + 1)
             return
         if isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN):
-            self._thread.join(2 * hosts._lost_after_s)  # it will say who was lost, and end this process
+            self._thread.join(2 * hosts._lost_after_s)  # the thread says who was lost, and ends this process
         if not self._ending.acquire(blocking=False):
-            self._thread.join()  # it says what another process said, and ends this one
+            self._thread.join()  # the thread prints the message of another process, and ends this one
         self._leaving = True
         ours = isinstance(error, EfftrainError)
         sentence = str(error) if ours else f"{type(error).__name__}: {hosts._first_line(error)}"
@@ -87,7 +87,7 @@ class Peers:
             self._say_and_end(found)
 
     def _watch_coordinator(self) -> None:
-        """A connection that says nothing, for its end: JAX aborts milliseconds after process 0 is gone."""
+        """Keeps a silent connection only to notice its end, because JAX aborts milliseconds after process 0 is gone."""
         while True:
             try:
                 with hosts.reach_coordinator() as connection:
@@ -96,12 +96,12 @@ class Peers:
             except ConnectionRefusedError:
                 break
             except OSError:
-                time.sleep(0.1)  # the server drops a connection that stays silent: that is no end
+                time.sleep(0.1)  # the server drops silent connections, which does not mean that process 0 is gone
         if not self._leaving:
             self._say_and_end(_lost(0))
 
     def _silent(self, counts: dict[int, tuple[str, float]]) -> list[int]:
-        """Processes whose sign of life has been the same for too long; ``counts``: the last one, and since when."""
+        """Processes whose sign of life has not changed for too long; ``counts``: the last sign, and since when."""
         now = time.monotonic()
         alive = self._client.key_value_dir_get(f"{self._place}/alive")
         signs = {int(name.rsplit("/", 1)[1]): sign for name, sign in alive}
@@ -112,7 +112,7 @@ class Peers:
         return [number for number, (_, since) in counts.items() if now - since > hosts._lost_after_s]
 
     def _tell(self, news: dict[str, Any]) -> None:
-        with contextlib.suppress(RuntimeError):  # another one was first, or the coordinator is gone
+        with contextlib.suppress(RuntimeError):  # another process was first, or the coordinator is gone
             self._client.key_value_set(f"{self._place}/news", json.dumps(news))
 
     def _say_and_end(self, news: dict[str, Any]) -> None:
@@ -121,17 +121,20 @@ class Peers:
             self._end(news["code"])
 
     def _end(self, code: int) -> None:
-        """At once: JAX's own exit waits for the others, and aborts where one does not come."""
+        """Ends at once: JAX's own exit waits for the other processes, and aborts if one does not come."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self._me == 0:
-            time.sleep(1.0)  # the store ends with this process; let the others read first
+            time.sleep(1.0)  # the store ends with this process; lets the others read it first
         os._exit(code)
 
 
 def _delay_abort() -> None:
-    """``abort()`` from C++ first sleeps 6 seconds, the signal's number: JAX aborts as soon as process 0 is gone, and
-    gives no chance to say so. Both functions are the C library's: no Python runs in the handler."""
+    """Makes ``abort()`` from C++ sleep 6 seconds first, because JAX aborts as soon as process 0 is gone.
+
+    This leaves time to print who was lost. The handler is the C library's ``sleep``, which gets the signal's number, 6;
+    no Python runs in it.
+    """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))

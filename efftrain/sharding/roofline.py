@@ -1,7 +1,7 @@
-"""How long a step takes at least: compute, memory and links each at their peak, the slowest of them decides.
+"""The roofline of a step: the least time for compute, memory and links at their peak, of which the slowest decides.
 
-Formulas: Austin et al. 2025, "How to Scale Your Model" (jax-ml.github.io/scaling-book), parts 1 to 3. A prediction by
-them is a bound: kernels reach 50 to 90 % of it, and a collective is hidden behind compute only in part.
+Formulas: Austin et al. 2025, "How to Scale Your Model" (jax-ml.github.io/scaling-book), parts 1 to 3. The prediction is
+a lower bound of the time: kernels do not reach the peak, and a collective overlaps with compute only in part.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Roofline:
 
     @property
     def step_s(self) -> float:
-        """The slowest part: the others are taken to be hidden behind it."""
+        """Seconds of the slowest part; the others are assumed to overlap with it."""
         return max(self.compute_s, self.hbm_s, self.ici_s)
 
     @property
@@ -32,18 +32,25 @@ class Roofline:
 
 
 def roofline(chip: Chip, *, flops: float, hbm_bytes: float, ici_s: float) -> Roofline:
-    """Of one device's share of a step: FLOPs, bytes through its memory, seconds on its links."""
+    """Returns the roofline of one device's share of a step.
+
+    Args:
+      chip: peak figures of the device.
+      flops: FLOPs of the device.
+      hbm_bytes: bytes read from and written to its memory.
+      ici_s: seconds on its links.
+    """
     return Roofline(compute_s=flops / chip.bf16_flops, hbm_s=hbm_bytes / chip.hbm_bytes_per_s, ici_s=ici_s)
 
 
 def sent_bytes(kind: str, size: int, n: int) -> float:
-    """Bytes that each device sends for one collective over ``n`` devices by the ring algorithm.
+    """Returns the bytes that each device sends for one collective over ``n`` devices by the ring algorithm.
 
     Args:
       kind: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute.
-      size: bytes of the whole: the gathered result, the input that is scattered, the array that is reduced, one
-        device's input of an all-to-all or permute.
-      n: devices that take part.
+      size: bytes of the whole array: the gathered result, the input that is scattered, the array that is reduced, or
+        one device's input of an all-to-all or permute.
+      n: number of devices that take part.
     """
     if kind == "collective-permute":
         return float(size)
@@ -52,10 +59,10 @@ def sent_bytes(kind: str, size: int, n: int) -> float:
 
 
 def axis_bandwidth(topology: Topology, mesh: Mesh, axes: tuple[str, ...]) -> float:
-    """Bytes/s that one device sends to the others along mesh axes.
+    """Returns the bytes/s that one device can send to the others along mesh axes.
 
-    On a torus, each physical dimension that the axes run along gives two links where it closes to a ring and the axes
-    cover it, else one.
+    On a torus, each physical dimension along which the axes run gives two links if it closes to a ring that the axes
+    cover, and one link otherwise.
 
     Raises:
       ConfigError: the bandwidth of the chip is not known.

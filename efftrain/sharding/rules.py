@@ -1,8 +1,8 @@
-"""One table from logical axis names to mesh axes, and the resolver that refuses what does not fit.
+"""The table from logical axis names to mesh axes, and its resolver, which raises an error if something does not fit.
 
-Model code names what a dimension *is* ("embed", "heads"); only this table says where it goes. A parameter has
-its names as metadata: ``nnx.Param(value, axes=("embed", "heads"), units=(d_model, n_heads))``. (Not as
-``sharding`` or ``out_sharding``, because Flax places a variable with those names when it is made.)
+Model code names what a dimension *is* ("embed", "heads"); only this table says where it goes. A parameter has its names
+as metadata: ``nnx.Param(value, axes=("embed", "heads"), units=(d_model, n_heads))``. (They are not called ``sharding``
+or ``out_sharding``, because Flax places a variable with metadata of these names when it is created.)
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Axes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis name -> the mesh axes that split it; ``()`` or None keeps the dimension whole.
+    """A table from logical axis names to the mesh axes that split them; ``()`` or None keeps the dimension whole.
 
     Raises:
       ConfigError: a rule names the same mesh axis twice.
@@ -44,7 +44,7 @@ class ShardingRules:
         return hash(frozenset(self.table.items()))
 
     def replace(self, **changes: str | tuple[str, ...] | None) -> "ShardingRules":
-        """The same rules with some changed or added: ``rules.replace(kv_heads=None)``."""
+        """Returns the rules with some changed or added: ``rules.replace(kv_heads=None)``."""
         return ShardingRules({**self.table, **changes})
 
     def resolve(
@@ -56,23 +56,23 @@ class ShardingRules:
         units: tuple[int, ...] | None = None,
         name: str = "",
     ) -> PartitionSpec:
-        """Where an array of this shape goes. Mesh axes of size 1 split nothing and are left out.
+        """Returns the partition spec of an array. Mesh axes of size 1 split nothing and are omitted.
 
         Args:
           axes: a logical name for each dimension; None keeps it whole.
-          shape: of the whole array.
+          shape: shape of the whole array.
           mesh: has every mesh axis that the rules in use name.
-          units: into how many indivisible pieces each dimension falls, by default its size. A (d_model,
-            n_heads * d_head) kernel has (d_model, n_heads): no device may hold half a head.
-          name: of the parameter, for messages.
+          units: number of indivisible pieces of each dimension. A (d_model, n_heads * d_head) kernel has (d_model,
+            n_heads), because no device may hold half a head. None: the sizes.
+          name: name of the parameter, for messages.
 
         Returns:
-          A spec without trailing None, the form in which XLA reports shardings: an array that went through a
-          jitted step compares equal to one that did not, and nothing is compiled twice.
+          A spec without trailing None, the form in which XLA reports shardings, so that an array from a jitted step
+          compares equal to one that did not go through it, and nothing is compiled twice.
 
         Raises:
-          ConfigError: an unknown logical name, a rule with an axis that the mesh lacks, one mesh axis for two
-            dimensions, or a dimension whose pieces do not divide.
+          ConfigError: a logical name is unknown, a rule names an axis that the mesh lacks, one mesh axis splits two
+            dimensions, or the pieces of a dimension cannot be divided.
         """
         where = name or f"array of shape {tuple(shape)}"
         pieces = tuple(shape) if units is None else tuple(units)
@@ -98,7 +98,7 @@ class ShardingRules:
         return PartitionSpec(*entries)
 
     def split(self, logical: str | None, mesh: Mesh | AbstractMesh, where: str) -> tuple[str, ...]:
-        """The mesh axes, larger than 1, that split a logical axis; ``where`` begins the errors."""
+        """Returns the mesh axes larger than 1 that split a logical axis; error messages begin with ``where``."""
         if logical is None:
             return ()
         if logical not in self.table:
@@ -118,23 +118,23 @@ class ShardingRules:
 
 DEFAULT_RULES = ShardingRules(
     {
-        # Activations. Their feature dimension is named None: "embed" would ask for fsdp, which the batch has.
-        # Outside of the experts, the expert axis holds more of the batch.
+        # Activations. Their feature dimension is named None: "embed" would ask for fsdp, which the batch uses.
+        # Outside the experts, the expert axis splits the batch too.
         "batch": ("replica", "fsdp", "expert"),
         "length": ("context",),
         # Parameters, and the activations that are computed from them along these axes.
-        "embed": ("fsdp",),  # in every large matrix exactly once, so fsdp divides them all
+        "embed": ("fsdp",),  # exactly once in every large matrix, so that fsdp divides them all
         "vocab": ("tensor",),
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
         "experts": ("expert",),
         # Kept whole.
-        "layers": (),  # the scan slices it: split, every layer would be fetched from another device
+        "layers": (),  # the scan slices it: if it were split, every layer would come from another device
         "norm": (),  # a vector: gathering it costs more than keeping it
-        "head_dim": (),  # of queries and keys that are normalised; a vector too
-        "choices": (),  # the experts as a router sees them: every token is compared with all
-        "groups": (),  # the scales of a quantised matrix along its contraction: few
+        "head_dim": (),  # of normalised queries and keys; a vector too
+        "choices": (),  # the experts as a router sees them: every token is compared with all of them
+        "groups": (),  # the scales of a quantised matrix along its contraction: there are few
     }
 )
 
@@ -144,10 +144,10 @@ _traced_with: dict[AbstractMesh, ShardingRules] = {}
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Iterator[None]:
-    """Makes ``mesh`` and ``rules`` those that ``constrain`` follows, and the mesh that of ``jax.jit``.
+    """Context manager that sets the mesh of ``jax.jit``, and the mesh and rules that ``constrain`` follows.
 
-    jax.jit compiles a function again for another mesh, but does not know of the rules. So that no function
-    keeps the rules it was first traced with, other rules for a mesh seen before drop what was compiled.
+    jax.jit compiles a function again for another mesh, but does not know of the rules. So that no function keeps the
+    rules with which it was first traced, other rules for a mesh that was used before clear the compilation cache.
     """
     mesh_key = mesh.abstract_mesh
     if _traced_with.get(mesh_key, DEFAULT_RULES) != rules:
@@ -162,14 +162,14 @@ def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Iterator[None]:
 
 
 def without_mesh() -> contextlib.AbstractContextManager[Any]:
-    """Within it, ``jax.jit`` takes arrays of any devices, also where ``use`` has made a mesh that of all programs."""
+    """Context manager in which ``jax.jit`` takes arrays on any devices, even within ``use``."""
     return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Places an activation: ``constrain(x_btd, "batch", "length", None)``.
+    """Constrains the sharding of an activation: ``constrain(x_btd, "batch", "length", None)``.
 
-    Does nothing without a mesh, on a single device, and inside ``shard_map``, where the code has placed x.
+    It does nothing without a mesh, on a single device, and inside ``shard_map``, where x is placed already.
 
     Raises:
       ConfigError: see ``ShardingRules.resolve``.
@@ -179,7 +179,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def activation_spec(shape: tuple[int, ...], *logical_axes: str | None) -> PartitionSpec | None:
-    """Where ``constrain`` puts an activation of this shape; None where it does nothing. Errors: as there."""
+    """Returns the spec that ``constrain`` gives an activation of this shape; None if ``constrain`` does nothing."""
     mesh = _current_mesh()
     if mesh is None:
         return None
@@ -188,13 +188,13 @@ def activation_spec(shape: tuple[int, ...], *logical_axes: str | None) -> Partit
 
 
 def activation_axes(logical: str) -> tuple[str, ...]:
-    """The mesh axes that split an activation's dimension of this name; () where ``constrain`` does nothing."""
+    """Returns the mesh axes that split an activation's dimension of this name; () if ``constrain`` does nothing."""
     mesh = _current_mesh()
     return () if mesh is None else _rules.get().split(logical, mesh, f"activation ({logical})")
 
 
 def shard_count(*logical_axes: str | None) -> int:
-    """Into how many shards ``constrain`` with these axes divides an activation."""
+    """Returns the number of shards into which ``constrain`` with these axes divides an activation."""
     mesh, where = _current_mesh(), f"activation ({', '.join(map(str, logical_axes))})"
     if mesh is None:
         return 1

@@ -1,4 +1,4 @@
-"""Slices of accelerators that are not here, by name: what a program is compiled for ahead of time."""
+"""Slices of accelerators by name, for which a program can be compiled ahead of time without having them."""
 
 import os
 import re
@@ -17,11 +17,11 @@ class Generation:
     """How the slices of one TPU generation are described.
 
     Attributes:
-      dims: of its torus.
-      per_host: chips of a host, along each dimension.
-      example: a slice that exists.
-      wraps: a dimension closes to a ring where its size is a multiple of this.
-      options: of XLA's description, where its defaults are not what a TPU VM shows.
+      dims: number of dimensions of its torus.
+      per_host: number of chips of a host along each dimension.
+      example: name of a slice that exists.
+      wraps: a dimension closes to a ring if its size is a multiple of this.
+      options: options of XLA's topology description, where its defaults differ from what a TPU VM shows.
     """
 
     dims: int
@@ -32,7 +32,7 @@ class Generation:
 
 
 # wraps: jax-ml.github.io/scaling-book, "TPU networking". A v4 chip is one device only in megacore mode, the mode of
-# TPU VMs; XLA's default shows its two cores.
+# TPU VMs; by default XLA shows its two cores.
 GENERATIONS = {
     "v4": Generation(
         dims=3, per_host=(2, 2, 1), example="v4:2x2x4", wraps=4, options=(("chip_config_name", "megacore"),)
@@ -46,14 +46,14 @@ _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v6lite": "v6e"}
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A slice.
+    """A slice of accelerators.
 
     Attributes:
-      name: such as ``v5e:8x8``.
-      devices: descriptions of its chips: to make a mesh of and compile for, not to run on.
-      chip: what one of them can do; None for ``cpu``.
-      shape: of the torus; () where there is none.
-      wraps: which of its dimensions close to a ring.
+      name: name such as ``v5e:8x8``.
+      devices: descriptions of its chips, to make a mesh of and compile for, not to run on.
+      chip: peak figures of one chip. None: for ``cpu``.
+      shape: shape of the torus; () if there is none.
+      wraps: for each dimension, whether it closes to a ring.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """The slice of that name: ``GENERATION:AxB`` or ``AxBxC`` for a TPU, ``cpu:N`` for N fake devices of this host.
+    """Returns the slice of that name: ``GENERATION:AxB`` or ``AxBxC`` (TPU), or ``cpu:N`` for N fake devices here.
 
     Raises:
       ConfigError: the name is not known, libtpu is missing, or the program would be for a GPU.
@@ -106,7 +106,7 @@ def _describe(name: str, kind: str, shape: tuple[int, ...], generation: Generati
         import libtpu  # noqa: F401, JAX finds it by itself; here it is only asked for
     except ImportError as error:
         raise ConfigError(f"--topology {name} needs libtpu; install it with: pip install 'efftrain[aot]'") from error
-    # There is no TPU to ask for its name over the network, and none that two processes could quarrel about.
+    # No TPU is attached that could be asked for its name over the network, or that two processes could compete for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
@@ -121,7 +121,7 @@ def _describe(name: str, kind: str, shape: tuple[int, ...], generation: Generati
                 platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, shape))}", **options
             ).devices
         )
-    except Exception as error:  # a RuntimeError of the plugin, whose type differs between versions of jax
+    except Exception as error:  # a RuntimeError of the plugin, whose class differs between versions of jax
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"--topology {name} cannot be had ({reason}); {_known()}") from error
 

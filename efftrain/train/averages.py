@@ -1,4 +1,4 @@
-"""The exponential moving average of the parameters, which evaluation and ``load`` use where a run keeps it."""
+"""The exponential moving average of the parameters, which evaluation and ``load`` use if a run keeps it."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,23 +10,23 @@ from jax import Array
 
 @runtime_checkable
 class Pruning(Protocol):
-    """State of an optimizer that prunes: it knows which weights are pruned, which their value 0 alone does not tell."""
+    """State of an optimizer that prunes: it knows which weights are pruned, which a value of 0 alone does not tell."""
 
     def zero_pruned(self, params: Any) -> Any:
-        """A tree like the parameters with zeros for the weights that are pruned."""
+        """Returns a tree like the parameters with zeros for the pruned weights."""
         ...
 
 
 def average_decay(decay: float, updates: Array | int) -> Array:
-    """The decay of the average at the update after ``updates`` others: ``min(decay, (1 + updates) / (10 + updates))``.
+    """Decay of the average at an update: ``min(decay, (1 + updates) / (10 + updates))``.
 
     With a constant decay the initial parameters keep a weight of ``decay ** updates``, which is 37 % after 1,000
-    updates at 0.999. Here the first updates nearly replace the average, so that it is one of trained parameters at any
-    length of a run: over about the last ninth of the updates, until that is the time that ``decay`` stands for.
+    updates at 0.999. Here the first updates nearly replace the average, so that it averages trained parameters however
+    short the run is: about the last ninth of the updates, until ``decay`` is reached and sets the time span.
 
     Args:
-      decay: at most.
-      updates: () int32, that were made before; skipped steps do not count.
+      decay: largest decay.
+      updates: () int32, number of updates made before this one; skipped steps do not count.
 
     Source: TensorFlow's ``tf.train.ExponentialMovingAverage``, argument ``num_updates``.
     """
@@ -35,13 +35,13 @@ def average_decay(decay: float, updates: Array | int) -> Array:
 
 
 def averaged(params: Any, average: Any, decay: Array, opt_state: Any) -> Any:
-    """The average after an update; where a part of the optimizer's state is ``Pruning``, with zeros where it prunes.
+    """Returns the average after an update, with zeros for the weights that the optimizer's state prunes (``Pruning``).
 
     Args:
-      params: after the update.
-      average: before it.
-      decay: () weight of what was averaged before.
-      opt_state: after the update.
+      params: parameters after the update.
+      average: average before the update.
+      decay: (), weight of the previous average.
+      opt_state: state of the optimizer after the update.
     """
     average = optax.incremental_update(params, average, 1 - decay)
     for state in jax.tree.leaves(opt_state, is_leaf=_prunes):

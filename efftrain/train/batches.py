@@ -1,4 +1,4 @@
-"""Batches of a run: what the loop asks of them, and their place on a mesh."""
+"""The protocol of a run's batches, and how a batch is placed on a mesh."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from efftrain.train.program import batch_sharding
 
 
 class Batches(Protocol):
-    """Endless batches of this process, dicts of NumPy arrays, with a position that can be saved as JSON."""
+    """Endless batches of one process, as dicts of NumPy arrays, with a position that can be saved as JSON."""
 
     def __next__(self) -> Mapping[str, np.ndarray]: ...
     def get_state(self) -> Any: ...
@@ -23,12 +23,12 @@ class Batches(Protocol):
 
 
 def batch_part(config: Training, rules: ShardingRules = DEFAULT_RULES) -> tuple[int, int]:
-    """Which part of each global batch this process feeds: (number, of how many), for ``data.batches``.
+    """Returns which part of each global batch this process loads: (number, number of parts), for ``data.batches``.
 
-    Processes whose devices hold the same rows (a tensor or context axis goes through them) feed the same part.
+    Processes whose devices hold the same rows (because a tensor or context axis spans them) load the same part.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, or gives this process rows that do not lie together.
+      ConfigError: the mesh does not fit the devices, or it gives this process rows that are not contiguous.
     """
     sharding = batch_sharding(config, make_mesh(config.mesh), rules)
     return hosts.part_of_rows(sharding, (config.batch_size, config.length))
@@ -37,7 +37,7 @@ def batch_part(config: Training, rules: ShardingRules = DEFAULT_RULES) -> tuple[
 def place(
     batch: Mapping[str, np.ndarray], config: Training, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
 ) -> dict[str, jax.Array]:
-    """This process's rows as parts of global arrays (batch_size, ...), sharded over the mesh."""
+    """Makes global arrays (batch_size, ...), sharded over the mesh, from this process's rows."""
 
     def whole(rows: np.ndarray) -> jax.Array:
         shape = (config.batch_size, *rows.shape[1:])

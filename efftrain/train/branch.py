@@ -1,7 +1,7 @@
-"""A run that goes on from a checkpoint of another one: its parameters, optimizer state and position in the data.
+"""Branches: runs that continue from a checkpoint of another run, with its optimizer state and position in the data.
 
-What only concerns the end of a run (quantisation while the learning rate decays, another schedule, more steps) is tried
-on top of one trunk, and compared with it from the same state on. The learning rate before and after is shown.
+Variants that only concern the end of a run (quantisation while the learning rate decays, another schedule, more steps)
+can start from one common run, the trunk, and are compared from the same state on. Both learning rates are shown.
 """
 
 from dataclasses import replace
@@ -25,28 +25,28 @@ from efftrain.train.run.identity import steps_made
 from efftrain.train.schedules import Capped, Rewarmed
 from efftrain.train.state import TrainState
 
-FILE_NAME = "branch.json"  # in a run, what it must know of its trunk, which may be gone when it goes on
-JUMP = 2.0  # a learning rate that rises by more is warned of, where nobody chose it
-AT_PEAK = 0.99  # of the largest rate of a run: still in its stable phase
+FILE_NAME = "branch.json"  # in a run: what it must know of its trunk, which may be gone when the run is continued
+JUMP = 2.0  # a learning rate that rises by a larger factor causes a warning, unless a schedule was chosen
+AT_PEAK = 0.99  # share of a run's largest learning rate above which it is still in its stable phase
 
-WRAPPED, PLAIN = "opt_state/inner/", "opt_state/"  # the state of an optimizer within another's, and of one alone
-# In the names of what a trunk need not have: it starts as built.
+WRAPPED, PLAIN = "opt_state/inner/", "opt_state/"  # prefixes: state of a wrapped optimizer, and of one on its own
+# Parts of the names of variables that a trunk need not have: they start as built.
 COUNT, FRESH, KEPT = "opt_state/count", "opt_state/fresh", "opt_state/kept/"
-HELPERS = "/helpers/"  # what an objective trains beside the model
+HELPERS = "/helpers/"  # variables that an objective trains beside the model
 NEW = (RATIO, "opt_state/masks/", KEPT, FRESH, COUNT, HELPERS)
 
 
 def branch_from(text: str, steps: int, program: Program, abstract: TrainState) -> tuple[TrainState, Any]:
-    """The state at a checkpoint of another run, and the position in its data.
+    """Returns the state at a checkpoint of another run, and its position in the data.
 
     Args:
-      text: ``Training.branch``.
-      steps: of the new run.
-      program: of the new run, which makes what the other run does not have.
-      abstract: its state, with shardings.
+      text: value of ``Training.branch``.
+      steps: number of steps of the new run.
+      program: functions of the new run; they create the variables that the other run does not have.
+      abstract: state of the new run as shapes with shardings.
 
     Raises:
-      RunError: there is no such run or checkpoint, or it is of another model or optimizer.
+      RunError: there is no such run or checkpoint, or it belongs to another model or optimizer.
     """
     run, step = parse_branch(text, steps)
     if not (run / "config.json").exists():
@@ -59,21 +59,23 @@ def branch_from(text: str, steps: int, program: Program, abstract: TrainState) -
             )
         arrays, data_state = checkpoints.restore_step(step, abstract, new=NEW, instead=(WRAPPED, PLAIN))
     missing = {name: array.sharding for name, array in flatten(abstract).items() if name not in arrays}
-    if missing:  # only these are made: two whole states may not fit
+    if missing:  # only these are created, because two whole states may not fit into memory
         arrays |= jax.jit(lambda: {n: flatten(program.init())[n] for n in missing}, out_shardings=missing)()
-    if COUNT in missing:  # an optimizer around the one that made so many updates
+    if COUNT in missing:  # the new optimizer wraps the old one, which made this number of updates
         arrays[COUNT] = jax.device_put(arrays["step"] - arrays["skipped"], missing[COUNT])
-    if any(name.startswith(KEPT) for name in missing):  # what is kept is taken from the parameters
+    if any(name.startswith(KEPT) for name in missing):  # the kept values are taken from the parameters
         arrays[FRESH] = jax.device_put(jnp.ones((), bool), arrays[FRESH].sharding)
     console.print(f"branching from step {step} of {run}", markup=False)
     return unflatten(arrays, abstract), data_state
 
 
 def branched(config: Training, run: Run) -> Training:
-    """With the schedule that ``training.branch_schedule`` makes of that of a branch; other runs stay as they are.
+    """Returns the configuration with the learning rate schedule that ``training.branch_schedule`` selects for a branch.
+
+    The configuration of a run that is no branch is returned unchanged.
 
     Raises:
-      RunError: the rate shall stay at that of the trunk, whose metrics do not have it.
+      RunError: the schedule is "constant" and the metrics of the trunk do not have its learning rate.
     """
     if config.branch is None or config.branch_schedule in (None, "as_configured"):
         return config
@@ -85,7 +87,7 @@ def branched(config: Training, run: Run) -> Training:
 
 
 def continue_data(batches: Batches, position: Any, trunk: Path) -> None:
-    """Sets the data to the position in a trunk's.
+    """Sets the batches to the position that the trunk had in its data.
 
     Raises:
       RunError: the trunk read other data.
@@ -100,13 +102,13 @@ def continue_data(batches: Batches, position: Any, trunk: Path) -> None:
 
 
 def show_learning_rates(config: Training, updates: int) -> None:
-    """Prints the learning rate at a run's first step and, where it is known, at the end of what it starts from.
+    """Prints the learning rate at a run's first step and, if known, at the end of the run from which it starts.
 
-    Warns where a branch more than doubles it and ``training.branch_schedule`` was not chosen.
+    Warns if a branch more than doubles it and ``training.branch_schedule`` was not chosen.
 
     Args:
-      config: as ``branched`` gives it.
-      updates: that the optimizer has made.
+      config: configuration as ``branched`` returns it.
+      updates: number of updates that the optimizer has made.
     """
     after = _learning_rate(config, updates)
     if config.finetune is not None:
@@ -141,14 +143,14 @@ def show_learning_rates(config: Training, updates: int) -> None:
 
 
 def rates(run: Path) -> dict[int, float]:
-    """Step -> the learning rate of that step, of those in a run's metrics."""
+    """Returns step -> learning rate, for the steps in a run's metrics."""
     if not (run / "metrics.jsonl").exists():
         return {}
     return {row["step"]: row["lr"] for row in read_metrics(run) if row.get("lr") is not None}
 
 
 def _kept_rate(run: Run, trunk: Path, step: int) -> float:
-    """The trunk's rate at a step; known to a run that has begun, when its trunk may be gone."""
+    """The trunk's learning rate at a step; a run that has begun reads its own note, because its trunk may be gone."""
     kept = run.path / FILE_NAME
     if kept.exists() and steps_made(run.path, run.checkpoints, run.config) != "none":
         return read_json(kept)["learning_rate"]
@@ -163,7 +165,7 @@ def _kept_rate(run: Run, trunk: Path, step: int) -> float:
 
 
 def _learning_rate(config: Training, updates: int) -> float:
-    """Of the update after so many."""
+    """Learning rate of the update that follows ``updates`` earlier ones."""
     return float(config.optimizer.peak_lr * config.schedule.build(config.steps)(updates))
 
 

@@ -1,8 +1,8 @@
-"""Trains the hashed n-gram classifier: good examples against raw text.
+"""Trains the hashed n-gram classifier that tells good examples from raw text.
 
-The recipe is DCLM's (Li et al. 2024, 2406.11794, section 4.4): the positives are examples of what a model should learn
-from, the negatives are a sample of the raw corpus itself, and the score ranks that corpus. The loss is convex and its
-minimum is found, so there is no learning rate and no number of epochs to choose.
+The method is that of DCLM (Li et al. 2024, 2406.11794, section 4.4): the positives are examples of what a model should
+learn from, the negatives are a sample of the raw corpus itself, and the score ranks that corpus. The loss is convex and
+L-BFGS finds its minimum, so there is no learning rate and no number of epochs to choose.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ from efftrain.progress import Progress
 KEPT_SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 _WIDTH = 64  # features per row of the padded matrix; a text has as many rows as it needs
 _LBFGS = optax.lbfgs()
-_BLOCK = 64  # texts whose features are computed together: some 256 kB run fastest
+_BLOCK = 64  # texts whose features are computed together; about 256 kB of text run fastest
 
 Parameters = dict[str, Array]
 Data = dict[str, Array]
@@ -33,16 +33,17 @@ Data = dict[str, Array]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierTraining:
-    """How a classifier is trained.
+    """Configuration of the training of a classifier.
 
     Attributes:
-      n_buckets: a power of two; more buckets, fewer n-grams that share one.
-      max_examples: of each class. More are sampled evenly over all that are given, and these are held in memory.
-      held_out: share of the examples that only measure. Equal texts are on the same side.
-      l2: weight of ``|weights|**2 / 2`` against the mean loss.
-      max_iterations: of L-BFGS.
-      tolerance: it stops where the largest component of the gradient is below.
-      seed: of the sample and of what is held out.
+      n_buckets: number of hash buckets, a power of two; with more buckets, fewer n-grams share one.
+      max_examples: largest number of examples of each class. If more are given, this number is sampled evenly from all
+        of them; the examples are held in memory.
+      held_out: share of the examples that are only used to measure. Equal texts are on the same side.
+      l2: weight of ``|weights|**2 / 2`` relative to the mean loss.
+      max_iterations: largest number of L-BFGS iterations.
+      tolerance: training stops when the largest component of the gradient is not above this.
+      seed: seed of the sample and of the choice of held-out examples.
     """
 
     n_buckets: int = N_BUCKETS
@@ -63,16 +64,16 @@ class ClassifierTraining:
 
 @dataclass(frozen=True)
 class ClassifierReport:
-    """What was trained, and how well it separates texts that it was not trained on.
+    """Result of the training of a classifier, with its quality on held-out texts.
 
     Attributes:
-      n_train, n_held_out: examples (good, raw).
+      n_train, n_held_out: number of examples (good, raw).
       auc: held-out probability that a good text scores above a raw one; 0.5 is chance.
-      accuracy: held-out, mean of the two classes, at probability 0.5; 0.5 is chance.
+      accuracy: held-out accuracy, the mean of the two classes, at probability 0.5; 0.5 is chance.
       limits: share of raw text -> the score that this share of the held-out raw texts reaches.
-      loss: mean nats of the training examples with the penalty, both classes with the same weight; ln 2 is chance.
-      iterations, converged: whether the minimum was found before ``max_iterations``.
-      digest: of the weights, as in ``NgramClassifier.digest``.
+      loss: mean nats of the training examples including the penalty, both classes with equal weight; ln 2 is chance.
+      iterations, converged: number of iterations, and whether the minimum was found within ``max_iterations``.
+      digest: digest of the weights, as in ``NgramClassifier.digest``.
     """
 
     n_train: tuple[int, int]
@@ -94,12 +95,13 @@ def train_classifier(
     The same texts, configuration and machine give the same file.
 
     Args:
-      good: texts to prefer, in Unicode.
-      raw: a sample of what will be judged.
-      out: the ``.npz`` file, replaced once the new one is whole.
+      good: texts to prefer.
+      raw: a sample of the texts that the classifier will judge.
+      out: path of the ``.npz`` file, which is replaced once the new one is complete.
+      config: see ``ClassifierTraining``. None: its defaults.
 
     Raises:
-      CorpusError: too few examples to train on and to hold out.
+      CorpusError: there are too few examples to train on or to hold out.
     """
     config = config or ClassifierTraining()
     texts, labels = [], []
@@ -143,7 +145,7 @@ def train_classifier(
 
 
 def sample(texts: Iterable[str], n: int, seed: int) -> list[str]:
-    """``n`` of the texts, each with the same probability, in one pass: Vitter 1985, algorithm R."""
+    """Draws ``n`` of the texts, each with the same probability, in one pass: Vitter 1985, algorithm R."""
     rng = np.random.default_rng(seed)
     kept: list[str] = []
     for number, text in enumerate(texts):
@@ -155,7 +157,7 @@ def sample(texts: Iterable[str], n: int, seed: int) -> list[str]:
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve: the share of pairs (True, False) in which True scores higher; a tie is half a pair.
+    """Area under the ROC curve: the share of pairs (True, False) in which True scores higher; a tie counts half.
 
     Args:
       scores: (n,) numbers.
@@ -173,14 +175,15 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 def fit_logistic(
     buckets: np.ndarray, values: np.ndarray, offsets: np.ndarray, labels: np.ndarray, config: ClassifierTraining
 ) -> tuple[LinearWeights, float, int, bool]:
-    """Logistic regression on sparse features; each class has half of the weight.
+    """Fits a logistic regression on sparse features; each class has half of the weight.
 
     Args:
-      buckets, values, offsets: as ``ngram_features`` gives them.
+      buckets, values, offsets: features as ``ngram_features`` returns them.
       labels: (texts,) bool.
+      config: see ``ClassifierTraining``.
 
     Returns:
-      The weights, the loss in nats with its penalty, the iterations, and whether it converged.
+      The weights, the loss in nats with its penalty, the number of iterations, and whether the fit converged.
     """
     data = _padded(buckets, values, offsets) | {
         "labels": jnp.asarray(labels),
@@ -220,16 +223,16 @@ def logistic_loss(parameters: Parameters, data: Data, l2: float | Array) -> Arra
 
 @jax.jit
 def _measure(parameters: Parameters, data: Data, l2: float | Array) -> tuple[Array, Array]:
-    """The loss and its steepest slope."""
+    """Returns the loss and the largest absolute component of its gradient."""
     value, gradient = jax.value_and_grad(logistic_loss)(parameters, data, l2)
     return value, optax.tree.norm(gradient, ord="inf")
 
 
 @jax.jit
 def _step(parameters: Parameters, state: Any, data: Data, l2: float | Array) -> tuple[Parameters, Any, Array, Array]:
-    """One iteration of L-BFGS; also the loss and its steepest slope at the new point."""
+    """One iteration of L-BFGS; also returns the loss and the largest gradient component at the new point."""
     value_fn = partial(logistic_loss, data=data, l2=l2)
-    # The line search has computed both at the point where it ended: they are taken from its state.
+    # The line search has computed value and gradient at the point where it ended: they are taken from its state.
     value, gradient = optax.value_and_grad_from_state(value_fn)(parameters, state=state)
     updates, state = _LBFGS.update(gradient, state, parameters, value=value, grad=gradient, value_fn=value_fn)
     slope = optax.tree.norm(optax.tree.get(state, "grad"), ord="inf")
@@ -237,7 +240,7 @@ def _step(parameters: Parameters, state: Any, data: Data, l2: float | Array) -> 
 
 
 def _features(texts: list[bytes], n_buckets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``ngram_features`` of many texts, some at a time: its temporary arrays are several times as large."""
+    """``ngram_features`` of many texts, block by block, because its temporary arrays are several times as large."""
     starts = range(0, len(texts), _BLOCK)
     parts = [ngram_features(texts[start : start + _BLOCK], n_buckets) for start in starts]
     buckets, values, offsets = zip(*parts, strict=True)
@@ -246,7 +249,7 @@ def _features(texts: list[bytes], n_buckets: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _padded(buckets: np.ndarray, values: np.ndarray, offsets: np.ndarray) -> dict[str, Array]:
-    """Rows of ``_WIDTH`` features: a row sum vectorises, and a scatter-add of every single feature does not."""
+    """Arranges features in rows of ``_WIDTH``: row sums vectorise, a scatter-add of every single feature does not."""
     lengths = np.diff(offsets)
     n_rows = -(-lengths // _WIDTH)
     first_row = np.concatenate([[0], np.cumsum(n_rows)])

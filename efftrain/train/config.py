@@ -1,4 +1,4 @@
-"""How a model is trained, as data."""
+"""The configuration of a training run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,37 +16,41 @@ BranchSchedule = Literal["as_configured", "constant", "rewarm"]
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a model is trained.
+    """Configuration of a training run.
 
     Attributes:
-      steps: how many.
-      batch_size: rows of a step, over all devices.
-      length: tokens of a row.
-      optimizer: and its peak learning rate.
-      schedule: of the learning rate.
-      n_microbatches: a step's rows are taken in so many parts; saves memory, and time where memory is slow.
-      clip_norm: largest global gradient norm. None: no clip.
-      ema_decay: keep an exponential moving average of the parameters, and evaluate and load that. The decay grows to
-        this with the updates, see ``averages.average_decay``. A run that was begun with a constant decay, as versions
-        before had it, goes on with the growing one, by which the initial parameters' part in its average fades. None:
-        no average.
-      seed: of parameters and randomness; the data have their own.
-      max_bad_steps: stop after so many consecutive steps that were not finite; each is skipped and counted.
-      eval_every: steps between evaluations. None: only at the end.
+      steps: number of steps of the whole run.
+      batch_size: rows per step, over all devices.
+      length: tokens per row.
+      optimizer: the optimizer and its peak learning rate.
+      schedule: the schedule of the learning rate.
+      n_microbatches: number of parts into which the rows of a step are split and processed one after the other; saves
+        memory, and time where memory is slow.
+      clip_norm: largest global gradient norm. None: no clipping.
+      ema_decay: keep an exponential moving average of the parameters with this decay, and evaluate and load the
+        average. The decay grows to this value with the updates, see ``averages.average_decay``. A run that an earlier
+        version began with a constant decay continues with the growing one, so that the share of the initial parameters
+        in its average fades. None: no average.
+      seed: seed of the parameters and of all randomness in training; the data have their own seed.
+      max_bad_steps: stop after this many consecutive steps whose loss or gradient was not finite; each such step is
+        skipped and counted.
+      eval_every: steps between evaluations. None: evaluate only at the end.
       checkpoint_every: steps between checkpoints.
-      keep_checkpoints: the newest ones that stay.
-      keep_every: every checkpoint whose step is a multiple of this stays too. None: only the newest.
-      checkpoints: the folder of this run's checkpoints, also on a bucket (gs://bucket/run). None: in the run directory.
-      branch: start from a checkpoint of another run, such as runs/dense@480 for step 480: with its optimizer state, at
-        its place in the data. None: from the beginning.
+      keep_checkpoints: number of newest checkpoints that are kept.
+      keep_every: also keep every checkpoint whose step is a multiple of this. None: keep only the newest.
+      checkpoints: folder for the checkpoints of this run, which may be in a bucket (gs://bucket/run). None: in the run
+        directory.
+      branch: start from a checkpoint of another run, such as runs/dense@480 for step 480, with its optimizer state and
+        its position in the data. None: start from the beginning.
       branch_schedule: the learning rate of a branch. "as_configured": that of ``schedule`` at its step, which is smooth
         where the other run was in its stable phase (Haegele et al. 2024). "constant": the last one of the other run,
         until ``schedule`` is below it. "rewarm": all of ``schedule``, warm-up included, over the added steps (Ibrahim
         et al. 2024). None: "as_configured", with a warning where the rate more than doubles.
-      finetune: start from the model of another run, such as runs/dense: its parameters alone, averaged ones where it
-        keeps them, with a new optimizer state, at the beginning of the data. None: from random parameters.
-      mesh: how the devices are used.
-      profile: first and last step of a trace, such as 10:15, written to the run directory. None: no trace.
+      finetune: start from the model of another run, such as runs/dense: from its parameters alone (the averaged ones if
+        it keeps them), with a new optimizer state, at the beginning of the data. None: start from random parameters.
+      mesh: how the devices form a mesh.
+      profile: first and last step of a profiler trace, such as 10:15; it is written to the run directory. None: no
+        trace.
       watchdog: when a run counts as hung.
     """
 
@@ -104,15 +108,19 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the whole run reads."""
+        """Number of tokens that the whole run reads."""
         return self.steps * self.batch_size * self.length
 
 
 def parse_branch(text: str, steps: int) -> tuple[Path, int]:
-    """``RUN@STEP``: a run directory, and the step of one of its checkpoints, before the last step of this run.
+    """Parses ``RUN@STEP``: a run directory and the step of one of its checkpoints.
+
+    Args:
+      text: value of ``Training.branch``.
+      steps: number of steps of the new run; the checkpoint must be of an earlier step.
 
     Raises:
-      ConfigError: something else.
+      ConfigError: the text has another form, or the step is not below ``steps``.
     """
     run, at, step = text.rpartition("@")
     if not (run and at and step.isdigit()):

@@ -1,4 +1,4 @@
-"""The evaluations of a run while it trains: when they are due, and what becomes of one that a signal ends."""
+"""Evaluations during training: when they are due, and how one that a signal ended is repeated."""
 
 from collections.abc import Callable
 
@@ -14,30 +14,30 @@ Evaluate = Callable[[nnx.Module], dict[str, float]]
 
 
 class Evaluations:
-    """Evaluates a run after some of its steps, and writes the figures to its metrics.
+    """Evaluates a run after some of its steps and writes the figures to its metrics.
 
     Args:
-      evaluate: model -> figures. None: the run is not evaluated.
-      steps: of the whole run; it is evaluated after the last one.
-      every: steps between two evaluations. None: only the last.
-      run: where the rows of earlier processes are.
+      evaluate: function from the model to figures. None: the run is not evaluated.
+      steps: number of steps of the whole run; it is evaluated after the last one.
+      every: steps between two evaluations. None: evaluate only after the last step.
+      run: the run, whose metrics have the evaluations of earlier processes.
     """
 
     def __init__(self, evaluate: Evaluate | None, *, steps: int, every: int | None, run: Run):
         self._evaluate, self._steps, self._every, self._run = evaluate, steps, every, run
 
     def due(self, step: int) -> bool:
-        """Whether the run is evaluated after this step."""
+        """Returns whether the run is evaluated after this step."""
         if self._evaluate is None:
             return False
         return step == self._steps or (self._every is not None and step % self._every == 0)
 
     def missing(self, step: int) -> bool:
-        """Whether a process saved this step and ended before its evaluation. All processes must call it."""
+        """Returns whether an evaluation of this saved step is due but not written. All processes must call it."""
         return self.due(step) and not hosts.from_first(lambda: self._written(step))
 
     def write(self, step: int, model: nnx.Module, recorder: MetricLogger, interruption: Interruption) -> bool:
-        """Evaluates and writes the figures; False where a signal ended it, and nothing is written."""
+        """Evaluates and writes the figures; returns False, with nothing written, if a signal ended the evaluation."""
         with recorder.phase("evaluation"):
             found = interruption.until_asked(lambda: self._evaluate(model))
         if found is not None:

@@ -1,4 +1,4 @@
-"""What a result is made from, by content: a run or a corpus that is made anew at its old place is another one."""
+"""Digests of the inputs of a result by their content: a run or corpus rebuilt at the same path is another one."""
 
 import dataclasses
 import hashlib
@@ -20,17 +20,18 @@ from efftrain.train.checkpoints.checkpoints import flatten
 from efftrain.train.config import parse_branch
 from efftrain.train.run.directory import checkpoint_directory, read_json
 
-MODEL = ("params/", "ema/", "model_state/")  # of a checkpoint, beside what only a run that continues needs
+MODEL = ("params/", "ema/", "model_state/")  # the arrays of a checkpoint that belong to the model
 
 
 def input_contents(config: Any) -> dict[str, str]:
-    """Digests of everything that a configuration names by its path: runs, corpora, teacher caches, files.
+    """Returns digests of everything that a configuration names by path: runs, corpora, teacher caches, files.
 
     Args:
-      config: a dataclass; its fields that are paths count, but ``out``, and the runs that ``training`` names.
+      config: a dataclass. Its fields with a path count, except ``out``, and so do the runs that ``training`` names.
 
     Returns:
-      Field -> digest, without what is not there (any more): a run goes on without the one that it was begun from.
+      Field name -> digest. Inputs that do not exist (any more) are left out, because a run may continue without the run
+      from which it started.
     """
     paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "out"}
     found = {name: content(path) for name, path in paths.items() if isinstance(path, Path)}
@@ -43,15 +44,15 @@ def input_contents(config: Any) -> dict[str, str]:
 
 
 def content(path: Path, step: int | None = None) -> str | None:
-    """The digest of a run's model, of a corpus, of a teacher cache, or of a file; None where there is none.
+    """Returns the digest of a run's model, a corpus, a teacher cache or a file; None if there is none at the path.
 
     Args:
       path: a folder or a file.
-      step: of a run's checkpoint. None: the newest one.
+      step: step of the run's checkpoint. None: the newest checkpoint.
     """
     if (path / MANIFEST).is_file():
         files = read_json(path / MANIFEST).get("files", {})
-        # Of a corpus what is trained on: the documents as text, and what was removed, may be written in another way.
+        # Only the files that training reads: the documents as text and the removed ones may be written in another way.
         read = {n: f for n, f in files.items() if not n.startswith("text/") and not n.endswith(".parquet")}
         return digest({name: file["blake2b"] for name, file in read.items()})
     if (path / "config.json").is_file():
@@ -60,10 +61,11 @@ def content(path: Path, step: int | None = None) -> str | None:
 
 
 def model_digest(model: Decoder) -> str:
-    """Stands for what a model computes, wherever it lies; 32 hex digits.
+    """Returns a digest that identifies what a model computes, independent of where it is stored; 32 hex digits.
 
-    In it are its configuration, the sources of the script that defines parts of it, and names, types, shapes and bytes
-    of all its variables. The package's own code is not: a model of an earlier version is still the same model.
+    It covers the model's configuration, the source of the script that defines parts of it, and the names, dtypes,
+    shapes and bytes of all variables. The package's own code is not covered: a model of an earlier version is still the
+    same model.
     """
     state = hashlib.blake2b(digest_size=16)
     state.update(digest({"config": to_json(model.config), "code": _own_code(model.config)}).encode())
@@ -79,7 +81,7 @@ def _own_code(config: Any) -> dict[str, str]:
 
 
 def _model_of(run: Path, step: int | None) -> str | None:
-    """As ``model_digest``, by what the checkpoint says of its arrays: nothing large is read."""
+    """As ``model_digest``, but from the fingerprints in the checkpoint, so that nothing large is read."""
     settings = read_json(run / "config.json")
     places = epath.Path(checkpoint_directory(run, settings))
     steps = [int(p.name) for p in places.iterdir() if p.name.isdigit()] if places.exists() else []

@@ -1,4 +1,4 @@
-"""The loop: it feeds the step, writes metrics one step late, saves, and continues where a run stopped."""
+"""The training loop: it runs the steps, writes metrics, saves checkpoints and continues an interrupted run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,12 +40,12 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: everything is saved, the same command cont
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What ``fit`` returns.
+    """Result of ``fit``.
 
     Attributes:
-      model: trained; with the averaged parameters where the run keeps them.
-      figures: the run's times, units in their names.
-      evaluation: what ``evaluate`` said after the last step; None where there was none.
+      model: the trained model; with the averaged parameters if the run keeps them.
+      figures: times of the run; each name contains its unit.
+      evaluation: result of ``evaluate`` after the last step. None: there was no evaluation.
     """
 
     model: nnx.Module
@@ -68,28 +68,33 @@ def fit(
     rules: ShardingRules = DEFAULT_RULES,
     devices: Sequence[jax.Device] | None = None,
 ) -> TrainResult:
-    """Trains a model, or continues the run that the directory holds.
+    """Trains a model, or continues the run in the run directory.
 
     Args:
-      build: makes the module; called under jit, so that parameters are born sharded.
-      objective: what is minimised.
+      build: function that builds the model; called under jit, so that parameters are created sharded.
+      objective: the loss function to minimise.
       batches: this process's part of every global batch.
       config: see ``Training``.
-      run: the directory.
-      wrap: put around the optimizer, whose state it shares: what prunes weights (``compress.pruning.sparsify``).
-      initial: makes the model that a new run starts from, of the structure that ``build`` has; None: as built. Not
-        called where a checkpoint is found.
-      evaluate: model -> figures on held-out text, written to the metrics. A checkpoint of the same step is saved before
-        it. A signal ends an evaluation; the next process makes up for it.
-      flops_per_token: model FLOPs of a training token, for MFU.
-      sinks: get every row that is written to the metrics, on the first of several processes.
+      run: the run directory.
+      wrap: function that wraps the optimizer in another transformation, such as one that prunes weights
+        (``compress.pruning.sparsify``). None: the optimizer as configured.
+      initial: function that returns the model from which a new run starts; its structure must be that of ``build``.
+        Not called if there is a checkpoint. None: start from the parameters that ``build`` creates.
+      evaluate: function from the model to figures on held-out text, which are written to the metrics. A checkpoint of
+        the same step is saved before it. A signal ends an evaluation; the next process repeats it. None: no evaluation.
+      flops_per_token: model FLOPs of one training token, for MFU. None: MFU is not reported.
+      sinks: receive every row that is written to the metrics, on the first process only.
       rules: which mesh axis splits which logical axis.
-      devices: that the mesh is made of; by default all.
+      devices: the devices of the mesh. None: all devices.
+
+    Returns:
+      The trained model, the times of the run and its last evaluation.
 
     Raises:
-      RunError: ``max_bad_steps`` steps in a row were not finite; the checkpoint or ``initial`` is of another model.
-      SystemExit: with code 75 after SIGTERM or Ctrl-C, when everything is saved. Of several processes, all save the
-        same step whichever of them got the signal; where one is lost, the others end (``sharding.peers``).
+      RunError: ``max_bad_steps`` consecutive steps were not finite, or the checkpoint or ``initial`` belongs to another
+        model.
+      SystemExit: with code 75 after SIGTERM or Ctrl-C, once everything is saved. With several processes, all save the
+        same step, whichever of them got the signal; if one process is lost, the others end (``sharding.peers``).
     """
     for name in ("branch", "finetune"):
         if getattr(config, name) is not None and initial is not None:
@@ -113,7 +118,7 @@ def fit(
         state = restore_or_start(program, checkpoints, batches, mesh, rules, initial, config)
         start = int(state.step)
         report_checkpoint(start)
-        # Of the step that was restored: a signal or a crash came between its checkpoint and its evaluation.
+        # The restored step has no evaluation: a signal or a crash came between its checkpoint and its evaluation.
         owed = start in checkpoints.steps() and evaluations.missing(start)
         if start == config.steps and not owed:
             console.print(f"{run.path} is trained already ({start} steps); nothing to do", markup=False)
@@ -157,19 +162,19 @@ def fit(
                     compiled = recorder.compile(program.jit(state), state, batch, frozen)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
                     state, metrics = compiled(state, batch, frozen)
-                recorder.push(number, metrics)  # reads the metrics of the step before: no waiting
+                recorder.push(number, metrics)  # reads the metrics of the previous step, which does not wait
                 profiler.after(number)
 
                 last = number == config.steps
                 owed = evaluations.due(number)
-                # Read once, as a signal may come between two lines; of several processes what all of them know.
+                # Read once, because a signal may come between two lines. With several processes: what all of them know.
                 told = owed or hosts.process_count() == 1
                 asked_by = interruption.asked_anywhere() if told else recorder.asked_before(number)
                 save_now = last or asked_by or number % config.checkpoint_every == 0
                 if owed or save_now:
                     recorder.flush()
                 if save_now:
-                    save(number, wait=bool(last or asked_by))  # first: an evaluation that fails must not cost the run
+                    save(number, wait=bool(last or asked_by))  # first: a failing evaluation must not lose the run
                 if last:
                     recorder.write_figures()
                 if owed and not asked_by:
@@ -192,6 +197,6 @@ def _fitted(graph: nnx.GraphDef, state: TrainState, run: Run) -> TrainResult:
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-    """Dense bf16 peak of all devices of a mesh together; None where it is not known."""
+    """Dense bf16 peak of all devices of a mesh together, in FLOPs per second. None: the device is not known."""
     chip = find_chip(mesh.devices.flat[0].device_kind)
     return chip and chip.bf16_flops * mesh.size

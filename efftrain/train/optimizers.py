@@ -1,4 +1,4 @@
-"""Optimizers as small configurations over optax."""
+"""Optimizers: small configurations that build optax transformations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +15,13 @@ from efftrain.sharding.layout import is_variable
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Base of every optimizer, those of forks too.
+    """Base class of every optimizer configuration; a fork derives its own from it.
 
-    ``build`` takes the schedule, a factor in [0, 1] of ``peak_lr`` at each step, and returns the transformation; the
-    loop puts the clip of the gradient norm before it, and reports ``peak_lr`` times the factor as ``lr``.
+    ``build`` takes the schedule, which gives a factor in [0, 1] of ``peak_lr`` at each step, and returns the
+    transformation. The loop clips the gradient norm before it, and reports ``peak_lr`` times the factor as ``lr``.
+
+    Attributes:
+      peak_lr: largest learning rate.
     """
 
     peak_lr: float = 3e-3
@@ -29,7 +32,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(OptimizerConfig):
-    """Adam with decoupled weight decay on matrices. Loshchilov and Hutter 2019."""
+    """Adam with decoupled weight decay on matrices. Loshchilov and Hutter 2019.
+
+    Attributes:
+      peak_lr: largest learning rate.
+      b1, b2: decays of the first and the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: weight decay of matrices, per unit of learning rate.
+    """
 
     peak_lr: float = 3e-3
     b1: float = 0.9
@@ -57,6 +67,13 @@ class Muon(OptimizerConfig):
 
     Updates are scaled to the size of Adam's (``consistent_rms``), so one learning rate serves both.
 
+    Attributes:
+      peak_lr: largest learning rate, of both optimizers.
+      momentum: decay of Muon's momentum.
+      b1, b2: decays of AdamW's first and second moment.
+      weight_decay: weight decay of matrices, per unit of learning rate.
+      consistent_rms: root mean square to which Muon's updates are scaled.
+
     Source: Jordan et al. 2024; scaling from Liu et al. 2025 (Moonlight), section 2.2.
     """
 
@@ -78,27 +95,32 @@ class Muon(OptimizerConfig):
             consistent_rms=self.consistent_rms,
             muon_weight_dimension_numbers=muon_dimensions,
         )
-        # Our own: the Adam inside optax's Muon has Nesterov momentum, and decays norms.
+        # AdamW instead of the Adam inside optax's Muon, which has Nesterov momentum and decays norms.
         adam = AdamW(peak_lr=self.peak_lr, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay).build(factor)
         return optax.partition({"muon": muon, "adam": adam}, muon_or_adam)
 
 
 def with_clipping(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
-    """The optimizer behind a clip of the global gradient norm. None: no clip."""
+    """Puts a clip of the global gradient norm before the optimizer.
+
+    Args:
+      optimizer: gets the clipped gradients.
+      clip_norm: largest global norm. None: no clipping.
+    """
     if clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
 def is_matrix(params: Any) -> Any:
-    """True for each parameter that is a matrix without its layer axis: what weight decay applies to."""
+    """Marks the parameters to which weight decay applies: True for each that is a matrix without its layer axis."""
     return _per_parameter(lambda axes: len(_own_axes(axes)) >= 2, params)
 
 
 def muon_dimensions(params: Any) -> Any:
-    """Which axes of each parameter Muon treats as the matrix; None leaves the parameter to Adam.
+    """Selects the axes of each parameter that Muon treats as the matrix; None leaves the parameter to Adam.
 
-    Layers (and experts) are batch axes: a stacked weight gets the update that its layers would get apart.
+    Layers (and experts) are batch axes: a stacked weight gets the same update as its layers would get separately.
     """
 
     def dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
@@ -110,7 +132,7 @@ def muon_dimensions(params: Any) -> Any:
 
 
 def muon_or_adam(params: Any) -> Any:
-    """The label ``muon`` or ``adam`` of each parameter."""
+    """Labels each parameter ``muon`` or ``adam``."""
     return jax.tree.map(
         lambda variable: variable.replace("adam" if variable.get_value() is None else "muon"),
         muon_dimensions(params),
@@ -119,7 +141,7 @@ def muon_or_adam(params: Any) -> Any:
 
 
 def _per_parameter(rule: Callable[[tuple[str | None, ...]], Any], params: Any) -> Any:
-    """A tree like ``params`` with the rule's answer, from the logical axes, in place of each array."""
+    """Returns a tree like ``params`` with, for each array, the result of the rule for its logical axes."""
 
     def answer(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(rule(variable.get_metadata()["axes"]))

@@ -1,6 +1,6 @@
-"""What a run computes, without its data.
+"""The functions of a run, without its data.
 
-The loop runs it; ``measure.compiled.aot`` compiles it for chips that are not here.
+The loop runs them; ``measure.compiled.aot`` compiles them for chips that this machine does not have.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,9 @@ class Program:
 
     Attributes:
       graph: static part of the model.
-      init: makes the first state; to be jitted with the state's shardings.
+      init: function that creates the first state; to be jitted with the state's shardings.
       step: see ``make_step``; it is called with the state, the batch and ``frozen``.
-      teacher: whose variables are the third argument of the step. None: it has none.
+      teacher: the model whose variables are the third argument of the step. None: the objective has no teacher.
     """
 
     graph: nnx.GraphDef
@@ -45,7 +45,7 @@ class Program:
     teacher: Teacher | None = None
 
     def abstract_state(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> TrainState:
-        """The state as ``jax.ShapeDtypeStruct``s that carry their sharding.
+        """Returns the state as ``jax.ShapeDtypeStruct``s with shardings.
 
         Raises:
           ConfigError: a parameter cannot be laid out on the mesh.
@@ -54,16 +54,16 @@ class Program:
         return with_shardings(abstract, state_shardings(abstract, mesh, rules))
 
     def abstract_frozen(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> nnx.State | None:
-        """What the step reads beside state and batch, as ``jax.ShapeDtypeStruct``s that carry their sharding."""
+        """Returns the teacher's variables as ``jax.ShapeDtypeStruct``s with shardings; None if there is no teacher."""
         return self.teacher and self.teacher.abstract(mesh, rules)
 
     def frozen(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> nnx.State | None:
-        """What the step reads beside state and batch."""
+        """Returns the teacher's variables on the mesh, the third argument of the step; None if there is no teacher."""
         return self.teacher and self.teacher.place(mesh, rules)
 
     def jit(self, state: Any) -> Any:
-        """The step as it is run: donating the state, whose shardings it returns."""
-        same = jax.tree.map(lambda array: array.sharding, state)  # or XLA may choose another for the result
+        """Returns the jitted step: it donates the state and returns it with the same shardings."""
+        same = jax.tree.map(lambda array: array.sharding, state)  # otherwise XLA may choose others for the result
         return jax.jit(self.step, donate_argnums=0, out_shardings=(same, None))
 
 
@@ -73,7 +73,7 @@ def make_program(
     config: Training,
     wrap: Wrap | None = None,
 ) -> Program:
-    """The functions of a run; nothing is computed or allocated. Arguments: those of ``fit``."""
+    """Makes the functions of a run; nothing is computed or allocated. The arguments are those of ``fit``."""
     factor = config.schedule.build(config.steps)
     optimizer = with_clipping(config.optimizer.build(factor), config.clip_norm)
     if wrap is not None:
@@ -98,7 +98,14 @@ def make_program(
 def batch_sharding(
     config: Training, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, shape: tuple[int, ...] | None = None
 ) -> NamedSharding:
-    """Of an array of a batch, (batch_size, length) where no shape is given."""
+    """Returns the sharding of an array of a batch.
+
+    Args:
+      config: gives batch_size and length.
+      mesh: the mesh.
+      rules: which mesh axis splits which logical axis.
+      shape: shape of the array. None: (batch_size, length).
+    """
     shape = (config.batch_size, config.length) if shape is None else shape
     axes = batch_axes(shape, config.length)
     return NamedSharding(mesh, rules.resolve(axes, shape, mesh, name=f"training ({', '.join(map(str, axes))})"))
@@ -107,6 +114,6 @@ def batch_sharding(
 def abstract_batch(
     config: Training, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of packed text as the loader gives it, without values."""
+    """Returns a batch of packed text as ``jax.ShapeDtypeStruct``s with shardings, in the loader's shapes and dtypes."""
     sharding, shape = batch_sharding(config, mesh, rules), (config.batch_size, config.length)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_TYPES.items()}

@@ -1,4 +1,4 @@
-"""What changes in the course of a run: learning rates as factors in [0, 1] of the peak, and other figures."""
+"""Schedules over a run: learning rates as factors in [0, 1] of the peak, and other figures."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,9 +12,9 @@ from efftrain.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Base of every schedule of the learning rate, those of forks too.
+    """Base class of every learning rate schedule; a fork derives its own from it.
 
-    ``build`` returns a function from the step, which may be traced, to the factor in [0, 1] of the peak.
+    ``build`` returns a function from the step, which may be traced, to the factor in [0, 1] of the peak learning rate.
     """
 
     def build(self, n_steps: int) -> optax.Schedule:
@@ -26,9 +26,9 @@ class WarmupStableDecay(ScheduleConfig):
     """Linear warm-up, constant, then ``1 - sqrt`` decay to ``final``. Hu et al. 2024 (MiniCPM); Haegele et al. 2024.
 
     Attributes:
-      warmup: share of the steps.
-      decay: share of the steps at the end.
-      final: factor that the decay would reach one step behind the last.
+      warmup: share of the steps at the beginning in which the rate rises.
+      decay: share of the steps at the end in which the rate decays.
+      final: factor that the decay would reach one step after the last.
     """
 
     warmup: float = 0.02
@@ -55,7 +55,12 @@ class WarmupStableDecay(ScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(ScheduleConfig):
-    """Linear warm-up, then half a cosine down to ``final``. Loshchilov and Hutter 2017."""
+    """Linear warm-up, then half a cosine down to ``final``. Loshchilov and Hutter 2017.
+
+    Attributes:
+      warmup: share of the steps at the beginning in which the rate rises.
+      final: factor of the peak at the end.
+    """
 
     warmup: float = 0.02
     final: float = 0.1
@@ -79,8 +84,8 @@ class Rewarmed(ScheduleConfig):
     """A schedule once more, warm-up included, over the steps that a branch adds. Ibrahim et al. 2024, section 4.1.
 
     Attributes:
-      schedule: is gone through in the steps after ``begin``.
-      begin: the step of the other run that is branched from.
+      schedule: the schedule for the steps after ``begin``.
+      begin: the step of the other run from which the branch starts.
     """
 
     schedule: ScheduleConfig
@@ -93,7 +98,12 @@ class Rewarmed(ScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Capped(ScheduleConfig):
-    """A schedule that stays at ``factor`` of the peak where it would be above it, and so still decays at its end."""
+    """A schedule limited to ``factor`` of the peak: constant while the schedule is above it, decaying at its end.
+
+    Attributes:
+      schedule: the schedule that is limited.
+      factor: largest factor of the peak.
+    """
 
     schedule: ScheduleConfig
     factor: float
@@ -105,14 +115,20 @@ class Capped(ScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp:
-    """A figure that moves from ``start`` to ``end`` over the run; None: it stays."""
+    """A figure that moves from ``start`` to ``end`` over the run.
+
+    Attributes:
+      start: value at the beginning.
+      end: value at the end. None: the value stays at ``start``.
+      shape: "cosine": half a cosine, slow at both ends. "linear": at constant speed.
+    """
 
     start: float
     end: float | None = None
     shape: Literal["cosine", "linear"] = "cosine"
 
     def at(self, progress: Array) -> Array | float:
-        """Its value when a share of the steps is done; a number where it stays."""
+        """Returns the value at ``progress``, the share of the run's steps that are done; a float if it is constant."""
         if self.end is None:
             return self.start
         done = (1 - jnp.cos(jnp.pi * progress)) / 2 if self.shape == "cosine" else progress

@@ -1,4 +1,4 @@
-"""What a run starts from instead of random parameters: checked before anything is written, then put into its state."""
+"""Starts a run from another run or a given model instead of random parameters, or restores its newest checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,16 +27,16 @@ from efftrain.train.state import TrainState, split_model
 
 
 def check_start(config: Training, model: ModelConfig, corpus: Path) -> None:
-    """Checks the run that ``training.branch`` or ``training.finetune`` names; to be called for a run without steps.
+    """Checks the run that ``training.branch`` or ``training.finetune`` names, before a new run writes anything.
 
     Args:
-      config: of the new run.
-      model: of the new run.
-      corpus: that it is trained on.
+      config: configuration of the new run, which has no steps yet.
+      model: model configuration of the new run.
+      corpus: folder of the corpus on which the new run trains.
 
     Raises:
-      RunError: there is no such run, or ``training.finetune`` names one of another model.
-      ConfigError: its tokenizer is not that of the corpus.
+      RunError: there is no such run, or ``training.finetune`` names a run with another model.
+      ConfigError: the tokenizer of that run is not that of the corpus.
     """
     if config.branch is not None:
         run = parse_branch(config.branch, config.steps)[0]
@@ -51,16 +51,24 @@ def check_start(config: Training, model: ModelConfig, corpus: Path) -> None:
 
 
 def start_from(model: nnx.Module, state: TrainState) -> TrainState:
-    """A new state with the variables of a model."""
+    """Returns a new state with the variables of a model.
+
+    Args:
+      model: the model to start from.
+      state: a new state, whose shardings are kept.
+
+    Raises:
+      RunError: the model has other variables than the state.
+    """
     _, params, model_state = split_model(model)
-    if "helpers" in state.params:  # what an objective has trained beside the model starts as built
+    if "helpers" in state.params:  # variables that an objective trains beside the model: they start as built
         params = nnx.merge_state(params, nnx.State({"helpers": state.params["helpers"]}))
 
     def place(new: nnx.State, old: nnx.State) -> nnx.State:
         shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, old)]
         if shapes[0] != shapes[1]:
             raise RunError("the initial model has other variables than the one to be trained; build both alike")
-        # Not the caller's own arrays: the step donates its state.
+        # A copy, because the step donates its state and the caller keeps the model.
         return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding, may_alias=False), new, old)
 
     params = place(params, state.params)
@@ -69,7 +77,7 @@ def start_from(model: nnx.Module, state: TrainState) -> TrainState:
 
 
 def with_warning_of_zeros(initial: Callable[[], nnx.Module]) -> Callable[[], nnx.Module]:
-    """The same, which says that training without masks fills what pruning has set to zero in the model."""
+    """Wraps ``initial`` with a warning if pruning set weights of its model to zero, which training would refill."""
 
     def made() -> nnx.Module:
         model = initial()
@@ -95,17 +103,23 @@ def restore_or_start(
     initial: Callable[[], nnx.Module] | None,
     config: Training,
 ) -> TrainState:
-    """The state of the newest checkpoint, or what a run without one starts from; sets the batches to its position.
+    """Returns the state of the newest checkpoint, or the first state of a new run; sets the position of the batches.
 
     Args:
-      initial: makes the model that a new run starts from; None: as built.
+      program: functions of the run.
+      checkpoints: checkpoints of the run.
+      batches: set to the position of the restored state.
+      mesh: the mesh of the state.
+      rules: which mesh axis splits which logical axis.
+      initial: function that returns the model from which a new run starts. None: start from the built parameters.
+      config: configuration of the run.
     """
     abstract = program.abstract_state(mesh, rules)
     found = checkpoints.restore(abstract)
     if found is None and config.branch is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
         if initial is not None:
-            with without_mesh():  # it may lie on one device, as ``load`` gives it
+            with without_mesh():  # the model may be on one device, as ``load`` returns it
                 model = initial()
             state = start_from(model, state)
             show_learning_rates(config, 0)

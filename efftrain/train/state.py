@@ -1,4 +1,4 @@
-"""Everything that a run must remember, as one pytree."""
+"""The state of a run: everything that a checkpoint must hold, as one pytree."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class TrainState:
     """State of a run.
 
     Attributes:
-      step: () int32, steps taken.
-      params: what is trained, float32.
+      step: () int32, number of steps taken.
+      params: trained parameters, float32.
       model_state: variables of the model that are not trained.
-      opt_state: the optimizer's.
-      ema: exponential moving average of params (see ``averages``), or None.
-      key: (2,) uint32 data of the run's random key; a step uses it folded with its number.
-      bad_steps: () int32, consecutive steps up to this one whose loss or gradient was not finite.
-      skipped: () int32, all such steps. ``step - skipped`` updates were made.
+      opt_state: state of the optimizer.
+      ema: exponential moving average of the parameters (see ``averages``), or None.
+      key: (2,) uint32, data of the run's random key; a step folds its number into the key.
+      bad_steps: () int32, number of consecutive steps up to this one whose loss or gradient was not finite.
+      skipped: () int32, number of all such steps. ``step - skipped`` updates were made.
     """
 
     step: Array
@@ -38,14 +38,21 @@ class TrainState:
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """A static graph, the trained parameters, and every other variable."""
+    """Splits a model into its static graph, its trained parameters and all other variables."""
     return nnx.split(model, nnx.Param, ...)
 
 
 def init_state(
     build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, *, seed: int, ema: bool
 ) -> TrainState:
-    """A new state; call it under ``jax.jit`` with shardings, so that no device ever holds a whole parameter."""
+    """Creates a new state; call it under ``jax.jit`` with shardings, so that no device ever holds a whole parameter.
+
+    Args:
+      build: function that builds the model.
+      optimizer: its state is initialised from the parameters.
+      seed: seed of the parameters and of the run's random key.
+      ema: whether the state holds an average of the parameters.
+    """
     model_key, run_key = jax.random.split(jax.random.key(seed))
     _, params, model_state = split_model(build(nnx.Rngs(params=model_key)))
     return TrainState(
@@ -62,10 +69,10 @@ def init_state(
 
 
 def merge_model(graph: nnx.GraphDef, state: TrainState) -> nnx.Module:
-    """The model of a state: with the averaged parameters where the run keeps them.
+    """Returns the model of a state, with the averaged parameters if the run keeps them.
 
-    It holds the state's arrays in variables of its own, so that assigning to the model leaves the state as it is.
-    ``helpers``, which an objective had trained beside it, are no part of it.
+    The model holds the state's arrays in its own variables, so that assigning to the model leaves the state unchanged.
+    ``helpers``, which an objective trains beside the model, are left out.
     """
     model = nnx.merge(graph, state.params if state.ema is None else state.ema, state.model_state, copy=True)
     if hasattr(model, "helpers"):

@@ -1,4 +1,4 @@
-"""One training step: gradient of a sum over micro-batches, one division, one update."""
+"""The training step: sums gradients over micro-batches, divides once by the number of targets, and updates once."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,23 +30,25 @@ def make_step(
     ema_decay: float | None = None,
     learning_rate: optax.Schedule | None = None,
 ) -> Step:
-    """The step as a pure function; the caller jits it, donating the state.
+    """Returns the training step as a pure function; the caller jits it and donates the state.
 
-    If the loss or a gradient is not finite, the step changes nothing but ``step``, ``bad_steps`` and ``skipped``.
+    If the loss or a gradient is not finite, the step leaves parameters, model state, optimizer state and average
+    unchanged and only updates ``step``, ``bad_steps`` and ``skipped``.
 
     Args:
       graph: static part of the model.
-      objective: see ``objective`` and ``teacher``.
-      optimizer: over ``TrainState.params``.
-      n_steps: of the run, by which a ``TeacherObjective`` objective knows how far it is.
-      n_microbatches: rows are taken in so many parts, one after the other; divides the batch.
-      ema_decay: of the averaged parameters, for a state that has them; see ``averages.average_decay``.
-      learning_rate: the one in ``optimizer``, to be reported.
+      objective: the loss function, see ``objectives.objective`` and ``objectives.teacher``.
+      optimizer: transformation of the gradients of ``TrainState.params``.
+      n_steps: number of steps of the run, from which a ``TeacherObjective`` knows the progress.
+      n_microbatches: number of parts into which the rows are split, processed one after the other; must divide the
+        batch size.
+      ema_decay: decay of the averaged parameters, if the state has them; see ``averages.average_decay``.
+      learning_rate: the learning rate in ``optimizer``, for the metrics. None: it is not reported.
 
     Returns:
-      (state, batch, variables of the objective's teacher or None) -> (state, metrics as (sum, count) pairs). Metrics:
-      ``loss``, those of the objective, ``grad_norm`` before clipping, ``lr``, ``skipped`` (1 for a step that was not
-      finite) and ``bad_steps`` (how many of them in a row).
+      Function (state, batch, variables of the objective's teacher or None) -> (state, metrics as (sum, count) pairs).
+      Metrics: ``loss``, those of the objective, ``grad_norm`` before clipping, ``lr``, ``skipped`` (1 for a step that
+      was not finite) and ``bad_steps`` (number of consecutive steps that were not finite).
     """
 
     def step(state: TrainState, batch: Batch, frozen: nnx.State | None = None) -> tuple[TrainState, Metrics]:
@@ -80,7 +82,7 @@ def make_step(
         )
         values = {"grad_norm": norm, "skipped": 1 - finite, "bad_steps": after.bad_steps}
         if learning_rate is not None:
-            # Here and not on the host, where it would wait behind the next step; and by the optimizer's own count.
+            # On the device: on the host it would wait for the next step. By the optimizer's own count of updates.
             values["lr"] = learning_rate(state.step - state.skipped)
         return after, {"loss": (loss, count)} | metrics | figures | {name: (v, 1) for name, v in values.items()}
 
@@ -88,20 +90,26 @@ def make_step(
 
 
 def batch_axes(shape: tuple[int, ...], length: int) -> tuple[str | None, ...]:
-    """Logical axes of an array of a batch: its rows, and where it has one, the length of the rows."""
+    """Logical axes of an array of a batch: "batch", and "length" for a second axis that has the rows' length."""
     second = ("length" if n == length and i == 0 else None for i, n in enumerate(shape[1:]))
     return "batch", *second
 
 
 def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: int):
-    """Sums over micro-batches of (loss, count, metrics, gradients), which together equal those of the whole batch.
+    """Sums (loss, count, metrics, gradients) over micro-batches; the sums equal those of the whole batch.
 
-    Micro-batch i takes the rows i, i + n, i + 2n, ...: each device keeps the rows that it has. It holds the whole batch
-    and the step's key too, as ``objective.Whole``.
+    Micro-batch i takes the rows i, i + n, i + 2n, ..., so that each device keeps its rows. Each micro-batch also holds
+    the whole batch and the step's key, as ``objective.Whole``.
 
-    Not equal to those of the whole batch are what one micro-batch computes of its tokens together: the balance loss of
-    experts (a product of two means), what a fixed capacity drops, the predictions of a recursion's later rounds where
-    rows have padding, and draws with a key of its own (layer dropout, answers of ``OnPolicy``).
+    Some results depend on the split, because a micro-batch computes them from its tokens together: the balance loss of
+    experts (a product of two means), the tokens that a fixed capacity drops, the predictions of a recursion's later
+    rounds where rows have padding, and draws with a key per micro-batch (layer dropout, answers of ``OnPolicy``).
+
+    Args:
+      gradient_of: (batch, key) -> (loss, count, metrics, gradients), all sums.
+      batch: arrays (batch_size, ...).
+      key: random key of the step.
+      n_microbatches: must divide batch_size.
     """
     if n_microbatches == 1:
         return gradient_of(batch, key)
@@ -126,10 +134,10 @@ def accumulate(gradient_of: Callable, batch: Batch, key: Array, n_microbatches: 
 
 
 def _after_step(graph: nnx.GraphDef, state: TrainState, statistics: Any) -> tuple[nnx.State, Metrics]:
-    """The model's untrained variables after the step, once and by the global statistics, and its figures."""
+    """Updates the model's untrained variables once, from the statistics of the whole step; returns them and figures."""
     if statistics is None:
         return state.model_state, {}
-    model = nnx.merge(graph, state.params, state.model_state, copy=True)  # assigned to; the state stays as it is
+    model = nnx.merge(graph, state.params, state.model_state, copy=True)  # a copy, because ``after_step`` assigns to it
     figures = model.after_step(statistics)
     return split_model(model)[2], figures
 

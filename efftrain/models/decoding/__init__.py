@@ -1,4 +1,4 @@
-"""Decoding: prefill, new tokens, sampling, speculation.
+"""Decoding: prefill, generation of new tokens, sampling, speculation.
 
 It may import the decoder and ``models.depth``; no other module of ``models`` imports it.
 """

@@ -1,4 +1,4 @@
-"""Decoding with a cache: one jitted program for prompts, one for the new tokens, static shapes."""
+"""Generation with a cache: one jitted program for the prompts and one for the new tokens, with static shapes."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, advance,
 
 @dataclass(frozen=True)
 class AllLayers:
-    """Every new token passes every layer."""
+    """The depth of generation in which every new token passes every layer."""
 
 
 Depth = AllLayers | SelfSpeculation | ConfidenceExit
@@ -29,14 +29,14 @@ Depth = AllLayers | SelfSpeculation | ConfidenceExit
 
 @dataclass(frozen=True)
 class Generation:
-    """New tokens, and how they came about.
+    """New tokens, with figures about how they were generated.
 
     Attributes:
       tokens_bn: (batch, n_new) int32.
-      layers_b: (batch,) float32, layers that a new token passed, on average up to the end of its row; beyond the first
-        one, which the prompt gives. None of self-speculation.
-      acceptance_b: (batch,) float32, the share of drafts that were accepted; of self-speculation, else None.
-      refused_b: (batch,) int32, tokens that routed layers had no room for; None of self-speculation.
+      layers_b: (batch,) float32, mean number of layers that a new token passed, up to the end of its row and without
+        the first new token, which comes from the prompt. None for self-speculation.
+      acceptance_b: (batch,) float32, share of the drafts that were accepted. None without self-speculation.
+      refused_b: (batch,) int32, number of tokens for which routed layers had no free slot. None for self-speculation.
     """
 
     tokens_bn: Array
@@ -61,25 +61,27 @@ def generate(
     """Continues each prompt by ``n_new`` tokens.
 
     Args:
-      model: one with stacked layers is taken apart for the call, which holds its layers twice until it returns. For
-        several calls, or where memory is short, do that once: ``unrolled(model, donate=True)``.
-      prompts_bp: (batch, longest prompt) int32, padded on the right with anything; or a list of token ids for each row.
-      prompt_lengths_b: (batch,) tokens of each prompt, at least 1. None: those of the lists, or the width of the array.
-      n_new: how many tokens to draw.
-      sampling: how.
-      key: needed for a temperature above 0.
-      end_token: where a row has drawn it, the rest of the row repeats it, and the loop stops when all rows have.
-      depth: which layers new tokens pass. ``SelfSpeculation`` draws what ``AllLayers`` would, greedy to the token.
-      limit_b: (batch,) int32, the most layers that each row's new tokens pass: a knob of each request. Not of
-        ``SelfSpeculation``, which always answers for all layers.
-      probe: of a ``ConfidenceExit`` by the rule "probe".
+      model: a model with stacked layers is taken apart for the call, which holds its layers twice until it returns. For
+        several calls, or if memory is short, do that once: ``unrolled(model, donate=True)``.
+      prompts_bp: (batch, longest prompt) int32, padded on the right with any token; or a list of token ids per row.
+      prompt_lengths_b: (batch,) number of tokens of each prompt, at least 1. None: the lengths of the lists, or the
+        width of the array.
+      n_new: number of new tokens per row.
+      sampling: how a token is drawn.
+      key: random key, needed for a temperature above 0.
+      end_token: once a row has drawn this token, the rest of the row repeats it; the loop stops when all rows have.
+      depth: which layers new tokens pass. ``SelfSpeculation`` draws from the same distribution as ``AllLayers``, and
+        exactly the same tokens if greedy.
+      limit_b: (batch,) int32, largest number of layers that the new tokens of each row pass, which each request can
+        choose. Not for ``SelfSpeculation``, whose output is always that of all layers. None: no limit.
+      probe: the probe of a ``ConfidenceExit`` with the rule "probe".
 
     Returns:
       (batch, n_new) int32.
 
     Raises:
-      ConfigError: prompt and new tokens together are longer than ``max_length``, a temperature has no key, or the model
-        has no such depth.
+      ConfigError: prompt and new tokens together are longer than ``max_length``, a temperature above 0 has no key, or
+        the model does not support the depth.
     """
     return generate_report(
         model, prompts_bp, prompt_lengths_b, n_new=n_new, sampling=sampling, key=key, end_token=end_token, depth=depth,
@@ -100,7 +102,7 @@ def generate_report(
     limit_b: Array | None = None,
     probe: ExitProbe | None = None,
 ) -> Generation:
-    """``generate``, with the depth that it took."""
+    """``generate``, which also reports the depth that the new tokens took."""
     prompts_bp, prompt_lengths_b = padded(prompts_bp, prompt_lengths_b)
     _check(model, prompts_bp.shape[1], n_new, sampling, key)
     graph, state = nnx.split(unrolled(model))
@@ -154,14 +156,14 @@ def _check(model: Decoder, prompt: int, n_new: int, sampling: Sampling, key: Arr
 
 @partial(jax.jit, static_argnums=(0, 5, 6))
 def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling):
-    """The first new token of each row, and the cache of the prompts with so much room."""
+    """Returns the first new token of each row, and the cache of the prompts with ``room`` more slots."""
     logits_bv, cache = prefill(nnx.merge(graph, state), prompts_bp, prompt_lengths_b, slots=prompts_bp.shape[1] + room)
     return sample(logits_bv, jax.random.fold_in(key, 0), sampling), cache
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
-    """(batch, n_new) tokens of which the first is given; the mean layers of the others; tokens without room."""
+    """Returns (batch, n_new) tokens, of which the first is given; mean layers of the others; tokens without a slot."""
     model = nnx.merge(graph, state)
     layers = model.layers()
     n_full = sum(block.depth.every_token for block in model.config.layers)
@@ -172,7 +174,7 @@ def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end
         return jnp.ones(token_b.shape, bool) if end_token is None else token_b != end_token
 
     def next_logits(token_b, cache):
-        """Logits, the cache, and the layers that the token passed."""
+        """Returns the logits, the cache, and the number of layers that the token passed."""
         if isinstance(depth, AllLayers):
             hidden_btd, after = model.extend(token_b[:, None], cache, layers=layers)
             passed_b = sum(r.passed_b() for r in _routed(after)) - sum(r.passed_b() for r in _routed(cache))
@@ -211,11 +213,17 @@ def _routed(cache: Cache) -> list[RoutedCache]:
 
 
 def prefill(model: Decoder, prompts_bp: Array, prompt_lengths_b: Array, *, slots: int) -> tuple[Array, Cache]:
-    """Reads padded prompts into a new cache.
+    """Computes padded prompts and puts them into a new cache.
+
+    Args:
+      model: the decoder.
+      prompts_bp: (batch, longest prompt) int32, padded on the right.
+      prompt_lengths_b: (batch,) number of tokens of each prompt.
+      slots: number of slots of the cache.
 
     Returns:
-      Logits (batch, vocab) behind each prompt's last token, and the cache. The slots of the padding hold what is never
-      seen: a query sees slots up to its own position, and each is written before its position is reached.
+      Logits (batch, vocab) after each prompt's last token, and the cache. What the slots of the padding hold is never
+      seen: a query sees slots up to its own position, and each slot is written before its position is reached.
     """
     empty, lengths_b = empty_cache(model.config, len(prompts_bp), slots), prompt_lengths_b.astype(jnp.int32)
     hidden_bpd, cache = model.extend(prompts_bp, empty, fresh=True, n_real_b=lengths_b)

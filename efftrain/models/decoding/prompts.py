@@ -1,4 +1,4 @@
-"""Prompts of several lengths as one array."""
+"""Pads prompts of several lengths to one array."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ Prompts = Array | Sequence[Sequence[int]]
 
 
 def padded(prompts: Prompts, lengths_b: Array | None) -> tuple[Array, Array]:
-    """Prompts (batch, longest) int32, padded on the right, and their lengths (batch,).
+    """Returns prompts as an array (batch, longest) int32, padded on the right, and their lengths (batch,).
 
     Args:
-      prompts: one list of token ids for each row; or an array (batch, longest), padded with anything.
-      lengths_b: of the prompts in an array; None where all of them fill it. Lists have their own.
+      prompts: one list of token ids per row; or an array (batch, longest), padded with any token.
+      lengths_b: lengths of the prompts in an array. None: all of them fill it. Not for lists, which have their own.
 
     Raises:
-      ConfigError: there is no prompt, one is empty, or lists come with lengths.
+      ConfigError: there is no prompt, a prompt is empty, or lists come with lengths.
     """
     if hasattr(prompts, "shape"):
         batch, longest = prompts.shape

@@ -1,4 +1,4 @@
-"""How the next token is drawn."""
+"""Sampling: how the next token is drawn from the logits."""
 
 import math
 import operator
@@ -10,16 +10,20 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 
-# Temperatures at which quotients of float32 logits may overflow, and beyond which a draw is even.
+# Temperatures below which quotients of float32 logits may overflow, and above which a draw is uniform.
 COLD, HOT = 1e-30, 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn: temperature 0 takes the likeliest; top_k keeps the k likeliest.
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the token with the highest probability (greedy).
+      top_k: draw only from the k tokens with the highest probabilities. None: from all.
 
     Raises:
-      ConfigError: the temperature is negative, infinite or not a number, or top_k is no whole number from 1.
+      ConfigError: the temperature is negative, infinite or not a number, or top_k is not a whole number from 1.
     """
 
     temperature: float = 0.0
@@ -51,7 +55,7 @@ def sample(logits_bv: Array, key: Array, sampling: Sampling) -> Array:
 
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
-    """(..., vocab) float32 probabilities from which ``sample`` draws; temperature above 0."""
+    """(..., vocab) float32 probabilities from which ``sample`` draws at a temperature above 0."""
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         best, tokens = jax.lax.top_k(logits, sampling.top_k)
         logits = jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), tokens, best, axis=-1, inplace=False)
@@ -59,7 +63,7 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
 
 
 def _over(logits: Array, temperature: float) -> Array:
-    """The logits over a temperature above 0, finite where the likeliest is; float32 flushes the smallest ones to 0."""
+    """Logits over a temperature above 0, with a finite maximum; float32 would flush the smallest temperatures to 0."""
     if temperature < COLD:
         logits -= logits.max(-1, keepdims=True)
     return logits / min(max(temperature, float(jnp.finfo(jnp.float32).tiny)), HOT)

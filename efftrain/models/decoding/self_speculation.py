@@ -1,14 +1,15 @@
-"""Decoding that drafts with the first layers of a model and checks with the others: the same output, sooner.
+"""Self-speculative decoding: the first layers of a model draft, all layers verify; the same output in less time.
 
-The same to the token in float32; in bfloat16 a check of several tokens rounds otherwise than one token does.
+The output equals that of all layers to the token in float32; in bfloat16, verifying several tokens at once rounds
+differently from computing one token.
 
-A round drafts some tokens, one after the other, through the first layers and the shared head. The states behind these
-layers are kept, so that the check is one pass of the other layers over all drafted tokens, and drafting and checking
-share one cache. What is rejected needs no clean-up: a row's length says how far its cache counts, and slots behind it
-are written before they are seen.
+A round drafts some tokens, one after the other, through the first layers and the shared head. The states after these
+layers are kept, so that verification is one pass of the remaining layers over all drafted tokens, and drafting and
+verification share one cache. Rejected tokens need no clean-up: the length of a row says which slots of its cache are
+valid, and later slots are written before they are seen.
 
-Source: Elhoushi et al. 2024 (LayerSkip), section 4.3; rejection sampling of Leviathan et al. 2023. Rows of a batch are
-accepted apart, each has its own length.
+Source: Elhoushi et al. 2024 (LayerSkip), section 4.3; rejection sampling of Leviathan et al. 2023. The rows of a batch
+accept independently, and each has its own length.
 """
 
 from dataclasses import dataclass
@@ -29,11 +30,11 @@ from efftrain.models.depth.early_exit import check_exit, check_layers
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculation:
-    """How a model drafts for itself; ``efftrain calibrate-depth RUN`` measures what is best.
+    """How a model drafts for itself; ``efftrain calibrate-depth RUN`` measures the best values.
 
     Attributes:
-      exit_layer: layers that draft; fewer than the model has.
-      n_draft: tokens of a draft.
+      exit_layer: number of first layers that draft; fewer than the model has.
+      n_draft: number of tokens per draft.
     """
 
     exit_layer: int
@@ -44,7 +45,7 @@ class SelfSpeculation:
             raise ConfigError(f"speculation.n_draft is {self.n_draft}; it must be at least 1")
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ``ConfigError`` where a model of this configuration cannot draft so."""
+        """Raises ``ConfigError`` if a model of this configuration cannot draft in this way."""
         check_exit("speculation.exit_layer", self.exit_layer, config.n_layers)
         check_layers(config, "self-speculation")
         for i, block in enumerate(config.layers):
@@ -58,13 +59,13 @@ class SelfSpeculation:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Speculated:
-    """New tokens, and what drafting was worth.
+    """New tokens, with figures about the drafts.
 
     Attributes:
       tokens_bn: (batch, n_new) int32.
-      rounds: () int32, checks of the whole batch.
-      drafted_b: (batch,) int32, tokens that were drafted for each row while it was not finished.
-      accepted_b: (batch,) int32, of those.
+      rounds: () int32, number of verifications of the whole batch.
+      drafted_b: (batch,) int32, number of tokens drafted for each row while it was not finished.
+      accepted_b: (batch,) int32, number of drafted tokens that were accepted.
     """
 
     tokens_bn: Array
@@ -74,7 +75,7 @@ class Speculated:
 
 
 def extra_slots(speculation: SelfSpeculation) -> int:
-    """Slots of a cache that drafts need beside those of prompt and new tokens."""
+    """Number of cache slots that drafts need in addition to those of prompt and new tokens."""
     return speculation.n_draft
 
 
@@ -90,15 +91,15 @@ def speculate(
     speculation: SelfSpeculation,
     end_token: Array | None = None,
 ) -> Speculated:
-    """Continues rows whose prompts are in the cache, and whose first new token is drawn.
+    """Continues rows whose prompts are in the cache and whose first new token is drawn.
 
     Args:
-      graph, state: of the model.
-      first_b: (batch,) int32, that token, not in the cache yet.
-      cache: with room for n_new + ``extra_slots`` more.
-      key, n_new, sampling: as in ``decode.generate``.
+      graph, state: the split model.
+      first_b: (batch,) int32, the first new token, which is not in the cache yet.
+      cache: with n_new + ``extra_slots`` free slots.
+      key, n_new, sampling: as in ``generate``.
       speculation: how to draft.
-      end_token: () a row ends with it.
+      end_token: () token that ends a row. None: no token does.
     """
     model = nnx.merge(graph, state)
     layers, e, k = model.layers(), speculation.exit_layer, speculation.n_draft
@@ -148,7 +149,7 @@ def speculate(
 def _draft(
     model: Decoder, layers: list, token_b: Array, cache: Cache, k: int, sampling: Sampling, key: Array
 ) -> tuple[Array, Array | None, Array, tuple]:
-    """k tokens behind ``token_b``; what they were drawn from; the k + 1 states to be checked; the layers' caches."""
+    """Drafts k tokens after ``token_b``; returns them, their distributions, k + 1 states to verify, and the caches."""
     batch = len(token_b)
 
     def pass_layers(token_b: Array, j: Array | int, caches: tuple) -> tuple[Array, tuple]:
@@ -169,24 +170,25 @@ def _draft(
     q_bkv = jnp.zeros((batch, k, model.config.vocab_size)) if sampling.temperature else None
     carry = (token_b, cache.layers[: len(layers)], states_bkd, jnp.zeros((batch, k), jnp.int32), q_bkv)
     token_b, caches, states_bkd, drafts_bk, q_bkv = jax.lax.fori_loop(0, k, one, carry)
-    x_b1d, caches = pass_layers(token_b, k, caches)  # the last draft: no head, its successor comes from the check
+    x_b1d, caches = pass_layers(token_b, k, caches)  # the last draft needs no head: verification draws its successor
     return drafts_bk, q_bkv, states_bkd.at[:, k].set(x_b1d[:, 0]), caches
 
 
 def accept(
     logits_bkv: Array, drafts_bk: Array, q_bkv: Array | None, sampling: Sampling, key: Array
 ) -> tuple[Array, Array]:
-    """The tokens of a round: the longest prefix of the draft that the full model agrees to, and one of its own.
+    """Returns the tokens of a round: the longest prefix of the draft that the full model accepts, and one of its own.
 
     Args:
-      logits_bkv: (batch, k + 1, vocab) of the full model, behind the last token and behind each draft.
+      logits_bkv: (batch, k + 1, vocab) of the full model, after the last token and after each draft.
       drafts_bk: (batch, k) int32.
-      q_bkv: (batch, k, vocab) probabilities from which they were drawn; None where greedy.
-      sampling: temperature 0 agrees to the likeliest token alone. Else a token is accepted with probability
-        min(1, p / q), and one that is not is replaced by a draw from the rest of p: tokens are distributed as p.
+      q_bkv: (batch, k, vocab) probabilities from which the drafts were drawn. None: greedy.
+      sampling: at temperature 0, only the token with the highest probability is accepted. Otherwise a draft is accepted
+        with probability min(1, p / q), and a rejected one is replaced by a draw from the residual of p, so that tokens
+        are distributed as p.
 
     Returns:
-      (batch, k + 1) int32 of which the first ``accepted + 1`` count; and accepted (batch,) int32.
+      (batch, k + 1) int32, of which the first ``accepted + 1`` tokens count; and accepted, (batch,) int32.
 
     Source: Leviathan et al. 2023, algorithm 1.
     """
@@ -203,7 +205,7 @@ def accept(
     u_bk = jax.random.uniform(accept_key, drafts_bk.shape)
     agreed_bk = u_bk * of_drafts(q_bkv) < of_drafts(p_bkv[:, :k])
     accepted_b = jnp.cumprod(agreed_bk, axis=1, dtype=jnp.int32).sum(1)
-    # Behind the whole draft nothing was proposed: q is 0 there, and the rest of p is p.
+    # After the whole draft nothing was proposed: q is 0 there, so that the residual of p is p.
     q_bkv = jnp.pad(q_bkv, ((0, 0), (0, 1), (0, 0)))
     at_b = accepted_b[:, None, None]
     rest_bv = (jnp.take_along_axis(p_bkv, at_b, axis=1) - jnp.take_along_axis(q_bkv, at_b, axis=1))[:, 0]

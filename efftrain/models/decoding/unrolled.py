@@ -1,4 +1,4 @@
-"""A model whose layers are held apart: what decoding reads, since a loop that takes a stack apart copies it."""
+"""Unrolls a model into single layers for decoding, because a loop that takes stacked layers apart copies them."""
 
 from functools import partial
 
@@ -10,13 +10,13 @@ from efftrain.models.decoder import Decoder
 
 
 def unrolled(model: Decoder, *, donate: bool = False) -> Decoder:
-    """The same function of the same parameters, with every layer in the pattern and one repeat.
+    """Returns a model that computes the same from the same parameters, with all layers in the pattern and one repeat.
 
-    A program that decodes with it reads the layers where they lie; one that gets stacked layers holds them twice.
+    A program that decodes with it reads the layers in place; one that gets stacked layers holds them twice.
 
     Args:
-      model: stays as it is, or is used up. Returned as it is where nothing is stacked.
-      donate: free each stacked array when it has been taken apart, so that one array at a time is held twice. The model
+      model: returned unchanged if nothing is stacked.
+      donate: free each stacked array once it is taken apart, so that only one array at a time is held twice; ``model``
         cannot be used afterwards. False: both models hold their layers.
     """
     n = model.config.n_repeats
@@ -33,7 +33,7 @@ def unrolled(model: Decoder, *, donate: bool = False) -> Decoder:
 
 
 def _apart(state: nnx.State, n: int, donate: bool) -> list[nnx.State]:
-    """n states with one layer each on the leading axis."""
+    """Returns n states with one layer each on the leading axis."""
 
     def one_layer(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(units=(1, *variable.get_metadata()["units"][1:]))

@@ -1,4 +1,4 @@
-"""Which tokens pass: scores, the choice of the best, and the prediction of that choice from a token alone."""
+"""The router of a depth policy: scores of tokens, the choice of the best, and its prediction from a token alone."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +18,13 @@ Causal = Literal["predictor", "auxiliary", "none"]
 
 @dataclass(frozen=True)
 class ChosenTokens:
-    """Tokens of each row that pass a round: (batch, n) places in the row, ascending, and their gates."""
+    """Tokens of each row that pass a round.
+
+    Attributes:
+      places_bn: (batch, n) indices in the row, ascending.
+      valid_bn: (batch, n) bool, False for an entry that is only there to fill the shape.
+      gates_bn: (batch, n) gates.
+    """
 
     places_bn: Array
     valid_bn: Array
@@ -26,12 +32,12 @@ class ChosenTokens:
 
 
 class Router(nnx.Module):
-    """Scores tokens, and predicts which of them a choice by score will take."""
+    """Scores tokens, and predicts which of them the choice by score will take."""
 
     def __init__(self, d_model: int, causal: Causal, *, share: float, eps: float, rngs: nnx.Rngs):
         self.causal, self.eps = causal, eps
 
-        # float32: the order of scores that are nearly equal must be that of training.
+        # float32: nearly equal scores must have the same order as in training.
         def linear(d_in: int, d_out: int, axes: tuple, gain: float = 1.0) -> Linear:
             made = Linear(d_in, d_out, axes=axes, dtype="float32", rngs=rngs, gain=gain)
             made.kernel.set_metadata(passes=share, quantizable=False)
@@ -43,14 +49,14 @@ class Router(nnx.Module):
             self.out = linear(d_model // 4, 1, (None, None))
 
     def __call__(self, x_btd: Array) -> Array:
-        """(batch, length) float32."""
+        """Returns scores (batch, length) float32."""
         return router_logits(self._normed(x_btd), self.score.kernel[...])[..., 0]
 
     def predict(self, x_btd: Array) -> Array:
-        """(batch, length) float32 logits of being chosen, by the token alone.
+        """Returns (batch, length) float32 logits of being chosen, predicted from each token alone.
 
         Raises:
-          ConfigError: the model has nothing that predicts.
+          ConfigError: the model has no predictor.
         """
         if self.causal == "none":
             raise ConfigError(
@@ -68,7 +74,7 @@ class Router(nnx.Module):
 
 
 def best(scores_bt: Array, n: int) -> ChosenTokens:
-    """The n tokens of each row with the highest scores, in the order of the row; -inf is not a real token."""
+    """Chooses the n tokens of each row with the highest scores, in row order; -inf marks an invalid token."""
     places_bn = jnp.sort(jax.lax.top_k(scores_bt, n)[1], axis=-1)
     scores_bn = jnp.take_along_axis(scores_bt, places_bn, axis=1)
     valid_bn = scores_bn > -jnp.inf
@@ -76,14 +82,14 @@ def best(scores_bt: Array, n: int) -> ChosenTokens:
 
 
 def first(wanted_bt: Array, scores_bt: Array, n: int) -> ChosenTokens:
-    """The first n wanted tokens of each row; where there are fewer, the rest is not real."""
+    """Chooses the first n wanted tokens of each row; if there are fewer, the remaining entries are invalid."""
     places_bn = jnp.argsort(~wanted_bt, axis=1, stable=True)[:, :n]
     valid_bn = jnp.take_along_axis(wanted_bt, places_bn, axis=1)
     return ChosenTokens(places_bn, valid_bn, _gate(jnp.take_along_axis(scores_bt, places_bn, axis=1)))
 
 
 def causal_metrics(logits_bt: Array, chosen_bt: Array, valid_bt: Array, weight: float) -> dict:
-    """The loss of predicting a choice token by token, and how often it is right; over the real tokens."""
+    """Loss of predicting the choice from each token alone, and how often the prediction is right; over valid tokens."""
     n = jnp.maximum(valid_bt.sum(dtype=jnp.float32), 1.0)
     target_bt = chosen_bt & valid_bt
     nll_bt = jax.nn.softplus(jnp.where(target_bt, -logits_bt, logits_bt))

@@ -1,10 +1,10 @@
-"""Tokens that leave the stack when they are sure: exits by confidence, with full caches behind them.
+"""Early exit by confidence: tokens leave the stack when they are sure, and the later layers still get their cache.
 
-A token that left after some layers keeps its state for all later ones: they compute its keys and values, which later
-tokens need, and nothing else. Whole rows can be computed at once with the same result (``exit_states``), since what a
+A token that leaves after some layers keeps its state for all later ones: they compute its keys and values, which later
+tokens need, and nothing else. Whole rows can be computed at once with the same result (``exit_states``), because what a
 layer sees of a token depends on no later layer.
 
-Source: Schuster et al. 2022 (CALM); the keys and values of skipped layers as there, from the state at the exit.
+Source: Schuster et al. 2022 (CALM); as there, the skipped layers take keys and values from the state at the exit.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,14 @@ Rule = Literal["gap", "similarity", "probe"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceExit:
-    """When a token has had enough layers.
+    """When a token has passed enough layers.
 
     Attributes:
-      rule: what measures the confidence, 1 at most. "gap": the probability of the likeliest token less that of the
-        second, which costs a head at every exit; "similarity": cosine of the state before and behind a layer; "probe":
-        a logistic regression on the state, trained to tell whether the last layer would choose the same token.
-      threshold: a token leaves where its confidence is at least this. Above 1: only where ``limit_b`` ends it.
+      rule: measure of the confidence, which is at most 1. "gap": the probability of the most probable token minus that
+        of the second, which costs a head at every exit. "similarity": cosine similarity of the states before and after
+        a layer. "probe": a logistic regression on the state, trained to predict whether the last layer would choose the
+        same token.
+      threshold: a token leaves if its confidence is at least this. Above 1: it leaves only by ``limit_b``.
       exits: numbers of layers after which a token may leave. None: after every layer.
     """
 
@@ -45,10 +46,10 @@ class ConfidenceExit:
             raise ConfigError(f"exit.rule is {self.rule!r}; use one of {', '.join(get_args(Rule))}")
 
     def places(self, n_layers: int) -> tuple[int, ...]:
-        """The exits of a stack, as numbers of layers.
+        """Returns the exits of a stack, as numbers of layers.
 
         Raises:
-          ConfigError: an exit that is not inside of the stack.
+          ConfigError: an exit is not inside the stack.
         """
         exits = tuple(range(1, n_layers)) if self.exits is None else self.exits
         for n in exits:
@@ -59,27 +60,32 @@ class ConfidenceExit:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExitProbe:
-    """A logistic regression for each exit, on the normalised state: kernel_ed (layers - 1, d_model), bias_e."""
+    """A logistic regression for each exit, on the normalised state.
+
+    Attributes:
+      kernel_ed: (layers - 1, d_model).
+      bias_e: (layers - 1,).
+    """
 
     kernel_ed: Array
     bias_e: Array
 
     def __call__(self, hidden: Array, n_layers_passed: int) -> Array:
-        """(..., d_model) -> (...) float32 logits that the last layer would choose the same token."""
+        """(..., d_model) -> (...) float32, logits of the last layer choosing the same token."""
         kernel_d, bias = self.kernel_ed[n_layers_passed - 1], self.bias_e[n_layers_passed - 1]
-        # As routers, see ``ops.routing.router_logits``: a token leaves or stays by it.
+        # Highest precision, as for routers (``ops.routing.router_logits``), because a token leaves or stays by it.
         return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), kernel_d, precision="highest") + bias
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExitState:
-    """Tokens on their way up.
+    """State of tokens between layers.
 
     Attributes:
-      x_btd: the stream.
-      done_bt: bool, has left.
-      layers_bt: int32, layers that were computed.
+      x_btd: residual stream.
+      done_bt: bool, whether the token has left.
+      layers_bt: int32, number of layers that were computed for the token.
     """
 
     x_btd: Array
@@ -88,7 +94,7 @@ class ExitState:
 
 
 def check_exit(name: str, n_layers_passed: int, n_layers: int) -> None:
-    """Raises ``ConfigError`` where there is no exit behind so many layers."""
+    """Raises ``ConfigError`` if there is no exit after this number of layers."""
     if not 1 <= n_layers_passed < n_layers:
         raise ConfigError(
             f"{name} is {n_layers_passed} and the model has {n_layers} layers; an exit stands behind 1 to "
@@ -97,7 +103,7 @@ def check_exit(name: str, n_layers_passed: int, n_layers: int) -> None:
 
 
 def check_layers(config: ModelConfig, technique: str) -> None:
-    """Raises ``ConfigError`` for a stack that has a depth policy of its own."""
+    """Raises ``ConfigError`` for a stack with a depth policy of its own."""
     for i, block in enumerate(config.layers):
         if not block.depth.every_token:
             raise ConfigError(
@@ -109,14 +115,14 @@ def check_layers(config: ModelConfig, technique: str) -> None:
 def confidence(
     model: Decoder, rule: Rule, probe: ExitProbe | None, before_btd: Array, x_btd: Array, n_layers_passed: int
 ) -> Array:
-    """(batch, length) float32, 1 at most: how sure the state behind a layer is; see ``ConfidenceExit``."""
+    """(batch, length) float32 of at most 1: confidence of the state after a layer; see ``ConfidenceExit``."""
     if rule == "similarity":
         a, b = before_btd.astype(jnp.float32), x_btd.astype(jnp.float32)
         norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
         return (a * b).sum(-1) / jnp.maximum(norms, 1e-9)
     if rule == "gap":
         p_btv = jax.nn.softmax(model.exit_logits(x_btd))
-        # Not top_k, which sorts the vocabulary on CPU: 40 times slower.
+        # Not top_k, which sorts the whole vocabulary on CPU and is far slower.
         others_btv = jnp.where(jnp.arange(p_btv.shape[-1]) == p_btv.argmax(-1, keepdims=True), 0, p_btv)
         return p_btv.max(-1) - others_btv.max(-1)
     if probe is None:
@@ -125,7 +131,7 @@ def confidence(
 
 
 def start(x_btd: Array, done_bt: Array | None = None) -> ExitState:
-    """Before the first layer; ``done_bt``: tokens for which nothing is to be computed."""
+    """Returns the state before the first layer; ``done_bt``: tokens for which nothing needs to be computed."""
     shape = x_btd.shape[:2]
     done_bt = jnp.zeros(shape, bool) if done_bt is None else done_bt
     return ExitState(x_btd, done_bt, jnp.zeros(shape, jnp.int32))
@@ -143,7 +149,19 @@ def advance(
     probe: ExitProbe | None = None,
     limit_b: Array | None = None,
 ) -> ExitState:
-    """A layer later: ``y_btd`` is what it made of ``state.x_btd``; tokens that are done keep what they had."""
+    """Returns the state after a layer, whose output is ``y_btd``; tokens that are done keep their state.
+
+    Args:
+      model: the model of the layer.
+      exits: numbers of layers after which a token may leave.
+      rule: measure of the confidence.
+      state: state before the layer.
+      y_btd: output of the layer for ``state.x_btd``.
+      n_layers_passed: number of layers up to this one.
+      threshold: a token leaves if its confidence is at least this.
+      probe: the probe of the rule "probe".
+      limit_b: (batch,) largest number of layers of each row. None: no limit.
+    """
     x_btd = jnp.where(state.done_bt[..., None], state.x_btd, y_btd)
     done_bt = state.done_bt
     if n_layers_passed in exits:
@@ -163,14 +181,14 @@ def exit_states(
     segments_bt: Array | None = None,
     positions_bt: Array | None = None,
 ) -> ExitState:
-    """Whole rows, each token by its own confidence, as decoding would compute them; every layer is computed.
+    """Computes whole rows in which each token exits by its own confidence, as in decoding; every layer is computed.
 
     Args:
-      model: whose layers every token can pass.
+      model: a model whose layers every token can pass.
       tokens_bt, segments_bt, positions_bt: see ``Decoder.states``.
-      exit: rule and exits; its threshold is not read.
-      threshold: () may be traced, so that a curve compiles once.
-      probe: of the rule "probe".
+      exit: rule and exits; its threshold is ignored.
+      threshold: () may be traced, so that a curve over thresholds compiles once.
+      probe: the probe of the rule "probe".
     """
     exits = exit.places(model.config.n_layers)
     if positions_bt is None:
@@ -192,19 +210,22 @@ def extend_until_sure(
     done_bt: Array | None = None,
     tokens_bt: Array | None = None,
 ) -> tuple[ExitState, tuple[Any, ...]]:
-    """New tokens through the layers until all of them are done; later layers only write them to the cache.
+    """Computes new tokens layer by layer until all of them are done; later layers only write them to their caches.
 
     Args:
+      model: the decoder.
+      layers: its layers.
       x_btd: (batch, new tokens, d_model), embedded.
       positions_bt: (batch, new tokens).
-      caches: of the layers.
-      advance_by: ``advance`` but for the state, what the layer made of it, and the number of layers.
-      done_bt: tokens for which nothing is to be computed. None: none.
+      caches: the caches of the layers.
+      advance_by: ``advance`` with all arguments bound, except the state, the output of the layer and the number of
+        layers.
+      done_bt: tokens for which nothing needs to be computed. None: all are computed.
       tokens_bt: (batch, new tokens) ids, for layers that read them.
     """
     state, after = start(x_btd, done_bt), []
     for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-        # Outside of the condition, in which XLA would copy the cache.
+        # Outside the condition, within which XLA would copy the cache.
         cache = layer.write_cache(state.x_btd, positions_bt, cache)
         after.append(cache)
 
@@ -216,12 +237,12 @@ def extend_until_sure(
 
 
 def fit_exit_probe(hidden_end: Array, agree_en: Array, *, steps: int = 300, rate: float = 0.05) -> ExitProbe:
-    """Trains the probe of every exit; the model stays as it is.
+    """Trains the probe of every exit; the model itself is not changed.
 
     Args:
-      hidden_end: (exits, tokens, d_model) normalised states behind each layer but the last.
+      hidden_end: (exits, tokens, d_model) normalised states after each layer but the last.
       agree_en: (exits, tokens) bool, whether the exit would choose the last layer's token.
-      steps, rate: of Adam on all tokens at once.
+      steps, rate: number of steps and learning rate of Adam, on all tokens at once.
     """
     import optax
 

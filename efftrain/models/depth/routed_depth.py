@@ -1,8 +1,8 @@
-"""Layers that only some tokens pass, once or several times: mixture of depths, and recursion.
+"""Routed layers, which only some tokens pass, once or several times: mixture of depths, and recursion.
 
-In training a row's best tokens are chosen, by scores of all its tokens: the work is the same for every row, and the
-choice looks ahead. Decoding cannot, so that each token is decided alone, by a predictor that learns the choice. Both
-ways can be evaluated (``causally_routed``); only the second one is a language model.
+In training, the best tokens of a row are chosen by the scores of all its tokens: the work is the same for every row,
+but the choice looks ahead. Decoding cannot look ahead, so each token is decided alone, by a predictor that learns the
+choice. Both ways can be evaluated (``causally_routed``); only the second one is a language model.
 """
 
 import itertools
@@ -26,16 +26,16 @@ from efftrain.models.stack import add_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedDepthConfig(DepthConfig):
-    """What mixture of depths and recursion share.
+    """Base of the configurations of mixture of depths and recursion.
 
     Attributes:
-      causal: how decoding decides. "predictor": a small network beside the router, which learns the choice and moves
-        nothing else; "auxiliary": the router's own score, which a loss pulls towards the choice; "none": not at all,
-        such a model cannot be decoded.
-      causal_loss: weight of that loss. Of "predictor" it changes nothing but the gradient norm that is clipped; of
+      causal: how decoding decides. "predictor": by a small network beside the router, which learns the choice without
+        influence on the rest of the model. "auxiliary": by the router's own score, which a loss pulls towards the
+        choice. "none": not at all; such a model cannot be decoded.
+      causal_loss: weight of that loss. For "predictor" it only influences the gradient norm that is clipped; for
         "auxiliary" 0.01 to 0.1.
-      room: of tokens that pass without looking ahead: so many times the capacity of ``max_length`` tokens. The cache
-        is as large; behind it a row's tokens are skipped, and counted.
+      room: number of slots for tokens that are decided alone, relative to the capacity for ``max_length`` tokens. The
+        cache has this size; when it is full, further tokens of a row skip the layers, and are counted.
     """
 
     causal: Causal = "predictor"
@@ -51,7 +51,7 @@ class RoutedDepthConfig(DepthConfig):
             raise ConfigError(f"{name}.room is {self.room}; give at least 1, the capacity itself")
 
     def capacities(self) -> tuple[float, ...]:
-        """The share of a row's tokens in each round through the layers, none larger than the one before."""
+        """Share of a row's tokens in each round through the layers; no share is larger than the one before."""
         raise NotImplementedError
 
     def layers_of_a_round(self) -> int:
@@ -64,7 +64,7 @@ class RoutedDepthConfig(DepthConfig):
         return RoutedDepth(self, block, model, rngs=rngs)
 
     def expected(self, level: int, tokens: int) -> int:
-        """How many of so many tokens pass a round where each is decided alone, with room to spare."""
+        """Number of slots of a round in which ``tokens`` tokens are decided alone: ``room`` times the capacity."""
         capacity = self.capacities()[level]
         return tokens if capacity == 1 else min(tokens, math.ceil(self.room * capacity * tokens))
 
@@ -72,7 +72,7 @@ class RoutedDepthConfig(DepthConfig):
         levels = range(len(self.capacities()))
         rooms = tuple(min(slots, self.expected(level, model.max_length)) for level in levels)
         return RoutedCache(
-            # One slot more: where a token that does not pass is written when all others are taken.
+            # One more slot, into which a token that does not pass is written when all others are taken.
             levels=tuple(
                 tuple(block.attention.empty_cache(model, batch, room + 1) for _ in range(self.layers_of_a_round()))
                 for room in rooms
@@ -85,13 +85,14 @@ class RoutedDepthConfig(DepthConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOfDepths(RoutedDepthConfig):
-    """A block that a share of each row's tokens passes; the others go around it.
+    """A block that only a share of each row's tokens passes; the residual stream of the others skips it.
 
     Attributes:
-      capacity: that share, from 0.125 (the paper's) to 1. Small models bear 0.25 to 0.5. In training it is a share of
-        a row with its padding, which passes only where tokens are lacking: of a short text a larger share passes.
+      capacity: that share, from 0.125 (the value of the paper) to 1. Small models bear 0.25 to 0.5. In training it is a
+        share of a row including its padding, which passes only if there are too few tokens, so that a larger share of a
+        short text passes.
 
-    Source: Raposo et al. 2024. The gate is twice a sigmoid and not the raw score, so that an untrained router leaves
+    Source: Raposo et al. 2024. The gate is twice a sigmoid instead of the raw score, so that an untrained router leaves
     the block as it is and a trained one cannot blow it up.
     """
 
@@ -113,11 +114,11 @@ class MixtureOfDepths(RoutedDepthConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Recursion(RoutedDepthConfig):
-    """The same layers several times over, each time for fewer tokens: depth without parameters.
+    """The same layers applied several times, each time to fewer tokens: depth without parameters.
 
     Attributes:
-      n_layers: different layers of a round, all of the block's configuration.
-      shares: of a row's tokens, in each round. A token that leaves does not come back.
+      n_layers: number of different layers in a round, all of the block's configuration.
+      shares: share of a row's tokens in each round. A token that leaves does not come back.
 
     Source: Bae et al. 2025 (Mixture-of-Recursions): expert-choice routing, keys and values for each round.
     """
@@ -142,10 +143,10 @@ class Recursion(RoutedDepthConfig):
 
 
 class RoutedDepth(nnx.Module):
-    """Rounds of layers; between rounds, and before the first where it is not for all tokens, a router.
+    """Rounds of layers with a router before each round that fewer tokens pass than the one before.
 
     Attributes:
-      look_ahead: choose by score among all tokens of a row, as training does; else each token by itself.
+      look_ahead: choose by score among all tokens of a row, as training does. False: decide each token alone.
     """
 
     def __init__(self, config: RoutedDepthConfig, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs):
@@ -166,10 +167,10 @@ class RoutedDepth(nnx.Module):
     def __call__(
         self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None, tokens_bt: Array | None = None
     ) -> tuple[Array, dict]:
-        """Training and evaluation; see ``Block``."""
+        """Computes the rounds in training and evaluation; see ``Block``."""
         if segments_bt is None:
             segments_bt = jnp.ones(x_btd.shape[:2], jnp.int32)
-        # Padding behind the documents of a row is in segment 0.
+        # Padding after the documents of a row is in segment 0.
         tokens = self._tokens(x_btd, positions_bt, segments_bt, segments_bt != 0, tokens_bt)
         x_btd, layers_bt, metrics = self._rounds(0, tokens, length=x_btd.shape[1])
         n = tokens.valid_bt.sum(dtype=jnp.float32)
@@ -178,7 +179,7 @@ class RoutedDepth(nnx.Module):
     def depths(
         self, x_btd: Array, positions_bt: Array, segments_bt: Array, tokens_bt: Array | None = None
     ) -> tuple[Array, Array]:
-        """As the call, with the layers that each token passes (batch, length) int32 in place of metrics."""
+        """As ``__call__``, but with the number of layers that each token passes, (batch, length) int32, not metrics."""
         tokens = self._tokens(x_btd, positions_bt, segments_bt, segments_bt != 0, tokens_bt)
         return self._rounds(0, tokens, length=x_btd.shape[1])[:2]
 
@@ -186,7 +187,7 @@ class RoutedDepth(nnx.Module):
         return RoutedTokens(x_btd, positions_bt, segments_bt, valid_bt, tokens_bt if self.reads_tokens else None)
 
     def _rounds(self, level: int, tokens: RoutedTokens, *, length: int) -> tuple[Array, Array, dict]:
-        """A round and those behind it: what the tokens become, the layers that they pass, and metrics."""
+        """Computes a round and those after it; returns the stream, the layers that each token passes, and metrics."""
         if level == len(self.config.capacities()):
             return tokens.x_btd, jnp.zeros(tokens.valid_bt.shape, jnp.int32), {}
         choice, metrics = self._choose(level, tokens, length)
@@ -233,7 +234,7 @@ class RoutedDepth(nnx.Module):
         valid_bt: Array | None = None,
         tokens_bt: Array | None = None,
     ) -> tuple[Array, RoutedCache]:
-        """Decoding, and reading prompts; see ``Block.extend``."""
+        """Computes new tokens in decoding and prefill; see ``Block.extend``."""
         valid_bt = jnp.ones(x_btd.shape[:2], bool) if valid_bt is None else valid_bt
         tokens = self._tokens(x_btd, positions_bt, valid_bt.astype(jnp.int32), valid_bt, tokens_bt)
         return self._extend_rounds(0, tokens, cache, fresh)
@@ -260,14 +261,14 @@ class RoutedDepth(nnx.Module):
         most, few = min(n, room), min(room, self.config.expected(level, n))
         if not fresh or few == most:
             return pass_some(most, cache)
-        # A prompt costs what passes; one of which more than expected passes is computed in full.
+        # A prompt costs as much as its passing tokens; if more pass than expected, it is computed in full.
         fits = allowed_bt.sum(1).max() <= few
         return jax.lax.cond(fits, partial(pass_some, few), partial(pass_some, most), cache)
 
     def _extend_round(
         self, level: int, tokens: RoutedTokens, cache: RoutedCache, fresh: bool, choice: ChosenTokens | None = None
     ) -> tuple[Array, RoutedCache]:
-        """The layers on the tokens that pass, and the rounds behind it."""
+        """Computes the layers for the tokens that pass, and the rounds after this one."""
         y_bnd, layers = self._extend_layers(tokens, cache.levels[level], cache.stored_lb[level], fresh)
         if choice is not None:
             y_bnd = gated(tokens.x_btd, y_bnd, choice)
@@ -288,8 +289,8 @@ class RoutedDepth(nnx.Module):
             if fresh:
                 x_bnd, cache = layer.prefill(x_bnd, positions_bn, cache, slots_bn, ids_bn)
             else:
-                # The write stands outside of the condition, in which XLA would copy the cache. Of a token that does not
-                # pass, it fills the next free slot, which the next token overwrites.
+                # Written outside the condition, within which XLA would copy the cache. A token that does not pass is
+                # written to the next free slot, which the next token overwrites.
                 cache = layer.write_cache(x_bnd, positions_bn, cache, slots_bn)
 
                 def attend_cached(x_bnd: Array, layer=layer, cache=cache) -> Array:
@@ -311,7 +312,7 @@ class RoutedDepth(nnx.Module):
 
 
 def causally_routed(model: nnx.Module) -> nnx.Module:
-    """A copy of the model, of the same arrays, that decides every token of its routed layers alone, as in decoding."""
+    """Returns a copy of the model, of the same arrays, whose routed layers decide each token alone, as in decoding."""
     copy = nnx.merge(*nnx.split(model), copy=True)
     for _, module in nnx.iter_modules(copy):
         if isinstance(module, RoutedDepth):
@@ -324,12 +325,12 @@ def has_routed_depth(model: nnx.Module) -> bool:
 
 
 def routes_causally(model: nnx.Module) -> bool:
-    """Whether the model can choose tokens without looking ahead."""
+    """Returns whether the model can choose tokens without looking ahead."""
     return all(module.causal != "none" for _, module in nnx.iter_modules(model) if isinstance(module, Router))
 
 
 def _add(left: dict, right: dict) -> dict:
-    """Metrics of two rounds through the same layers: their statistics are summed."""
+    """Adds the metrics of two rounds through the same layers, including their statistics."""
     statistics = add_statistics(left.pop("statistics", {}), right.pop("statistics", {}))
     return add_metrics(left, right) | ({"statistics": statistics} if statistics else {})
 

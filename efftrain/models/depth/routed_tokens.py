@@ -1,4 +1,4 @@
-"""Tokens that pass a routed layer: gathered from their rows, and put back."""
+"""Gathers the tokens that pass a routed layer from their rows, and scatters them back."""
 
 from dataclasses import dataclass, replace
 
@@ -9,18 +9,18 @@ from jax import Array
 from efftrain.models.depth.depth_router import ChosenTokens
 from efftrain.sharding.rules import constrain, shard_count
 
-TILE, MANY_TILES = 128, 8  # where a row has at least MANY_TILES tiles, whole tiles pass
+TILE, MANY_TILES = 128, 8  # in a row of at least MANY_TILES tiles, a multiple of a tile passes
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutedTokens:
-    """Tokens on their way: the real ones of a row are its first.
+    """Tokens between routed layers; the valid ones of a row come first.
 
     Attributes:
       x_btd, positions_bt, segments_bt: as in ``Block``.
-      valid_bt: bool.
-      ids_bt: (batch, tokens), for layers that read them, else None.
+      valid_bt: bool, False for padding.
+      ids_bt: (batch, tokens) token ids, for layers that read them. None: no layer does.
     """
 
     x_btd: Array
@@ -31,20 +31,20 @@ class RoutedTokens:
 
 
 def gated(x_bnd: Array, y_bnd: Array, choice: ChosenTokens) -> Array:
-    """The stream (batch, n, d_model) of the chosen tokens, whose change by a round counts by their gates."""
+    """Stream (batch, n, d_model) of the chosen tokens after a round, whose change is scaled by their gates."""
     return x_bnd + (y_bnd - x_bnd) * choice.gates_bn[..., None].astype(x_bnd.dtype)
 
 
 def take(tokens: RoutedTokens, choice: ChosenTokens) -> RoutedTokens:
-    """The chosen tokens of each row."""
-    if tokens.x_btd.shape[1] == 1:  # decoding: there is nothing to gather, and to scatter
+    """Gathers the chosen tokens of each row."""
+    if tokens.x_btd.shape[1] == 1:  # decoding: a single token needs no gather
         return replace(tokens, valid_bt=choice.valid_bn)
 
     def pick(a_bt: Array) -> Array:
         return jnp.take_along_axis(a_bt, choice.places_bn, axis=1)
 
     x_bnd = jax.vmap(lambda x, places: x[places])(tokens.x_btd, choice.places_bn)
-    # What is not real is in a segment of its own, that of padding.
+    # Invalid tokens are in a segment of their own, that of padding.
     return RoutedTokens(
         constrain(x_bnd, "batch", "length", None),
         pick(tokens.positions_bt),
@@ -55,15 +55,15 @@ def take(tokens: RoutedTokens, choice: ChosenTokens) -> RoutedTokens:
 
 
 def put(x_btd: Array, y_bnd: Array, choice: ChosenTokens) -> Array:
-    """x (batch, length, ...) with the real ones of the chosen tokens replaced."""
+    """Replaces the valid chosen tokens in x (batch, length, ...)."""
     if x_btd.shape[1] == 1:
         return jnp.where(choice.valid_bn.reshape(-1, *[1] * (x_btd.ndim - 1)), y_bnd, x_btd)
-    places_bn = jnp.where(choice.valid_bn, choice.places_bn, x_btd.shape[1])  # outside of the row: dropped
+    places_bn = jnp.where(choice.valid_bn, choice.places_bn, x_btd.shape[1])  # an index outside the row is dropped
     scatter = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
     return constrain(scatter(x_btd, places_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))
 
 
 def divisible(count: int, length: int) -> int:
-    """So many of a row's tokens, or a few more: for the mesh that splits the row, and the tiles of kernels."""
+    """Rounds a token count up so that the mesh can split it and kernels get whole tiles; at most ``length``."""
     step = shard_count("length") * (TILE if length >= MANY_TILES * TILE else 1)
     return min(length, -(-count // step) * step)

@@ -1,6 +1,6 @@
-"""Mixture of experts: the layer, its experts on a mesh, and dense models turned into one.
+"""Mixture of experts: the layer, its experts on a mesh, and upcycling of dense models.
 
-It may import ``models.components``, ``models.linear`` and ``models.mlp``.
+It may import ``models.components``, ``models.quantization`` and ``models.mlp``; only ``upcycle`` imports the decoder.
 """
 
 from efftrain.models.moe.layer import DISPATCH as DISPATCH

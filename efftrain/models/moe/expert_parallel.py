@@ -1,8 +1,8 @@
-"""The experts of a mixture on a mesh: every device lays out its own tokens, and sends rows to the experts' devices.
+"""Expert parallelism: every device groups its own tokens by expert, and sends rows to the devices of the experts.
 
-One function on one device (``run_experts``), called within ``shard_map`` where there is a mesh. Over the mesh axis that
-splits the experts two all-to-alls carry rows there and back, each device sending every other the same number of rows,
-so that shapes are static (GShard, Lepikhin et al. 2020; ragged exchanges do not exist on CPU).
+There is one function for one device (``_on_one_device``), called within ``shard_map`` if there is a mesh. Over
+the mesh axis that splits the experts, two all-to-alls carry rows there and back. Each device sends every other the same
+number of rows, so that shapes are static (GShard, Lepikhin et al. 2020; ragged exchanges do not exist on CPU).
 """
 
 import math
@@ -27,11 +27,11 @@ class ExpertRun:
     """How experts are computed.
 
     Attributes:
-      n_experts: over all devices.
-      dispatch: see ``ops.grouped_matmul``; where there are not more assignments than experts, it is "each".
-      capacity: tokens -> rows of an expert, for "capacity".
-      exchange_factor: rows from a device to another over the mean; None: as many as there can be.
-      saliency: sum gate x output norm for each expert, for pruning.
+      n_experts: number of experts over all devices.
+      dispatch: see ``ops.grouped_matmul``; if there are not more assignments than experts, "each" is used.
+      capacity: function from the number of tokens to the number of rows of an expert, for "capacity".
+      exchange_factor: number of rows from one device to another, relative to the mean. None: the largest possible one.
+      saliency: sum gate times output norm for each expert, for pruning.
     """
 
     n_experts: int
@@ -41,7 +41,7 @@ class ExpertRun:
     saliency: bool
 
     def sent_rows(self, n_assignments: int, devices: int) -> int:
-        """Rows from a device to each of so many, itself included."""
+        """Number of rows that a device sends to each of ``devices`` devices, including itself."""
         if self.exchange_factor is None:
             return n_assignments
         return min(math.ceil(self.exchange_factor * n_assignments / devices), n_assignments)
@@ -50,13 +50,13 @@ class ExpertRun:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Experts:
-    """What the experts of a layer return.
+    """Output of the experts of a layer.
 
     Attributes:
       y: (..., d_model) in the dtype of x.
-      loads_e: (experts,) float32 assignments, also those that were dropped.
-      dropped: () float32 of them.
-      saliency_e: (experts,) float32, zeros where it was not asked for.
+      loads_e: (experts,) float32, number of assignments, including dropped ones.
+      dropped: () float32, number of dropped assignments.
+      saliency_e: (experts,) float32; zeros if it was not requested.
     """
 
     y: Array
@@ -66,17 +66,17 @@ class Experts:
 
 
 def experts_on_mesh(x_btd: Array, experts_btk: Array, gates_btk: Array, weights: Weights, run: ExpertRun) -> Experts:
-    """The experts of all tokens, whatever the mesh splits: rows, tokens, experts, their hidden width.
+    """Computes the experts of all tokens on a mesh that may split rows, tokens, experts and their hidden width.
 
     Args:
       x_btd: (batch, length, d_model).
-      experts_btk: (batch, length, k) int32; ``n_experts`` for an assignment to none, as of padding.
+      experts_btk: (batch, length, k) int32; ``n_experts`` for an assignment to no expert, as for padding.
       gates_btk: (batch, length, k) float32.
       weights: gate and up (experts, d_model, hidden) and down (experts, hidden, d_model), in the dtype of x.
-      run: how.
+      run: how the experts are computed.
 
     Raises:
-      ConfigError: a dimension that the mesh cannot split, see ``ShardingRules.resolve``.
+      ConfigError: the mesh cannot split a dimension, see ``ShardingRules.resolve``.
     """
     tokens = activation_spec(x_btd.shape, "batch", "length", None)
     if tokens is None:
@@ -85,8 +85,8 @@ def experts_on_mesh(x_btd: Array, experts_btk: Array, gates_btk: Array, weights:
     into = activation_spec(weights[0].shape, "experts", None, "mlp")
     out = activation_spec(weights[2].shape, "experts", "mlp", None)
     rows = (*activation_axes("batch"), *activation_axes("length")) or None
-    # A device has some of the hidden columns, so its outputs are parts of a sum over ``tensor``. They leave with that
-    # axis and are summed outside, where the compiler sums once forward and not at all backward.
+    # A device has some of the hidden columns, so that its outputs are parts of a sum over ``tensor``. They keep that
+    # axis and are summed outside, where the compiler sums once in the forward pass and not at all in the backward pass.
     parts = Experts(
         y=PartitionSpec(tensor or None, *tokens), loads_e=PartitionSpec(rows), dropped=PartitionSpec(rows),
         saliency_e=PartitionSpec(rows),
@@ -124,11 +124,14 @@ def _on_one_device(
 def _local_experts(
     x_nd: Array, experts_nk: Array, *, weights: Weights, run: ExpertRun, n_tokens: int
 ) -> tuple[Array, Layout, Array]:
-    """Rows by the experts that this device has; where they stand; how many assignments found no row.
+    """Returns the output rows of this device's experts, their layout, and the number of assignments without a row.
 
     Args:
-      experts_nk: numbers among this device's experts; as many as there are of them stands for none.
-      n_tokens: that an expert's capacity is reckoned from.
+      x_nd: (tokens, d_model).
+      experts_nk: indices among this device's experts; the index after the last one means no expert.
+      weights: of this device's experts.
+      run: how the experts are computed.
+      n_tokens: number of tokens from which the capacity of an expert is computed.
     """
     n_local = weights[0].shape[0]
     dispatch = "each" if experts_nk.size <= n_local else run.dispatch
@@ -139,7 +142,7 @@ def _local_experts(
 
 
 def _exchange(x_nd: Array, experts_nk: Array, local, run: ExpertRun, axes) -> tuple[Array, Layout, Array]:
-    """The same over the devices of ``axes``: rows go to the devices of their experts, and come back to their places."""
+    """``_local_experts`` over the devices of ``axes``: rows go to the devices of their experts and come back."""
     devices = jax.lax.axis_size(axes)
     n_local = run.n_experts // devices
     rows = run.sent_rows(experts_nk.size, devices)
@@ -157,7 +160,7 @@ def _exchange(x_nd: Array, experts_nk: Array, local, run: ExpertRun, axes) -> tu
 
 
 def _saliency(y_rd: Array, where: Layout, experts_nk: Array, gates_nk: Array, n_experts: int) -> Array:
-    """(experts,) sum of gate x norm of the expert's output over its assignments. REAP, Lasby et al. 2025."""
+    """(experts,) sum of gate times norm of the expert's output over its assignments. REAP, Lasby et al. 2025."""
     assignment_r = jnp.maximum(where.assignment_r, 0)
     norm_r = jnp.linalg.norm(jax.lax.stop_gradient(y_rd).astype(jnp.float32), axis=-1)
     value_r = jnp.where(where.assignment_r >= 0, norm_r * gates_nk.reshape(-1)[assignment_r], 0)

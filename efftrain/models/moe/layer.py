@@ -1,4 +1,4 @@
-"""A feed-forward part of many experts, of which each token uses a few."""
+"""Mixture of experts: a feed-forward part of many experts, of which each token uses a few."""
 
 import functools
 import math
@@ -32,40 +32,41 @@ from efftrain.ops.routing import (
 )
 from efftrain.progress import console
 
-# The dropless dispatch of each platform. cpu: measured (tests/bench/results/moe.json). tpu: compiled, not run here.
-# gpu: not measured, and not ragged_dot, which may be dense there.
+# The dropless dispatch of each platform. cpu: the fastest one measured (tests/bench/results/moe.json). tpu: compiled
+# only, not run. gpu: not measured; not ragged_dot, which may be dense there.
 DISPATCH: dict[str, Dispatch] = {"cpu": "blocks", "gpu": "blocks", "tpu": "megablox"}
 
-STARVED_SHARE = 0.01  # of the mean load: an expert below it learns next to nothing
+STARVED_SHARE = 0.01  # share of the mean load below which an expert learns next to nothing
 STARVED_STEPS = 500
-COLLAPSED = "moe/collapsed"  # the share of experts that have starved for STARVED_STEPS
+COLLAPSED = "moe/collapsed"  # metric: share of the experts that have starved for STARVED_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoE(MlpConfig):
-    """Routed SwiGLU experts. A token costs ``top_k + n_shared`` experts, memory holds all of them.
+    """Routed SwiGLU experts. A token costs ``top_k + n_shared`` experts; memory holds all of them.
 
-    Padding (segment 0) goes to no routed expert: it takes no rows, and is in no load, loss or metric.
+    Padding (segment 0) goes to no routed expert: it takes no rows, and is not part of any load, loss or metric.
 
     Attributes:
-      n_experts: routed experts.
-      top_k: of which a token uses so many.
+      n_experts: number of routed experts.
+      top_k: number of routed experts per token.
       d_expert: hidden width of an expert.
-      n_shared: experts that every token uses besides, computed as one.
+      n_shared: number of experts that every token uses in addition, computed as one.
       scores: see ``ops.routing.route``.
-      renormalize: the gates of a token sum to 1. None: where top_k is above 1.
-      bias_rate: of the balancing bias (auxiliary-loss-free, see ``ops.routing.balanced_bias``); 0 for none.
-      auxiliary_loss: weight of Switch's balance loss. It pulls against the main loss: small, or 0.
-      z_loss: weight of the router's z-loss, 1e-3 where logits grow.
-      dispatch: how rows reach their experts, see ``ops.grouped_matmul``. "auto": by platform, without dropping;
-        "capacity" drops what does not fit, also in evaluation, whose figures then depend on which rows are computed
-        together; "reference" computes every expert on every token, for tests.
-      capacity_factor: rows of an expert over the mean load of a batch without padding, for "capacity".
-      exchange_factor: of an expert-parallel mesh: rows that a device sends to another over the mean. Rows beyond it are
-        dropped and counted. None: room for every row, which takes memory for as many times the rows as there are
-        devices.
-      saliency: keep gate x output norm of each expert beside its load, for pruning.
-      router: what chooses experts and gates in place of the learned matrix and ``scores``. None: that matrix.
+      renormalize: scale the gates of a token to sum to 1. None: if top_k is above 1.
+      bias_rate: step size of the balancing bias (auxiliary-loss-free balancing, see ``ops.routing.balanced_bias``); 0:
+        no bias.
+      auxiliary_loss: weight of the balance loss of Switch Transformer. It works against the main loss: small, or 0.
+      z_loss: weight of the router's z-loss; 1e-3 if logits grow.
+      dispatch: how rows reach their experts, see ``ops.grouped_matmul``. "auto": by platform, without dropping.
+        "capacity": drops what does not fit, also in evaluation, so that its figures depend on which rows are computed
+        together. "reference": computes every expert on every token, for tests.
+      capacity_factor: number of rows of an expert relative to the mean load of a batch without padding, for "capacity".
+      exchange_factor: on an expert-parallel mesh, number of rows that a device sends to another, relative to the mean.
+        Further rows are dropped and counted. None: space for every row, which multiplies the memory for rows by the
+        number of devices.
+      saliency: record gate times output norm of each expert beside its load, for pruning.
+      router: chooses experts and gates in place of the learned matrix and ``scores``. None: the learned matrix.
     """
 
     n_experts: int = 8
@@ -127,7 +128,7 @@ class MoE(MlpConfig):
         return RoutedExperts(self, d_model, n_layers=n_layers, dtype=dtype, rngs=rngs)
 
     def other_flops(self) -> float:
-        """Of the experts; ``router`` states its own."""
+        """FLOPs of the experts beside their parameter matrices; ``router`` states its own."""
         return 0.0
 
     @property
@@ -135,20 +136,20 @@ class MoE(MlpConfig):
         return self.top_k > 1 if self.renormalize is None else self.renormalize
 
     def capacity(self, n_tokens: int) -> int:
-        """Rows of an expert for so many tokens; never more than there are tokens."""
+        """Number of rows of an expert for ``n_tokens`` tokens, never more than there are tokens."""
         return min(math.ceil(self.capacity_factor * n_tokens * self.top_k / self.n_experts), n_tokens)
 
 
 class BalanceBias(nnx.Variable):
-    """The router's bias: not trained, moved once a step by the global loads."""
+    """Balancing bias of the router: not trained, but moved once per step by the global loads."""
 
 
 class StarvedSteps(nnx.Variable):
-    """For how many steps in a row an expert's load was below ``STARVED_SHARE`` of the mean."""
+    """Number of consecutive steps in which an expert's load was below ``STARVED_SHARE`` of the mean."""
 
 
 class RoutedExperts(nnx.Module):
-    """A router, its experts, and those that all tokens share."""
+    """The module of ``MoE``: a router, its experts, and the experts that all tokens share."""
 
     def __init__(self, config: MoE, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
@@ -164,7 +165,7 @@ class RoutedExperts(nnx.Module):
             self.router = config.router.build(config, d_model, rngs=rngs)
 
         def experts(d_in: int, d_out: int, axes: tuple[str, str], gain: float = 1.0) -> Matrix:
-            # The expert axis is a batch axis: counted into the fan, it would shrink every expert.
+            # The expert axis is a batch axis: as part of the fan-in it would shrink the weights of every expert.
             init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
             shape = (n, d_in, d_out)
             return Matrix(
@@ -236,13 +237,14 @@ class RoutedExperts(nnx.Module):
         return experts_on_mesh(x_btd, experts_btk, gates_btk, (gate, up, down), run)
 
     def after_step(self, statistics: dict[str, Array]) -> dict:
-        """Moves the bias by the loads of a step; the figures of the step.
+        """Moves the balancing bias by the loads of a step; returns the figures of the step.
 
         Args:
-          statistics: of ``__call__``, summed over the step's micro-batches, with the axis of the stacked layers.
+          statistics: ``statistics`` of ``__call__``, summed over the step's micro-batches, with the axis of the stacked
+            layers.
         """
         loads_le = statistics["loads"]
-        used_l = loads_le.sum(-1) > 0  # depth policies may leave a layer out for a step
+        used_l = loads_le.sum(-1) > 0  # depth policies may skip a layer in a step
         moved_le = balanced_bias(self.bias[...], loads_le, self.config.bias_rate)
         self.bias[...] = jnp.where(used_l[:, None], moved_le, self.bias[...])
         relative_le = loads_le / jnp.maximum(loads_le.mean(-1, keepdims=True), 1e-9)
@@ -263,14 +265,14 @@ class RoutedExperts(nnx.Module):
 
 @functools.cache
 def choose_dispatch(dispatch: Dispatch | Literal["auto"], platform: str) -> Dispatch:
-    """The dispatch that is run, never "auto"; said once a process."""
+    """Returns the dispatch that is used, never "auto"; prints it once per process."""
     chosen = DISPATCH[platform] if dispatch == "auto" else dispatch
     console.print(f"experts are dispatched by {chosen!r} ({dispatch!r} on {platform})", markup=False)
     return chosen
 
 
 def every_expert(x_nd: Array, routing: Routing, gate_edf: Array, up_edf: Array, down_efd: Array) -> Array:
-    """(tokens, d_model) float32 by computing all experts on all tokens: the reference of every other way."""
+    """(tokens, d_model) float32, computed by all experts on all tokens: the reference for all dispatches."""
     hidden_enf = jax.nn.silu(jnp.einsum("nd,edf->enf", x_nd, gate_edf)) * jnp.einsum("nd,edf->enf", x_nd, up_edf)
     y_end = jnp.einsum("enf,efd->end", hidden_enf, down_efd)
     n_experts = gate_edf.shape[0]

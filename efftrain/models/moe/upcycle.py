@@ -1,4 +1,4 @@
-"""A trained dense decoder as a mixture of experts that computes the same function, to be trained on."""
+"""Upcycling: turns a trained dense decoder into a mixture of experts that computes the same function."""
 
 from dataclasses import replace
 
@@ -13,19 +13,20 @@ from efftrain.models.moe.layer import MoE, RoutedExperts
 
 
 def upcycle(dense: Decoder, config: ModelConfig, *, rngs: nnx.Rngs) -> Decoder:
-    """Every expert is a copy of its layer's dense feed-forward part; the routers are new.
+    """Returns a mixture of experts whose experts are copies of the dense feed-forward parts; the routers are new.
 
-    The gates of a token sum to 1, so the first step computes what the dense model does. The copies part as they see
-    different tokens. Start at the learning rate at which the dense model was in the middle of its training.
+    The gates of a token sum to 1, so that the first step computes the same as the dense model. The copies become
+    different as they see different tokens. Start at the learning rate that the dense model had in the middle of its
+    training.
 
     Args:
-      dense: trained.
-      config: of the mixture: as the dense model's, but that feed-forward parts may be ``MoE`` with ``d_expert`` equal
-        to ``d_ff``.
-      rngs: of the routers.
+      dense: a trained model.
+      config: configuration of the mixture: that of the dense model, except that feed-forward parts may be ``MoE`` with
+        ``d_expert`` equal to ``d_ff``.
+      rngs: random keys for the routers.
 
     Raises:
-      ConfigError: another shape, or gates that do not sum to 1.
+      ConfigError: the shapes differ, or the gates do not sum to 1.
 
     Source: Komatsuzaki et al. 2022 (sparse upcycling), section 3; gates as in He et al. 2024.
     """
@@ -40,7 +41,7 @@ def upcycle(dense: Decoder, config: ModelConfig, *, rngs: nnx.Rngs) -> Decoder:
 
 
 def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
-    """Raises ``ConfigError`` where ``upcycle`` cannot make the one from the other."""
+    """Raises ``ConfigError`` if ``upcycle`` cannot make a model of ``config`` from one of ``dense``."""
     for name in ("vocab_size", "d_model", "n_layers", "tied_embedding"):
         if getattr(dense, name) != getattr(config, name):
             raise ConfigError(
@@ -71,7 +72,7 @@ def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
 
 
 def _fill(stack: Block, layers: list[Block]) -> None:
-    """Writes single layers into a stacked block."""
+    """Writes the parameters of single layers into a stacked block."""
     routed = isinstance(stack.mlp, RoutedExperts)
     for path, variable in nnx.to_flat_state(nnx.state(stack, nnx.Param)):
         if path[:2] == ("mlp", "router"):

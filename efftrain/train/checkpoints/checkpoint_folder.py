@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: it can be written to, one command writes to it, and its loss is noticed."""
+"""Checks of the folder of a run's checkpoints: that it is writable, used by one command only, and still there."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,13 @@ from efftrain.sharding import hosts
 
 
 def check_writable(directory: epath.Path) -> None:
-    """Makes the folder; leaves nothing in it. The save would find out too, but hours later."""
+    """Creates the folder and checks that every process can write to it; leaves no file in it.
+
+    Checked at the start, because otherwise the first save would fail hours later.
+
+    Raises:
+      RunError: a process cannot write there, or does not see the folder of the first process.
+    """
     probe, seen = directory / f".probe-{hosts.process_index()}", directory / ".probe-0"
 
     def explain(error: BaseException) -> RunError:
@@ -48,12 +54,13 @@ def check_writable(directory: epath.Path) -> None:
 
 
 def lock_folder(directory: Path | epath.Path) -> Lock | None:
-    """Keeps other commands from the folder, also runs that have it from --training.checkpoints.
+    """Locks the folder against other commands, including runs that use it through --training.checkpoints.
 
-    The first of several processes holds the lock; None for the others, and on a bucket, which has no locks.
+    Returns:
+      The lock. None: on every process but the first of several, and for a bucket, which has no locks.
 
     Raises:
-      InUseError: another command writes there.
+      InUseError: another command writes to the folder.
       RunError: the lock cannot be written.
     """
     lock = None
@@ -70,9 +77,13 @@ def lock_folder(directory: Path | epath.Path) -> Lock | None:
 
 
 def vanished(directory: Path | epath.Path, steps: Sequence[int]) -> bool:
-    """Whether the folder, or checkpoints that this run left in it, were moved or deleted by somebody else.
+    """Returns whether somebody else moved or deleted the folder, or checkpoints of this run in it; warns if so.
 
-    A warning names them. All processes must call it, between two saves.
+    All processes must call it, between two saves.
+
+    Args:
+      directory: the folder of the checkpoints.
+      steps: steps of the checkpoints that this run left in the folder.
     """
     folder = epath.Path(directory)
 

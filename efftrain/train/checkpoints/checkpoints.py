@@ -21,29 +21,29 @@ from efftrain.train.checkpoints.fingerprints import fingerprints
 from efftrain.train.checkpoints.finite import check_finite
 from efftrain.train.checkpoints.sparse_storage import BITS, expand, squeeze, stored_names
 
-# Orbax reports each save in ten lines, and each failure once a thread before it raises.
+# Orbax logs each save in ten lines, and each failure once per thread before it raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    The state is kept as a flat dict from path (``params/embedding/table``) to array, so that a checkpoint can be read
-    without the classes that made it, and onto any mesh. Beside it stand a fingerprint of each array and of the data
-    iterator's state: Orbax does not notice when the bytes of an array change on disk.
+    The state is stored as a flat dict from path (``params/embedding/table``) to array, so that a checkpoint can be read
+    without the classes that made it, and onto any mesh. It is stored with a fingerprint of each array and of the data
+    iterator's state, because Orbax does not notice when the bytes of an array change on disk.
 
-    Of several processes each writes and reads the shards of its own devices, in one folder that all of them see.
-    Where the folder is moved or deleted meanwhile, a warning says so, and the next checkpoint makes it again.
+    With several processes, each writes and reads the shards of its own devices, in one folder that all of them see.
+    If the folder is moved or deleted during the run, a warning says so, and the next checkpoint creates it again.
 
     Args:
-      directory: where they are; a path, or a URL that etils knows (gs://bucket/folder).
-      keep: so many of the newest stay. None: all.
-      keep_every: those whose step is a multiple of it stay too.
-      read_only: nothing is made, tidied or deleted: another process may be writing here.
+      directory: folder of the checkpoints: a path, or a URL that etils knows (gs://bucket/folder).
+      keep: number of newest checkpoints that are kept. None: all.
+      keep_every: checkpoints whose step is a multiple of this are kept too. None: only the newest.
+      read_only: create, tidy and delete nothing, because another process may be writing to the folder.
 
     Raises:
       InUseError: another command writes to the folder.
-      RunError: the folder cannot be written to by one of the processes, or is not the same one for all.
+      RunError: a process cannot write to the folder, or the processes see different folders.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Checkpoints:
                 read_only=read_only,
                 create=False,
                 cleanup_tmp_directories=not read_only,  # left by a process that was killed while it saved
-                # With names, Orbax lets them meet at the coordinator, where a wait has an end, and not on the devices.
+                # With named processes, Orbax synchronises through the coordinator, which has timeouts, not the devices.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     active_processes=set(range(hosts.process_count())) if several else None
                 ),
@@ -84,17 +84,25 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, data_state: Any, config: Any, *, squeezed: bool = False) -> None:
-        """Starts a save and returns once the arrays are copied; a step that is there already is left as it is.
+        """Starts a save and returns once the arrays are copied; a step that is already saved is left unchanged.
 
         Args:
-          squeezed: arrays with many zeros without them (``sparse_storage``); for models, not for runs that go on.
+          step: number of the step.
+          state: pytree of arrays.
+          data_state: state of the data iterator, JSON.
+          config: configuration of the run, JSON.
+          squeezed: store arrays with many zeros without the zeros (``sparse_storage``); for finished models, not for
+            runs that will continue.
+
+        Raises:
+          RunError: the checkpoint, or the one before it, could not be written.
         """
         if step in self._manager.all_steps():
             return
         flat = squeeze(flatten(state)) if squeezed else flatten(state)
         data = {"iterator": data_state, "iterator_digest": digest(data_state), "fingerprints": fingerprints(flat)}
         with self._writing():
-            self._manager.wait_until_finished()  # as the next call would
+            self._manager.wait_until_finished()  # the save would wait too
             if vanished(self.directory, self.steps()):
                 self._manager.reload()
             self._manager.save(
@@ -108,10 +116,10 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when everything started is on disk.
+        """Waits until every save that was started is on disk.
 
         Raises:
-          RunError: it could not be written, or was moved or deleted at once.
+          RunError: a checkpoint could not be written, or was moved or deleted immediately.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -126,7 +134,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Waits for what was started, and closes."""
+        """Waits for the saves that were started, and closes the folder."""
         try:
             with self._writing():
                 self._manager.close()
@@ -138,17 +146,19 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, Any] | None:
-        """The newest complete checkpoint. Newer ones that are damaged are named and moved to ``damaged/`` beside the
-        directory: the run writes them again.
+        """Restores the newest complete checkpoint.
+
+        Newer ones that are damaged are named and moved to ``damaged/`` beside the directory; the run writes them again.
 
         Args:
-          abstract_state: the state as ShapeDtypeStructs; where they carry shardings, the arrays come sharded so.
+          abstract_state: the state as ShapeDtypeStructs; if they carry shardings, the arrays get these shardings.
 
         Returns:
-          (step, state, data iterator's state), or None where there is no checkpoint.
+          (step, state, data iterator's state), or None if there is no checkpoint.
 
         Raises:
-          RunError: the newest complete checkpoint is of another model, or checkpoints exist and none is complete.
+          RunError: the newest complete checkpoint belongs to another model, or there are checkpoints and none is
+            complete.
         """
         wanted = flatten(abstract_state)
         found = self._newest_complete(lambda step: self._read(step, wanted))
@@ -160,14 +170,14 @@ class Checkpoints:
         return step, unflatten(flat, abstract_state), data_state
 
     def restore_model(self, abstract_variables: Any, *, finite: bool = True) -> Any:
-        """Only the model's variables, of the newest complete checkpoint: averaged ones where the run keeps them.
+        """Restores only the model's variables from the newest complete checkpoint, averaged ones if the run keeps them.
 
         Args:
-          abstract_variables: as ShapeDtypeStructs.
-          finite: refuse a model with numbers that are not finite.
+          abstract_variables: the variables as ShapeDtypeStructs.
+          finite: raise an error if the model has numbers that are not finite.
 
         Raises:
-          RunError: as for ``restore``, and where there is no checkpoint; numbers are not finite.
+          RunError: as for ``restore``; also if there is no checkpoint, or if numbers are not finite.
         """
         variables = flatten(abstract_variables)
         found = self._newest_complete(lambda step: self._read_model(step, variables))
@@ -179,10 +189,13 @@ class Checkpoints:
         return unflatten(arrays, abstract_variables)
 
     def model_arrays(self, abstract_variables: Any) -> Iterator[tuple[str, Array]]:
-        """What ``restore_model`` reads, array by array, large ones first: no two are held here at once.
+        """Yields (name, array) of what ``restore_model`` reads, large arrays first; only one is held here at a time.
+
+        Args:
+          abstract_variables: the variables as ShapeDtypeStructs.
 
         Raises:
-          RunError: as there; also where an array after the first is damaged.
+          RunError: as for ``restore_model``; also if an array after the first is damaged.
         """
         variables = flatten(abstract_variables)
         first, *rest = sorted(variables, key=lambda name: (-variables[name].size, name))
@@ -211,19 +224,20 @@ class Checkpoints:
     def restore_step(
         self, step: int, abstract_state: Any, *, new: tuple[str, ...], instead: tuple[str, str]
     ) -> tuple[dict[str, Array], Any]:
-        """One checkpoint, for another run to go on from.
+        """Restores one checkpoint, from which another run continues.
 
         Args:
-          step: of a checkpoint that is there.
-          abstract_state: of the run that goes on, with shardings.
-          new: arrays with one of these in their names may be lacking.
-          instead: a beginning of names, and the one that it has in a checkpoint where there is none that begins so.
+          step: step of an existing checkpoint.
+          abstract_state: state of the other run as ShapeDtypeStructs with shardings.
+          new: arrays with one of these words in their names may be missing in the checkpoint.
+          instead: two prefixes of names. If no name in the checkpoint begins with the first, arrays whose names begin
+            with it are read from the names that begin with the second instead.
 
         Returns:
           (arrays by name, data iterator's state).
 
         Raises:
-          RunError: the checkpoint is damaged, holds a model alone, or is of another model or optimizer.
+          RunError: the checkpoint is damaged, holds only a model, or belongs to another model or optimizer.
         """
         saved, (ours, theirs) = self._saved_shapes(step), instead
         if not any(name.startswith(theirs) for name in saved):
@@ -247,7 +261,7 @@ class Checkpoints:
                 return step, read(step)
             except RunError:
                 raise
-            except Exception as error:  # Orbax has no one class for a file that is missing, short or altered
+            except Exception as error:  # Orbax has no single class for a file that is missing, short or altered
                 damaged.append(str(step))
                 _ignore_late_callbacks()
                 console.print(
@@ -264,7 +278,7 @@ class Checkpoints:
         return None
 
     def _saved_shapes(self, step: int) -> dict[str, Any]:
-        """Read once: ``model_arrays`` asks for every array, and a checkpoint that is complete does not change."""
+        """Read once: ``model_arrays`` asks for every array, and a complete checkpoint does not change."""
         if step not in self._shapes:
             self._shapes[step] = dict(self._manager.item_metadata(step)["state"].tree)
         return self._shapes[step]
@@ -306,7 +320,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Of one checkpoint, where there is no other to fall back to."""
+        """Turns errors while reading a checkpoint, where there is no other to fall back to, into a RunError."""
         try:
             yield
         except RunError:
@@ -320,7 +334,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Errors of the file system, which Orbax wraps in several ways and often raises one save later."""
+        """Turns file system errors, which Orbax wraps in several ways and often raises a save later, into RunErrors."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -333,7 +347,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _all_or_none() -> Iterator[None]:
-    """What fails on one process, fails on all: what follows is computed by all of them together."""
+    """Makes an error on one process an error on all, because they compute together what follows."""
     problem = None
     try:
         yield
@@ -348,12 +362,12 @@ def _all_or_none() -> Iterator[None]:
 
 
 def flatten(state: Any) -> dict[str, Any]:
-    """A pytree as {path: leaf}, with paths such as ``params/blocks/0/mlp/up/kernel``."""
+    """Flattens a pytree to {path: leaf}, with paths such as ``params/blocks/0/mlp/up/kernel``."""
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
 def unflatten(flat: dict[str, Any], like: Any) -> Any:
-    """The inverse of ``flatten``, in the structure of ``like``."""
+    """Inverse of ``flatten``, in the structure of ``like``."""
     paths, tree = jax.tree_util.tree_flatten_with_path(like)
     return jax.tree.unflatten(tree, [flat[_name(path)] for path, _ in paths])
 
@@ -376,7 +390,7 @@ def _check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> N
         {k: str(tuple(v.shape)) for k, v in saved.items()},
         {k: str(tuple(v.shape)) for k, v in wanted.items()},
     )
-    lines.sort(key=lambda line: not line.startswith("params/"))  # the optimizer only follows
+    lines.sort(key=lambda line: not line.startswith("params/"))  # the optimizer state only follows the parameters
     if lines:
         raise RunError(
             f"{where} is a checkpoint of another model or optimizer: {lines[0]}"
@@ -386,7 +400,7 @@ def _check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> N
 
 
 def _ignore_late_callbacks() -> None:
-    """Orbax closes its event loop when one file fails, and every other file then prints a traceback."""
+    """Hides tracebacks: when one file fails, Orbax closes its event loop, and every other file then prints one."""
     before = sys.unraisablehook
 
     def hook(report: Any) -> None:

@@ -1,4 +1,4 @@
-"""A few bits that stand for the content of an array, whatever mesh it lies on."""
+"""Fingerprints of arrays: a few bits that identify the content of an array, on whatever mesh it is."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from efftrain.sharding.rules import without_mesh
 
 
 def fingerprints(flat: dict[str, Any]) -> dict[str, int]:
-    """32 bits of each array, the same on every mesh."""
+    """Returns a 32-bit fingerprint of each array, which is the same on every mesh."""
     found = {}
-    with without_mesh():  # a model that is read for one device while a run goes on has none of the run's devices
+    with without_mesh():  # a model read onto one device during a run is on none of the run's mesh devices
         for name, array in flat.items():
             found[name] = _fingerprint(array)
-            if _on_several_cpus(array):  # many all-reduces in flight block fake devices on CPU for ever
+            if _on_several_cpus(array):  # many all-reduces in flight deadlock fake devices on CPU
                 found[name].block_until_ready()
     return {name: int(value) for name, value in jax.device_get(found).items()}
 
@@ -27,10 +27,10 @@ def _on_several_cpus(array: Any) -> bool:
 
 @jax.jit
 def _fingerprint(x: Array) -> Array:
-    """The sum of all elements' bits, each times an odd number that says its place; modulo 2^32.
+    """The sum modulo 2^32 of all elements' bits, each times an odd number that depends on its index.
 
-    An odd factor is invertible, so that no change of a single element goes unnoticed; and an integer sum does not
-    depend on its order, so that no sharding changes it.
+    An odd factor is invertible, so that every change of a single element is noticed. An integer sum does not depend on
+    its order, so that the sharding has no influence.
     """
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)

@@ -1,4 +1,4 @@
-"""Numbers of a saved model that are not finite: refused where a model is read, before anything is made of it."""
+"""The check of a saved model for numbers that are not finite, made where a model is read, before it is used."""
 
 from collections.abc import Iterable
 
@@ -12,16 +12,16 @@ BLOCKS = "blocks/"
 
 
 def check_finite(array: Array, name: str, names: Iterable[str], source: object) -> None:
-    """Refuses an array of a model with a number that is not finite.
+    """Raises an error if an array of a model has a number that is not finite.
 
     Args:
-      array: of any dtype and sharding; those of blocks are stacked, layers first.
-      name: of the array, such as ``blocks/0/mlp/up/kernel``, where 0 is the position in the pattern.
-      names: of all arrays of the model.
-      source: where the model was read from, for the error.
+      array: any dtype and sharding; arrays of blocks are stacked, with the layers as the first axis.
+      name: name of the array, such as ``blocks/0/mlp/up/kernel``, where 0 is the position in the pattern.
+      names: names of all arrays of the model.
+      source: where the model was read from, for the error message.
 
     Raises:
-      RunError: the sentence names the matrix and, in a block, the layer.
+      RunError: the message names the array and, in a block, the layer.
     """
     if not jnp.issubdtype(array.dtype, jnp.inexact) or _is_finite(array):
         return

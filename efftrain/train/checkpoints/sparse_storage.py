@@ -1,4 +1,4 @@
-"""Arrays with many zeros, stored as a bit for each number and the numbers that are not zero."""
+"""Sparse storage of arrays with many zeros, as one bit per number and the numbers that are not zero."""
 
 from typing import Any
 
@@ -9,14 +9,15 @@ from jax import Array
 from efftrain.errors import RunError
 from efftrain.ops.masks import count_zeros
 
-BITS, VALUES = "#bits", "#values"  # behind an array's name
-WORTH = 0.95  # of an array's bytes
+BITS, VALUES = "#bits", "#values"  # suffixes of an array's name
+WORTH = 0.95  # an array is stored sparsely if that takes at most this share of its bytes
 
 
 def squeeze(flat: dict[str, Array]) -> dict[str, Array]:
-    """Arrays by name; in place of each that takes fewer bytes so its bits (uint8) and values. Of one process.
+    """Replaces each array that becomes smaller by its bits (uint8) and its nonzero values; inverse of ``expand``.
 
-    The inverse is ``expand``.
+    Args:
+      flat: arrays by name, all on this process.
     """
     found = {}
     for name, array in flat.items():
@@ -24,20 +25,20 @@ def squeeze(flat: dict[str, Array]) -> dict[str, Array]:
         if values is None or not values.any() or sparse_bytes(array) > WORTH * values.nbytes:
             found[name] = array
             continue
-        mask = values.view(f"u{values.itemsize}") != 0  # the bits: -0.0 is a value
+        mask = values.view(f"u{values.itemsize}") != 0  # compares bits, because -0.0 counts as a value
         found[name + BITS] = jax.numpy.asarray(np.packbits(mask, axis=-1))
         found[name + VALUES] = jax.numpy.asarray(values[mask])
     return found
 
 
 def stored_names(wanted: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """What has to be read for ``wanted``, where some of it was squeezed: shapes from ``saved``."""
+    """Returns the arrays to read for ``wanted``, as shapes: bits and values (from ``saved``) where one was squeezed."""
     found = {}
     for name, like in wanted.items():
         if name in saved or name + BITS not in saved:
             found[name] = like
             continue
-        # On one device, whatever mesh the whole array goes to.
+        # On one device, whatever mesh the whole array is for.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         for end, dtype in ((BITS, np.uint8), (VALUES, like.dtype)):
             found[name + end] = jax.ShapeDtypeStruct(tuple(saved[name + end].shape), dtype, sharding=here)
@@ -45,10 +46,10 @@ def stored_names(wanted: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
 
 
 def expand(stored: dict[str, Array], wanted: dict[str, Any]) -> dict[str, Array]:
-    """The arrays of ``wanted`` (shapes with shardings) from what ``stored_names`` said.
+    """Rebuilds the arrays of ``wanted`` (shapes with shardings) from the arrays that ``stored_names`` named.
 
     Raises:
-      RunError: an array has another shape than was stored.
+      RunError: an array was stored with another shape.
     """
     found = {}
     for name, like in wanted.items():
@@ -67,6 +68,6 @@ def expand(stored: dict[str, Array], wanted: dict[str, Any]) -> dict[str, Array]
 
 
 def sparse_bytes(array: Array) -> int:
-    """Of bits and values of an array."""
+    """Number of bytes that the bits and values of an array take."""
     bits = array.size // array.shape[-1] * -(-array.shape[-1] // 8)
     return bits + (array.size - count_zeros(array)) * array.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What a run shows and keeps of itself: progress, metrics.jsonl, TensorBoard, alerts, times, traces.
+"""Metrics of a run and how they are shown and kept: progress, metrics.jsonl, TensorBoard, alerts, times, traces.
 
-It may import ``train.run``; the loop imports it.
+It may import ``train.run`` and ``train.objectives``; the loop imports it.
 """

@@ -1,4 +1,4 @@
-"""Figures of a step that say that a run is going wrong, and what to do about it."""
+"""Alerts: warnings when a metric of a step says that the run is going wrong, with what to do about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,13 @@ from efftrain.models.moe import layer as moe
 
 @dataclass(frozen=True)
 class Alarm:
-    """What is said, once, when a figure of the training metrics rises above ``above``."""
+    """A warning that is printed once, when a figure of the training metrics rises above a limit.
+
+    Attributes:
+      figure: name of the metric.
+      above: the limit.
+      sentence: the text of the warning.
+    """
 
     figure: str
     above: float
@@ -26,13 +32,13 @@ ALARMS = (
 
 
 class Alerts:
-    """Says each alarm the first time that its figure calls for it."""
+    """Gives each alarm the first time that its figure is above the limit."""
 
     def __init__(self) -> None:
         self._waiting = list(ALARMS)
 
     def heard(self, figures: Mapping[str, float]) -> list[str]:
-        """The sentences that a step's figures call for."""
+        """Returns the sentences of the alarms that a step's figures set off for the first time."""
         found = [alarm for alarm in self._waiting if figures.get(alarm.figure, 0.0) > alarm.above]
         self._waiting = [alarm for alarm in self._waiting if alarm not in found]
         return [f"{alarm.sentence} ({alarm.figure} {figures[alarm.figure]:.3g})" for alarm in found]

@@ -1,4 +1,4 @@
-"""What a run shows and keeps of itself while it goes: progress, metrics, times."""
+"""The metric logger: it shows the progress of a run and writes its metrics and times."""
 
 import contextlib
 import signal
@@ -19,19 +19,19 @@ from efftrain.train.objectives.objective import Metrics
 from efftrain.train.run.directory import Run, read_json
 from efftrain.train.run.identity import FIGURES
 
-VOTES = "votes"  # among the metrics of several processes: process * 256 + signal that asks it to stop, or -1
+VOTES = "votes"  # metric of several processes: process * 256 + the signal that asked it to stop, or -1 if none did
 
 
 class MetricLogger:
     """Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host.
 
-    Of several processes all read, and the first one writes.
+    With several processes, all read the metrics, and the first one writes them.
 
     Args:
-      run: where they are written.
-      timing: of this run's step.
-      start: the step that was restored, 0 for a new run.
-      steps: the last one.
+      run: the run that the metrics are written to.
+      timing: times of this process.
+      start: step that was restored, 0 for a new run.
+      steps: last step of the run.
       max_bad_steps: see ``Training``.
       sinks: see ``fit``.
     """
@@ -63,19 +63,22 @@ class MetricLogger:
 
     def __exit__(self, *exception: Any) -> None:
         self.progress.__exit__(*exception)
-        with contextlib.ExitStack() as stack:  # all are closed, whichever fails
+        with contextlib.ExitStack() as stack:  # closes all of them, even if one fails
             for end in [sink.close for sink in self._sinks] + ([self._log.close] if self._log else []):
                 stack.callback(end)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens within counts as this phase (see ``Timing``), also in a profile."""
+        """Counts the time in this context as the given phase (see ``Timing``), and marks it in a profile."""
         with self._timing.phase(name), jax.profiler.TraceAnnotation(name):
             yield
 
     def compile(self, program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
-        """Compiles for these arguments; notes what it took, whether it came from the cache of an earlier process, and,
-        where the platform says it, the memory that the program needs."""
+        """Compiles a jitted function for these arguments.
+
+        Records whether it came from the compilation cache of an earlier process and, where the platform reports it, the
+        memory that the program needs.
+        """
         self.progress.note("compiling")
         events: list[str] = []
 
@@ -101,17 +104,23 @@ class MetricLogger:
         return compiled
 
     def push(self, number: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step that was just dispatched, and writes those of the one before.
+        """Takes the metrics of a step that was just dispatched, and writes those of the step before.
 
         Args:
-          number: of the step.
-          metrics: its (sum, count) pairs, on the device.
+          number: number of the step.
+          metrics: (sum, count) pairs on the device.
+
+        Raises:
+          RunError: too many consecutive steps were not finite.
         """
         self._write_pending()
         self._pending = number, metrics
 
     def flush(self) -> None:
-        """Waits for the last step. It has no time: nothing was dispatched behind it; nor has what follows."""
+        """Waits for the last step and writes its metrics.
+
+        That step and the next one get no step time, because the device does not go from one to the other at once.
+        """
         self._timing.interrupt()
         self._write_pending()
         if self._log:
@@ -119,8 +128,10 @@ class MetricLogger:
         self._timing.interrupt()
 
     def asked_before(self, number: int) -> str | None:
-        """The signal that asked one of several processes to stop, and whose, known from the steps before this one: the
-        same on all, also where one of them has read further."""
+        """Returns the signal that asked a process to stop, and which process, if a step before this one reported it.
+
+        For several processes: the answer is the same on all, even if one of them has read the metrics of later steps.
+        """
         return self._asked[1] if self._asked and self._asked[0] < number else None
 
     def write_evaluation(self, number: int, values: dict[str, float]) -> None:
@@ -131,7 +142,7 @@ class MetricLogger:
         self.progress.print(f"step {number}, validation: {figures}")
 
     def write_figures(self) -> dict[str, float]:
-        """Keeps the times of this process in the run, and returns them."""
+        """Writes the times of this process to the run, and returns them."""
         figures = self._figures | self._timing.figures()
         if hosts.process_index() == 0:
             self._run.write_json(FIGURES, figures)
@@ -171,6 +182,6 @@ class MetricLogger:
 
 
 def read_figures(run: Run) -> dict[str, float]:
-    """The times that the process that trained the run last has kept; none where it was killed before."""
+    """Returns the times that the last process of the run wrote; empty if it was killed before that."""
     path = run.path / FIGURES
     return read_json(path) if path.exists() else {}

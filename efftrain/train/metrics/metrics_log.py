@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and the TensorBoard events of a run: written row by row, read back whatever befell the file."""
+"""``metrics.jsonl`` and the TensorBoard events of a run: written row by row, and read even from a damaged file."""
 
 import itertools
 import json
@@ -16,21 +16,21 @@ from efftrain.progress import console
 from efftrain.train.run.writing import writing
 
 FILE_NAME = "metrics.jsonl"
-# A row ends with its line, or where the next one begins: what was cut off has no end of line.
+# A row ends at its end of line, or where the next one begins: a row that was cut off has no end of line.
 _ROW_ENDS = re.compile(rb'\n|(?=\{"step": ?\d)')
 
 Row = dict[str, Any]
 
 
 class MetricsLog:
-    """``metrics.jsonl`` and TensorBoard events: one row a step, in order, also after a restart.
+    """Writes ``metrics.jsonl`` and TensorBoard events: one row per step, in order, also after a restart.
 
-    In a damaged file every row that can be read stays; of two rows of one step and split the newer one does. A warning
-    says what was lost, and the file as it was stays beside the new one.
+    Of a damaged file, every row that can be read is kept; of two rows of the same step and split, the newer one. A
+    warning says what was lost, and a copy of the damaged file is kept beside the new one.
 
     Args:
-      directory: of the run.
-      after_step: the step that was restored. Rows of later steps are taken back: they will be written again.
+      directory: the run directory.
+      after_step: step that was restored. Rows of later steps are removed, because they will be written again.
     """
 
     def __init__(self, directory: Path, *, after_step: int):
@@ -49,14 +49,14 @@ class MetricsLog:
         split: str = "train",
         arrays: Mapping[str, list] | None = None,
     ) -> None:
-        """A figure that is not finite becomes null: JSON has no word for it. Arrays stay out of TensorBoard."""
+        """Writes a row; a figure that is not finite becomes null, which JSON can express. Arrays skip TensorBoard."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with writing(self._path):
             self._file.write(json.dumps({"step": step, "split": split, **finite, **finite_json(arrays or {})}) + "\n")
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def flush(self) -> None:
-        """What was written survives the process from here on."""
+        """Makes the rows written so far survive the process."""
         with writing(self._path):
             self._events.flush()
 
@@ -67,10 +67,10 @@ class MetricsLog:
 
 
 class Events:
-    """A TensorBoard event file. Written in this thread: the thread of ``SummaryWriter`` hangs when the disk is full."""
+    """A TensorBoard event file, written in this thread: ``SummaryWriter``'s own thread hangs when the disk is full."""
 
     def __init__(self, directory: Path, *, after_step: int):
-        """TensorBoard drops what earlier files say of steps after ``after_step``."""
+        """Starts a file; TensorBoard then drops what earlier files say of steps after ``after_step``."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
@@ -93,7 +93,7 @@ class Events:
 
 
 def read_metrics(directory: Path | str, split: str = "train") -> list[Row]:
-    """The rows of ``metrics.jsonl`` of one split. Lines that cannot be read are left out, with a warning."""
+    """Reads the rows of ``metrics.jsonl`` of one split. Lines that cannot be read are skipped, with a warning."""
     path = Path(directory) / FILE_NAME
     rows, n_lost = _parse(path.read_bytes())
     if n_lost:
@@ -102,14 +102,14 @@ def read_metrics(directory: Path | str, split: str = "train") -> list[Row]:
 
 
 def keep_lost_rows(directory: Path, *, after_step: int, expected: int) -> None:
-    """Keeps a copy of rows that are about to be taken back, and says so, where they are of too many steps.
+    """Keeps a copy of the rows that are about to be removed, with a warning, if they are of too many steps.
 
-    Their checkpoints were moved, deleted or damaged, and training does not bring back what was measured then.
+    The checkpoints of these steps were moved, deleted or damaged, and training does not restore what was measured then.
 
     Args:
-      directory: of the run.
-      after_step: the step that was restored.
-      expected: steps that a process which is killed may lose.
+      directory: the run directory.
+      after_step: step that was restored.
+      expected: number of steps that a killed process may lose.
     """
     path = directory / FILE_NAME
     newest = max((row["step"] for row in _parse(path.read_bytes())[0]), default=0) if path.exists() else 0
@@ -126,7 +126,7 @@ def keep_lost_rows(directory: Path, *, after_step: int, expected: int) -> None:
 
 
 def _mend(path: Path, after_step: int) -> None:
-    """Leaves the rows up to this step, each once and in their order."""
+    """Rewrites the file with the rows up to this step, each once and in order."""
     found, n_lost = _parse(path.read_bytes())
     past = [row for row in found if row["step"] <= after_step]
     newest = {(row["step"], row["split"]): row for row in past}
@@ -149,15 +149,15 @@ def _mend(path: Path, after_step: int) -> None:
 
 
 def _missing(rows: list[Row], after_step: int) -> list[int]:
-    """Steps without a row. A branch has none before its first, nor has a run that left its older rows elsewhere."""
+    """Steps without a row, from the first row on: a branch has none before, and old rows may be elsewhere."""
     steps = {row["step"] for row in rows if row["split"] == "train"}
     return [step for step in range(min(steps), after_step + 1) if step not in steps] if steps else []
 
 
 def _parse(content: bytes) -> tuple[list[Row], int]:
-    """The rows in the order of the file, and the number of pieces that are none.
+    """Returns the rows in the order of the file, and the number of pieces that are not a row.
 
-    A last piece without an end of line does not count: a process was killed while it wrote it, or is writing it now.
+    A last piece without an end of line is not counted: a process was killed while writing it, or is writing it now.
     """
     rows, n_lost = [], 0
     *pieces, last = _ROW_ENDS.split(content)

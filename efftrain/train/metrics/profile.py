@@ -1,7 +1,7 @@
-"""A trace of chosen steps: what the host and the devices did, and when.
+"""The profiler trace of chosen steps: what the host and the devices did, and when.
 
-Calls of Python functions are not in it. Their tracer hooks into every thread of the process, slows each call down, and
-has ended a long-lived process with a segmentation fault; the phases of a step are annotated instead.
+The trace has no calls of Python functions. Their tracer hooks into every thread of the process, slows each call down,
+and has ended a long-lived process with a segmentation fault; the phases of a step are annotated instead.
 """
 
 from pathlib import Path
@@ -15,14 +15,14 @@ from efftrain.train.metrics.metric_logger import MetricLogger
 
 
 def parse_steps(text: str, steps: int) -> tuple[int, int]:
-    """``"10:15"`` as (10, 15): the first and the last step, both included.
+    """Parses ``"10:15"`` to (10, 15): the first and the last step, both included.
 
     Args:
-      text: of ``training.profile``.
-      steps: of the whole run.
+      text: value of ``training.profile``.
+      steps: number of steps of the whole run.
 
     Raises:
-      ConfigError: it is not two steps of the run, in order.
+      ConfigError: the text is not two steps of the run, in order.
     """
     try:
         first, last = map(int, text.split(":"))
@@ -36,13 +36,13 @@ def parse_steps(text: str, steps: int) -> tuple[int, int]:
 
 
 class Profiler:
-    """Traces the chosen steps into a directory; of several processes, the first one does. A context manager.
+    """Context manager that traces the chosen steps into a directory; with several processes, only the first traces.
 
     Args:
-      chosen: first and last step, or None for nothing.
-      directory: of the trace.
-      recorder: keeps what starting and writing a trace take out of the steps' times.
-      start: the step that was restored.
+      chosen: first and last step. None: no trace.
+      directory: where the trace is written.
+      recorder: counts the time for starting and writing the trace apart from the steps.
+      start: step that was restored.
     """
 
     def __init__(self, chosen: tuple[int, int] | None, directory: Path, recorder: MetricLogger, *, start: int):
@@ -55,11 +55,11 @@ class Profiler:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._running:  # the steps are known only as far as they came
+        if self._running:  # the run ended within the chosen steps
             self._stop("the steps until it ended")
 
     def before(self, number: int) -> None:
-        """Before the step asks for its input."""
+        """Must be called before the step asks for its input; starts the trace if the step is a chosen one."""
         if self._chosen and not self._running and self._chosen[0] <= number <= self._chosen[1]:
             self._recorder.flush()
             with self._recorder.phase("profile"):
@@ -69,7 +69,7 @@ class Profiler:
             self._running = True
 
     def after(self, number: int) -> None:
-        """When the step was dispatched; waits for it if it was the last one."""
+        """Must be called after the step was dispatched; waits for the last chosen step and ends the trace."""
         if self._running and number == self._chosen[1]:
             self._recorder.flush()
             self._stop(f"steps {self._chosen[0]} to {self._chosen[1]}")

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Timing: the wall time of a run by phase, step times and rates."""
 
 import contextlib
 import statistics
@@ -10,12 +10,18 @@ import numpy as np
 
 IN_STEP = ("input_wait", "compute")
 ASIDE = ("compile", "evaluation", "checkpoint", "profile")
-N_RECENT = 100  # steps behind the median that a watchdog compares with
+N_RECENT = 100  # number of recent steps whose median a watchdog compares with
 
 
 @dataclass(frozen=True)
 class WatchdogStatus:
-    """What a watchdog sees: the phase, seconds since a step or a phase aside ended, median seconds of recent steps."""
+    """What a watchdog sees.
+
+    Attributes:
+      phase: the present phase of the loop, see ``Timing``.
+      quiet_s: seconds since the last step, or since a phase other than ``input_wait`` and ``compute`` began or ended.
+      median_s: median seconds of recent steps. None: no step has a time yet.
+    """
 
     phase: str
     quiet_s: float
@@ -23,16 +29,16 @@ class WatchdogStatus:
 
 
 class Timing:
-    """The wall time of the loop, split into phases, and step times from the arrival of one step's metrics to the next.
+    """The wall time of the loop by phase, and step times from the arrival of one step's metrics to that of the next.
 
     At each moment the host is in one phase, so that the phases add up to the wall time: ``input_wait`` for a batch (on
-    an accelerator a part of it may pass while the device still computes), one of ``compile``, ``evaluation``,
+    an accelerator, part of it may pass while the device still computes), one of ``compile``, ``evaluation``,
     ``checkpoint`` (as far as the loop waits for it) and ``profile``, and otherwise ``compute``.
 
     Args:
-      tokens_per_step: over all devices.
-      flops_per_token: model FLOPs of a training token; None leaves utilisation out.
-      peak_flops: of all devices together, dense bf16; None where it is not known.
+      tokens_per_step: number of tokens per step, over all devices.
+      flops_per_token: model FLOPs of one training token. None: utilisation is not reported.
+      peak_flops: dense bf16 FLOPs per second of all devices together. None: not known.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: float | None, peak_flops: float | None):
@@ -47,7 +53,7 @@ class Timing:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens within counts as this phase, and not as the one around it."""
+        """Counts the time in this context as the given phase, and not as the phase around it."""
         before = self._phase
         self._enter(name)
         try:
@@ -56,8 +62,10 @@ class Timing:
             self._enter(before)
 
     def step_arrived(self) -> dict[str, float]:
-        """Notes a step: the seconds of each phase since the one before; its own time and rates where they mean
-        something."""
+        """Records a step; returns the seconds of each phase since the step before, its step time and rates.
+
+        Step time and rates are left out after an interruption, see ``interrupt``.
+        """
         self._account()
         now, last, row = self._since, self._last, self._row
         self._last, self._beat, self._row = now, now, dict.fromkeys(IN_STEP, 0.0)
@@ -69,18 +77,21 @@ class Timing:
         return self._rates(now - last) | {"step_s": now - last} | times
 
     def interrupt(self) -> None:
-        """What comes is no step after a step (an evaluation, a checkpoint): the next arrival starts anew."""
+        """Says that something other than a step follows (an evaluation, a checkpoint): the next step gets no time."""
         self._last = None
 
     def standing(self) -> WatchdogStatus:
-        """May be called from another thread."""
+        """Returns what a watchdog needs; may be called from another thread."""
         recent = self._steps[-N_RECENT:]
         quiet_s = time.perf_counter() - self._beat
         return WatchdogStatus(self._phase, quiet_s, statistics.median(recent) if recent else None)
 
     def figures(self) -> dict[str, float]:
-        """Seconds of each phase and of all together; over all steps that have a time: median and 95th percentile, rates
-        at the median, share of waiting."""
+        """Returns the figures of the run so far.
+
+        These are the seconds of each phase and of all phases together; and, over all steps that have a time, median and
+        95th percentile of the step time, rates at the median, and the share of waiting for input.
+        """
         self._account()
         wall_s = sum(self._totals.values())
         split = {f"{phase}_s": seconds for phase, seconds in self._totals.items()} | {"wall_s": wall_s}

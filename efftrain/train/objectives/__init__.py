@@ -1,4 +1,4 @@
-"""What a model is trained on: functions from a batch to sums, and teachers that an objective reads.
+"""Objectives, which define the loss that training minimises, and the teachers that objectives read.
 
-It may import ``models`` and ``train.checkpoints``; it knows nothing of the loop.
+It may import ``models`` and ``train.checkpoints``, and must not depend on the loop.
 """

@@ -1,7 +1,8 @@
-"""What a model is trained on: a function from a batch to sums.
+"""Objectives: functions from a model and a batch to the loss that training minimises.
 
-An objective returns sums and counts and never means, so that padding, accumulation and sharding change nothing: the
-step divides once, by the global count. What a sum cannot say, an objective takes from the ``Whole`` of its batch.
+An objective returns sums and counts, never means, so that padding, accumulation and sharding change nothing: the step
+divides once, by the global count. What the sums over a micro-batch cannot express, an objective computes from the
+``Whole`` of its batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +23,10 @@ from efftrain.ops.divergence import distillation_loss
 from efftrain.ops.platform import conditional
 from efftrain.sharding.rules import shard_count
 
-Batch = Mapping[str, Array]  # a micro-batch also has WHOLE
-WHOLE = "whole"  # the name under which a micro-batch holds the ``Whole`` that it is a part of
+Batch = Mapping[str, Array]  # a micro-batch also has the entry WHOLE
+WHOLE = "whole"  # the entry of a micro-batch that holds the ``Whole`` to which it belongs
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count)
-AUXILIARY = "loss/auxiliary"  # the metric
+AUXILIARY = "loss/auxiliary"  # name of the metric for the model's auxiliary loss
 Weighting = Literal["depth", "equal"]
 Objective = Callable[[nnx.Module, Batch, Array | None], tuple[Array, Array, Metrics]]
 
@@ -35,13 +36,13 @@ def next_token_loss(model: Decoder, batch: Batch, key: Array | None) -> tuple[Ar
 
     Args:
       model: the decoder.
-      batch: ``tokens``, ``targets``, ``segments``, ``positions``: (batch, length) int32; ``mask``: bool, False where
-        the target does not count.
-      key: of what the model draws in training. None: it draws nothing, as in evaluation.
+      batch: ``tokens``, ``targets``, ``segments``, ``positions``: (batch, length) int32; ``mask``: (batch, length)
+        bool, False where the target does not count.
+      key: random key for the model's draws in training. None: the model draws nothing, as in evaluation.
 
     Returns:
-      Sum of nats () float32, with the model's ``auxiliary`` loss for each target; number of targets () float32; and
-      metrics, of which ``loss`` is the cross entropy alone.
+      The sum of nats, () float32, including the model's ``auxiliary`` loss for each target; the number of targets, ()
+      float32; and metrics, of which ``loss`` is the cross entropy alone.
     """
     hidden_btd, metrics = model.hidden(
         batch["tokens"], segments_bt=batch["segments"], positions_bt=batch["positions"], key=key
@@ -55,11 +56,11 @@ def next_token_loss(model: Decoder, batch: Batch, key: Array | None) -> tuple[Ar
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Whole:
-    """What the micro-batches of a step share: for counts and draws that must not depend on how the step is split.
+    """What the micro-batches of a step share, for counts and draws that must not depend on how the step is split.
 
     Attributes:
       batch: all rows of the step.
-      key: of the step; each micro-batch has another one.
+      key: random key of the step; each micro-batch has its own key beside it.
     """
 
     batch: Batch
@@ -67,27 +68,31 @@ class Whole:
 
 
 def whole_of(batch: Batch, key: Array | None) -> Whole:
-    """The step's whole batch and its key; the batch itself where it is no micro-batch."""
+    """Returns the whole batch and key of the step; the given ones if the batch is not a micro-batch."""
     return batch.get(WHOLE) or Whole(batch, key)
 
 
 def n_targets(batch: Batch) -> Array:
-    """() float32 targets that count."""
+    """Number of targets that count, () float32."""
     return batch["mask"].sum(dtype=jnp.float32)
 
 
 def auxiliary_loss(
     metrics: Metrics, batch: Batch, count: Callable[[Batch], Array] = n_targets
 ) -> tuple[Array | float, Metrics]:
-    """What a model adds to the loss (of routers, say), as a sum over targets, and the other metrics, with it by name.
+    """Separates the loss that a model adds itself (for its routers, say) from its other metrics.
 
-    A model's ``auxiliary`` is a mean over the tokens that it read. A micro-batch stands for its share of the tokens of
-    the whole batch, so that means over tokens are those of the whole batch, however it is split.
+    A model's ``auxiliary`` metric is a mean over the tokens that it read. A micro-batch is weighted by its share of the
+    tokens of the whole batch, so that means over tokens equal those of the whole batch, however it is split.
 
     Args:
-      metrics: of the model.
-      batch: that the model read.
-      count: () float32 targets of a batch: what the loss is divided by.
+      metrics: metrics of the model.
+      batch: the batch that the model read.
+      count: function from a batch to the number of targets, () float32, by which the loss is divided.
+
+    Returns:
+      The auxiliary loss as a sum over targets (0 if the model has none), and the other metrics, with the auxiliary loss
+      under the name ``AUXILIARY``.
     """
     others = dict(metrics)
     if "auxiliary" not in others:
@@ -107,10 +112,10 @@ def _n_tokens(batch: Batch) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfDistillation:
-    """``next_token_loss`` of a model that is trained for quantisation, and its divergence from itself in float.
+    """``next_token_loss`` of a model in quantisation-aware training, plus its divergence from itself in float.
 
     Attributes:
-      weight: of the divergence, beside a weight of 1 of the cross entropy.
+      weight: weight of the divergence; the cross entropy has weight 1.
     """
 
     weight: float = 1.0
@@ -120,10 +125,10 @@ class SelfDistillation:
             raise ConfigError(f"distillation.weight is {self.weight}; give a positive number, or no distillation")
 
     def __call__(self, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        """As ``next_token_loss``, with the metric ``loss/divergence``.
+        """As ``next_token_loss``, with the additional metric ``loss/divergence``.
 
         Raises:
-          ConfigError: the model is not trained for a quantisation of its matrices.
+          ConfigError: the model has no quantisation rules for its matrices.
         """
         if key is None:
             return next_token_loss(model, batch, key)
@@ -151,20 +156,21 @@ class SelfDistillation:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExitLoss:
-    """``next_token_loss``, and the loss of earlier layers through the norm and the head that all of them share.
+    """``next_token_loss``, plus the loss of earlier layers through the norm and head that all layers share.
 
-    The head costs as much as a layer or more in a small model, so that a step computes few exits: those that are a
-    multiple of ``every`` apart, from another first one in each step. All micro-batches of a step have the same exits,
-    at the same tokens of their rows.
+    In a small model the head costs as much as a layer or more, so each step computes only a few exits: layers that are
+    ``every`` apart, with another first one in each step. All micro-batches of a step have the same exits, at the same
+    tokens of their rows.
 
     Attributes:
       scale: weight of the earlier exits; 0.1 to 0.2 in pre-training, 1 for a small task.
-      weighting: see ``exit_weights``.
-      every: one of so many layers has its exit in a step. None: one exit a step.
-      after: steps of the run before the first exit (of a model with layer dropout, which counts them). Exits that come
-        when the model has learnt most cost it less.
-      stride: exits see one token of so many, from another first one in each step. 1: all.
-      order: the first exit is drawn ("random"), or moves by one a step ("rotating", of a model with layer dropout).
+      weighting: how the weight depends on the depth of the exit, see ``exit_weights``.
+      every: distance in layers between the exits of a step. None: one exit per step.
+      after: number of steps of the run before the first exit; needs a model with layer dropout, which counts them.
+        Exits that begin when the model has learnt most cost it less.
+      stride: the exits see one token out of this many, with another first one in each step. 1: all tokens.
+      order: how the first exit of a step is chosen: drawn ("random"), or moved by one layer per step ("rotating", which
+        needs a model with layer dropout).
 
     Source: Elhoushi et al. 2024 (LayerSkip), section 4.2.
     """
@@ -191,20 +197,20 @@ class EarlyExitLoss:
             raise ConfigError(f"exits.order is {self.order!r}; use 'random' or 'rotating'")
 
     def n_exits(self, n_layers: int) -> int:
-        """Exits of a step, beside the last layer's."""
+        """Number of exits per step, without the last layer."""
         if n_layers < 2:
             raise ConfigError("the model has one layer and no earlier exit; train it with next_token_loss")
         return -(-(n_layers - 1) // (self.every or n_layers - 1))
 
     def heads(self, n_layers: int, steps: int) -> float:
-        """How often a run of so many steps computes the head for a token, beside the last layer's: what it costs."""
+        """Mean number of head evaluations per token that the exits add in a run of ``steps`` steps: their cost."""
         return self.n_exits(n_layers) / self.stride * max(1 - self.after / steps, 0.0)
 
     def __call__(self, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        """As ``next_token_loss``, with ``loss`` the last layer's and ``loss/exits`` the mean of the step's exits.
+        """As ``next_token_loss``; ``loss`` is that of the last layer, ``loss/exits`` the mean of the step's exits.
 
         Raises:
-          ConfigError: the model has one layer, or rows have a length that the stride does not divide.
+          ConfigError: the model has one layer, or the stride does not divide the length of the rows.
         """
         if key is None:
             return next_token_loss(model, batch, key)
@@ -224,7 +230,7 @@ class EarlyExitLoss:
         loss = _cross_entropy(model, model.norm(x_btd), batch)
         some = partial(_every, stride=self.stride, first=jax.random.randint(token_key, (), 0, self.stride))
         part = {name: some(batch[name]) for name in ("targets", "mask")}
-        # Of the whole batch: a micro-batch may have no target at these tokens.
+        # Counted over the whole batch, because a micro-batch may have no target at these tokens.
         n_seen = some(whole.batch["mask"]).sum(dtype=jnp.float32)
         share = n_seen / jnp.maximum(n_targets(whole.batch), 1.0)
 
@@ -236,7 +242,7 @@ class EarlyExitLoss:
             exit_losses = conditional(started, losses_of, lambda x: jnp.zeros(len(x)), exit_ebtd)
         else:
             exit_losses = losses_of(exit_ebtd)
-        there_e = (exits_e < n - 1) & started  # the last one of a step may stand behind the last layer
+        there_e = (exits_e < n - 1) & started  # the last exit of a step may be beyond the last layer
         weights_l = exit_weights(n, self.scale, self.weighting)
         weights_e = jnp.where(there_e, weights_l[jnp.minimum(exits_e, n - 1)], 0)
         exits = (exit_losses * weights_e).sum() / jnp.maximum(share, 1e-9)
@@ -249,7 +255,7 @@ class EarlyExitLoss:
         return total + extra, count, figures | metrics
 
     def _exits(self, model: Decoder, key: Array) -> Array:
-        """(e,) layers; one behind the last but one does not count."""
+        """(e,) int32 indices of the step's exit layers; those from the last layer on do not count."""
         n = model.config.n_layers
         count, every = self.n_exits(n), self.every or n - 1
         if self.order == "random":
@@ -268,7 +274,7 @@ class EarlyExitLoss:
 
 
 def _every(a: Array, stride: int, first: Array) -> Array:
-    """(batch, length, ...) -> (batch, length / stride, ...): one token of so many, whole on its device."""
+    """(batch, length, ...) -> (batch, length / stride, ...): one token out of ``stride``. Needs no communication."""
     batch, length = a.shape[:2]
     if length % stride:
         raise ConfigError(
@@ -278,13 +284,17 @@ def _every(a: Array, stride: int, first: Array) -> Array:
 
 
 def exit_weights(n_layers: int, scale: float, weighting: Weighting = "depth") -> Array:
-    """(layers,) weight of the loss behind each layer, before those of a step are normalised.
+    """(layers,) weights of the loss after each layer, before those of a step are normalised.
 
-    "depth": deeper exits weigh more, by the sum of the numbers of the layers up to them; the last one most, and the
-    first next to nothing. "equal": every exit weighs ``scale`` times the last layer, for drafts by the first layers.
+    Args:
+      n_layers: number of layers.
+      scale: weight of the earlier exits.
+      weighting: "depth": deeper exits weigh more, in proportion to the sum of the layer numbers up to them; the last
+        layer weighs most, and the first next to nothing. "equal": every exit weighs ``scale`` times the last layer,
+        for drafts by the first layers.
 
-    Source: Elhoushi et al. 2024 (LayerSkip), equation 4, but that layers are numbered from 1: in a small model the
-    first layer may draft alone, and would have no exit.
+    Source: Elhoushi et al. 2024 (LayerSkip), equation 4, except that layers are numbered from 1: in a small model the
+    first layer may draft alone, and would otherwise have no exit.
     """
     if weighting == "equal":
         return jnp.full(n_layers, scale).at[-1].set(1.0)

@@ -1,4 +1,4 @@
-"""A model that an objective reads and nobody trains."""
+"""Teachers: frozen models that an objective reads beside the trained model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +22,13 @@ from efftrain.train.objectives.objective import AUXILIARY, Batch, Metrics, Objec
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A frozen model beside the one that is trained: on the same mesh, and no part of a checkpoint.
+    """A frozen model beside the trained one, on the same mesh; it is not part of a checkpoint.
 
     Attributes:
-      config: of the model; it may be stored quantised.
-      restore: abstract variables with shardings -> the variables; called once, when a run starts.
-      dtype: of its float32 matrices while they teach, such as bfloat16, which halves their bytes. None: as they are.
+      config: configuration of the model, which may be stored quantised.
+      restore: function from abstract variables with shardings to the variables; called once, when a run starts.
+      dtype: dtype to which the model's float32 matrices are cast while it teaches, such as bfloat16, which halves their
+        bytes. None: they are not cast.
     """
 
     config: ModelConfig
@@ -36,27 +37,27 @@ class Teacher:
 
     @staticmethod
     def of(model: Decoder, **options: Any) -> "Teacher":
-        """A model in memory, which stays as it is."""
+        """Makes a teacher from a model in memory, which stays unchanged."""
         held = nnx.state(model)
         copies = partial(jax.tree.map, lambda old, new: jax.device_put(old, new.sharding, may_alias=False), held)
         return Teacher(config=model.config, restore=copies, **options)
 
     def abstract_model(self) -> Decoder:
-        """With shapes in place of arrays."""
+        """Returns the model with shapes in place of arrays."""
         return nnx.eval_shape(self._build)
 
     def abstract(self, mesh: Mesh, rules: ShardingRules) -> nnx.State:
-        """Its variables as ``jax.ShapeDtypeStruct``s that carry their sharding."""
+        """Returns the teacher's variables as ``jax.ShapeDtypeStruct``s with shardings."""
         return _abstract(self.abstract_model(), mesh, rules)
 
     def place(self, mesh: Mesh, rules: ShardingRules) -> nnx.State:
-        """Its variables on the mesh."""
+        """Restores the teacher's variables on the mesh."""
         whole = abstract_decoder(self.config)
         state, wanted = self.restore(_abstract(whole, mesh, rules)), self.abstract(mesh, rules)
         return jax.tree.map(lambda new, old: old.astype(new.dtype), wanted, state)
 
     def merge(self, state: nnx.State) -> Decoder:
-        """The model, traced, whose variables no gradient reaches; it routes as it decodes, without looking ahead."""
+        """Returns the traced model, with gradients stopped; it routes as in decoding, without looking ahead."""
         graph = nnx.split(self.abstract_model())[0]
         return causally_routed(nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, state)))
 
@@ -75,19 +76,19 @@ def _abstract(model: Decoder, mesh: Mesh, rules: ShardingRules) -> nnx.State:
 
 
 class TeacherObjective(Protocol):
-    """What makes the objective of a step from more than its batch; ``fit`` takes it where it takes an objective.
+    """An objective that needs a teacher or the run's progress; ``fit`` accepts it in place of an ``Objective``.
 
     Attributes:
-      teacher: None: it has none.
+      teacher: the frozen model that it reads. None: it has no teacher.
     """
 
     teacher: Teacher | None
 
     def at(self, teacher: Decoder | None, progress: Array) -> Objective:
-        """The objective of a step.
+        """Returns the objective of a step.
 
         Args:
-          teacher: the model of ``teacher``.
+          teacher: the model of ``teacher``, or None.
           progress: () float32, the share of the run's steps that are done.
         """
         ...
@@ -95,10 +96,10 @@ class TeacherObjective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Together:
-    """The sum of two objectives, each a mean over its own targets, such as a distillation and early exits.
+    """The sum of two objectives, such as a distillation and early exits, each a mean over its own targets.
 
-    Each makes a pass of its own. Metrics that both have are those of the first; statistics and auxiliary losses of the
-    model count once.
+    Each objective runs the model once. Metrics that both have are taken from the first; statistics and auxiliary losses
+    of the model count once.
     """
 
     first: TeacherObjective
@@ -125,7 +126,13 @@ def teacher_of(objective: Objective | TeacherObjective) -> Teacher | None:
 
 
 def objective_at(objective: Objective | TeacherObjective, frozen: nnx.State | None, progress: Array) -> Objective:
-    """The objective of a step; ``frozen`` are the variables of its teacher."""
+    """Returns the objective of a step.
+
+    Args:
+      objective: an ``Objective``, returned unchanged, or a ``TeacherObjective``.
+      frozen: variables of the objective's teacher, or None.
+      progress: () float32, the share of the run's steps that are done.
+    """
     if not hasattr(objective, "at"):
         return objective
     return objective.at(None if frozen is None else objective.teacher.merge(frozen), progress)

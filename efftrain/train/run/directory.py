@@ -1,4 +1,4 @@
-"""The run directory: the unit of work, from which everything that was done can be loaded and continued."""
+"""The run directory: the unit of work, from which a model can be loaded and a run continued."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ from efftrain.train.run.identity import (
 )
 from efftrain.train.run.writing import writing
 
-# Fields that say how a run is carried out and not what it computes: they may change when it continues.
+# Fields that say how a run is carried out, not what it computes: they may change when it continues.
 OPERATIONAL = (
     *("mesh", "eval_every", "profile", "watchdog", "out"),
     *("checkpoint_every", "keep_checkpoints", "keep_every", "checkpoints"),
@@ -50,31 +50,31 @@ OPERATIONAL = (
 class Run:
     """A directory with ``config.json``, ``environment.json``, ``recipe.py``, ``metrics.jsonl``, ``checkpoints/``, ...
 
-    ``identity.json`` says which code and inputs the run was made by. An unfinished run continues with other code, as a
-    mistake may have been mended: a warning names what has changed, and ``recipe.py`` is then the new script. Every
-    script that trained it stays in ``code/``, with the user's own modules that it imports, and the ``history`` in
-    ``identity.json`` says which of them made which steps. A finished run of other code is refused, as it would be taken
-    for what this code trains. A directory whose run was refused or ended before its first step holds nothing that could
-    be lost: another configuration takes its place.
+    ``identity.json`` records the code and the inputs that made the run. An unfinished run may continue with other code,
+    because a mistake may have been fixed: a warning names what has changed, and ``recipe.py`` is then the new script.
+    Every script that trained the run stays in ``code/``, with the user's own modules that it imports, and the
+    ``history`` in ``identity.json`` says which of them made which steps. A finished run of other code raises an error,
+    because it would be mistaken for what the present code trains. A directory whose run ended before its first step
+    holds nothing that could be lost, so that a run with another configuration may replace it.
 
-    Several processes are one run: the first of them writes, and keeps every other command from the directory until
-    ``close``, the end of this object or of the process. Whoever only reads (``load``) needs no lock.
+    Several processes are one run: the first of them writes, and locks the directory against every other command until
+    ``close``, or until this object or the process ends. Reading (``load``) needs no lock.
 
     Args:
-      path: of the directory.
-      config: a dataclass.
-      script: kept as ``recipe.py``: it has the classes that the configuration names and efftrain has not. None: the one
-        that is running.
-      inputs: digests of what the run is made from, by name (``inputs.input_contents``). Names that the directory does
-        not know, or that are not given any more, are not compared.
+      path: path of the directory.
+      config: configuration of the run, a dataclass.
+      script: file that is copied to ``recipe.py``; it defines the classes that the configuration names and that are not
+        in efftrain. None: the running script.
+      inputs: digests of the inputs of the run, by name (``inputs.input_contents``). Names that the directory does not
+        have, or that are not given any more, are not compared.
 
     Attributes:
-      checkpoints: the folder of the checkpoints: in the directory, or where the configuration says.
+      checkpoints: folder of the checkpoints: in the directory, or where the configuration says.
 
     Raises:
       InUseError: another command is training the run.
-      RunError: the directory holds a run of another configuration or of other inputs, a finished one of other code, or
-        something that is not a run; the processes differ in configuration, code or packages.
+      RunError: the directory holds a run of another configuration or of other inputs, a finished run of other code, or
+        something that is not a run; or the processes differ in configuration, code or packages.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Run:
                     raise
 
     def close(self) -> None:
-        """Lets other processes continue the run; so does the end of this object."""
+        """Unlocks the directory, so that other processes can continue the run; the end of this object does the same."""
         if self._lock is not None:
             self._lock.release()
 
@@ -121,18 +121,18 @@ class Run:
         elif made and read_json(self.path / "config.json") != self.config:
             console.print(f"{self.path} holds a run without a step; this one takes its place", markup=False)
         with writing(self.path):
-            self.write_json("config.json", self.config)  # first: it makes the directory a run, if killed now
+            self.write_json("config.json", self.config)  # first: if killed now, the directory is already a run
             before = self._identity_before()
             steps = steps_made(self.path, self.checkpoints, self.config) if begun else "none"
             self._identity["history"] = earlier_history(self.path, before, steps=steps)
             if before and steps == "all":
-                return  # what it was trained by stays written there
+                return  # the directory keeps the environment and code that trained it
             self.write_json("environment.json", environment())
             self._copy_recipe()
             self.write_json(FILE_NAME, self._identity)
 
     def begin(self, step: int) -> None:
-        """Notes that the code of this process makes the steps from ``step`` on, and keeps its sources."""
+        """Records that the code of this process makes the steps from ``step`` on, and keeps its sources."""
         if hosts.process_index() == 0:
             with writing(self.path):
                 sources = keep_sources(self.path, self._sources)
@@ -142,7 +142,7 @@ class Run:
 
     def _check_same_config(self) -> None:
         before = read_json(self.path / "config.json")
-        with contextlib.suppress(ConfigError):  # fields that did not exist then have their defaults
+        with contextlib.suppress(ConfigError):  # fields that did not exist when it was written get their defaults
             before = to_json(from_json(before, script=sys.modules["__main__"]))
         lines = difference(_without_operational(before), _without_operational(self.config))
         if lines:
@@ -175,14 +175,19 @@ class Run:
             shutil.copyfile(script, copy)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes a file of the run, whole or not at all."""
+        """Writes a file of the run as JSON, either completely or not at all."""
         temporary = self.path / f".{name}.incomplete"
         temporary.write_text(json.dumps(finite_json(value), indent=2, allow_nan=False) + "\n")
         os.replace(temporary, self.path / name)
 
 
 def checkpoint_directory(run: Path, config: Any) -> Any:
-    """Where a run of this configuration (JSON) has its checkpoints: a ``Path``, or an ``epath.Path`` for a URL."""
+    """Returns the folder of a run's checkpoints: a ``Path``, or an ``epath.Path`` for a URL.
+
+    Args:
+      run: the run directory.
+      config: its configuration as JSON.
+    """
     training = config.get("training") if isinstance(config, dict) else None
     place = training.get("checkpoints") if isinstance(training, dict) else None
     if place is None:
@@ -195,7 +200,7 @@ def checkpoint_directory(run: Path, config: Any) -> Any:
 
 
 def has_begun(directory: Path) -> bool:
-    """Whether a directory holds a run that has made a step: it has a checkpoint, figures or a row of metrics."""
+    """Returns whether the directory holds a run that made a step: it has a checkpoint, figures or a row of metrics."""
     if not (directory / "config.json").exists():
         return False
     settings = read_json(directory / "config.json")
@@ -204,11 +209,11 @@ def has_begun(directory: Path) -> bool:
 
 
 def load(directory: Path | str, *, finite: bool = True) -> Decoder:
-    """The trained model of a run directory, with averaged parameters where the run keeps them.
+    """Loads the trained model of a run directory, with averaged parameters if the run keeps them.
 
     Args:
-      directory: of the run.
-      finite: refuse a model that holds NaN or infinity. False: return it, to see where it went wrong.
+      directory: the run directory.
+      finite: raise an error if the model holds NaN or infinity. False: return it anyway, to find out where it failed.
 
     Raises:
       RunError: the directory holds no run or no complete checkpoint, or the model holds numbers that are not finite.
@@ -221,7 +226,7 @@ def load(directory: Path | str, *, finite: bool = True) -> Decoder:
 
 
 def load_variables(checkpoints: Any, abstract: nnx.State, *, finite: bool = True) -> nnx.State:
-    """As ``load``: the model's variables in the newest of these checkpoints, in the shardings of ``abstract``."""
+    """As ``load``: the model's variables from the newest of these checkpoints, in the shardings of ``abstract``."""
     from efftrain.train.checkpoints.checkpoints import Checkpoints
 
     with Checkpoints(checkpoints, read_only=True) as opened:
@@ -229,7 +234,7 @@ def load_variables(checkpoints: Any, abstract: nnx.State, *, finite: bool = True
 
 
 def check_model(directory: Path) -> None:
-    """Reads the model of a run, array by array, so that what ``load`` refuses is refused before something is written.
+    """Reads the model of a run, array by array, so that ``load`` would fail before a command writes anything.
 
     Raises:
       RunError: as for ``load``.
@@ -249,10 +254,14 @@ def _on_one_device(abstract: nnx.State) -> nnx.State:
 
 
 def newest_step(directory: Path, settings: Any) -> int:
-    """Of a run's checkpoints; ``settings``: what its ``config.json`` holds.
+    """Returns the step of a run's newest checkpoint.
+
+    Args:
+      directory: the run directory.
+      settings: content of its ``config.json``.
 
     Raises:
-      RunError: there is none.
+      RunError: there is no checkpoint.
     """
     from efftrain.train.checkpoints.checkpoints import Checkpoints
 
@@ -264,7 +273,7 @@ def newest_step(directory: Path, settings: Any) -> int:
 
 
 def load_model_config(directory: Path | str) -> ModelConfig:
-    """The ``model`` of a run's configuration; classes that its recipe defined come from the run's own ``recipe.py``."""
+    """Loads the model configuration of a run; classes that its recipe defined come from the run's ``recipe.py``."""
     directory = Path(directory)
     if not (directory / "config.json").exists():
         raise RunError(f"{directory} holds no config.json, so it is not a run; give the --out of a training run")
@@ -272,7 +281,7 @@ def load_model_config(directory: Path | str) -> ModelConfig:
 
 
 def model_config(directory: Path, settings: Any) -> ModelConfig:
-    """As ``load_model_config``, of what ``config.json`` holds."""
+    """As ``load_model_config``, from the content of ``config.json``."""
     value = settings.get("model")
     script = import_script(directory / "recipe.py") if ".py:" in json.dumps(value) else None
     config = from_json(value, script=script)
@@ -284,7 +293,7 @@ def model_config(directory: Path, settings: Any) -> ModelConfig:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on beside the configuration: versions, devices, commit."""
+    """Returns what figures depend on beside the configuration: versions, devices, commit."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.orig_argv[1:],
@@ -302,9 +311,9 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``+changes`` where files differ from it.
+    """Returns the commit of the checkout from which this package runs, with ``+changes`` if files differ from it.
 
-    None for an installed package, also where its environment stands in a checkout of something else.
+    None for an installed package, even if its environment is inside a checkout of something else.
     """
 
     def git(*arguments: str) -> str | None:
@@ -330,7 +339,7 @@ def cpu_name() -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Left by a process that was killed before the directory was a run."""
+    """Whether a process left this file when it was killed before the directory was a run."""
     return path.suffix == ".incomplete" or path.name == LOCK
 
 

@@ -1,4 +1,4 @@
-"""Which code and inputs a run was made by, and what becomes of it when these have changed."""
+"""The identity of a run: the code and inputs that made it, and the checks that they have not changed."""
 
 import hashlib
 import platform
@@ -14,32 +14,32 @@ from efftrain.errors import ConfigError, RunError
 from efftrain.progress import console
 
 FILE_NAME = "identity.json"
-SOURCES = "code"  # the folder of a run with the sources of every recipe that trained it
-FIGURES = "training.json"  # written when a run is finished
-ROOMS = ("data", "models", "ops", "sharding", "train")  # take part in every run; an objective may bring others
+SOURCES = "code"  # the folder of a run that keeps the sources of every recipe that trained it
+FIGURES = "training.json"  # times of the run, written when it is finished
+ROOMS = ("data", "models", "ops", "sharding", "train")  # packages that every run uses; an objective may add others
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "efftrain")
 
-Steps = Literal["none", "some", "all"]  # of a run, those that it has made
+Steps = Literal["none", "some", "all"]  # how many of its steps a run has made
 
 
 def run_identity(config: Any, inputs: Mapping[str, str], *, alone: bool) -> dict[str, dict[str, str]]:
-    """What ``identity.json`` holds, without its history.
+    """Returns the content of ``identity.json``, without its history.
 
     Args:
-      config: of the run; the modules that define its parts count.
+      config: configuration of the run; the modules that define its parts count as code.
       inputs: digests by name.
-      alone: the running script does not count; otherwise it does, with what it imports.
+      alone: only the configuration's modules count. False: the running script and what it imports count too.
     """
     try:
         code = code_identity(*_deciding(config, alone), rooms=ROOMS)
-    except ConfigError:  # a notebook keeps no source of its cells, and must be able to train
+    except ConfigError:  # a notebook keeps no source of its cells, and must still be able to train
         code = {"efftrain": package_identity(ROOMS)}
     return {"code": code, "inputs": dict(inputs)}
 
 
 def run_sources(config: Any, *, alone: bool) -> dict[str, bytes]:
-    """The user's own source files that a run is made by, by name; arguments as for ``run_identity``."""
+    """Returns the user's own source files that make the run, by name; the arguments are those of ``run_identity``."""
     try:
         return own_sources(*_deciding(config, alone))
     except ConfigError:
@@ -47,10 +47,10 @@ def run_sources(config: Any, *, alone: bool) -> dict[str, bytes]:
 
 
 def keep_sources(run: Path, sources: Mapping[str, bytes]) -> str | None:
-    """Writes source files into a folder of a run that is named by their content, where nothing replaces them.
+    """Writes source files into a folder of a run that is named by their content, so that they are never replaced.
 
     Returns:
-      The folder, relative to the run, such as ``code/1f0c9a2b``. None where there are no files.
+      The folder, relative to the run, such as ``code/1f0c9a2b``. None: there are no files.
     """
     if not sources:
         return None
@@ -65,11 +65,16 @@ def keep_sources(run: Path, sources: Mapping[str, bytes]) -> str | None:
 
 
 def earlier_history(run: Path, before: Mapping[str, Any] | None, *, steps: Steps) -> list[dict[str, Any]]:
-    """Which code has made the steps of a run so far: the ``history`` of its ``identity.json``.
+    """Returns which code has made the steps of a run so far: the ``history`` of its ``identity.json``.
 
     Each entry has ``first_step``, ``code`` (digests) and ``sources`` (a folder of ``keep_sources``). A step was made by
-    the last entry of the list whose ``first_step`` is not after it. Of a run of an earlier version, which kept no
-    history, the one entry has the ``recipe.py`` that is there.
+    the last entry in the list whose ``first_step`` is not after it. A run of an earlier version has no history; its
+    single entry then has the ``recipe.py`` of the run.
+
+    Args:
+      run: the run directory.
+      before: content of its ``identity.json``. None: it has none.
+      steps: see ``steps_made``.
     """
     if before is not None and "history" in before:
         return before["history"]
@@ -81,9 +86,10 @@ def earlier_history(run: Path, before: Mapping[str, Any] | None, *, steps: Steps
 
 
 def with_entry(history: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """A history that goes on with an entry; entries that it replaces, as they start no earlier, stay listed before it.
+    """Returns a history continued by an entry; entries that it replaces, because they start no earlier, stay before it.
 
-    The same code again is no new entry; where the run went back to an older checkpoint, it begins there.
+    If the code is the same as that of the last entry, no entry is added; if the run went back to an older checkpoint,
+    the last entry then begins there.
     """
     *others, last = history or [None]
     if last is None or any(last[name] != entry[name] for name in ("code", "sources")):
@@ -97,16 +103,16 @@ def _deciding(config: Any, alone: bool) -> tuple[Any, ...]:
 
 
 def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any], *, steps: Steps) -> None:
-    """Refuses a run of other inputs and a finished one of other code; warns of an unfinished one of other code.
+    """Raises an error for a run of other inputs or a finished run of other code; warns of other code otherwise.
 
     Args:
-      run: the directory, for messages.
-      before: what its ``identity.json`` holds; None where an earlier version has left none.
-      now: of the command that is given.
+      run: the run directory, for messages.
+      before: content of its ``identity.json``. None: an earlier version has left none.
+      now: identity of the present command.
       steps: see ``steps_made``.
 
     Raises:
-      RunError: see above.
+      RunError: the inputs have changed, or the run is finished and the code has changed.
     """
     before = before or {"code": None, "inputs": {}}
     for name, value in now["inputs"].items():
@@ -130,10 +136,16 @@ def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str
 
 
 def steps_made(run: Path, checkpoints: Any, config: Any) -> Steps:
-    """How far a run has come, by its checkpoints; ``config`` as its ``config.json`` holds it."""
+    """Returns whether the checkpoints of a run show none, some or all of its steps.
+
+    Args:
+      run: the run directory.
+      checkpoints: folder of its checkpoints.
+      config: content of its ``config.json``.
+    """
     from etils import epath
 
-    if (run / FIGURES).exists():  # also of a finished run whose checkpoints were deleted
+    if (run / FIGURES).exists():  # also in a finished run whose checkpoints were deleted
         return "all"
     places, training = epath.Path(checkpoints), config.get("training")
     steps = {place.name for place in places.iterdir() if place.name.isdigit()} if places.exists() else set()
@@ -142,7 +154,7 @@ def steps_made(run: Path, checkpoints: Any, config: Any) -> Steps:
 
 
 def process_code() -> dict[str, Any]:
-    """What must be the same on all processes beside the configuration. Sources, as a commit does not know of edits."""
+    """Returns what must agree on all processes beside the configuration; sources, as a commit does not show edits."""
     script = getattr(sys.modules["__main__"], "__file__", None)
     return {
         "python": platform.python_version(),

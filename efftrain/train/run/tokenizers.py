@@ -1,4 +1,4 @@
-"""Whether the tokens of a corpus mean to a model what they meant where it was trained."""
+"""Checks that a corpus was tokenised with the tokenizer of a run, so that its tokens mean the same to the model."""
 
 from pathlib import Path
 
@@ -7,21 +7,21 @@ from efftrain.data.storage.tokenizer import first_difference, load_tokenizer
 from efftrain.errors import ConfigError
 from efftrain.train.run.directory import read_json
 
-FILE_NAME = "tokenizer.json"  # in a corpus, and in a run as a copy of that of its corpus
+FILE_NAME = "tokenizer.json"  # in a corpus, and copied from it into each run
 
 
 def find_tokenizer(directory: Path) -> Path | None:
-    """The tokenizer of a run: its own, or (of a run of an earlier version) that of the corpus that it names."""
+    """Returns the tokenizer file of a run: its own, or, for a run of an earlier version, that of its corpus."""
     corpus = read_json(directory / "config.json").get("corpus") or directory
     places = (Path(folder) / FILE_NAME for folder in (directory, corpus))
     return next((place for place in places if place.exists()), None)
 
 
 def check_tokenizer(run: Path, corpus: Path) -> None:
-    """Compares the tokenizer of a run with that of a corpus whose text its model is to read.
+    """Compares the tokenizer of a run with that of a corpus which its model is going to read.
 
     Raises:
-      ConfigError: they differ in content, or the run has none.
+      ConfigError: they differ in content, or the run has no tokenizer.
     """
     theirs = find_tokenizer(run)
     if theirs is None:
@@ -33,7 +33,17 @@ def check_tokenizer(run: Path, corpus: Path) -> None:
 
 
 def check_same_tokenizer(theirs: Path, ours: Path, run: Path, other: Path) -> None:
-    """Raises ConfigError where the file ``theirs`` of a run and ``ours`` of something else are different tokenizers."""
+    """Compares two tokenizer files.
+
+    Args:
+      theirs: file of the run.
+      ours: file of something else, such as a corpus.
+      run: the run, for the message.
+      other: the owner of ``ours``, for the message.
+
+    Raises:
+      ConfigError: they are different tokenizers.
+    """
     if ours.is_file() and file_digest(ours) == file_digest(theirs):
         return
     found = first_difference(load_tokenizer(ours), load_tokenizer(theirs))

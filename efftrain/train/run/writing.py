@@ -1,4 +1,4 @@
-"""Errors of the file system where a run is written, as one sentence."""
+"""One clear error where a run cannot be written to the file system."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from efftrain.errors import RunError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an error of the file system within into a ``RunError`` that names this path."""
+    """Turns a file system error in the context into a ``RunError`` that names this path."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What keeps a run going or ends it in order: restarts, the watchdog, signals.
+"""Supervision: what keeps a run going or ends it in order, by restarts, the watchdog and signals.
 
-It imports no other module of ``train`` but ``timing``.
+It may import ``train.metrics``, ``train.objectives``, ``train.state`` and ``train.step``; the loop imports it.
 """

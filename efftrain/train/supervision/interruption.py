@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that the loop fulfils at the end of a step, or in the middle of an evaluation."""
+"""Interruption by SIGTERM or Ctrl-C: the loop stops at the end of a step, or in the middle of an evaluation."""
 
 import signal
 from collections.abc import Callable, Mapping
@@ -21,11 +21,15 @@ T = TypeVar("T")
 
 
 class _Ended(BaseException):
-    """Not an ``Exception``: an evaluation that catches those must end all the same."""
+    """Not an ``Exception``, so that an evaluation that catches those ends nevertheless."""
 
 
 class Interruption:
-    """Within the context, the first SIGTERM or SIGINT only sets ``asked``; a second SIGINT stops at once."""
+    """Context manager in which the first SIGTERM or SIGINT only sets ``asked``; a second SIGINT stops at once.
+
+    Attributes:
+      asked: name of the signal, such as "SIGTERM". None: there was none.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
@@ -42,10 +46,16 @@ class Interruption:
             signal.signal(number, handler)
 
     def until_asked(self, work: Callable[[], T]) -> T | None:
-        """The result of ``work``, which must not change anything; None where a signal ended it.
+        """Runs ``work`` to its end, or until a signal ends it.
 
-        Several processes work together and cannot end at different places: theirs ends where it calls
+        Several processes work together and cannot stop at different places: their work ends where it calls
         ``end_if_asked``.
+
+        Args:
+          work: a function without side effects.
+
+        Returns:
+          The result of ``work``. None: a signal ended it.
         """
         global _at_work
         try:
@@ -62,18 +72,20 @@ class Interruption:
             _at_work = None
 
     def asked_anywhere(self) -> str | None:
-        """The signal that asked any of the processes, and which one where there are several. All must call it."""
+        """Returns the signal that any process got, and with several processes which one. All of them must call it."""
         if hosts.process_count() == 1:
             return self.asked
         said = enumerate(hosts.exchange(self.asked or ""))
         return next((f"{name} on process {number}" for number, name in said if name), None)
 
     def vote(self, mesh: Mesh) -> dict[str, jax.Array]:
-        """Whether a signal asked this process to stop, as a part of the batch: so all of them learn it at the same
-        step. Empty for a single process."""
+        """Returns a part of the batch that says whether a signal asked this process to stop.
+
+        In this way all processes learn of it at the same step. Empty for a single process.
+        """
         if hosts.process_count() == 1:
             return {}
-        asked_by = self.asked  # read once: a signal may come between two looks
+        asked_by = self.asked  # read once, because a signal may change it
         vote = hosts.process_index() * 256 + signal.Signals[asked_by] if asked_by else -1
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         votes = np.full(len(mesh.local_devices), vote, np.int32)
@@ -92,14 +104,16 @@ _at_work: Interruption | None = None
 
 
 def end_if_asked() -> None:
-    """Ends the work of several processes (``until_asked``) where one of them was asked. All must call it equally
-    often; a single process needs no call."""
+    """Ends the work of several processes (``until_asked``) if a signal asked any of them to stop.
+
+    All processes must call it equally often; a single process needs no call.
+    """
     if _at_work is not None and hosts.process_count() > 1 and _at_work.asked_anywhere():
         raise _Ended
 
 
 def with_votes(step: Step) -> Step:
-    """A step whose metrics say which process was asked to stop, from the votes in its batch."""
+    """Wraps a step so that its metrics say which process was asked to stop, from the votes in its batch."""
 
     def voting(
         state: TrainState, batch: Mapping[str, jax.Array], frozen: nnx.State | None = None

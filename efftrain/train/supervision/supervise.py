@@ -1,4 +1,4 @@
-"""Runs a recipe as a process of its own, and starts it again when it ended before its work was done."""
+"""The supervisor: it runs a recipe in a process of its own, and restarts it when it ends before its work is done."""
 
 import contextlib
 import os
@@ -13,34 +13,35 @@ from types import FrameType
 from efftrain.errors import ConfigError
 from efftrain.progress import console
 
-PROGRESS_FILE = "EFFTRAIN_PROGRESS_FILE"  # of a supervised process: where it writes the step of its checkpoint
+PROGRESS_FILE = "EFFTRAIN_PROGRESS_FILE"  # variable with the file to which a supervised process writes its saved step
 EXIT_MISTAKE = 2
 LONGEST_PAUSE_S = 300.0
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def is_supervised() -> bool:
-    """Whether a supervisor will start this process again."""
+    """Returns whether a supervisor will restart this process."""
     return PROGRESS_FILE in os.environ
 
 
 def report_checkpoint(step: int) -> None:
-    """Tells the supervisor, if there is one, that the next process can continue from this step."""
+    """Tells the supervisor, if there is one, the step from which the next process can continue."""
     if is_supervised():
         Path(os.environ[PROGRESS_FILE]).write_text(str(step))
 
 
 def supervise(command: Sequence[str], *, max_restarts: int, first_pause_s: float = 1.0) -> int:
-    """Runs a command until it is done.
+    """Runs a command, and restarts it until it is done.
 
-    It is started again after a crash, a kill, the end by a watchdog, and code 75 (all saved, continue later), each time
-    after a pause twice as long as the one before. It is not after code 2 (a mistake that the user must mend), nor
-    after a signal to this process, which is passed on.
+    It is restarted after a crash, a kill, an end by the watchdog, and code 75 (all saved, continue later), each time
+    after a pause twice as long as the one before. It is not restarted after code 2 (a mistake that the user must
+    correct), nor after a signal to this process, which is passed on.
 
     Args:
       command: the program and its arguments.
-      max_restarts: give up after so many in a row that found no newer checkpoint (see ``report_checkpoint``).
-      first_pause_s: doubled with each restart that found no newer checkpoint, up to 5 minutes.
+      max_restarts: give up after this many consecutive restarts without a newer checkpoint (see ``report_checkpoint``).
+      first_pause_s: seconds before the first restart; doubled with each restart without a newer checkpoint, up to 5
+        minutes.
 
     Returns:
       The last exit code; 128 + n for a process that signal n ended.
@@ -81,7 +82,7 @@ def supervise(command: Sequence[str], *, max_restarts: int, first_pause_s: float
 
 
 class _Child:
-    """One process at a time, which gets the signals that this one gets."""
+    """Runs one process at a time and passes on to it the signals that this process gets."""
 
     def __init__(self, command: Sequence[str], progress_file: Path):
         self._command, self._progress_file = list(command), progress_file
@@ -91,7 +92,7 @@ class _Child:
 
     def __enter__(self) -> "_Child":
         for number in FORWARDED:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup: stays ignored
                 self._previous[number] = signal.signal(number, self._forward)
         return self
 
@@ -101,22 +102,22 @@ class _Child:
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody asked this process to end, or pressed Ctrl-C."""
+        """Whether this process got a signal to end, such as Ctrl-C."""
         return bool(self._signals)
 
     def run(self) -> int:
-        # A group of its own: the terminal sends Ctrl-C to a whole group, and with the one passed on it would be two.
+        # In its own group: the terminal sends Ctrl-C to the whole group, and the child would get it a second time.
         environment = os.environ | {PROGRESS_FILE: str(self._progress_file)}
         self._process = subprocess.Popen(self._command, env=environment, process_group=0)
-        for number in self._signals:  # one that came while it was being started
+        for number in self._signals:  # signals that came while it was being started
             self._process.send_signal(number)
         code = self._process.wait()
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # workers of a process that was killed hold memory
+            os.killpg(self._process.pid, signal.SIGKILL)  # the workers of a killed process still hold memory
         return 128 - code if code < 0 else code
 
     def checkpoint(self) -> int:
-        """The newest step that a process has reported; 0 where none has."""
+        """The newest step that a process has reported; 0 if none has."""
         return int(self._progress_file.read_text() or 0) if self._progress_file.exists() else 0
 
     def pause(self, seconds: float) -> None:
@@ -127,4 +128,4 @@ class _Child:
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
         if self._process is not None:
-            self._process.send_signal(number)  # nothing happens if it has ended
+            self._process.send_signal(number)  # has no effect if the process has ended

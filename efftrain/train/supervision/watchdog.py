@@ -1,4 +1,4 @@
-"""A thread that notices when a run hangs, and leaves a dump of what every thread was doing."""
+"""The watchdog: a thread that notices when a run hangs, and writes the stacks of all threads to a file."""
 
 import contextlib
 import faulthandler
@@ -22,11 +22,10 @@ class Watchdog:
     """When a run counts as hung, and what happens then.
 
     Attributes:
-      factor: a step may take so many times the median of the newest ones. None: nobody watches.
-      min_s: seconds that a step may take in any case.
-      aside_s: seconds for what is no step (compiling, one evaluation, one checkpoint), and for a step while there is no
-        median yet.
-      end: also end the process, with code 70. None: where ``efftrain train`` starts it again.
+      factor: a step may take this many times the median of the recent steps. None: no watchdog.
+      min_s: seconds that a step may always take.
+      aside_s: seconds that compiling, an evaluation or a checkpoint may take, and a step while there is no median yet.
+      end: also end the process, with code 70. None: end it if ``efftrain train`` will restart it.
     """
 
     factor: float | None = 20.0
@@ -42,14 +41,21 @@ class Watchdog:
                 raise ConfigError(f"watchdog.{name} is {getattr(self, name)}; give a positive number of seconds")
 
     def limit_s(self, standing: WatchdogStatus) -> float:
-        """How long this may last."""
+        """Returns how many seconds the present step or phase may last."""
         if standing.phase not in IN_STEP or standing.median_s is None:
             return max(self.aside_s, self.min_s)
         return max(self.min_s, self.factor * standing.median_s)
 
     @contextlib.contextmanager
     def watch(self, timing: Timing, directory: Path) -> Iterator[None]:
-        """Watches the loop within, from a thread; each process writes ``stacks-PROCESS.txt`` into the directory."""
+        """Watches the loop in this context from a thread.
+
+        If the loop hangs, each process appends its stacks to ``stacks-PROCESS.txt`` in the directory.
+
+        Args:
+          timing: times of the loop.
+          directory: the run directory.
+        """
         if self.factor is None:
             yield
             return
@@ -80,14 +86,14 @@ class Watchdog:
             where = f"the stacks could not be written ({error})"
         what = "no step" if standing.phase in IN_STEP else "no end"
         then = f"ending with code {EXIT_HUNG}" if end else "waiting on; end it with Ctrl-C or kill"
-        # Not through rich: the thread that hangs may hold its lock.
+        # Not through rich, because the thread that hangs may hold its lock.
         sentence = (
             f"error: process {process} hangs in {standing.phase}: {what} for {standing.quiet_s:.0f} s, where the limit "
             f"is {self.limit_s(standing):.0f} s (--training.watchdog); {where}; {then}\n"
         )
         os.write(2, sentence.encode())
         if end:
-            os._exit(EXIT_HUNG)  # the main thread cannot be asked any more
+            os._exit(EXIT_HUNG)  # the main thread hangs, so that it cannot be asked to end
 
 
 def dump(directory: Path, process: int, standing: WatchdogStatus) -> Path:
@@ -97,6 +103,6 @@ def dump(directory: Path, process: int, standing: WatchdogStatus) -> Path:
     with path.open("a") as file:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         file.write(f"\n{moment}, {os.uname().nodename}, in {standing.phase} for {standing.quiet_s:.0f} s\n")
-        file.flush()  # faulthandler writes to the descriptor
+        file.flush()  # faulthandler writes to the file descriptor
         faulthandler.dump_traceback(file, all_threads=True)
     return path
