@@ -40,7 +40,7 @@ from efftrain.train.inputs import model_digest
 from efftrain.train.run.directory import load_model_config, newest_step, read_json
 from efftrain.train.run.tokenizers import check_tokenizer
 
-ROOMS = ("compress/distillation/build_teacher_cache", "data", "models", "ops")  # the code that decides what a cache contains
+ROOMS = ("compress/distillation/build_teacher_cache", "data", "models", "ops")  # decide what a cache contains
 READ = ("tokens", "segments", "positions")  # the arrays of a row that the model reads
 
 
