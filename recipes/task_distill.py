@@ -71,7 +71,7 @@ from efftrain.sharding.hosts import Hosts
 from efftrain.train.config import Training
 from efftrain.train.inputs import input_contents
 from efftrain.train.optimizers import AdamW, Muon
-from efftrain.train.run.directory import environment
+from efftrain.train.run.environment import environment
 
 SHOTS, FEW_SHOT_TEXTS = 16, 300  # examples in a prompt, at most; texts of the test that are scored so, drawn at random
 

@@ -20,7 +20,8 @@ from efftrain.compress.distillation.features import HiddenStates
 from efftrain.compress.distillation.on_policy import OnPolicy
 from efftrain.compress.layerwise.calibration import CalibrationRows
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
-from efftrain.compress.pruning.sparsify import Magnitude, Sparsity
+from efftrain.compress.pruning.scores import Magnitude
+from efftrain.compress.pruning.sparsify import Sparsity
 from efftrain.compress.pruning.sparsity_schedules import OneShot
 from efftrain.compress.quantization.convert import convert
 from efftrain.compress.structured.cut import Shape, slim

@@ -42,7 +42,8 @@ from efftrain.progress import console
 from efftrain.sharding.hosts import Hosts
 from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.config import Training
-from efftrain.train.run.directory import environment, load_model_config, newest_step, read_json
+from efftrain.train.run.directory import load_model_config, newest_step, read_json
+from efftrain.train.run.environment import environment
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.run.writing import writing
 from efftrain.train.state import split_model

@@ -19,7 +19,7 @@ from efftrain.measure.quality.held_out import reporting
 from efftrain.measure.scorecard.scorecard import Figure, Scorecard, amount
 from efftrain.progress import console
 from efftrain.train.metrics.metrics_log import read_metrics
-from efftrain.train.run.directory import environment
+from efftrain.train.run.environment import environment
 
 LAST_ROWS = 50  # number of rows of the training metrics over which the figures of the last steps are averaged
 COLUMNS = ("bpb", "train_flops", "train_tokens_per_s", "parameters_active", "parameters_total", "decode_s_per_token_b1")

@@ -16,7 +16,8 @@ from efftrain.models.quantization import RATIO
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.train.batches import Batches
-from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten, unflatten
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.checkpoints.flat_state import flatten, unflatten
 from efftrain.train.config import Training, parse_branch
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.program import Program

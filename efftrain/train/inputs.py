@@ -16,7 +16,7 @@ from efftrain.config import digest, to_json
 from efftrain.data.storage.shards import file_digest
 from efftrain.data.storage.store import MANIFEST
 from efftrain.models.decoder import Decoder
-from efftrain.train.checkpoints.checkpoints import flatten
+from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.config import parse_branch
 from efftrain.train.run.directory import checkpoint_directory, read_json
 

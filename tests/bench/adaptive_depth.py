@@ -31,7 +31,8 @@ from efftrain.models.cache import empty_cache
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.self_speculation import extra_slots
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
-from efftrain.train.run.directory import environment, read_json
+from efftrain.train.run.directory import read_json
+from efftrain.train.run.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_depth.json"
 GOAL, MEMORY_GOAL = 1.3, 1.05

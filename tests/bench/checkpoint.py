@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
-    from efftrain.train.run.directory import cpu_name
+    from efftrain.train.run.environment import cpu_name
 
     use_compilation_cache()
     restart_with_huge_pages()

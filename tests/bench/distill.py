@@ -27,7 +27,7 @@ from efftrain.ops.divergence import distillation_loss, generalized_jsd
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.config import Training
 from efftrain.train.objectives.teacher import Teacher
-from efftrain.train.run.directory import environment
+from efftrain.train.run.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "distill.json"
 GOAL = 1.1

@@ -33,7 +33,7 @@ from efftrain.recipe import import_script, restart_with_huge_pages, use_compilat
 from efftrain.train.config import Training
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.program import make_program
-from efftrain.train.run.directory import environment
+from efftrain.train.run.environment import environment
 from efftrain.train.state import merge_model
 
 ROOT = Path(__file__).parents[2]

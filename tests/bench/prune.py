@@ -25,7 +25,8 @@ from flax import nnx
 
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import prune
-from efftrain.compress.pruning.sparsify import Magnitude, Sparsity, sparsify
+from efftrain.compress.pruning.scores import Magnitude
+from efftrain.compress.pruning.sparsify import Sparsity, sparsify
 from efftrain.compress.pruning.sparsity_schedules import Gradual, OneShot
 from efftrain.compress.structured.shape import shaped
 from efftrain.compress.structured.shapes import candidates
@@ -37,7 +38,7 @@ from efftrain.ops.masks import SemiStructured, Unstructured
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.config import Training
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run.directory import environment
+from efftrain.train.run.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "prune.json"
 GOAL = 1.1

@@ -46,7 +46,8 @@ from efftrain.ops.quantize import quantize, quantized_product
 from efftrain.recipe import restart_with_huge_pages, use_compilation_cache
 from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.config import Training
-from efftrain.train.run.directory import Run, environment
+from efftrain.train.run.directory import Run
+from efftrain.train.run.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "quantize.json"
 GOAL = 1.25

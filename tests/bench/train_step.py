@@ -187,7 +187,7 @@ class Worker:
 
 
 def compare(arguments) -> None:
-    from efftrain.train.run.directory import cpu_name
+    from efftrain.train.run.environment import cpu_name
 
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"

@@ -36,7 +36,7 @@ MODEL = config(vocab_size=VOCABULARY + 8, pattern=(PLAIN,), n_repeats=1, max_len
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr("efftrain.data.storage.teacher_cache.SHARD_ROWS", 8)
+    monkeypatch.setattr("efftrain.data.storage.teacher_records.SHARD_ROWS", 8)
 
 
 @pytest.fixture(scope="module")

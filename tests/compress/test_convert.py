@@ -25,7 +25,7 @@ from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule, give_rules, matrices
 from efftrain.ops.number_formats import Float8, Integer
-from efftrain.train.checkpoints.checkpoints import flatten, unflatten
+from efftrain.train.checkpoints.flat_state import flatten, unflatten
 
 INT8, INT4 = Integer(bits=8), Integer(bits=4, group=4)
 MHA = replace(PLAIN, attention=replace(PLAIN.attention, n_kv_heads=4))

@@ -18,7 +18,7 @@ from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule, matrices
 from efftrain.ops.masks import Blocks, SemiStructured, Unstructured
 from efftrain.ops.number_formats import Integer
-from efftrain.train.checkpoints.checkpoints import flatten
+from efftrain.train.checkpoints.flat_state import flatten
 
 HALF = Unstructured(sparsity=0.5)
 

@@ -14,7 +14,8 @@ from flax import nnx
 from tiny_models import build, config
 
 import efftrain
-from efftrain.compress.pruning.sparsify import Magnitude, RigL, Saliency, Sparsity, hold_zeros, new_masks, sparsify
+from efftrain.compress.pruning.scores import Magnitude, RigL, Saliency
+from efftrain.compress.pruning.sparsify import Sparsity, hold_zeros, new_masks, sparsify
 from efftrain.compress.pruning.sparsity_schedules import Constant, ErdosRenyi, Global, Gradual, Iterative, OneShot
 from efftrain.errors import ConfigError, RunError
 from efftrain.models.moe import MoE

@@ -15,16 +15,8 @@ from efftrain.data.loading.loader import _identity
 from efftrain.data.loading.mixture import mixture_table
 from efftrain.data.storage import store
 from efftrain.data.storage.packing import row
-from efftrain.data.storage.teacher_cache import (
-    CachePlan,
-    TeacherCache,
-    decode,
-    describe,
-    encode_sampled,
-    encode_top_k,
-    row_digest,
-    write_shard,
-)
+from efftrain.data.storage.teacher_cache import TeacherCache, describe, write_shard
+from efftrain.data.storage.teacher_records import CachePlan, decode, encode_sampled, encode_top_k, row_digest
 from efftrain.errors import ConfigError, CorpusError, RunError
 
 LENGTH, BATCH, ROWS, K = 32, 8, 21, 3
@@ -33,7 +25,7 @@ LOGS = np.log([0.5, 0.25, 0.125])  # exact in float16 to 1e-4
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr("efftrain.data.storage.teacher_cache.SHARD_ROWS", 8)
+    monkeypatch.setattr("efftrain.data.storage.teacher_records.SHARD_ROWS", 8)
 
 
 def plan_for(corpus: data.Corpus, /, **changes) -> CachePlan:
@@ -77,7 +69,7 @@ def write(folder: Path, corpus: data.Corpus, plan: CachePlan, rows: data.PackedR
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, corpus) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efftrain.data.storage.teacher_cache.SHARD_ROWS", 8)
+        patch.setattr("efftrain.data.storage.teacher_records.SHARD_ROWS", 8)
         return write(tmp_path_factory.mktemp("caches") / "top3", corpus, plan_for(corpus))
 
 

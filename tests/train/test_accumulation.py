@@ -13,7 +13,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use
-from efftrain.train.checkpoints.checkpoints import flatten
+from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.objectives.objective import EarlyExitLoss
 from efftrain.train.state import init_state, split_model
 from efftrain.train.step import make_step

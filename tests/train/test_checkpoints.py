@@ -19,8 +19,9 @@ from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.train import loop
 from efftrain.train.checkpoints import fingerprints as fingerprints_module
-from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten
+from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.checkpoints.fingerprints import fingerprints
+from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.optimizers import with_clipping
 from efftrain.train.run.directory import Run, load

@@ -12,7 +12,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.layout import state_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
-from efftrain.train.checkpoints.checkpoints import flatten
+from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.optimizers import AdamW, Muon, with_clipping
 from efftrain.train.schedules import WarmupStableDecay
 

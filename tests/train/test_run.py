@@ -18,7 +18,9 @@ import efftrain
 from efftrain.errors import RunError
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.run import directory as run_module
-from efftrain.train.run.directory import Run, git_commit, load, load_model_config
+from efftrain.train.run import environment as environment_module
+from efftrain.train.run.directory import Run, load, load_model_config
+from efftrain.train.run.environment import git_commit
 
 OWN_MLP = Path(__file__).with_name("own_mlp_recipe.py")
 
@@ -149,8 +151,8 @@ def test_the_commit_is_that_of_efftrain_and_of_nothing_around_it(tmp_path, monke
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "the user's own"], check=True)
     copy = tmp_path / "site-packages" / "run.py"
     copy.parent.mkdir()
-    shutil.copy(run_module.__file__, copy)
-    monkeypatch.setattr(run_module, "__file__", str(copy))
+    shutil.copy(environment_module.__file__, copy)
+    monkeypatch.setattr(environment_module, "__file__", str(copy))
     assert git_commit() is None
     subprocess.run([*git, "add", "."], check=True)
     assert git_commit().endswith("+changes")

@@ -6,7 +6,8 @@ import tiny
 from efftrain.models.decoder import Decoder
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.rules import use
-from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.program import make_program
 

@@ -17,7 +17,7 @@ from efftrain.models.moe import MoE
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.number_formats import Integer
 from efftrain.train.averages import average_decay
-from efftrain.train.checkpoints.checkpoints import flatten
+from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.optimizers import AdamW, with_clipping
 from efftrain.train.state import TrainState, init_state, merge_model, split_model

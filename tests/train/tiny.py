@@ -14,7 +14,7 @@ from flax import nnx
 
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder
-from efftrain.train.checkpoints.checkpoints import flatten
+from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.config import Training
 from efftrain.train.loop import TrainResult, fit
 from efftrain.train.metrics.metrics_log import read_metrics

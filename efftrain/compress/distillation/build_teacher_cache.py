@@ -20,15 +20,8 @@ from efftrain import data
 from efftrain.code_identity import code_identity
 from efftrain.data.storage import store
 from efftrain.data.storage.packing import padding
-from efftrain.data.storage.teacher_cache import (
-    CachePlan,
-    TeacherCache,
-    describe,
-    encode_sampled,
-    encode_top_k,
-    read_cache_manifest,
-    write_shard,
-)
+from efftrain.data.storage.teacher_cache import TeacherCache, describe, read_cache_manifest, write_shard
+from efftrain.data.storage.teacher_records import CachePlan, encode_sampled, encode_top_k
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.measure.measurements import other_origin
 from efftrain.models.config import ModelConfig

@@ -17,7 +17,8 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.stack import unstack
 from efftrain.progress import Progress
-from efftrain.train.checkpoints.checkpoints import Checkpoints, flatten, unflatten
+from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.checkpoints.flat_state import flatten, unflatten
 from efftrain.train.run.directory import checkpoint_directory, load_model_config, read_json
 
 BLOCKS = "blocks/"

@@ -20,7 +20,7 @@ from efftrain.models.config import BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import matrices, rule_of
-from efftrain.train.checkpoints.checkpoints import flatten
+from efftrain.train.checkpoints.flat_state import flatten
 
 
 @dataclass(frozen=True)

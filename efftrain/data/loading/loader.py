@@ -15,7 +15,8 @@ from efftrain.config import json_digest, to_json
 from efftrain.data import corpus as corpora
 from efftrain.data.corpus import Corpus
 from efftrain.data.storage.packing import padding, row
-from efftrain.data.storage.teacher_cache import TeacherCache, no_teacher
+from efftrain.data.storage.teacher_cache import TeacherCache
+from efftrain.data.storage.teacher_records import no_teacher
 from efftrain.errors import ConfigError, RunError
 
 if TYPE_CHECKING:

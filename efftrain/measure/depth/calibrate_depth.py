@@ -43,7 +43,8 @@ from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe
 from efftrain.models.depth.routed_depth import has_routed_depth
 from efftrain.progress import Progress
 from efftrain.train.inputs import content, model_digest
-from efftrain.train.run.directory import environment, read_json
+from efftrain.train.run.directory import read_json
+from efftrain.train.run.environment import environment
 from efftrain.train.run.tokenizers import check_tokenizer
 
 FILE_NAME, PROBE_NAME = "depth.json", "depth_probe.npz"

@@ -18,7 +18,7 @@ from efftrain.models.zeros import pruned
 from efftrain.progress import Progress
 from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
-from efftrain.train.run.directory import environment
+from efftrain.train.run.environment import environment
 
 LATENCY_BATCHES = (1, 8)
 DROPS = "experts drop what exceeds their capacity, so that it depends on the rows that are evaluated together"

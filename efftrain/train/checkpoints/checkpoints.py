@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
 
-from efftrain.config import difference, digest
+from efftrain.config import digest
 from efftrain.errors import RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.train.checkpoints.checkpoint_folder import check_writable, first_line, lock_folder, vanished
 from efftrain.train.checkpoints.fingerprints import fingerprints
 from efftrain.train.checkpoints.finite import check_finite
+from efftrain.train.checkpoints.flat_state import check_same, check_unaltered, flatten, unflatten
 from efftrain.train.checkpoints.sparse_storage import BITS, expand, squeeze, stored_names
 
 # Orbax logs each save in ten lines, and each failure once per thread before it raises.
@@ -287,14 +287,14 @@ class Checkpoints:
         with _all_or_none():
             restored = self._restore(step, wanted, partial=partial)
         data = restored["data"]
-        _check_unaltered(restored["state"], data["fingerprints"], data["iterator"], data["iterator_digest"])
+        check_unaltered(restored["state"], data["fingerprints"], data["iterator"], data["iterator_digest"])
         return restored["state"], data["iterator"]
 
     def _restore(self, step: int, wanted: dict[str, Any], *, partial: bool) -> Any:
         saved = self._saved_shapes(step)
         if partial:
             saved = {name: saved[name] for name in wanted if name in saved}
-        _check_same(self.directory / str(step), saved, wanted)
+        check_same(self.directory / str(step), saved, wanted)
         return self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -359,44 +359,6 @@ def _all_or_none() -> Iterator[None]:
     for number, sentence in enumerate(said):
         if sentence:
             raise ValueError(f"process {number}: {sentence}")
-
-
-def flatten(state: Any) -> dict[str, Any]:
-    """Flattens a pytree to {path: leaf}, with paths such as ``params/blocks/0/mlp/up/kernel``."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-
-
-def unflatten(flat: dict[str, Any], like: Any) -> Any:
-    """Inverse of ``flatten``, in the structure of ``like``."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree.unflatten(tree, [flat[_name(path)] for path, _ in paths])
-
-
-def _check_unaltered(flat: dict[str, Any], saved: dict[str, int], data_state: Any, data_digest: str) -> None:
-    for name, found in fingerprints(flat).items():
-        if found != saved[name]:
-            raise ValueError(f"{name} has other bytes than were saved")
-    if digest(data_state) != data_digest:
-        raise ValueError("the data iterator's state is not the one that was saved")
-
-
-def _name(path: tuple) -> str:
-    in_variable = jax.tree_util.GetAttrKey("value")  # a module called ``value`` is a DictKey
-    return jax.tree_util.keystr(tuple(key for key in path if key != in_variable), simple=True, separator="/")
-
-
-def _check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    lines = difference(
-        {k: str(tuple(v.shape)) for k, v in saved.items()},
-        {k: str(tuple(v.shape)) for k, v in wanted.items()},
-    )
-    lines.sort(key=lambda line: not line.startswith("params/"))  # the optimizer state only follows the parameters
-    if lines:
-        raise RunError(
-            f"{where} is a checkpoint of another model or optimizer: {lines[0]}"
-            f"{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}; use the configuration and the code "
-            "that wrote it, or start another run"
-        )
 
 
 def _ignore_late_callbacks() -> None:

@@ -3,13 +3,9 @@
 import contextlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +22,9 @@ from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.progress import console
 from efftrain.recipe import import_script
 from efftrain.sharding import hosts
+from efftrain.train.run.environment import environment
 from efftrain.train.run.identity import (
     FILE_NAME,
-    PACKAGES,
     check_identity,
     earlier_history,
     keep_sources,
@@ -290,52 +286,6 @@ def model_config(directory: Path, settings: Any) -> ModelConfig:
             f"{directory / 'config.json'} has no field 'model' that is a ModelConfig; was it a training run?"
         )
     return config
-
-
-def environment() -> dict[str, Any]:
-    """Returns what figures depend on beside the configuration: versions, devices, commit."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.orig_argv[1:],
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cpu_cores": os.cpu_count(),
-        "processes": jax.process_count(),
-        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
-        "packages": {name: version(name) for name in PACKAGES},
-        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
-
-
-def git_commit() -> str | None:
-    """Returns the commit of the checkout from which this package runs, with ``+changes`` if files differ from it.
-
-    None for an installed package, even if its environment is inside a checkout of something else.
-    """
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("ls-files", "--error-unmatch", __file__) and git("rev-parse", "--short=12", "HEAD")
-    return commit and commit + ("+changes" if git("status", "--porcelain") else "")
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if (info.exists())
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 def _is_ours(path: Path) -> bool:
