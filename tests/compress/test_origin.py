@@ -12,7 +12,7 @@ from efftrain import code_identity
 from efftrain.compress.corpus_rows import CorpusRows
 from efftrain.compress.options import Compression
 from efftrain.compress.origin import rounds_are_done
-from efftrain.compress.run import _best_shape as best_shape
+from efftrain.compress.rounds import best_shape as best_shape
 from efftrain.compress.run import compress
 from efftrain.errors import ConfigError, RunError
 from efftrain.train.config import Training

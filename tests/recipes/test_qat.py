@@ -168,17 +168,17 @@ def test_bad_input_is_one_sentence(trained, tmp_path):
 
 def test_trained_rules_are_kept_where_options_leave_them_open(trained, tmp_path):
     from efftrain.compress.options import Compression
-    from efftrain.compress.run import _rules
+    from efftrain.compress.stage import rules_of
 
     config = efftrain.load(trained).config
     assert config.quantization.rules[0].learned_step
-    (rule,) = _rules(Compression(activations="int8"), config)
+    (rule,) = rules_of(Compression(activations="int8"), config)
     assert rule.weights == config.quantization.rules[0].weights
     assert rule.activations.bits == 8
     learned = replace(config.quantization.rules[0], learned_step=True)
     config = config.replace(quantization=Quantization(rules=(learned,)))
-    assert _rules(Compression(quantize="int4:g8"), config) == (learned,)
-    assert not _rules(Compression(quantize="int8"), config)[0].learned_step
+    assert rules_of(Compression(quantize="int4:g8"), config) == (learned,)
+    assert not rules_of(Compression(quantize="int8"), config)[0].learned_step
 
 
 def test_a_run_from_the_beginning_and_one_behind_the_end(trained, command, tmp_path):

@@ -1,0 +1,113 @@
+"""Rounds of pruning and recovery training, and the search for a shape."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from efftrain import data
+from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.options import Compression
+from efftrain.compress.origin import CUT, made_otherwise, origin, rounds_are_done
+from efftrain.compress.recover import recover, recovery_training
+from efftrain.compress.stage import make_stage, shapes_of_size
+from efftrain.compress.structured.shape import Shape
+from efftrain.config import from_json, to_json
+from efftrain.errors import RunError
+from efftrain.experiment.experiment import reported
+from efftrain.measure.measurements import write_json
+from efftrain.measure.quality.held_out import CHOICES
+from efftrain.measure.scorecard.scorecard import FILE_NAME as SCORECARD
+from efftrain.measure.scorecard.scorecard import Scorecard
+from efftrain.progress import console
+from efftrain.train.config import Training
+from efftrain.train.run.directory import load_model_config, read_json
+
+SHAPES = "shapes.json"
+
+
+TRIAL = 0.1  # share of the tokens of ``recover`` that each shape of a search is trained on
+
+
+def compress_in_rounds(
+    run: Path, options: Compression, text: CorpusRows, out: Path, evaluated_rows: int | None
+) -> Scorecard:
+    """Prunes and trains, once per round."""
+    stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
+    trained, sparse = run, options.sparsity is not None
+    teacher = run if options.distill else None
+    # Too few tokens or a split that is too short must fail before anything is computed.
+    data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)
+    recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
+    training = recovery_training(trained, tokens, sparse=sparse, number=options.rounds)
+    report = partial(reported, run=out, corpus=text.corpus, rows=evaluated_rows, chosen=options.chosen_on)
+    if rounds_are_done(run, options, text, out, stages, evaluated_rows):
+        console.print(f"{out} is converted already; nothing to do", markup=False)
+        return report(Scorecard.read(out / SCORECARD), training=training)
+    for number in range(1, options.rounds + 1):
+        cut, once, shape = stages / f"{number}-cut", _round(options, number), None
+        if options.search is not None:
+            trial = recovery_training(trained, round(TRIAL * tokens), sparse=sparse, number=number)
+            shape = best_shape(run, options, once, text, stages / f"{number}-search", trial, teacher)
+        make_stage(run, once, text, cut, shape)
+        last = number == options.rounds
+        run = out if last else stages / f"{number}-recovered"
+        rows = evaluated_rows if last else options.rows
+        training = recovery_training(trained, tokens, sparse=sparse, number=number, last=last)
+        card = recover(cut, training, run, text.corpus, sparse=sparse, rows=rows, teacher=teacher)
+    return report(card, training=training)
+
+
+def _round(options: Compression, number: int) -> Compression:
+    """The options of one round: every round removes the same share of what the rounds before it left."""
+    way = "width" if options.search is not None else options.way  # with a search, the shape decides what is cut
+    once = replace(options, recover=0, rounds=1, search=None, way=way, distill=False)
+    if options.rounds == 1:
+        return once
+    if options.slim is not None:
+        return replace(once, slim=1 - (1 - options.slim) ** (1 / options.rounds))
+    # The sparsity of a round includes the zeros of the rounds before it.
+    return replace(once, sparsity=str(1 - (1 - options.structure.sparsity) ** (number / options.rounds)))
+
+
+def best_shape(
+    run: Path,
+    options: Compression,
+    once: Compression,
+    text: CorpusRows,
+    folder: Path,
+    training: Training,
+    teacher: Path | None,
+) -> Shape:
+    """The shape whose model has the lowest bits per byte on the validation rows after a short training."""
+    made_from = origin(run, options, text, rooms=CUT)
+    before = read_json(folder / SHAPES) if (folder / SHAPES).exists() else {}
+    reason = made_otherwise(before, made_from) if before else None
+    if reason and any(path.name != SHAPES for path in folder.iterdir()):
+        raise RunError(f"{folder} was made with {reason}; choose another --out")
+    if before and not reason:  # read again, because shapes by latency would differ with each measurement
+        shapes = [from_json(shape) for shape in before["shapes"]]
+    else:
+        shapes = shapes_of_size(load_model_config(run), once, options.way, text)[: options.search]
+        write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]})
+    bpb = []
+    for i, shape in enumerate(shapes):
+        console.print(f"shape {i + 1} of {len(shapes)} that were found: {shape}", markup=False)
+        cut = folder / f"{i + 1}-cut"
+        make_stage(run, once, text, cut, shape)
+        card = recover(
+            cut,
+            training,
+            folder / f"{i + 1}",
+            text.corpus,
+            sparse=False,
+            rows=options.rows,
+            teacher=teacher,
+        )
+        bpb.append(card.value("bpb"))
+    if np.isnan(bpb).all():
+        raise RunError(f"no shape of {folder} has finite bits per byte after its training; cut off less")
+    figures = {"bpb": bpb, "split": CHOICES, "rows": options.rows}
+    write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]} | figures)
+    return shapes[int(np.nanargmin(bpb))]
