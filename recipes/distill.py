@@ -8,7 +8,7 @@
     python recipes/distill.py v5e-64 --corpus corpora/python          # on every worker of a TPU slice
 
 Any run of the same vocabulary teaches: ``--teacher RUN``, also one that ``efftrain compress`` quantised. Which presets
-to begin with, and what to do when it does not help: recipes/README.md.
+to begin with, and what to do when it does not help: recipes/distillation.md.
 
 A comparison leaves ``comparison.json`` in the output folder; when interrupted it continues.
 
