@@ -59,7 +59,7 @@ def recipe(tmp_path):
 )
 def test_help_does_not_wait_for_heavy_imports(arguments, word):
     program = (
-        "import sys\nfrom efftrain.cli import main\n"
+        "import sys\nfrom efftrain.cli.main import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit as stop: print('code', stop.code, not {'jax', 'pyarrow', 'plotly'}.isdisjoint(sys.modules))"
     )

@@ -2,16 +2,22 @@
 
 import ast
 import builtins
-import inspect
 import re
 import shlex
 import sys
 from functools import cache
+from inspect import getsource, signature
 from pathlib import Path
 
 import pytest
 
-from efftrain import cli
+from efftrain.cli.aot import aot
+from efftrain.cli.calibrate_depth import calibrate_depth
+from efftrain.cli.compress import compress
+from efftrain.cli.corpus import inspect, report
+from efftrain.cli.doctor import doctor
+from efftrain.cli.main import main
+from efftrain.cli.teacher import teacher
 from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.decoder import abstract_decoder
 from efftrain.recipe import flag_hint, import_script
@@ -24,13 +30,13 @@ BLOCKS = [(guide, block) for guide in GUIDES for block in re.findall(r"```python
 OF_A_RECIPE = {"cpu", "configs"}  # what is read where configurations are made
 WITHIN_MAIN = {"run", "build", "model", "corpus", "batches", "training", "objective"}
 VERBS = {
-    "doctor": cli.doctor,
-    "aot": cli.aot,
-    "compress": cli.compress,
-    "teacher": cli.teacher,
-    "calibrate-depth": cli.calibrate_depth,
-    "corpus report": cli.report,
-    "corpus inspect": cli.inspect,
+    "doctor": doctor,
+    "aot": aot,
+    "compress": compress,
+    "teacher": teacher,
+    "calibrate-depth": calibrate_depth,
+    "corpus report": report,
+    "corpus inspect": inspect,
 }
 
 
@@ -183,7 +189,7 @@ def check_verb(words):
         check_script(recipe, [word for word in words[at + 1 :] if word != "--max-restarts" and not word.isdigit()])
         return
     assert verb, f"efftrain has no verb {words[0]}"
-    known = {f"--{parameter.replace('_', '-')}" for parameter in inspect.signature(VERBS[verb]).parameters}
+    known = {f"--{parameter.replace('_', '-')}" for parameter in signature(VERBS[verb]).parameters}
     assert set(flags(words)) <= known | {"--help"}, f"efftrain {verb} has no {set(flags(words)) - known}"
 
 
@@ -208,7 +214,7 @@ OF_THE_READER = {"recipes/my_dense.py"}  # what a guide tells the reader to writ
 
 def test_verbs_are_those_of_the_command_line():
     """The list above is that of ``efftrain --help``."""
-    text = inspect.getsource(cli.main)
+    text = getsource(main)
     assert {verb.split()[0] for verb in VERBS} | {"train"} == set(
         re.findall(r'^                "([a-z-]+)":', text, re.M)
     )

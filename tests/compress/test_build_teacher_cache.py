@@ -220,9 +220,9 @@ def test_samples_are_those_of_the_seed_and_the_row_whatever_the_batch(run, tmp_p
 
 KILLED = """
 import os, signal, sys
-from efftrain import cli
-from efftrain.compress import teacher_cache
-import efftrain.data.storage.teacher_cache as format
+from efftrain.cli.main import main
+from efftrain.compress.distillation import build_teacher_cache as teacher_cache
+import efftrain.data.storage.teacher_records as format
 format.SHARD_ROWS = 8
 encode, calls = teacher_cache.encode_top_k, []
 def encode_some(*arguments):
@@ -231,7 +231,7 @@ def encode_some(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(*arguments)
 teacher_cache.encode_top_k = encode_some
-cli.main(sys.argv[1:])
+main(sys.argv[1:])
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from efftrain.cli import main
+from efftrain.cli.main import main
 from efftrain.errors import ConfigError
 from efftrain.measure.compiled import aot
 from efftrain.measure.compiled.aot_traffic import Traffic
@@ -198,7 +198,7 @@ def test_a_search_ranks_what_fits_and_says_what_does_not():
 
 
 def test_the_command_prints_one_json_object_for_a_recipe(capsys, monkeypatch):
-    monkeypatch.setattr("efftrain.cli._fake_devices", lambda n: None)
+    monkeypatch.setattr("efftrain.cli.aot.fake_devices", lambda n: None)
     small = ROOT / "tests" / "measure" / "small_aot_recipe.py"
     main(["aot", str(small), "cpu", "--topology", "cpu:8", "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -215,7 +215,7 @@ def test_the_command_prints_one_json_object_for_a_recipe(capsys, monkeypatch):
     ],
 )
 def test_a_recipe_that_cannot_be_compiled_is_one_sentence(capsys, monkeypatch, arguments, sentence):
-    monkeypatch.setattr("efftrain.cli._fake_devices", lambda n: None)
+    monkeypatch.setattr("efftrain.cli.aot.fake_devices", lambda n: None)
     with pytest.raises(SystemExit) as stop:
         main(["aot", str(ROOT / "tests" / "measure" / arguments[0]), *arguments[1:], "--topology", "cpu:8"])
     assert stop.value.code == 2

@@ -1,0 +1,5 @@
+"""``python -m efftrain.cli``."""
+
+from efftrain.cli.main import main
+
+main()

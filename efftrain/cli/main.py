@@ -1,0 +1,95 @@
+"""The command ``efftrain VERB``. A verb imports what it needs when it runs, so that ``efftrain --help`` is instant."""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import efftrain
+from efftrain.cli.aot import aot
+from efftrain.cli.calibrate_depth import calibrate_depth
+from efftrain.cli.compress import compress
+from efftrain.cli.corpus import inspect, report
+from efftrain.cli.doctor import doctor
+from efftrain.cli.teacher import teacher
+from efftrain.errors import ConfigError
+from efftrain.progress import write_in_any_locale
+from efftrain.recipe import exit_cleanly, use_compilation_cache
+
+RESTARTS = "--max-restarts"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one verb, or prints the version.
+
+    An unknown verb or flag, or a mistake that the user can correct, ends with exit code 2, Ctrl-C with 130.
+
+    Args:
+      args: the command line without the program's name. None: that of the process.
+    """
+    write_in_any_locale()
+    arguments = list(sys.argv[1:] if args is None else args)
+    if arguments == ["--version"]:
+        print(f"efftrain {efftrain.__version__}")
+        return
+
+    import tyro
+
+    verbs = [tyro.conf.subcommand(f.__name__, constructor=f) for f in (report, inspect)]
+
+    def corpus(verb: Annotated[Any, verbs[0]] | Annotated[Any, verbs[1]]) -> None:
+        """Look at what a corpus was made of and what was removed from it."""
+
+    own, recipe_arguments = _split_train(arguments)
+
+    def train(recipe: Path, /, *, max_restarts: int = 3) -> None:
+        """Run a recipe, and start it again after a crash, a kill or a preemption; it continues from its newest
+        checkpoint.
+
+        All other arguments after the recipe belong to the recipe, such as cpu and --out in: efftrain train
+        recipes/dense.py cpu --out runs/dense --max-restarts 5
+
+        Args:
+          recipe: the script.
+          max_restarts: give up after this many restarts in a row that brought no newer checkpoint.
+        """
+        from efftrain.train.supervision.supervise import supervise
+
+        if not recipe.is_file():
+            raise ConfigError(f"there is no script {recipe}; give the path of a recipe, such as recipes/dense.py")
+        raise SystemExit(supervise([sys.executable, str(recipe), *recipe_arguments], max_restarts=max_restarts))
+
+    use_compilation_cache()
+    with exit_cleanly():
+        tyro.extras.subcommand_cli_from_dict(
+            {
+                "doctor": doctor,
+                "train": train,
+                "aot": aot,
+                "compress": compress,
+                "teacher": teacher,
+                "corpus": corpus,
+                "calibrate-depth": calibrate_depth,
+            },
+            prog="efftrain",
+            description=f"{efftrain.__doc__.splitlines()[0]} --version prints the version.",
+            args=own,
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
+
+
+def _split_train(args: list[str]) -> tuple[list[str], list[str]]:
+    """Splits the arguments of ``efftrain`` from those of the recipe that ``efftrain train`` starts."""
+    positional = (i for i in range(1, len(args)) if not args[i].startswith("-") and args[i - 1] != RESTARTS)
+    recipe = next(positional, None)
+    if args[:1] != ["train"] or recipe is None:
+        return args, []
+    own, words = args[: recipe + 1], iter(args[recipe + 1 :])
+    rest = []
+    for word in words:
+        if word == RESTARTS:
+            own += [word, *itertools.islice(words, 1)]
+        else:
+            (own if word.startswith(f"{RESTARTS}=") else rest).append(word)
+    return own, rest
