@@ -1,16 +1,16 @@
-"""A teacher's next-token distributions for the rows of a corpus, kept on disk: the format, and its reader.
+"""Stores the next-token distributions of a teacher for the rows of a corpus: the format of the cache and its reader.
 
-DIR/manifest.json              what it was made of (``CachePlan``), by which run, bytes per token, size and checksum of
-                               every file
-DIR/SPLIT-00000.array_record   the first ``shard_rows`` records; then the others
+DIR/manifest.json              the plan (``CachePlan``), the run of the teacher, bytes per token, and the size and
+                               checksum of every file
+DIR/SPLIT-00000.array_record   the first ``shard_rows`` records; further files have the others
 
-A record is one row of ``loader.PackedRows``. It begins with the digest of that row (``row_digest``); behind it, for all
-positions of the row, little-endian, and with ID for uint16 (uint32 for a vocabulary above 65,536 entries):
+A record is for one row of ``loader.PackedRows``. It consists of the digest of the row (``row_digest``) and the arrays
+below for all positions, in little-endian order; ID is uint16, or uint32 for a vocabulary above 65,536 entries:
 
-top_k     ID[length, k]   float16[length, k]         the k largest probabilities as logarithms, largest first
-sampled   uint8[length]   ID[total]   uint8[total]   how many tokens were drawn at each position; which; how often
+top_k     ID[length, k]   float16[length, k]         tokens and logarithms of the k largest probabilities, descending
+sampled   uint8[length]   ID[total]   uint8[total]   number of distinct tokens drawn at each position; tokens; counts
 
-Position t tells what follows the tokens up to t, as ``targets[t]`` does. Padding has no probabilities.
+Position t has the distribution of the token after position t, which is ``targets[t]``. Padding has no probabilities.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ from efftrain.errors import ConfigError, CorpusError
 if TYPE_CHECKING:
     from efftrain.data.corpus import Corpus
 
-FORMAT = "teacher-cache-1"  # a corpus has a number: neither is taken for the other
+FORMAT = "teacher-cache-1"  # the format of a corpus is a number, so that the two are never confused
 DIGEST_BYTES = 16
-SHARD_ROWS, MOST_SHARDS = 256, 256  # an interrupted build loses less than a shard; a reader keeps each of them open
-MOST_SAMPLES = 255  # counts are stored in a byte
+SHARD_ROWS, MOST_SHARDS = 256, 256  # an interrupted build loses less than a shard; a reader keeps all shards open
+MOST_SAMPLES = 255  # counts are stored in one byte
 
 Kind = Literal["top_k", "sampled"]
 Arrays = dict[str, np.ndarray]
@@ -43,20 +43,20 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """What decides the content of a cache, wherever it lies.
+    """The parameters that determine the content of a cache, independently of its path.
 
     Attributes:
-      kind: "top_k": the largest probabilities of each position, the rest is one number; "sampled": draws from the
-        whole distribution (Anshumann et al. 2025, Sparse Logit Sampling), an unbiased estimate of it.
-      n: how many probabilities, or draws with replacement, of each position.
-      seed: of the draws.
-      vocab_size: entries of the tokenizer; the distributions are over these.
+      kind: "top_k": the largest probabilities at each position, the remaining mass being one number; "sampled": samples
+        from the whole distribution (Anshumann et al. 2025, Sparse Logit Sampling), an unbiased estimate of it.
+      n: number of probabilities, or of samples with replacement, at each position.
+      seed: seed of the samples; None for "top_k".
+      vocab_size: number of entries of the tokenizer, over which the distributions are defined.
       teacher: ``train.inputs.model_digest`` of the model.
-      corpus: ``Corpus.token_fingerprint``.
-      tokenizer: checksum of the corpus's ``tokenizer.json``.
-      split: of the corpus.
-      length: tokens of a row.
-      rows: the first so many of the split.
+      corpus: ``Corpus.token_fingerprint`` of the corpus.
+      tokenizer: checksum of the ``tokenizer.json`` of the corpus.
+      split: the split of the corpus.
+      length: number of tokens per row.
+      rows: number of rows at the beginning of the split.
     """
 
     kind: Kind
@@ -81,7 +81,7 @@ class CachePlan:
         return max(SHARD_ROWS, -(-self.rows // MOST_SHARDS))
 
     def shards(self) -> list[tuple[str, range]]:
-        """The name of each shard, and the numbers of its rows."""
+        """Returns the name of each shard and the numbers of its rows."""
         starts = range(0, self.rows, self.shard_rows)
         rows = [range(start, min(start + self.shard_rows, self.rows)) for start in starts]
         return [(f"{self.split}-{number:05d}.array_record", r) for number, r in enumerate(rows)]
@@ -92,19 +92,19 @@ class CachePlan:
 
 
 def row_digest(row: Mapping[str, np.ndarray]) -> bytes:
-    """16 bytes that stand for what a model reads of a row: its length, tokens and segments."""
+    """Returns a 16-byte digest of what a model reads of a row: its length, tokens and segments."""
     read = np.stack([row["tokens"], row["segments"]]).astype("<i4")
     return hashlib.blake2b(read.tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
 def encode_top_k(plan: CachePlan, row: Mapping[str, np.ndarray], ids_tk: np.ndarray, log_probs_tk: np.ndarray) -> bytes:
-    """A record of kind "top_k".
+    """Encodes a record of kind "top_k".
 
     Args:
-      plan: of the cache.
-      row: see ``packing.row``.
-      ids_tk: (length, k) integers, of falling probability.
-      log_probs_tk: (length, k) float.
+      plan: the plan of the cache.
+      row: the row, see ``packing.row``.
+      ids_tk: (length, k) integers, the tokens in order of descending probability.
+      log_probs_tk: (length, k) float, the logarithms of their probabilities.
     """
     valid_t1 = row["segments"][:, None] > 0
     ids_tk = np.where(valid_t1, ids_tk, 0).astype(plan.id_dtype)
@@ -113,18 +113,18 @@ def encode_top_k(plan: CachePlan, row: Mapping[str, np.ndarray], ids_tk: np.ndar
 
 
 def encode_sampled(plan: CachePlan, row: Mapping[str, np.ndarray], draws_tn: np.ndarray) -> bytes:
-    """A record of kind "sampled".
+    """Encodes a record of kind "sampled".
 
     Args:
-      plan: of the cache.
-      row: see ``packing.row``.
-      draws_tn: (length, n) integers, the tokens that were drawn, in any order.
+      plan: the plan of the cache.
+      row: the row, see ``packing.row``.
+      draws_tn: (length, n) integers, the sampled tokens in any order.
     """
     valid_t = row["segments"] > 0
     sorted_rn = np.sort(draws_tn[valid_t], axis=1)
     first_rn = np.ones(sorted_rn.shape, bool)
     first_rn[:, 1:] = sorted_rn[:, 1:] != sorted_rn[:, :-1]
-    starts = np.flatnonzero(first_rn)  # of each run of equal tokens; no run goes on in the next position
+    starts = np.flatnonzero(first_rn)  # starts of runs of equal tokens; a run never continues in the next position
     counts = np.diff(starts, append=sorted_rn.size).astype(np.uint8)
     n_entries_t = np.zeros(plan.length, np.uint8)
     n_entries_t[valid_t] = first_rn.sum(axis=1)
@@ -133,18 +133,18 @@ def encode_sampled(plan: CachePlan, row: Mapping[str, np.ndarray], draws_tn: np.
 
 
 def decode(plan: CachePlan, record: bytes, width: int) -> tuple[bytes, Arrays]:
-    """A record of either kind.
+    """Decodes a record of either kind.
 
     Args:
-      plan: of the cache.
-      record: what ``encode_top_k`` or ``encode_sampled`` made.
-      width: entries of each position of the result, at least as many as any position has.
+      plan: the plan of the cache.
+      record: the result of ``encode_top_k`` or ``encode_sampled``.
+      width: number of entries per position in the result, at least the largest number that any position has.
 
     Returns:
-      The digest of the row, and its arrays as ``TeacherCache.read`` gives them.
+      The digest of the row, and its arrays as ``TeacherCache.read`` returns them.
 
     Raises:
-      ValueError: the record has another size than its content says.
+      ValueError: the size of the record does not match its content.
     """
     body, id_bytes = memoryview(record)[DIGEST_BYTES:], plan.id_dtype.itemsize
     taught = no_teacher(plan.length, width)
@@ -153,7 +153,7 @@ def decode(plan: CachePlan, record: bytes, width: int) -> tuple[bytes, Arrays]:
         shape = plan.length, plan.n
         taught["teacher_ids"][:, : plan.n] = np.frombuffer(body[:split], plan.id_dtype).reshape(shape)
         probs_tk = np.exp(np.frombuffer(body[split:], "<f2").reshape(shape).astype(np.float32))
-        # What was rounded up must not make more of it than there is.
+        # Rounding to float16 must not make the sum of the probabilities exceed 1.
         taught["teacher_probs"][:, : plan.n] = probs_tk / np.maximum(probs_tk.sum(axis=1, keepdims=True), 1)
     else:
         used_tw = np.arange(width) < np.frombuffer(body[: plan.length], np.uint8)[:, None]
@@ -165,13 +165,13 @@ def decode(plan: CachePlan, record: bytes, width: int) -> tuple[bytes, Arrays]:
 
 
 def no_teacher(length: int, width: int) -> Arrays:
-    """The arrays of a row of padding."""
+    """Returns the arrays of a teacher for a row of padding."""
     shape = length, width
     return {"teacher_ids": np.zeros(shape, np.int32), "teacher_probs": np.zeros(shape, np.float32)}
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
-    """Writes a shard, which has its name when it is complete and on the disk."""
+    """Writes a shard atomically: it gets its name when it is complete and flushed to disk."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     incomplete = path.with_name(f"{path.name}.incomplete")
@@ -184,12 +184,12 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
 
 
 def describe(plan: CachePlan, folder: Path, *, n_tokens: int) -> dict[str, Any]:
-    """What the manifest says of a folder in which all shards are.
+    """Returns the manifest of a complete folder of shards, except the files and the run.
 
     Args:
-      plan: of the cache.
-      folder: of the shards.
-      n_tokens: that its rows hold.
+      plan: the plan of the cache.
+      folder: the folder of the shards.
+      n_tokens: number of tokens in its rows.
     """
     n_bytes = sum((folder / name).stat().st_size for name, _ in plan.shards())
     width = plan.n
@@ -201,13 +201,14 @@ def describe(plan: CachePlan, folder: Path, *, n_tokens: int) -> dict[str, Any]:
 
 
 class TeacherCache:
-    """An opened cache. Reading is thread-safe; nothing is held in memory.
+    """An opened teacher cache. Reading is thread-safe, and no records are held in memory.
 
     Attributes:
-      path: the folder.
-      plan: what it was made of.
-      width: entries of each position of ``read``'s arrays: the most that any has.
-      manifest: with ``bytes_per_token``, and ``made_by``: run and step of the teacher.
+      path: the folder of the cache.
+      plan: the parameters that determine its content.
+      width: number of entries per position in the arrays of ``read``: the largest number that any position has.
+      manifest: the content of ``manifest.json``, such as ``bytes_per_token`` and ``made_by``: run and step of the
+        teacher.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]):
@@ -216,14 +217,14 @@ class TeacherCache:
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> "TeacherCache":
-        """Opens a folder that ``efftrain teacher`` made, and checks it.
+        """Opens and checks a cache that ``efftrain teacher`` wrote.
 
         Args:
-          path: the folder.
-          verify: compare the checksum of every file; sizes are compared in any case. See ``corpus.open``.
+          path: the folder of the cache.
+          verify: compare the checksum of every file. If False, only the sizes are compared. See ``corpus.open``.
 
         Raises:
-          CorpusError: there is no cache, it is of another format, or a file is missing, truncated or altered.
+          CorpusError: there is no cache, it has another format, or a file is missing, truncated or altered.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -241,7 +242,7 @@ class TeacherCache:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Stands for the content, wherever the folder lies."""
+        """Digest of the content of the cache. It does not depend on the path."""
         return digest({"plan": asdict(self.plan), "files": self.manifest["files"]})
 
     @cached_property
@@ -249,21 +250,21 @@ class TeacherCache:
         return _records(self.plan, self.path)
 
     def read(self, number: int, row: Mapping[str, np.ndarray], *, width: int | None = None) -> Arrays:
-        """What the teacher says of a row.
+        """Returns the next-token distributions of the teacher for a row.
 
         Args:
-          number: of the row in its split.
-          row: its arrays, see ``packing.row``.
-          width: entries of each position. None: ``self.width``; more are filled up.
+          number: index of the row in its split.
+          row: the arrays of the row, see ``packing.row``.
+          width: number of entries per position. None: ``self.width``; a larger number adds unused entries.
 
         Returns:
-          teacher_ids (length, width) int32 and teacher_probs (length, width) float32. Kind "top_k": the largest
-          probabilities, first the largest; what a position lacks to 1 is the mass of all other tokens. Kind "sampled":
-          the share of the draws that each token has; they sum to 1. What is not used is token 0 of probability 0, and
-          so is all of padding.
+          teacher_ids (length, width) int32 and teacher_probs (length, width) float32. For kind "top_k", these are the
+          largest probabilities in descending order; the difference of their sum to 1 is the mass of all other tokens.
+          For kind "sampled", they are the share of each token among the samples, and sum to 1. Unused entries, and all
+          entries of padding, are token 0 with probability 0.
 
         Raises:
-          CorpusError: the cache was made from another row, or the record is damaged.
+          CorpusError: the cache was made for another row, or the record is damaged.
         """
         try:
             made_from, taught = decode(self.plan, self._shards[number], width or self.width)
@@ -279,11 +280,11 @@ class TeacherCache:
         return taught
 
     def check_corpus(self, corpus: "Corpus", split: str, length: int) -> None:
-        """Whether the cache is about these rows.
+        """Checks that the cache was made for the rows of a corpus.
 
         Raises:
-          CorpusError: it was made from another corpus.
-          ConfigError: it was made for another split or length.
+          CorpusError: the cache was made for another corpus.
+          ConfigError: the cache was made for another split or length.
         """
         if self.plan.corpus != corpus.token_fingerprint:
             raise CorpusError(
@@ -302,10 +303,10 @@ class TeacherCache:
             )
 
     def check_teacher(self, teacher: str) -> None:
-        """Whether it was made by the model of this ``train.inputs.model_digest``.
+        """Checks that the cache was made by the model with this ``train.inputs.model_digest``.
 
         Raises:
-          ConfigError: by another one.
+          ConfigError: the cache was made by another model.
         """
         if self.plan.teacher != teacher:
             raise ConfigError(
@@ -321,10 +322,10 @@ class TeacherCache:
 
 
 def read_cache_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a cache.
+    """Reads the manifest of a cache.
 
     Raises:
-      CorpusError: it is damaged, of another format, or of something else.
+      CorpusError: the manifest is damaged, has another format, or is not that of a cache.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -352,7 +353,7 @@ def _command(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What spares ArrayRecord opening every file at once."""
+    """The description of a shard with which ArrayRecord does not have to open every file at the start."""
 
     filename: str
     skip: int
