@@ -133,6 +133,7 @@ class Corpus:
         return load_tokenizer(self.path / "tokenizer.json", self.end_of_text)
 
     def tokenizer(self) -> "Tokenizer":
+        """Returns the tokenizer of the corpus, which is loaded at the first call."""
         return self._tokenizer
 
     @property
@@ -142,6 +143,7 @@ class Corpus:
 
     @property
     def end_of_text_id(self) -> int:
+        """The id of the token that is placed before each document."""
         return self.manifest["tokenizer"].get("end_of_text_id", 0)  # the manifests of earlier versions lack this key
 
     def token_bytes(self, split: str = "validation") -> np.ndarray:
@@ -173,6 +175,7 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
+        """The number of entries of the tokenizer, including special tokens."""
         return self.manifest["tokenizer"]["vocabulary"]
 
     @property
@@ -191,6 +194,7 @@ class Corpus:
         return digest({k: v for k, v in self.manifest["files"].items() if k.startswith("tokens/")})
 
     def n_tokens(self, split: str) -> int:
+        """Returns the number of tokens in a split."""
         return self._split(split)["tokens"]
 
     def tokens(self, split: str) -> "TokenStream":

@@ -38,7 +38,7 @@ class Part:
         this is a random sample. None: all rows.
       teacher: the folder of a teacher cache, written by ``efftrain teacher``. Batches then also have ``teacher_ids``
         and ``teacher_probs``, see ``TeacherCache.read``, and only the rows of the cache are read, in the same order as
-        without it. None: no teacher.
+        the same number of ``rows`` without a teacher. None: no teacher.
     """
 
     path: Path

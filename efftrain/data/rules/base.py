@@ -19,14 +19,23 @@ class Rule(Protocol):
 
     name: ClassVar[str]
 
-    def score(self, text: Text) -> float: ...
+    def score(self, text: Text) -> float:
+        """Returns the score of a text."""
+        ...
 
-    def keeps(self, score: float) -> bool: ...
+    def keeps(self, score: float) -> bool:
+        """Returns whether a text with this score is kept."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtMost:
-    """Base class of rules that keep a text if its score is at most ``limit``."""
+    """Base class of rules that keep a text if its score is at most ``limit``. A subclass defines ``name`` and ``score``.
+
+    Attributes:
+      name: the name of the rule in tables and reports, unique in a corpus.
+      limit: the highest score at which a text is kept.
+    """
 
     name: ClassVar[str]
     limit: float
@@ -44,7 +53,7 @@ class AtMost:
 
 @dataclass(frozen=True, kw_only=True)
 class AtLeast(AtMost):
-    """Base class of rules that keep a text if its score is at least ``limit``."""
+    """Base class of rules that keep a text if its score is at least ``limit``; otherwise like ``AtMost``."""
 
     def keeps(self, score: float) -> bool:
         return score >= self.limit
@@ -52,7 +61,7 @@ class AtLeast(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class Between:
-    """Base class of rules that keep a text if its score is from ``low`` to ``high``, inclusive."""
+    """Base class of rules that keep a text if its score is from ``low`` to ``high``, inclusive; see ``AtMost``."""
 
     name: ClassVar[str]
     low: float
@@ -88,7 +97,9 @@ def prefers_high(rule: Rule) -> bool:
 class RuleSet(Protocol):
     """The interface of a rule set: a frozen dataclass that expands to the rules and edits of one paper, in order."""
 
-    def rules(self) -> "Sequence[Rule | Edit]": ...
+    def rules(self) -> "Sequence[Rule | Edit]":
+        """Returns the rules and edits in the order in which they are applied."""
+        ...
 
 
 class Edit(Protocol):

@@ -2,7 +2,8 @@
 
 An edit first drops lines, and the rules then judge the rest of the page. Not implemented here are the list of bad
 words, the limit of 190,000 characters, the removal of lines that other pages share (see ``data.dedup.lines``), and
-language detection with langdetect (see ``language``). Notes on datatrove refer to ``c4_filters.py``, version 0.10.
+language detection with langdetect (see ``language``). With ``as_datatrove``, an edit or rule works like
+``c4_filters.py`` of datatrove 0.10; the differences are described after "datatrove:".
 """
 
 import re
@@ -112,7 +113,10 @@ class Sentences(AtLeast):
 
 @dataclass(frozen=True, kw_only=True)
 class C4:
-    """The rule set of C4, with the thresholds of its original code except that terminal punctuation is not required."""
+    """The rule set of C4, with the thresholds of its original code except that terminal punctuation is not required.
+
+    ``min_sentences`` is the limit of ``Sentences``; the other fields are those of ``C4Lines``.
+    """
 
     min_words: int = 5
     max_word_length: int = 1000

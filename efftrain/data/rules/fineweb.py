@@ -1,6 +1,7 @@
 """Provides the rules that FineWeb introduced: Penedo et al. 2024 (arXiv 2406.17557), section 3.6.
 
-Notes on datatrove refer to ``fineweb_quality_filter.py``, version 0.10, which differs from the paper in two thresholds.
+With ``as_datatrove``, a rule scores like ``fineweb_quality_filter.py`` of datatrove 0.10, which differs from the paper
+in two thresholds; the differences are described after "datatrove:".
 """
 
 import math
@@ -87,6 +88,7 @@ class NewlinesPerWord(AtMost):
 class FineWeb:
     """The rule set of FineWeb with the thresholds of the paper.
 
+    Fields that begin with ``min_`` or ``max_`` are the thresholds of the rules of this module.
     ``max_newlines_per_word`` adds datatrove's rule ``NewlinesPerWord``; None omits it.
     """
 

@@ -1,8 +1,8 @@
 """Provides Gopher's rules for the quality of prose: Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1.
 
-Words are separated by white space; for datatrove (``gopher_quality_filter.py``, version 0.10) they are the tokens of
-spaCy, see ``spacy_words``. The paper does not define a word, a bullet or a line; each rule states the definition used
-here and that of datatrove.
+The paper does not define a word, a bullet or a line. Here, words are separated by white space, and each rule states its
+other definitions. With ``as_datatrove``, a rule scores like ``gopher_quality_filter.py`` of datatrove 0.10, whose words
+are the tokens of spaCy (see ``spacy_words``); other differences are described after "datatrove:".
 """
 
 from dataclasses import dataclass
@@ -148,7 +148,11 @@ class StopWords(AtLeast):
 
 @dataclass(frozen=True, kw_only=True)
 class Gopher:
-    """The rule set of Gopher with the thresholds of the paper, in the order of datatrove."""
+    """The rule set of Gopher with the thresholds of the paper, in the order of datatrove.
+
+    Fields that begin with ``min_`` or ``max_`` are the thresholds of the rules of this module; ``language`` is that of
+    the stop words, an ISO 639-1 code.
+    """
 
     min_words: int = 50
     max_words: int = 100_000

@@ -2,8 +2,9 @@
 
 Implementations share the thresholds of the paper and differ in what they count. Here, a score is a share of lines,
 paragraphs or characters other than white space that are repetitions. Each character counts once, and the first
-occurrence of a repeated part does not count unless ``count_first`` is set (as in Dolma and DCLM). Each rule describes
-how datatrove (``gopher_repetition_filter.py``, version 0.10) differs.
+occurrence of a repeated part does not count unless ``count_first`` is set (as in Dolma and DCLM). With
+``as_datatrove``, a rule scores like ``gopher_repetition_filter.py`` of datatrove 0.10; the differences are described
+after "datatrove:".
 """
 
 import re
@@ -156,7 +157,7 @@ class DuplicateNgrams(AtMost):
 class GopherRepetition:
     """The rule set of Gopher against repetition with the thresholds of table A1, in the order of datatrove.
 
-    The thresholds for n-grams are pairs (n, limit).
+    Fields that begin with ``max_`` are the limits of the rules of this module; those for n-grams are pairs (n, limit).
     """
 
     max_duplicate_paragraphs: float = 0.3

@@ -130,7 +130,7 @@ def reading_errors() -> tuple[type[Exception], ...]:
 def lines(
     stream: BinaryIO, most: int, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yields the lines that begin in the bytes [start, stop) of a stream. Adjacent ranges have no line in common.
+    """Yields the lines that begin in the bytes [start, stop) of a stream, so that each line belongs to one range.
 
     Args:
       stream: at its beginning; it must be seekable if ``start`` is not 0.

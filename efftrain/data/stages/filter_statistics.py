@@ -30,7 +30,7 @@ class Funnel:
         self._dropped[rule] = documents, size + n_bytes
 
     def add(self, counts: Mapping[str, Any]) -> None:
-        """Adds what ``to_json`` of another gave."""
+        """Adds the counts of another funnel, given as the result of its ``to_json``."""
         self._seen = [a + b for a, b in zip(self._seen, counts["seen"], strict=True)]
         for rule, (documents, n_bytes) in counts["dropped"].items():
             before = self._dropped.get(rule, (0, 0))
@@ -80,7 +80,7 @@ class FilterStatistics:
         self._of.setdefault(clean(source), Funnel()).cut(rule, n_bytes)
 
     def add(self, counts: Mapping[str, Any]) -> None:
-        """Adds what ``to_json`` of another gave."""
+        """Adds other counts, given as the result of ``to_json``."""
         for source, count in counts.items():
             self._of.setdefault(source, Funnel()).add(count)
 
@@ -91,6 +91,7 @@ class FilterStatistics:
         return {source: funnel.rows(order) for source, funnel in self._of.items()}
 
     def total(self) -> Funnel:
+        """Returns the sum of all sources."""
         total = Funnel()
         for funnel in self._of.values():
             total.add(funnel.to_json())

@@ -147,6 +147,7 @@ class TaskBatches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def get_state(self) -> dict[str, Any]:
+        """Returns the position as JSON values: epoch, row in the epoch, and the identity of the data."""
         return {"epoch": self._epoch, "row": self._row, "data": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:

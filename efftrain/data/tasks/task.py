@@ -97,6 +97,7 @@ class Task:
         return json_digest([[asdict(example) | {"type": WRITTEN_TYPE} for example in part] for part in parts])
 
     def texts(self, part: Literal["train", "validation", "test", "unlabelled"]) -> list[str]:
+        """Returns the questions or prompts of a split."""
         return [example.text for example in getattr(self, part)]
 
     def numbers(self, examples: Iterable[Example]) -> np.ndarray:
