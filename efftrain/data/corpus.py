@@ -45,8 +45,8 @@ class CorpusConfig:
       within: the scope of every kind of deduplication: documents are compared across the whole ``corpus``, or only
         with documents of the same ``source``.
       deduplicate: remove exact duplicates of the normalised text; the first is kept.
-      repeated_lines: removal of lines that several documents share; each line is kept in one document. None: no line
-        is removed.
+      repeated_lines: removal of lines or paragraphs that occur before, in another document or in the same one. None: no
+        line is removed.
       near_duplicates: MinHash search for near duplicates, which are verified and removed. None: near duplicates are
         kept.
       decontaminate: removes from held-out splits what repeats the training split, and from the training split what

@@ -1,4 +1,4 @@
-"""Removes lines or paragraphs that occur in several documents (menus, notices, boilerplate) from all but the first.
+"""Removes repeated lines or paragraphs (menus, notices, boilerplate) except their first occurrence in the corpus.
 
 Raffel et al. 2020 (C4) keep each line in one page; CCNet (Wenzek et al. 2020) does the same with paragraphs. Here, the
 first occurrence is kept, in the order of the sources and then within the document.

@@ -30,7 +30,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AtMost:
-    """Base class of rules that keep a text if its score is at most ``limit``. A subclass defines ``name`` and ``score``.
+    """Base class of rules that keep a text if its score is at most ``limit``; subclasses define ``name`` and ``score``.
 
     Attributes:
       name: the name of the rule in tables and reports, unique in a corpus.

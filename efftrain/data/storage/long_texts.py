@@ -46,7 +46,7 @@ def cut_text(tokenizer: "Tokenizer", text: str, size: int = PART_CHARS) -> tuple
 
 
 def without_long_runs(text: str) -> Iterator[str]:
-    """Yields pieces of at most ``PART_CHARS`` characters, in which every word of byte-level BPE is below 2,048."""
+    """Yields the text in pieces of at most ``PART_CHARS`` characters, in which no word has 2,048 characters or more."""
     begin = 0
     for start in range(0, len(text), _RUN):
         chunk = text[start : start + _RUN]
