@@ -1,12 +1,12 @@
-"""The Python corpus: the .py files of the running interpreter, which are on every machine.
+"""Builds a corpus of Python from the .py files of the running interpreter, which every machine has.
 
     python data/python.py --out corpora/python                           # 56 s on 2 cores
     python data/python.py --out corpora/stdlib --standard-library-only   # without the installed distributions
 
-Reads, drops generated, minified, table-like, too short or too long files, exact repeats and verified near duplicates,
-splits by package, takes out of validation and test what repeats the training split, trains a byte-level tokenizer, and
-keeps text and packed tokens as TFDS datasets. A second run with the same inputs does nothing; an interrupted one goes
-on where it stopped.
+The build reads the files; drops generated, minified, table-like, too short and too long ones, exact duplicates and
+verified near duplicates; splits by package; removes from validation and test what repeats the training split; trains a
+byte-level tokenizer; and writes text and packed tokens as TFDS datasets. A second run with the same inputs does
+nothing, and an interrupted run continues where it stopped.
 
 Measured (two cores of an AMD EPYC, Python 3.11, efftrain's dependencies installed): 56 s; 10,877 files and 149 MB in,
 8,232 files and 116 MB kept, 37 million tokens; 603 exact and 425 near duplicates, such as tyro's copy of argparse.
@@ -27,19 +27,21 @@ from efftrain.recipe import run_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The Python corpus.
+    """Configuration of the Python corpus.
 
     Attributes:
       out: the folder of the corpus.
-      standard_library_only: leave out the installed distributions.
-      vocabulary: entries of the tokenizer; in a small model each one costs a row of the embedding.
-      tokenizer: of another corpus or of a run that is to be fine-tuned, such as runs/dense/tokenizer.json. None: one is
-        trained.
-      split: the shares of packages that are held out.
-      near_duplicates: how vendored and lightly edited copies are found.
-      processes: by default one per core, as far as memory allows.
-      max_unreadable: files that may be unreadable, wholly or from some place on, before the build ends.
-      on_error: what happens where a rule raises: end the build, or drop the document and list it.
+      standard_library_only: read the standard library alone, without the installed distributions.
+      vocabulary: number of entries of the tokenizer; each entry costs a row of the embedding, which matters in a small
+        model.
+      tokenizer: path of the tokenizer of another corpus, or of a run that is to be fine-tuned, such as
+        runs/dense/tokenizer.json. None: a tokenizer is trained.
+      split: the shares of the bytes that are held out, in whole packages.
+      near_duplicates: how vendored and lightly edited copies are found. None: they are kept.
+      processes: number of worker processes. None: one per core, as far as memory allows.
+      max_unreadable: number of files that may be unreadable, wholly or in part, before the build stops with an error.
+      on_error: what happens if a rule raises an exception: ``stop`` ends the build, ``skip`` drops the document and
+        lists it among the removals.
       overwrite: replace a corpus in ``out`` that was built from other inputs or parameters.
     """
 

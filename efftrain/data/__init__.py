@@ -1,13 +1,12 @@
-"""The corpus room: text in, batches out.
+"""Building corpora from raw text and reading them as batches for training.
 
     config = data.CorpusConfig(sources=(data.TextFolder(path=Path("essays"), pattern="*.txt"),))
     corpus = data.build(config, Path("corpora/essays"))     # a second call with the same inputs does nothing
-    corpus = data.open("corpora/essays")                    # refuses a damaged shard by its name
+    corpus = data.open("corpora/essays")                    # raises an error that names a damaged shard
     loader = data.LoaderConfig(corpora=(data.Part(path=corpus.path),), length=256, batch_size=16)
     for batch in data.batches(loader): ...
 
-Nothing heavy is imported before it is used: TFDS, Grain, pyarrow and tokenizers come with the first call that needs
-them.
+Heavy packages are imported lazily: TFDS, Grain, pyarrow and tokenizers are imported by the first call that needs them.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Texts in batches that are small enough for the cache and large enough to be worth a call."""
+"""Groups texts into batches that fit into the processor's cache and are large enough to make a call worthwhile."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -7,7 +7,12 @@ T = TypeVar("T", str, bytes)
 
 
 def by_size(texts: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yields lists of consecutive texts, each closed when its lengths add up to ``size``; the last may be smaller."""
+    """Yields lists of consecutive texts, each with a total length of at least ``size``; the last may be shorter.
+
+    Args:
+      texts: strings or bytes.
+      size: total length at which a list is complete, in characters or bytes.
+    """
     batch: list[T] = []
     held = 0
     for text in texts:

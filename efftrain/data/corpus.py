@@ -1,4 +1,4 @@
-"""A corpus on disk: its configuration, its documents and its tokens."""
+"""Opens a corpus on disk and gives access to its documents, its tokens and its configuration."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -34,31 +34,36 @@ _READ_ROWS, _READ_BYTES = 256, 8 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What a corpus is made of. Two equal configurations on equal inputs give byte-identical shards.
+    """Configuration of a corpus: sources, rules, deduplication, tokenizer and splits.
+
+    Two equal configurations on equal inputs give byte-identical shards.
 
     Attributes:
-      sources: read one after the other; of equal documents the first is kept.
-      rules: applied in this order; a document is counted under the first that rejects it. By default those that suit
-        the ``kind`` of the sources, see ``rules.default_rules``.
-      within: what a document is compared with where duplicates of any kind are removed: the whole corpus, or only its
-        own source.
-      deduplicate: remove exact repeats of normalised text; the first is kept.
-      repeated_lines: keep lines that documents share in one of them; None keeps them everywhere.
-      near_duplicates: find documents whose shingles are nearly the same, verify and remove them; None keeps them.
-      decontaminate: keep held-out splits apart from training, and training from evaluation sets; None does neither.
-      quality: name of the rule by whose score the best of near duplicates is kept: the highest of a rule that asks for
-        at least a score, the lowest of one that allows at most one.
-      vocabulary: entries of the tokenizer that is trained.
-      tokenizer: a ``tokenizer.json`` of the ``tokenizers`` library to use, of any kind; corpora are mixed only if they
-        have the same. None: a byte-level BPE is trained.
-      end_of_text: the token of ``tokenizer`` that stands before each document. None: the one that its file marks, or
-        the first of ``tokenizer.KNOWN_ENDS_OF_TEXT`` that it has, such as ``<|endoftext|>`` and ``</s>``.
-      tokenizer_sample: bytes of training text that the tokenizer is trained on. They are held in memory while it
-        trains.
-      split: which documents go to train, validation and test.
-      seed: of the order of the documents.
-      block: tokens per record of the token store.
-      shard_bytes: size from which a new shard is begun.
+      sources: read one after the other; of several equal documents the first is kept.
+      rules: applied in this order; a document is counted under the first rule that rejects it. None: the default rules
+        for the ``kind`` of the sources, see ``rules.default_rules``.
+      within: the scope of every kind of deduplication: documents are compared across the whole ``corpus``, or only
+        with documents of the same ``source``.
+      deduplicate: remove exact duplicates of the normalised text; the first is kept.
+      repeated_lines: removal of lines or paragraphs that occur before, in another document or in the same one. None: no
+        line is removed.
+      near_duplicates: MinHash search for near duplicates, which are verified and removed. None: near duplicates are
+        kept.
+      decontaminate: removes from held-out splits what repeats the training split, and from the training split what
+        repeats an evaluation set. None: neither is done.
+      quality: name of the rule whose score decides which of several near duplicates is kept: the highest score for a
+        rule with a minimum, the lowest for a rule with a maximum. Equal scores, and None: the longest document is kept.
+      vocabulary: number of entries of the tokenizer that is trained; has no effect with ``tokenizer``.
+      tokenizer: path of an existing ``tokenizer.json`` of the ``tokenizers`` library, of any kind. Only corpora with
+        the same tokenizer can be mixed. None: a byte-level BPE is trained.
+      end_of_text: the token of ``tokenizer`` that is placed before each document. None: the token that the file marks
+        as such, or the first of ``tokenizer.KNOWN_ENDS_OF_TEXT`` that it has, such as ``<|endoftext|>`` and ``</s>``.
+      tokenizer_sample: number of bytes of training text on which the tokenizer is trained. They are held in memory
+        during the training.
+      split: how documents are assigned to train, validation and test.
+      seed: seed of the shuffled order of the documents.
+      block: number of tokens per record of the token store.
+      shard_bytes: size in bytes at which a new shard is begun.
     """
 
     sources: tuple[Source, ...]
@@ -98,15 +103,15 @@ class CorpusConfig:
 
 
 def open(path: Path | str, *, verify: bool = True) -> "Corpus":
-    """Opens a corpus and checks it.
+    """Opens a corpus on disk and checks that its files are complete and unaltered.
 
     Args:
-      path: the folder.
-      verify: compare the checksum of every file (about 1 GB/s per core). Sizes are compared in any case; pass False
-        where another process has just verified the same files.
+      path: the folder of the corpus.
+      verify: compare the checksum of every file with the manifest, which reads the whole corpus. If False, only the
+        sizes are compared; use it when another process has just verified the same files.
 
     Raises:
-      CorpusError: there is no corpus, or a file is missing, truncated or altered; the message names it.
+      CorpusError: there is no corpus, or a file is missing, truncated or altered; the message names the file.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -115,7 +120,10 @@ def open(path: Path | str, *, verify: bool = True) -> "Corpus":
 
 
 class Corpus:
-    """An opened corpus. Reading is thread-safe; nothing is held in memory but the tokenizer."""
+    """An opened corpus: its documents, token streams, tokenizer and counts.
+
+    Reading is thread-safe. Only the tokenizer is held in memory.
+    """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]):
         self.path, self.manifest = path, manifest
@@ -125,25 +133,33 @@ class Corpus:
         return load_tokenizer(self.path / "tokenizer.json", self.end_of_text)
 
     def tokenizer(self) -> "Tokenizer":
+        """Returns the tokenizer of the corpus, which is loaded at the first call."""
         return self._tokenizer
 
     @property
     def end_of_text(self) -> str:
-        """The token before each document."""
+        """The token that is placed before each document."""
         return self.manifest["tokenizer"].get("end_of_text", END_OF_TEXT)
 
     @property
     def end_of_text_id(self) -> int:
-        return self.manifest["tokenizer"].get("end_of_text_id", 0)  # a corpus of an earlier version does not say it
+        """The id of the token that is placed before each document."""
+        return self.manifest["tokenizer"].get("end_of_text_id", 0)  # the manifests of earlier versions lack this key
 
     def token_bytes(self, split: str = "validation") -> np.ndarray:
-        """(vocabulary,): the bytes of text that each token stands for, for bits per byte; 0 for special tokens.
+        """Returns the number of bytes of text per token, which bits per byte are computed from.
 
-        int32 where the tokenizer is byte-level, the same for all splits. Else float64, the mean over ``split``: its
-        tokens together have exactly the bytes of its documents in UTF-8.
+        Args:
+          split: the split over which the mean is taken; has no effect with a byte-level tokenizer.
+
+        Returns:
+          (vocabulary,): for a byte-level tokenizer int32, the same for all splits. Otherwise float64, the mean over
+          ``split``, so that the tokens of the split together have exactly as many bytes as its documents in UTF-8.
+          Special tokens have 0 bytes.
 
         Raises:
-          CorpusError: the corpus was built by an earlier version, which did not count the bytes of such a tokenizer.
+          CorpusError: the tokenizer is not byte-level, and the corpus was built by an earlier version, which did not
+            count the bytes of such tokens.
         """
         lengths = byte_level_lengths(self._tokenizer)
         if lengths is not None:
@@ -159,38 +175,40 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
+        """The number of entries of the tokenizer, including special tokens."""
         return self.manifest["tokenizer"]["vocabulary"]
 
     @property
     def funnel(self) -> list[dict[str, Any]]:
-        """Rows of ``stage``, ``documents`` and ``bytes``: seen, dropped by each rule, kept."""
+        """Rows of ``stage``, ``documents`` and ``bytes``: what was read, what each rule removed and what was kept."""
         return self.manifest["funnel"]
 
     @property
     def splits(self) -> dict[str, dict[str, int]]:
-        """split -> documents, bytes and tokens."""
+        """The numbers of ``documents``, ``bytes`` and ``tokens`` of each split, by the name of the split."""
         return self.manifest["splits"]
 
     @property
     def token_fingerprint(self) -> str:
-        """Stands for the token streams of all splits, wherever the folder lies."""
+        """Digest of the token streams of all splits. It does not depend on the path of the corpus."""
         return digest({k: v for k, v in self.manifest["files"].items() if k.startswith("tokens/")})
 
     def n_tokens(self, split: str) -> int:
+        """Returns the number of tokens in a split."""
         return self._split(split)["tokens"]
 
     def tokens(self, split: str) -> "TokenStream":
-        """The split as one stream of tokens, ``end_of_text`` before every document."""
+        """Returns the split as one stream of tokens, with ``end_of_text`` before every document."""
         self._split(split)
         return TokenStream(_data_source(self.path / "tokens", split), self.n_tokens(split), self.manifest["block"])
 
     def documents(self, split: str) -> Iterator[Document]:
-        """The documents of a split, in the order of its tokens."""
+        """Yields the documents of a split, in the order of its token stream."""
         self._split(split)
         yield from read_documents(self.path / "text", split)
 
     def check_model(self, vocab_size: int) -> None:
-        """Raises ConfigError where a model with ``vocab_size`` entries cannot read this corpus."""
+        """Raises ConfigError if a model with ``vocab_size`` entries is too small for the tokenizer of this corpus."""
         if vocab_size < self.vocab_size:
             raise ConfigError(
                 f"model.vocab_size is {vocab_size} and the tokenizer of {self.path} has {self.vocab_size} entries; "
@@ -198,7 +216,7 @@ class Corpus:
             )
 
     def table(self) -> Table:
-        """The funnel and the splits, for the terminal."""
+        """Returns the funnel and the splits as a table for the terminal."""
         return funnel_table(f"corpus {self.path}", self.funnel, self.splits)
 
     def _split(self, split: str) -> dict[str, int]:
@@ -208,7 +226,7 @@ class Corpus:
 
 
 class TokenStream:
-    """A stream of tokens on disk; ``tokens[start:stop]`` reads the blocks that the range touches."""
+    """A stream of tokens on disk. ``tokens[start:stop]`` reads only the blocks that the range touches."""
 
     def __init__(self, blocks: Any, n_tokens: int, block: int):
         self._blocks, self._n_tokens, self._block = blocks, n_tokens, block
@@ -217,7 +235,10 @@ class TokenStream:
         return self._n_tokens
 
     def __getitem__(self, key: slice) -> np.ndarray:
-        """(tokens,) int32. Like any sequence, a range over the end is cut off; the step must be 1."""
+        """Returns the tokens of a range, (tokens,) int32.
+
+        A range that reaches past the end is shortened, as with any sequence; the step must be 1.
+        """
         start, stop, step = key.indices(self._n_tokens)
         if step != 1:
             raise ValueError("tokens are read in ranges with step 1")
@@ -230,7 +251,7 @@ class TokenStream:
 
 
 def read_documents(folder: Path, split: str) -> Iterator[Document]:
-    """Streams the documents of a text dataset that ``shards.text_features`` describes."""
+    """Yields the documents of a split of a text dataset with the features of ``shards.text_features``."""
     rows = _data_source(folder, split)
     start, n_rows = 0, 1
     while start < len(rows):
@@ -238,7 +259,7 @@ def read_documents(folder: Path, split: str) -> Iterator[Document]:
         for row in found:
             yield Document(row["id"].decode(), row["text"].decode(), row["source"].decode(), json.loads(row["meta"]))
         start += len(found)
-        # Many rows at once are faster, and many long documents at once do not fit into memory.
+        # Reading many rows at once is faster, but many long documents at once do not fit into memory.
         n_bytes = sum(len(row["text"]) for row in found) // len(found)
         n_rows = max(1, min(2 * n_rows, _READ_ROWS, _READ_BYTES // max(n_bytes, 1)))
 

@@ -1,4 +1,4 @@
-"""What flows through the corpus room, and the view of a text that the rules share."""
+"""Defines the types that the data pipeline passes on: documents, verdicts and the counts of a text for the rules."""
 
 import re
 from collections import defaultdict
@@ -14,11 +14,11 @@ class Document:
     """One text with its provenance.
 
     Attributes:
-      id: unique in the corpus and stable from run to run; the order of the corpus is a hash of it.
-      text: the text. Whatever it was read from, its lines end in "\n" (not "\r\n" or "\r") and no byte order mark
-        stands before it, so that no rule, comparison or tokenizer has to know of either.
-      source: which source it came from.
-      meta: JSON values. ``meta["package"]`` names the group that must not be torn apart between train and test.
+      id: unique in the corpus and stable from run to run; documents are ordered by a hash of their id.
+      text: the text. Its lines end in "\n" (not "\r\n" or "\r") and it has no leading byte order mark, whatever the
+        format that it was read from, so that rules, comparisons and tokenizers need not handle either.
+      source: name of the source that the document was read from.
+      meta: JSON values. ``meta["package"]`` names the group of documents that must stay together in one split.
     """
 
     id: str
@@ -31,16 +31,16 @@ class Document:
 
     @property
     def package(self) -> str:
-        """The group that goes to one split as a whole; a document without one is its own group."""
+        """The group that is assigned to one split as a whole; a document without a package is a group of its own."""
         return self.meta.get("package", self.id)
 
 
 UNREADABLE = "unreadable"
-"""The rule of a ``Skipped`` that stands for a file, or for all that follows in one: nobody knows how much is lost."""
+"""The rule of a ``Skipped`` for a lost file, or for the lost rest of one; the number of lost documents is unknown."""
 
 
 def clean_lines(text: str) -> str:
-    """The text with "\n" for every "\r\n" and "\r", and without a byte order mark before it."""
+    """Returns the text with "\n" in place of every "\r\n" and "\r", and without a leading byte order mark."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.removeprefix("\ufeff")
@@ -48,13 +48,14 @@ def clean_lines(text: str) -> str:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that could not become a document. It is counted under ``rule`` and listed in the removal evidence.
+    """A file or record that could not become a document. It is counted under ``rule`` and listed among the removals.
 
     Attributes:
-      id: the file, or the file and line.
-      rule: ``UNREADABLE`` where a file, or the rest of one, is lost; any other is about this one document.
-      detail: what the reader said.
-      n_bytes: its size in bytes, 0 where that is unknown.
+      id: the file, or the file and the position in it.
+      source: name of the source that it was read from.
+      rule: ``UNREADABLE`` if a file, or the rest of one, is lost; any other rule concerns this one document.
+      detail: the reason that the reader gave.
+      n_bytes: size in bytes; 0 if unknown.
     """
 
     id: str
@@ -66,7 +67,13 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule says of a text. The score is kept, so that a threshold can be judged after the fact."""
+    """The decision of a rule on a text, with its score, from which other thresholds can be judged later.
+
+    Attributes:
+      keep: whether the text passes the rule.
+      rule: name of the rule.
+      score: the value that the rule compared with its threshold.
+    """
 
     keep: bool
     rule: str
@@ -74,13 +81,13 @@ class Verdict:
 
 
 class Text:
-    """A text with the counts that several rules need, each computed once and only when asked for.
+    """A text with the counts that several rules need. Each count is computed once, when it is first read.
 
     Attributes:
       text: the text.
-      id: of its document, for rules that look a score up.
-      n_chars: characters, white space included.
-      derived: what the rules of one topic compute once and share, by a name of theirs.
+      id: the id of its document, for rules that look up a score by id.
+      n_chars: number of characters, white space included.
+      derived: cache of values that the rules of one topic compute once and share, by a key that they choose.
     """
 
     def __init__(self, text: str, id: str = ""):
@@ -90,17 +97,17 @@ class Text:
 
     @cached_property
     def utf8(self) -> bytes:
-        """Raises UnicodeEncodeError where the text holds half a surrogate pair."""
+        """The text in UTF-8. Raises UnicodeEncodeError if the text contains an unpaired surrogate."""
         return self.text.encode()
 
     @cached_property
     def byte_counts(self) -> np.ndarray:
-        """(256,) how often each byte value occurs."""
+        """(256,) number of occurrences of each byte value in UTF-8."""
         return np.bincount(np.frombuffer(self.utf8, np.uint8), minlength=256)
 
     @cached_property
     def line_lengths(self) -> np.ndarray:
-        """(lines,) characters of each line, without its newline."""
+        """(lines,) number of characters of each line, without its newline."""
         if not self.text.isascii():
             return np.fromiter(map(len, self.text.split("\n")), np.int64)
         newlines = np.flatnonzero(np.frombuffer(self.utf8, np.uint8) == ord("\n"))
@@ -113,17 +120,17 @@ class Text:
 
     @cached_property
     def lines(self) -> list[str]:
-        """The lines that are not blank, without white space around them; every line boundary of Unicode counts."""
+        """The lines that are not blank, stripped of white space. Lines end at every line boundary of Unicode."""
         return [line for line in map(str.strip, self.text.splitlines()) if line]
 
     @cached_property
     def paragraphs(self) -> list[str]:
-        """What stands between blank lines, without white space around it."""
+        """The paragraphs, which blank lines separate, stripped of white space."""
         return [paragraph for paragraph in map(str.strip, _BLANK_LINES.split(self.text)) if paragraph]
 
     @cached_property
     def words(self) -> list[str]:
-        """The words: what stands between white space, punctuation included."""
+        """The words, which white space separates, with their punctuation."""
         return self.text.split()
 
     @property
@@ -132,27 +139,27 @@ class Text:
 
     @cached_property
     def word_ids(self) -> np.ndarray:
-        """(words,) int64, the place of each word in ``vocabulary``: equal words, and only they, have equal numbers."""
+        """(words,) int64, the index of each word in ``vocabulary``."""
         return self._numbered_words[0]
 
     @property
     def vocabulary(self) -> list[str]:
-        """The distinct words in the order in which they first occur."""
+        """The distinct words, in the order of their first occurrence."""
         return self._numbered_words[1]
 
     @cached_property
     def word_counts(self) -> np.ndarray:
-        """(vocabulary,) how often each distinct word occurs."""
+        """(vocabulary,) number of occurrences of each distinct word."""
         return np.bincount(self.word_ids, minlength=len(self.vocabulary))
 
     @cached_property
     def word_lengths(self) -> np.ndarray:
-        """(vocabulary,) characters of each distinct word."""
+        """(vocabulary,) number of characters of each distinct word."""
         return np.fromiter(map(len, self.vocabulary), np.int64, len(self.vocabulary))
 
     @cached_property
     def n_visible(self) -> int:
-        """Characters that are not white space."""
+        """Number of characters that are not white space."""
         return int(self.word_counts @ self.word_lengths)
 
     @cached_property

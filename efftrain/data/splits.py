@@ -1,4 +1,4 @@
-"""Train, validation and test by group, so that the siblings of a test document are not trained on."""
+"""Assigns documents to train, validation and test by group, so that no relative of a test document is trained on."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ import numpy as np
 from efftrain.errors import ConfigError, CorpusError
 
 SPLITS = ("train", "validation", "test")
-N_BUCKETS = 1 << 16  # groups are dealt to buckets by their hash, so that memory does not grow with their number
+N_BUCKETS = 1 << 16  # groups are hashed into buckets, so that memory does not grow with the number of groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitByPackage:
-    """Whole packages go to validation and test, in the order of a hash of their names, until a share of bytes is
-    reached.
+    """Assigns whole packages to validation and test, until each has its share of the bytes.
 
-    A package that would fill more than a quarter of a held-out split stays in train while smaller ones are
-    there: one dominant package would make bits per byte a figure about that package.
+    Packages are taken in the order of a hash of their names. A package that would fill more than a quarter of a
+    held-out split stays in train as long as smaller ones are available: if one package dominated the split, bits per
+    byte would describe that package.
 
     Attributes:
-      validation: share of the bytes; 0 for no such split.
-      test: likewise.
-      seed: another seed, another choice of packages.
+      validation: share of the bytes in the validation split, between 0 and 1; 0 omits the split.
+      test: share of the bytes in the test split, between 0 and 1; 0 omits the split.
+      seed: seed of the hash; another seed selects other packages.
     """
 
     validation: float = 0.05
@@ -37,12 +37,12 @@ class SplitByPackage:
 
     @property
     def n_splits(self) -> int:
-        """How many splits are wanted, train among them."""
+        """Number of splits, including train."""
         return 1 + (self.validation > 0) + (self.test > 0)
 
 
 def bucket(groups: np.ndarray) -> np.ndarray:
-    """The bucket of each 64-bit group hash."""
+    """Returns the bucket of each 64-bit group hash: its upper 16 bits, as int64."""
     return (groups >> np.uint64(48)).astype(np.int64)
 
 
@@ -50,13 +50,14 @@ def assign_buckets(config: SplitByPackage, sizes: np.ndarray) -> np.ndarray:
     """Chooses the split of each bucket.
 
     Args:
-      sizes: (N_BUCKETS,) bytes of the documents that were kept.
+      config: the shares of the splits.
+      sizes: (N_BUCKETS,) number of bytes of the kept documents in each bucket.
 
     Returns:
-      (N_BUCKETS,) indices into SPLITS.
+      (N_BUCKETS,) indices into SPLITS, int8.
 
     Raises:
-      CorpusError: there are fewer buckets with a document than splits.
+      CorpusError: fewer buckets have a document than there are splits.
     """
     free = np.flatnonzero(sizes).tolist()
     shares = {"validation": config.validation, "test": config.test}
@@ -69,7 +70,7 @@ def assign_buckets(config: SplitByPackage, sizes: np.ndarray) -> np.ndarray:
         )
     result = np.zeros(len(sizes), np.int8)
     for split, share in shares.items():
-        # One group must be left for each split that comes after, and for train.
+        # One bucket must remain for each later split, and one for train.
         n_wanted -= share > 0
         taken = _take(free, sizes, share * sizes.sum(), most=len(free) - n_wanted) if share else []
         result[taken] = SPLITS.index(split)

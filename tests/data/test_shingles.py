@@ -196,7 +196,7 @@ IGNORABLE |= {*map(chr, [*range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFF9), *range(
 
 
 def normal_words(text: str) -> list[str]:
-    """What the docstring of ``normalise_words`` says, by Python's own functions on the whole text."""
+    """What the docstring of ``normalise`` says, by Python's own functions on the whole text."""
     kind = unicodedata.category
     shown = ""
     for char in text:

@@ -1,4 +1,4 @@
-"""The build of a corpus: the order of its stages, the first (reading) and the last (writing).
+"""Builds a corpus: the sequence of its stages, the first stage (reading) and the last one (writing).
 
-It may import every other folder of ``data`` but ``loading`` and ``tasks``.
+This package may import every other folder of ``data`` except ``loading`` and ``tasks``.
 """

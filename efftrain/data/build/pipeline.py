@@ -1,7 +1,7 @@
 """Builds a corpus in stages: read and judge, deduplicate, split, decontaminate, write text, tokenize.
 
-Each stage leaves files in the unfinished folder. Interrupted, the same command goes on where it stopped. What is kept
-depends on the inputs, the configuration and the code alone, not on the engine or the number of its workers.
+Each stage writes files to the unfinished folder, so that an interrupted build continues where it stopped. The result
+depends only on the inputs, the configuration and the code, not on the engine or the number of its workers.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ from efftrain.errors import ConfigError, CorpusError, Interrupted
 from efftrain.progress import console
 
 SCORES = "scores.parquet"
-ROOMS = ("data", "config")  # of the package, that decide what a corpus holds
-ALARMS = 10  # shown on the terminal
+ROOMS = ("data", "config")  # parts of the package whose code determines the content of a corpus
+ALARMS = 10  # largest number of alarms on the terminal
 
 
 def build(
@@ -53,23 +53,26 @@ def build(
     max_unreadable: int = 0,
     on_error: OnError = "stop",
 ) -> Corpus:
-    """Builds the corpus, or finds that it is there already.
+    """Builds a corpus and opens it. If ``out`` already contains it, it is only opened.
 
     Args:
-      config: what it is made of.
-      out: the folder, which is complete or not there; until then it is called ``out.incomplete``.
-      overwrite: build in any case and replace the corpus that is there, once the new one is whole. Where only
-        thresholds changed, its scores are used again.
-      engine: where the work is done, by default on the cores of this machine. It is not closed, so that it can serve
-        several builds.
-      max_unreadable: how many files may be unreadable, as a whole or from some place on. They are read again whenever
-        the build goes on, and the finished corpus has an alarm.
-      on_error: what happens where a rule or a source raises: "stop" ends the build and names the document, "skip"
-        drops the document, counts it under ``failed/RULE`` and lists it in ``removed.parquet``.
+      config: the configuration of the corpus.
+      out: the folder of the corpus. It is named ``out.incomplete`` until it is complete.
+      overwrite: build in any case, and replace an existing corpus when the new one is complete. The scores of the
+        existing corpus are reused if only thresholds have changed.
+      engine: runs the work. None: on the cores of this machine. A given engine is not closed, so that it can be used
+        for several builds.
+      max_unreadable: number of files that may be unreadable, wholly or in part. They are read again whenever the build
+        is resumed, and the finished corpus has an alarm.
+      on_error: what happens if a rule or a source raises an exception: "stop" ends the build and names the document;
+        "skip" drops the document, or the rest of the piece if a source raised. A document that a rule could not judge
+        is counted under ``failed/RULE`` and listed in ``removed.parquet``.
 
     Raises:
-      CorpusError: ``out`` holds something else, a source is missing, empty or unreadable, a rule raises, nothing is
-        left, the disk is full.
+      CorpusError: ``out`` contains something else; a source is missing, empty or unreadable; a rule raises; no document
+        is left; or the disk is full.
+      ConfigError: the configuration is invalid.
+      InUseError: another process is building this corpus.
     """
     out, started = Path(out), time.monotonic()
     if on_error not in ("stop", "skip"):
@@ -77,7 +80,7 @@ def build(
     _check_rules(config)
     named = [(type(source).__name__, source.files()) for source in config.sources]
     if config.tokenizer:
-        load_tokenizer(config.tokenizer, config.end_of_text)  # before the work, not after it
+        load_tokenizer(config.tokenizer, config.end_of_text)  # raises before the work rather than after it
         named.append(("the tokenizer", iter([("tokenizer.json", config.tokenizer)])))
     inputs = fingerprints(named, store.known_inputs(out))
     wanted = {
@@ -112,12 +115,12 @@ def build(
     if len(found) > ALARMS:
         more = f"warning: {len(found) - ALARMS} more of them: efftrain corpus report {out}"
         console.print(more, style="yellow", markup=False)
-    return corpora.open(out, verify=False)  # its checksums were computed a moment ago
+    return corpora.open(out, verify=False)  # the checksums have just been computed
 
 
 @dataclasses.dataclass(frozen=True)
 class _Build:
-    """One build: the stages in their order."""
+    """One build: the sequence of its stages."""
 
     folder: Path
     config: CorpusConfig
@@ -130,7 +133,7 @@ class _Build:
         return self.folder / "work"
 
     def run(self, scores: tuple[Path, tuple[int, ...]] | None) -> dict[str, Any]:
-        """Runs all stages; returns what the manifest says of the corpus."""
+        """Runs all stages; returns the entries of the manifest that describe the result."""
         config, work, engine = self.config, self.work, self.engine
         within_source = config.within == "source"
         pieces = list_pieces(config.sources)
@@ -144,7 +147,7 @@ class _Build:
         near = lines = contaminated = None
         if config.near_duplicates:
             near = remove_near_duplicates(engine, work, left, config.near_duplicates, within_source=within_source)
-        if config.repeated_lines:  # after near duplicates, whose shared lines they are known by
+        if config.repeated_lines:  # after near duplicates, which are recognised by the lines that they share
             lines = remove_repeated_lines(engine, work, left, config.repeated_lines, within_source=within_source)
         split_of, split_by = _assign_splits(config, left)
         if config.decontaminate:
@@ -196,7 +199,7 @@ class _Build:
         return summaries
 
     def _forget_unreadable(self, n_pieces: int) -> None:
-        """Has pieces with a file that could not be read read again, and all that was made of them made again."""
+        """Deletes the results of pieces with unreadable files and of all later stages, so that they run again."""
         paths = [self.work / "read" / f"{stem(number)}.json" for number in range(n_pieces)]
         summaries = {path: read_summary(path) for path in paths}
         again = [path for path, summary in summaries.items() if summary and summary["unreadable"]["files"]]
@@ -212,7 +215,7 @@ class _Build:
 
 
 def _unreadable(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many files could not be read, wholly or in part, and what the readers said of the first."""
+    """Returns the number of files that could not be read, wholly or in part, and the messages for the first ones."""
     found = [summary["unreadable"] for summary in summaries]
     return {"files": sum(f["files"] for f in found), "first": [line for f in found for line in f["first"]][:20]}
 
@@ -229,7 +232,7 @@ def _check_readable(unreadable: Mapping[str, Any], most: int, what: str) -> None
 
 
 def _check_ids(left: Survivors) -> None:
-    """Raises CorpusError where two documents have one id."""
+    """Raises CorpusError if two documents have the same id."""
     hashes = left.kept.column("order")
     numbers = np.flatnonzero(left.alive)
     numbers = numbers[np.argsort(hashes[numbers], kind="stable")]
@@ -239,7 +242,7 @@ def _check_ids(left: Survivors) -> None:
             (id, source, *_), (other, other_source, *_) = (
                 unpack_record(reader.record(int(number))) for number in numbers[row : row + 2]
             )
-            if id == other:  # and not only their hashes
+            if id == other:  # equal hashes may also be a collision
                 raise CorpusError(
                     f"{len(same)} documents have the id of another one, first {id!r} (of {source} and of "
                     f"{other_source}); name a field that tells them apart, or none, so that a document is named after "
@@ -248,8 +251,12 @@ def _check_ids(left: Survivors) -> None:
 
 
 def _assign_splits(config: CorpusConfig, left: Survivors) -> tuple[np.ndarray, str]:
-    """The index in SPLITS of each document, (documents,) int8, whether it is still there or not, and what is kept
-    together: groups, or single documents where there are too few groups to fill all splits."""
+    """Assigns a split to each document, including removed ones.
+
+    Returns:
+      (documents,) int8, the index in SPLITS of each document; and the unit that is assigned as a whole: "group", or
+      "document" if there are too few groups to fill all splits.
+    """
     n_bytes = np.where(left.alive, left.kept.column("n_bytes"), 0)
     groups, split_by = bucket(left.kept.column("group")), "group"
     if np.count_nonzero(np.bincount(groups, n_bytes, N_BUCKETS)) < config.split.n_splits:
@@ -262,7 +269,7 @@ def _score_names(config: CorpusConfig) -> list[str]:
 
 
 def _stage_names(config: CorpusConfig, contaminated: Mapping[str, Any] | None) -> list[str]:
-    """What drops documents, in the order in which it does."""
+    """Returns the names of all stages and rules that remove documents, in the order in which they apply."""
     names = _score_names(config)
     failed = [f"{FAILED}/{rule.name}" for rule in flatten(config.rules)]
     stages = [*failed, *names, EDITED, EMPTY, EXACT_DUPLICATE, NEAR_DUPLICATE, REPEATED]
@@ -270,9 +277,9 @@ def _stage_names(config: CorpusConfig, contaminated: Mapping[str, Any] | None) -
 
 
 def _quality(config: CorpusConfig) -> tuple[str, int] | None:
-    """The rule that says which of two duplicates is better, and 1 where that is the one with more, -1 with less.
+    """Returns the rule that decides which of two duplicates is kept, with 1 if high scores are better and -1 if low.
 
-    Raises ConfigError where the rule prefers neither.
+    Raises ConfigError if the rule prefers neither.
     """
     for rule in flatten(config.rules):
         if config.quality is not None and rule.name == config.quality:
@@ -290,7 +297,7 @@ def _check_rules(config: CorpusConfig) -> None:
 
 
 def _scores_to_reuse(out: Path, config: CorpusConfig, wanted: Mapping[str, Any]) -> tuple[Path, tuple[int, ...]] | None:
-    """The scores of the corpus that is about to be replaced, where only thresholds differ."""
+    """Returns the scores of the corpus to be replaced and the first row of each piece, if only thresholds differ."""
     if not (out / SCORES).is_file():
         return None
     manifest = store.read_manifest(out)

@@ -1,9 +1,9 @@
-"""The first stage of a build: read the pieces of the sources, edit and judge each document, keep it or say why not.
+"""Provides the first stage of a build: reads the pieces of the sources, and edits, judges and keeps or drops documents.
 
-An item is a piece. It leaves the files of ``kept_documents.KeptDocuments``, and
+Each item of the stage is a piece. It writes the files of ``kept_documents.KeptDocuments`` and
 
   NNNNNN.scores.parquet   the scores of every document that could be decoded
-  NNNNNN.removed.parquet  the evidence of those that were dropped
+  NNNNNN.removed.parquet  the evidence of the documents that were dropped
 """
 
 import contextlib
@@ -29,23 +29,28 @@ from efftrain.data.stages.stage import stem
 from efftrain.errors import CorpusError, EfftrainError
 
 EDITED, EMPTY, UNDECODABLE, FAILED = "edited", "empty", "undecodable", "failed"
-_LISTED = 20  # unreadable files that a piece names
+_LISTED = 20  # largest number of unreadable files that a summary lists
 
 OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """Reads piece ``number``.
+    """Task: reads piece ``number``.
 
     Attributes:
-      pieces: (index of the source, piece).
-      labels: for each source the name that its documents get in place of their own; None to keep it.
-      qualify: begin each id with the source, because there are several.
-      seed, split_seed: of the order of the documents and of the choice of packages.
-      quality: the rule whose score says which of two duplicates is kept, and the sign that makes more of it better.
-      on_error: what to do where a rule or a source raises: stop, or drop the document (the rest of the piece).
-      scores: a table of an earlier build of the same inputs, and how many of its rows come before each piece.
+      sources: the sources of the corpus.
+      pieces: (index of the source, piece) for each piece.
+      rules: the rules and edits of the corpus.
+      labels: for each source the name under which its documents are counted; None keeps the name from the source.
+      qualify: prefix each id with the name of the source, because there are several sources.
+      seed, split_seed: seeds of the order of the documents and of the choice of packages.
+      quality: the rule whose score decides which of two duplicates is kept, and a factor of 1 or -1 with which higher
+        is better. None: no rule.
+      on_error: what happens if a rule or a source raises: "stop" ends the build, "skip" drops the document or the rest
+        of the piece.
+      scores: a table of scores from an earlier build of the same inputs, and the row at which each piece begins. None:
+        the scores are computed.
     """
 
     sources: tuple[Source, ...]
@@ -83,7 +88,7 @@ class Read:
         return output.summary()
 
     def _items(self, number: int) -> Iterator[Document | Skipped]:
-        """What the source yields; an error of its own becomes a sentence that says where it happened."""
+        """Yields the items of a piece with labels applied; reports an exception of the source with its position."""
         place, piece = self.pieces[number]
         source, label = self.sources[place], self.labels[place]
         last = None
@@ -117,7 +122,7 @@ class Read:
 
 
 class _Output:
-    """The files of one piece, and the counts of its summary."""
+    """Writes the files of one piece and counts documents for its summary."""
 
     def __init__(self, path: Path, task: Read, rules: Sequence[Rule | Edit]):
         self._path, self._task, self._rules = path, task, rules
@@ -140,7 +145,7 @@ class _Output:
         self._files.close()
 
     def skip(self, item: Skipped) -> None:
-        """Something that could not be read."""
+        """Records an item that could not be read."""
         self._funnels.see(item.source, item.n_bytes)
         self._funnels.drop(item.source, item.rule, item.n_bytes, f"{item.id}: {item.detail}")
         self._evidence.add(id=item.id, source=item.source, rule=item.rule, n_bytes=item.n_bytes, text=item.detail)
@@ -148,7 +153,7 @@ class _Output:
             self._unreadable[clean(f"{item.id}: {item.detail}")] += 1
 
     def fail(self, document: Document, text: Text, error: RuleFailed) -> None:
-        """A document that a rule could not judge."""
+        """Records a document for which a rule raised an exception."""
         rule, n_bytes = f"{FAILED}/{error.rule}", len(text.utf8)
         self._funnels.see(document.source, n_bytes)
         self._scores.add(document, n_bytes, None, rule)
@@ -156,7 +161,7 @@ class _Output:
         self._evidence.add(id=document.id, source=document.source, rule=rule, n_bytes=n_bytes, text=str(error))
 
     def judged(self, document: Document, original: Text, found: Judgement) -> None:
-        """A document with the verdict of the rules: it is kept or dropped."""
+        """Records a document that the rules have judged, and keeps or drops it."""
         n_bytes, text = len(original.utf8), found.text
         self._funnels.see(document.source, n_bytes)
         rejected = found.verdict
@@ -196,7 +201,7 @@ class _Output:
         self._offset += len(record)
 
     def summary(self) -> dict[str, Any]:
-        """Of the piece, once its files are closed; with ``unreadable`` files it is to be read again."""
+        """Returns the summary of the piece, after its files are closed. Pieces with ``unreadable`` files run again."""
         np.save(f"{self._path}.index.npy", np.array(self._index, INDEX))
         return {
             "kept": len(self._index),
@@ -207,7 +212,7 @@ class _Output:
 
 
 def list_pieces(sources: Sequence[Source]) -> tuple[tuple[int, Piece], ...]:
-    """(index of the source, piece) for all sources, in order.
+    """Returns (index of the source, piece) for all pieces of all sources, in order.
 
     Raises:
       CorpusError: a source has no file.
@@ -219,9 +224,10 @@ def list_pieces(sources: Sequence[Source]) -> tuple[tuple[int, Piece], ...]:
 
 
 def source_labels(sources: Sequence[Source]) -> tuple[str | None, ...]:
-    """Names for those sources whose documents would have the same: the shortest ends of their paths that differ.
+    """Returns distinct names for sources whose paths end alike: the shortest ends of their paths that differ.
 
-    None for a source that keeps the name which it gives to its documents. Sources without a path keep it too.
+    The entry is None for any other source, including those without a path; its documents keep the name that the source
+    gives them.
     """
     paths = [getattr(source, "path", None) for source in sources]
     parts = [Path(path).absolute().parts if path is not None else None for path in paths]
@@ -238,7 +244,7 @@ def source_labels(sources: Sequence[Source]) -> tuple[str | None, ...]:
 
 
 def describe_error(error: BaseException) -> str:
-    """The class and the last line of the message of an exception."""
+    """Returns the class of an exception and the last line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
@@ -247,6 +253,6 @@ def _encodable(document: Document) -> Text | Skipped:
     text = Text(document.text, document.id)
     try:
         _ = text.utf8
-    except UnicodeEncodeError as error:  # JSON and some codecs can spell half a surrogate pair
+    except UnicodeEncodeError as error:  # JSON and some codecs allow unpaired surrogates
         return Skipped(document.id, document.source, UNDECODABLE, str(error), text.n_chars)
     return text

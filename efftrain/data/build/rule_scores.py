@@ -1,4 +1,7 @@
-"""``scores.parquet``: every document that was read, with the score of each rule, for report and later thresholds."""
+"""Writes and reads ``scores.parquet``: every document that was read, with the score of each rule.
+
+The scores are used in the report, and in later builds that change only thresholds.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ Known = Mapping[str, dict[str, float] | None]
 
 
 class RuleScores:
-    """Writes rows of id, source, bytes, rejected_by, and a column for each rule (null where a rule raised)."""
+    """Writes rows of id, source, bytes, rejected_by, and a column per rule (null if a rule raised an exception)."""
 
     def __init__(self, path: Path, rules: Sequence[Rule | Edit]):
         import pyarrow as pa
@@ -27,7 +30,7 @@ class RuleScores:
     def add(
         self, document: Document, n_bytes: int, scores: Mapping[str, float] | None, rejected_by: str | None
     ) -> None:
-        """Adds a row; ``scores`` is None where a rule raised."""
+        """Adds a row; ``scores`` is None if a rule raised an exception."""
         values = [scores[name] if scores else None for name in self._names]
         self._rows.append((clean(document.id), clean(document.source), n_bytes, rejected_by, *values))
         self.n_rows += 1
@@ -48,14 +51,14 @@ class RuleScores:
 
 
 def score_names(rules: Sequence[Rule | Edit]) -> list[str]:
-    """The names of flattened rules, which are the columns of their scores."""
+    """Returns the names of flattened rules without edits; these are the columns of their scores."""
     return [rule.name for rule in rules if not is_edit(rule)]
 
 
 def read_scores(path: Path, start: int, names: Sequence[str]) -> Iterator[Known]:
-    """Yields {id: scores} from row ``start`` on, None for the scores of a document for which a rule raised.
+    """Yields {id: scores} for each row from ``start`` on; the scores are None if a rule raised an exception.
 
-    The look-up of the id checks that the row is about the document.
+    Looking up the id of a document checks that the row belongs to it.
     """
     import pyarrow.parquet as pq
 

@@ -1,6 +1,6 @@
-"""The last stage of a build: writes the text of the splits, the tokenizer, and the tokens of the text.
+"""Provides the last stage of a build: writes the text of the splits, the tokenizer, and the tokens of the text.
 
-Each part is written once: an interrupted build goes on with those that are missing.
+Each part is written once; a resumed build writes only the missing parts.
 """
 
 import contextlib
@@ -44,13 +44,16 @@ _DESCRIPTION = "Built by efftrain; see manifest.json beside this folder."
 def write_corpus(
     folder: Path, config: CorpusConfig, left: Survivors, split_of: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Writes what the unfinished folder lacks of text, tokenizer and tokens, and deletes the work of the stages.
+    """Writes text, tokenizer and tokens, as far as the unfinished folder lacks them, and deletes intermediate files.
 
     Args:
+      folder: the unfinished folder.
+      config: the configuration of the corpus.
+      left: the documents that have not been removed.
       split_of: (documents,) the index in SPLITS of each document.
 
     Returns:
-      What the manifest says of the splits and of the tokenizer.
+      The entries of the manifest for the splits and for the tokenizer.
     """
     work = folder / "work"
     splits = _once(work / "text.json", lambda: _write_text(folder, config, left, split_of))
@@ -119,7 +122,7 @@ def _tokenizer(folder: Path, config: CorpusConfig) -> Any:
 
 
 def _sample(folder: Path, n_bytes: int) -> Iterable[str]:
-    """The first documents of the training split, the last one cut, so that they have about ``n_bytes``."""
+    """Yields the first documents of the training split with about ``n_bytes`` in total; the last one is shortened."""
     with Progress("Training the tokenizer: sample", n_bytes / 1e6, unit="MB") as progress:
         left = n_bytes
         for document in corpora.read_documents(folder, "train"):
@@ -148,7 +151,7 @@ def _write_tokens(folder: Path, config: CorpusConfig, split: str, figures: dict[
 
 
 def _once(path: Path, step: Callable[[], Any]) -> Any:
-    """The result of a step, from the file where an interrupted build has done it already."""
+    """Returns the result of a step, from a file if an interrupted build has already performed it."""
     if (found := read_summary(path)) is None:
         write_summary(path, step())
         found = read_summary(path)

@@ -1,4 +1,4 @@
-"""Keeps evaluation and training texts apart: what counts as contaminated, and the stages that find it.
+"""Keeps evaluation and training texts apart: the definition of contamination, and the stages that remove it.
 
-It may import ``data.stages`` and ``data.dedup.shingles``.
+This package may import ``data.stages`` and ``data.dedup.shingles``.
 """

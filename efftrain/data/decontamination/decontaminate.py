@@ -1,17 +1,18 @@
-"""Decontamination: documents of one side that repeat word n-grams of the other.
+"""Detects contamination: documents that share word n-grams with an evaluation set or with the training split.
 
-Two directions. Training documents that hold n-grams of an external evaluation set are removed from training, and
-reported per set. Documents of validation and test that repeat training documents are removed from their split, so
-that bits per byte are measured on text the model has not seen.
+There are two directions. Training documents that contain n-grams of an external evaluation set are removed from
+training and reported per set. Documents of validation and test that repeat training documents are removed from their
+split, so that bits per byte are measured on text that the model has not seen.
 
-In both the index is made of the smaller side (the evaluation sets, or the held-out splits), and the training split
-streams past it: 8 bytes per distinct n-gram of the index, whatever the size of the training split.
+In both directions, the smaller side (an evaluation set, or the held-out splits) is indexed, and the training split is
+streamed against the index. The memory is 8 bytes per distinct n-gram of the index, whatever the size of the training
+split.
 
-A text of an evaluation set that is shorter than an n-gram is looked for as a whole, at its own length; see
-``Decontaminate``. Training documents are compared with evaluation sets in every reading of ``readings``.
+A text of an evaluation set that is shorter than an n-gram is searched for as a whole, with its own length; see
+``Decontaminate``. Training documents are compared with evaluation sets in all variants of ``readings.readings``.
 
-N-grams are compared by 64-bit hashes. With 10^9 n-grams against an index of 10^7, 5 * 10^-4 chance hits are expected;
-with 32 bits it would be millions.
+N-grams are compared by 64-bit hashes. For 10^9 n-grams and an index of 10^7, 5 * 10^-4 chance hits are expected; with
+32 bits, there would be millions.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,14 +32,20 @@ from efftrain.errors import ConfigError, CorpusError
 BLOCK = 256 << 10  # bytes of text that are hashed together
 _LEAST_N, _MOST_N = 8, 13  # Brown et al. 2020, appendix C
 
-# Characters that say about as much as a word of English: of Thai, Lao, Tibetan, Myanmar and Khmer (which begin with
-# these bytes in UTF-8) four, of Han, kana and Hangul two. Thirteen characters of Thai are the name of its capital.
+# Number of characters that are as specific as an English word: four for Thai, Lao, Tibetan, Myanmar and Khmer (whose
+# characters begin with these bytes in UTF-8), two for Han, kana and Hangul. Thirteen characters are too few for an
+# n-gram: the name of Thailand's capital has as many.
 _CHARACTERS, _DENSE_CHARACTERS = {0xE0: 4, 0xE1: 4}, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """A test that the model will be judged by, under the name that reports give it."""
+    """An evaluation set that training must not contain.
+
+    Attributes:
+      name: the name in reports.
+      source: the texts of the set.
+    """
 
     name: str
     source: Source
@@ -46,30 +53,30 @@ class EvaluationSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Decontaminate:
-    """What counts as contaminated.
+    """Configuration of decontamination.
 
-    Published practice: 13-grams (Brown et al. 2020, appendix C; DCLM). GPT-3 removed a training document at the first
-    hit and later cut it around the hits, because one quotation condemned whole books; datatrove removes it at the
-    first hit. Llama 2 (Touvron et al. 2023, A.6) calls an evaluation sample clean below 20 % of its tokens, PaLM
-    (Chowdhery et al. 2022) below 70 % of its 8-grams.
+    Published practice: n-grams have 13 words (Brown et al. 2020, appendix C; DCLM). GPT-3 first removed a training
+    document at its first hit and later only cut out the hits, because a single quotation removed whole books; datatrove
+    removes a document at its first hit. An evaluation sample is clean if fewer than 20 % of its tokens are contaminated
+    (Llama 2: Touvron et al. 2023, A.6), or fewer than 70 % of its 8-grams (PaLM: Chowdhery et al. 2022).
 
-    In scripts without spaces, whose shingles are characters, two characters (Han, kana, Hangul) or four (Thai,
-    Lao, Tibetan, Myanmar, Khmer) count as one word wherever words of evaluation sets are counted.
+    In scripts without spaces, whose shingles are characters, two characters (Han, kana, Hangul) or four (Thai, Lao,
+    Tibetan, Myanmar, Khmer) count as one word wherever words of evaluation sets are counted.
 
     Attributes:
-      sets: evaluation sets that training must not see.
-      n: words of an n-gram. None takes for each evaluation set the 5th percentile of its texts' numbers of words, but
-        at least 8 and at most 13 (Brown et al. 2020), and 13 for the held-out splits.
-      shortest: a text of an evaluation set with fewer than n words, but at least as many as this, is looked for as a
-        whole: a training document with all its words in a row holds it. A still shorter one ("What is love") is a
-        phrase that innocent documents share; it counts as ``short`` and only removes a document that consists of it.
-      limit: a training document goes where a larger share of its n-grams is in an evaluation set, by the length of
-        n-gram and the reading with the largest share; 0 means at the first hit.
-      held_out_limit: a document of validation or test goes where a larger share of its n-grams is in the training
+      sets: evaluation sets that training must not contain.
+      n: number of words per n-gram. None: for each evaluation set, the 5th percentile of the numbers of words in its
+        texts, but at least 8 and at most 13 (Brown et al. 2020); and 13 for the held-out splits.
+      shortest: a text of an evaluation set that has fewer than n words, but at least this number, is searched for as a
+        whole. A still shorter text ("What is love") is a phrase that occurs in unrelated documents; it is counted as
+        ``short`` and only removes documents that consist of nothing else.
+      limit: a training document is removed if a larger share of its n-grams is in an evaluation set, taking the n-gram
+        length and the variant of the text with the largest share. 0: a single hit removes it.
+      held_out_limit: a document of validation or test is removed if a larger share of its n-grams is in the training
         split.
-      common: an n-gram that more training documents than this hold is a licence or a phrase and does not condemn a
-        held-out document (GPT-3: 10). It does count against evaluation sets: a well-known question stands on more
-        pages than that.
+      common: n-grams that occur in more training documents than this are licences or common phrases and do not count
+        against a held-out document (GPT-3: 10). They do count against training documents that are compared with
+        evaluation sets, because a well-known question may occur in more documents.
     """
 
     sets: tuple[EvaluationSet, ...] = ()
@@ -94,51 +101,51 @@ class Decontaminate:
 
     @property
     def held_out_n(self) -> int:
-        """Words of an n-gram where held-out splits are compared with training."""
+        """Number of words per n-gram in the comparison of held-out splits with the training split."""
         return self.n or _MOST_N
 
 
 def contamination(hashes: np.ndarray, offsets: np.ndarray, hit_hashes: NgramIndex) -> np.ndarray:
-    """The share of each document's n-grams that the other side has, repeats counted.
+    """Returns the share of the n-grams of each document that are in an index, counting repetitions.
 
     Args:
-      hashes: (n-grams,) uint64 of the documents one after the other.
+      hashes: (n-grams,) uint64, the n-grams of all documents, concatenated.
       offsets: (documents + 1,) int64; document i has ``hashes[offsets[i]:offsets[i + 1]]``.
-      hit_hashes: n-grams of the other side.
+      hit_hashes: the index of the other side.
 
     Returns:
-      (documents,) float64 from 0 to 1; 0 for a document without an n-gram.
+      (documents,) float64 from 0 to 1; 0 for a document without n-grams.
     """
     before = np.concatenate([[0], np.cumsum(hits(hit_hashes, hashes) >= 0)])
     return (before[offsets[1:]] - before[offsets[:-1]]) / np.maximum(np.diff(offsets), 1)
 
 
 def document_counts(positions: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """In how many documents of a block each n-gram of an index occurs.
+    """Counts the documents of a block in which each n-gram of an index occurs.
 
     Args:
-      positions: (n-grams,) int64, what ``hits`` returned for the block.
+      positions: (n-grams,) int64, the result of ``hits`` for the block.
       offsets: (documents + 1,) int64, as in ``contamination``.
 
     Returns:
-      Positions in the index, each once, and how many documents have it; add them up over the blocks of the training
+      Distinct positions in the index, and the number of documents for each. Add them up over the blocks of the training
       split with ``totals[positions] += counts``.
     """
     found = np.flatnonzero(positions >= 0)
     n_documents = len(offsets) - 1
     documents = np.searchsorted(offsets, found, side="right") - 1
-    pairs = distinct(positions[found] * n_documents + documents)  # each n-gram once in a document
+    pairs = distinct(positions[found] * n_documents + documents)  # count an n-gram once per document
     entries = pairs // max(n_documents, 1)
     first = np.flatnonzero(np.diff(entries, prepend=-1))
     return entries[first], np.diff(first, append=len(entries))
 
 
 def seen_in_training(index: NgramIndex, totals: np.ndarray, common: int) -> NgramIndex:
-    """The n-grams of the held-out splits that condemn a document: in the training split, but not common there.
+    """Returns the n-grams of the held-out splits that occur in the training split but are not common there.
 
     Args:
-      index: n-grams of the held-out splits.
-      totals: (n-grams of the index,) int64, in how many training documents each occurs.
+      index: the n-grams of the held-out splits.
+      totals: (n-grams of the index,) int64, the number of training documents in which each occurs.
       common: see ``Decontaminate``.
     """
     return NgramIndex(index.hashes[(totals > 0) & (totals <= common)])
@@ -149,12 +156,14 @@ class EvaluationIndex:
     """The n-grams of an evaluation set.
 
     Attributes:
-      documents: how many it has.
-      short: how many of them are shorter than ``Decontaminate.shortest`` and so hardly protected: only a document that
-        consists of just these words is removed.
-      n: words of an n-gram of this set.
-      lengths: of the n-grams in ``ngrams``, rising: n, and what shorter texts and scripts without spaces need. A
-        training document is looked up at each of them.
+      name: the name of the set.
+      ngrams: the index of its n-grams.
+      documents: number of documents in the set.
+      short: number of these that are shorter than ``Decontaminate.shortest`` and so hardly protected: only documents
+        that consist of exactly these words are removed.
+      n: number of words per n-gram of this set.
+      lengths: the lengths of the n-grams in ``ngrams``, ascending: n, and the lengths for shorter texts and for scripts
+        without spaces. Training documents are compared at each length.
     """
 
     name: str
@@ -166,15 +175,15 @@ class EvaluationIndex:
 
 
 def hash_blocks(texts: Iterable[bytes], n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (hashes, offsets), as of ``wide_shingle_hashes``, of blocks of texts that are small enough to be fast."""
+    """Yields (hashes, offsets), see ``wide_shingle_hashes``, for blocks of texts that are small enough to be fast."""
     return (wide_shingle_hashes(batch, n) for batch in by_size(texts, BLOCK))
 
 
 def index_evaluation_set(item: EvaluationSet, config: Decontaminate) -> EvaluationIndex:
-    """Reads an evaluation set, twice: its n depends on all of its texts.
+    """Reads an evaluation set and indexes its n-grams. It is read twice, because n depends on all of its texts.
 
     Raises:
-      CorpusError: something in it cannot be read, or it has no n-gram at all and would silently protect nothing.
+      CorpusError: a part of the set cannot be read, or the set has no words, so that nothing would be compared.
     """
     counts = np.array([length_in_words(words(text)) for text in _texts(item)])
     if not counts.any():
@@ -193,27 +202,28 @@ def index_evaluation_set(item: EvaluationSet, config: Decontaminate) -> Evaluati
 
 
 def length_in_words(found: list[bytes]) -> float:
-    """The number of words, of which characters of scripts without spaces are parts; see ``Decontaminate``."""
+    """Returns the number of words; characters of scripts without spaces are fractions, see ``Decontaminate``."""
     return sum(1 / _CHARACTERS.get(word[0], _DENSE_CHARACTERS) if is_character(word) else 1 for word in found)
 
 
 def ngram_length(found: list[bytes], n: int, shortest: int) -> int:
-    """How many units in a row, as ``shingles.words`` cuts them, stand for a text of an evaluation set.
+    """Returns the n-gram length for a text of an evaluation set, in units of ``shingles.words``.
 
     Args:
-      found: its units.
-      n: words of an n-gram.
+      found: the units of the text: words, or characters of scripts without spaces.
+      n: number of words per n-gram.
       shortest: see ``Decontaminate``.
 
     Returns:
-      Units of n words, or of all words where there are fewer. For a text of fewer words than ``shortest``, more than
-      it has: it is one n-gram, which only a text of just these words shares.
+      The number of units that correspond to n words, or to all words if there are fewer. For a text of fewer words than
+      ``shortest``, a number larger than its number of units, so that the text is a single n-gram, which only a text of
+      exactly these words has.
     """
     length = length_in_words(found)
     if length < shortest:
         return n * (len(found) // n + 1)
     per_word = round(len(found) / length)
-    # In whole words, so that few lengths occur: each has its price, for every training document.
+    # In whole words, so that few distinct lengths occur: each one is compared with every training document.
     return min(n, len(found) // per_word) * per_word
 
 

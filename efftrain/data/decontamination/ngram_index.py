@@ -1,4 +1,4 @@
-"""A set of n-gram hashes on disk, which processes share and look up in."""
+"""Provides a set of n-gram hashes on disk that several processes can share."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,25 +13,27 @@ _CHUNK = 1 << 20
 
 
 class NgramIndex:
-    """A set of n-gram hashes.
+    """A set of n-gram hashes with a fast membership test.
 
     Attributes:
-      hashes: (n-grams,) uint64, sorted, each once.
+      hashes: (n-grams,) uint64, sorted and distinct.
     """
 
     def __init__(self, hashes: np.ndarray, occupied: np.ndarray | None = None):
-        """Takes sorted, distinct uint64 hashes, and their table where ``save`` has written it.
+        """Creates the index from sorted, distinct uint64 hashes; use ``NgramIndex.build`` for hashes in any order.
 
-        ``NgramIndex.build`` makes an index of hashes in any order.
+        Args:
+          hashes: (n-grams,) uint64, sorted and distinct.
+          occupied: the table that ``save`` wrote for these hashes. None: it is computed.
         """
         self.hashes = hashes
-        # Most n-grams of a stream are not in the index: a table of the upper bits answers for them with one access.
+        # Most n-grams of a stream are not in the index. A table of the upper bits rejects most of them with one access.
         self._occupied = _occupied(hashes) if occupied is None else occupied
         self._shift = np.uint64(65 - len(self._occupied).bit_length())
 
     @classmethod
     def build(cls, arrays: Iterable[np.ndarray]) -> "NgramIndex":
-        """Merges arrays of uint64 hashes, one in memory at a time; the peak is about three times the result."""
+        """Merges arrays of uint64 hashes, one in memory at a time; the peak memory is about three times the result."""
         runs: list[np.ndarray] = []
         for array in arrays:
             runs.append(distinct(array))
@@ -51,14 +53,14 @@ class NgramIndex:
         self.__init__(hashes)
 
     def save(self, path: Path) -> None:
-        """Writes the hashes as ``.npy``, and beside it the table in which they are looked up."""
+        """Writes the hashes as ``.npy``, and the table for fast look-ups to a second file beside it."""
         for name, array in ((path, self.hashes), (_table_path(path), self._occupied)):
             with name.open("wb") as file:
                 np.save(file, array)
 
     @classmethod
     def load(cls, path: Path) -> "NgramIndex":
-        """Maps what ``save`` wrote, so that processes share one copy in memory and compute nothing.
+        """Memory-maps the files that ``save`` wrote, so that processes share one copy and nothing is recomputed.
 
         Raises:
           CorpusError: a file is damaged or missing.
@@ -70,19 +72,20 @@ class NgramIndex:
 
 
 def hits(index: NgramIndex, hashes: np.ndarray) -> np.ndarray:
-    """Looks n-grams up.
+    """Looks up n-grams in an index.
 
     Args:
-      hashes: (n-grams,) uint64, in any order, with repeats.
+      index: the index.
+      hashes: (n-grams,) uint64, in any order, possibly repeated.
 
     Returns:
-      (n-grams,) int64: the position of each in ``index.hashes``, -1 where it is not there.
+      (n-grams,) int64, the position of each n-gram in ``index.hashes``, or -1.
     """
     positions = np.full(len(hashes), -1, np.int64)
     if not len(index):
         return positions
     candidates = np.flatnonzero(index._occupied[hashes >> index._shift])
-    candidates = candidates[np.argsort(hashes[candidates])]  # in order, neighbours of an index are still in the cache
+    candidates = candidates[np.argsort(hashes[candidates])]  # sorted, so that successive look-ups hit the cache
     wanted = hashes[candidates]
     places = np.minimum(np.searchsorted(index.hashes, wanted), len(index) - 1)
     found = index.hashes[places] == wanted
@@ -91,10 +94,10 @@ def hits(index: NgramIndex, hashes: np.ndarray) -> np.ndarray:
 
 
 def _occupied(hashes: np.ndarray) -> np.ndarray:
-    """(a power of two,) bool: which upper bits occur."""
+    """Returns the table of upper bits, (a power of two,) bool, True for bits that occur."""
     bits = min(max(int(16 * len(hashes)).bit_length(), 8), _TABLE_BITS)
     occupied = np.zeros(1 << bits, bool)
-    for start in range(0, len(hashes), _CHUNK):  # the hashes may be a file larger than memory
+    for start in range(0, len(hashes), _CHUNK):  # the hashes may be a mapped file that is larger than memory
         occupied[hashes[start : start + _CHUNK] >> np.uint64(64 - bits)] = True
     return occupied
 

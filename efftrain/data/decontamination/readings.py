@@ -1,7 +1,7 @@
-"""Readings of a text that undo how it was set or stored: what decontamination compares besides the text itself.
+"""Computes variants of a text without the effects of layout and storage, which decontamination compares as well.
 
-A question is no less known to a model because its copy was hyphenated at the line's end, stands in a numbered listing,
-or lies in a JSON string or a page of HTML. What Unicode calls the same is not repeated here; see ``normalise_words``.
+A model knows a question even if its copy is hyphenated at the end of a line, is part of a numbered listing, or is
+contained in a JSON string or an HTML page. Unicode variants are not handled here; see ``dedup.normalise``.
 """
 
 import html
@@ -12,21 +12,21 @@ _BREAK = re.compile(rb"</?(?:br|p|div|li|tr|td|th|h[1-6])\b[^<>]{0,400}>", re.IG
 _TAG = re.compile(rb"<[a-zA-Z/!][^<>]{0,400}>")
 _ENTITY = re.compile(rb"&#?\w{1,31};")
 _LINE_NUMBER = re.compile(rb"\n[ \t>|#*(\[]*(?:[Ll](?:ine)?[ \t]?)?\d{1,6}[ \t.:;,)\]|>-]+(?=[^\s])")
-# A hyphen of any kind between letters, where a line ends.
+# A hyphen of any kind between letters, at the end of a line.
 _HYPHEN = re.compile(rb"(?<=[a-zA-Z\x80-\xff])(?:-|\xc2\xad|\xe2\x80[\x90\x91])[ \t]?\n[\s>|]*(?=[a-zA-Z\x80-\xff])")
-_HYPHENS = b"-\n", b"- \n", b"-\t\n", b"\xc2\xad", b"\xe2\x80\x90", b"\xe2\x80\x91"  # searched for much faster
+_HYPHENS = b"-\n", b"- \n", b"-\t\n", b"\xc2\xad", b"\xe2\x80\x90", b"\xe2\x80\x91"  # a faster test than the pattern
 
 
 def readings(text: bytes) -> list[bytes]:
-    """The ways to read a text.
+    """Returns the variants of a text.
 
     Args:
-      text: UTF-8, with newlines as ``documents.clean_lines`` leaves them.
+      text: UTF-8, with newlines as in ``documents.clean_lines``.
 
     Returns:
-      One to three texts in UTF-8: the text; the text with JSON's escapes and HTML's entities resolved and without tags
-      and line numbers; and the latter with words joined that are hyphenated at the end of a line. Those that change
-      nothing are left out.
+      One to three texts in UTF-8: the text; the text with JSON escapes and HTML entities decoded and without tags and
+      line numbers; and the latter with words joined that are hyphenated at the end of a line. Variants that are equal
+      to the one before are omitted.
     """
     plain = _LINE_NUMBER.sub(b"\n", b"\n" + _resolved(text))[1:]
     joined = _HYPHEN.sub(b"", plain) if any(hyphen in plain for hyphen in _HYPHENS) else plain
@@ -35,7 +35,7 @@ def readings(text: bytes) -> list[bytes]:
 
 
 def _resolved(text: bytes) -> bytes:
-    """Without the marks of JSON strings and HTML."""
+    """Returns the text with JSON escapes and HTML entities decoded, and without HTML tags."""
     if b"\\" in text:
         text = _ESCAPED.sub(_unescape, text)
     if b"<" in text:

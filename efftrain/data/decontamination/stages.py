@@ -1,4 +1,4 @@
-"""The stages that keep evaluation and training apart; see ``decontaminate`` for what counts as contaminated."""
+"""Provides the stages that remove contaminated documents; ``decontaminate`` defines what counts as contaminated."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,15 +29,17 @@ from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, run_stage, stem
 from efftrain.progress import track
 
-CONTAMINATED = "contaminated"  # of the rules "contaminated/SET" and "contaminated/SPLIT"
+CONTAMINATED = "contaminated"  # the beginning of the rules "contaminated/SET" and "contaminated/SPLIT"
 
 
 @dataclass(frozen=True)
 class HashHeldOut:
-    """The distinct n-grams of the held-out documents of piece ``number``: NNNNNN.ngrams.npy.
+    """Task: writes the distinct n-grams of the held-out documents of piece ``number`` to NNNNNN.ngrams.npy.
 
     Attributes:
-      held_out: .npy (documents,) bool.
+      kept: the documents.
+      held_out: .npy (documents,) bool, True for documents of validation and test.
+      n: number of words per n-gram.
     """
 
     kept: KeptDocuments
@@ -55,7 +57,7 @@ class HashHeldOut:
 
 @dataclass(frozen=True)
 class SavedIndex:
-    """An evaluation set as items of a stage find it: see ``EvaluationIndex``."""
+    """An ``EvaluationIndex`` on disk, from which the items of a stage load it."""
 
     name: str
     path: Path
@@ -64,11 +66,13 @@ class SavedIndex:
 
 @dataclass(frozen=True)
 class CheckTraining:
-    """Removes training documents that hold an evaluation set, and counts the held-out n-grams in the others.
+    """Task: removes training documents that repeat an evaluation set, and counts held-out n-grams in the others.
 
     Attributes:
-      train: .npy (documents,) bool.
-      held_out: index of the n-grams of validation and test.
+      kept: the documents.
+      train: .npy (documents,) bool, True for documents of the training split.
+      config: the configuration.
+      held_out: the index of the n-grams of validation and test.
       sets: the evaluation sets.
     """
 
@@ -102,7 +106,11 @@ class CheckTraining:
         return removal.close() | {"by_set": by_set}
 
     def _compare(self, texts: list[bytes], sets: list[NgramIndex]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(sets, texts) shares, the largest of any reading and length; and the n-grams of the texts as they stand."""
+        """Returns the contaminated shares of texts, and the hashes and offsets of their n-grams.
+
+        The shares are (sets, texts), the largest of any variant and n-gram length. The n-grams have ``held_out_n``
+        words and are those of the unchanged texts.
+        """
         shares, n = np.zeros((len(sets), len(texts))), self.config.held_out_n
         lengths = {length for item in self.sets for length in item.lengths}
 
@@ -126,7 +134,7 @@ class CheckTraining:
 
 @dataclass(frozen=True)
 class CheckHeldOut:
-    """Removes held-out documents whose n-grams are in the training split."""
+    """Task: removes held-out documents whose n-grams are in the training split."""
 
     kept: KeptDocuments
     held_out: Path
@@ -150,12 +158,13 @@ class CheckHeldOut:
 def decontaminate(
     engine: Engine, work: Path, left: Survivors, split_of: np.ndarray, config: Decontaminate
 ) -> dict[str, dict[str, int]]:
-    """Runs the stages.
+    """Runs the stages of decontamination.
 
     Returns:
-      For each evaluation set and held-out split: ``documents``, how many it has, and ``removed``, how many documents
-      were removed, from training for a set, from the split itself for a split. For a set also ``short``, how many of
-      its documents are too short to be protected, and ``n``, the words of its n-grams.
+      For each evaluation set and held-out split ``documents``, the number of its documents, and ``removed``, the number
+      of documents that were removed: from training for a set, from the split itself for a split. For a set also
+      ``short``, the number of its documents that are too short to be protected, and ``n``, the number of words per
+      n-gram.
     """
     folder = work / "contamination"
     folder.mkdir(exist_ok=True)
@@ -199,7 +208,7 @@ def decontaminate(
 
 
 def _blocks(kept: KeptDocuments, mask: np.ndarray, piece: int) -> Iterator[tuple[list[int], list[bytes]]]:
-    """Yields (numbers, records) of blocks of documents that are small enough to be hashed fast."""
+    """Yields (numbers, records) for blocks of documents that are small enough to be hashed fast."""
     start, stop = kept.starts[piece : piece + 2]
     numbers = (start + np.flatnonzero(mask[start:stop])).tolist()
     for records in by_size((record for _, record in kept.records(mask, piece)), BLOCK):

@@ -1,6 +1,6 @@
-"""Deduplication: exact, by lines, and near duplicates by MinHash, with a planted canary.
+"""Removes exact duplicates, repeated lines and near duplicates (MinHash), and measures recall with planted canaries.
 
-It may import ``data.stages`` and ``data.documents``.
+This package may import ``data.stages`` and ``data.documents``.
 """
 
 from efftrain.moved import old_names

@@ -1,9 +1,9 @@
-"""Planted near duplicates: does this run of the deduplication find what it should?
+"""Measures the recall of near-duplicate detection in each build, with planted pairs of known similarity.
 
-Pairs of known similarity stand in a piece of their own after those of the corpus, and go through every stage that
-looks for near duplicates: whichever of them is broken, pairs are missing in the end. Their texts are made of words of
-the corpus in random order, so that they are like nothing in it, and they decide nothing in it: a component is verified
-for the documents of the corpus apart from the planted ones (``near_duplicates.Verify``).
+The pairs are written as an additional piece after those of the corpus and pass through every stage that detects near
+duplicates, so that a fault in any of them shows as missing pairs. Their texts are words of the corpus in random order
+and so resemble no document. They do not affect the corpus: planted and real documents of a component are verified
+separately (``near_duplicates.Verify``).
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,24 @@ from efftrain.data.stages.spool import pack_document, unpack_record
 from efftrain.data.stages.stage import stem
 
 SIMILARITIES = np.tile(np.arange(0.5, 1.0, 0.025), 8)
-"""(pairs,) about how similar the two texts of each pair are."""
+"""(pairs,) approximate Jaccard similarity of the two texts of each pair."""
 
 SOURCE = "planted"
-_WORDS = 100, 400  # of a planted text, at least and at most
-_POOL_BYTES, _FEWEST = 1 << 20, 20  # text whose words are used, and different words below which nothing is planted
+_WORDS = 100, 400  # smallest and largest number of words of a planted text
+_POOL_BYTES, _FEWEST = 1 << 20, 20  # bytes of text that supply words; fewest distinct words for which pairs are planted
 
 
 def edited_copy(found: Sequence[bytes], similarity: float, shingle: int, rng: np.random.Generator) -> list[bytes]:
-    """The words of a text with one block replaced, so that the Jaccard similarity is about what is asked."""
+    """Returns the words of a text with one block replaced, for an approximate Jaccard similarity to the original.
+
+    Args:
+      found: the words of the original.
+      similarity: the Jaccard similarity of the shingles of original and copy.
+      shingle: words per shingle.
+      rng: the source of randomness.
+    """
     n_shingles = len(found) - shingle + 1
-    # r shingles that differ on both sides of n: (n - r) / (n + r)
+    # If r of n shingles differ, the Jaccard similarity is (n - r) / (n + r).
     n_replaced = max(round(n_shingles * (1 - similarity) / (1 + similarity)) - shingle + 1, 0)
     start = int(rng.integers(0, len(found) - n_replaced + 1))
     new = [b"canary%d" % number for number in rng.integers(0, 1 << 40, n_replaced)]
@@ -39,10 +46,15 @@ def edited_copy(found: Sequence[bytes], similarity: float, shingle: int, rng: np
 
 
 def plant(kept: KeptDocuments, alive: np.ndarray, config: MinHash) -> KeptDocuments:
-    """Writes the piece of planted pairs, an original and its copy in turn, beside the others.
+    """Writes the planted pairs as a new piece beside the others: each original is followed by its copy.
+
+    Args:
+      kept: the documents of the corpus.
+      alive: (documents,) bool, the documents that have not been removed.
+      config: the near-duplicate detection that is tested.
 
     Returns:
-      ``kept`` with one more piece; an empty one where the corpus has too few words to make texts of.
+      ``kept`` with one more piece, which is empty if the corpus has too few words to compose texts.
     """
     rng = np.random.default_rng(config.seed)
     pool = _words(kept, alive)
@@ -77,16 +89,17 @@ def plant(kept: KeptDocuments, alive: np.ndarray, config: MinHash) -> KeptDocume
 def check_recall(
     planted: KeptDocuments, found: set[int], members: np.ndarray, labels: np.ndarray, config: MinHash
 ) -> dict[str, Any]:
-    """Compares what the stages found with what was planted.
+    """Compares the planted pairs that the stages found with those that were planted.
 
     Args:
-      planted: with the piece of ``plant`` as its last.
+      planted: the documents, with the piece of ``plant`` as the last one.
       found: numbers of the planted documents that verification would have removed.
-      members, labels: of ``lsh.components``; two documents are candidates where they have one label.
+      members, labels: the result of ``lsh.components``; two documents are candidates if they have the same label.
+      config: the near-duplicate detection that is tested.
 
     Returns:
-      ``canary``: how many pairs at or above the threshold were planted, and how many were found; ``recall``: rows of
-      similarity (in steps of 0.05), pairs, and how many became candidates.
+      ``canary``: the number of pairs at or above the threshold that were planted and that were found; ``recall``: rows
+      of similarity (in steps of 0.05), number of pairs, and number of pairs that became candidates.
     """
     piece = planted.n_pieces - 1
     first, stop = planted.starts[piece : piece + 2].tolist()
@@ -111,7 +124,7 @@ def check_recall(
 
 
 def _words(kept: KeptDocuments, alive: np.ndarray) -> list[bytes]:
-    """Normalised words of the first documents."""
+    """Returns the normalised words of the first documents."""
     pool: list[bytes] = []
     left = _POOL_BYTES
     for piece in range(kept.n_pieces):

@@ -1,4 +1,4 @@
-"""The stage that removes repeats of the same normalised text."""
+"""Provides the stage that removes exact duplicates of the normalised text."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ EXACT_DUPLICATE = "exact_duplicate"
 
 @dataclass(frozen=True)
 class DropRepeats:
-    """Writes the evidence of the repeats in piece ``number``.
+    """Task: writes the evidence of the duplicates in piece ``number``.
 
     Attributes:
-      survivors: .npy (documents,) int64, the number of the document that stays for each.
-      repeats: .npy (documents,) bool, which are removed.
+      kept: the documents.
+      survivors: .npy (documents,) int64, the number of the document that is kept instead of each document.
+      repeats: .npy (documents,) bool, True for documents that are removed.
     """
 
     kept: KeptDocuments
@@ -39,7 +40,7 @@ class DropRepeats:
 
 
 def remove_exact_duplicates(engine: Engine, work: Path, left: Survivors, *, within_source: bool) -> None:
-    """Of documents with the same text the first is kept; with ``within_source``, the first of each source."""
+    """Keeps the first of several documents with the same text; with ``within_source``, the first of each source."""
     folder = work / "repeats"
     folder.mkdir(exist_ok=True)
     high = left.kept.column("digest_high")

@@ -1,7 +1,7 @@
-"""Lines or paragraphs that many documents share are kept in one of them: menus, notices, boilerplate.
+"""Removes repeated lines or paragraphs (menus, notices, boilerplate) except their first occurrence in the corpus.
 
-Raffel et al. 2020 (C4) keep each line at one page; CCNet (Wenzek et al. 2020) does the same with paragraphs. Here it is
-the first document in the order of the sources, and within it the first place.
+Raffel et al. 2020 (C4) keep each line in one page; CCNet (Wenzek et al. 2020) does the same with paragraphs. Here, the
+first occurrence is kept, in the order of the sources and then within the document.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ _PLACE = np.dtype([("hash", "<u8"), ("document", "<u8"), ("unit", "<u4")])
 
 @dataclass(frozen=True, kw_only=True)
 class LineDeduplication:
-    """What is compared, without case and surrounding space.
+    """Configuration of line deduplication. Units are compared without case and surrounding white space.
 
     Attributes:
-      unit: a line, or a paragraph (text between blank lines).
-      min_chars: shorter units stay wherever they are: a bracket or "Introduction" is no boilerplate.
+      unit: the unit of text that is compared: a line, or a paragraph (text between blank lines).
+      min_chars: shorter units, in characters, are always kept: a bracket or "Introduction" is not boilerplate.
     """
 
     unit: Literal["line", "paragraph"] = "line"
@@ -42,11 +42,11 @@ class LineDeduplication:
             raise ConfigError(f"repeated_lines.min_chars is {self.min_chars}; it must be at least 1")
 
     def split(self, text: str) -> list[str]:
-        """Pieces whose concatenation is the text."""
+        """Splits a text into units; their concatenation is the text."""
         return text.splitlines(keepends=True) if self.unit == "line" else re.split(r"(?<=\n)(?=[ \t]*\n)", text)
 
     def hashes(self, text: str) -> Iterator[tuple[int, int]]:
-        """Yields (place, 64-bit hash) of the units that count."""
+        """Yields (index, 64-bit hash) of the units with at least ``min_chars`` characters."""
         for place, unit in enumerate(self.split(text)):
             normal = unit.strip().lower()
             if len(normal) >= self.min_chars:
@@ -55,11 +55,13 @@ class LineDeduplication:
 
 @dataclass(frozen=True)
 class HashLines:
-    """The units of piece ``number``: NNNNNN.units.npy.
+    """Task: writes the hashes of the units of piece ``number`` to NNNNNN.units.npy.
 
     Attributes:
-      alive: .npy (documents,) bool.
-      within_source: units of different sources are never the same.
+      kept: the documents.
+      alive: .npy (documents,) bool, the documents that have not been removed.
+      config: the configuration.
+      within_source: units of different sources are never equal.
     """
 
     kept: KeptDocuments
@@ -81,7 +83,7 @@ class HashLines:
 
 @dataclass(frozen=True)
 class FindRepeats:
-    """The repeats among the hashes of part ``number`` of ``parts``: NNNNNN.repeats.npy, in document order."""
+    """Task: writes the repeated units in hash partition ``number`` of ``parts`` to NNNNNN.repeats.npy, by document."""
 
     units: Path
     n_pieces: int
@@ -101,7 +103,7 @@ class FindRepeats:
 
 @dataclass(frozen=True)
 class CutLines:
-    """Rewrites the records of piece ``number`` without the repeats; a document that had nothing else is removed."""
+    """Task: rewrites the records of piece ``number`` without repeated units; removes documents that become blank."""
 
     kept: KeptDocuments
     alive: Path
@@ -143,7 +145,10 @@ class CutLines:
 def remove_repeated_lines(
     engine: Engine, work: Path, left: Survivors, config: LineDeduplication, *, within_source: bool
 ) -> dict[str, int]:
-    """Runs the stages; ``left`` then has the shorter documents. Returns what the manifest says."""
+    """Runs the stages of line deduplication.
+
+    ``left`` then refers to the shortened documents. Returns the counts for the manifest.
+    """
     kept, alive = left.kept, left.save(work / "lines.alive.npy")
     task = HashLines(kept, alive, config, within_source)
     hashed = run_stage(engine, work, "units", task, kept.n_pieces, "Hashing lines")

@@ -1,8 +1,8 @@
-"""From signatures to clusters of candidates by sorting, without an index of dictionaries.
+"""Groups MinHash signatures into clusters of candidates (locality-sensitive hashing) by sorting, without dictionaries.
 
-Each signature is cut into bands. Documents with an equal band share a bucket; buckets are edges, edges are components.
-One band is sorted at a time, or a part of it: entries with equal hashes must come to the same call, others need not.
-A component is a list of candidates and not of duplicates: see ``verify``.
+Each signature is divided into bands. Documents with an equal band share a bucket, each bucket gives edges, and the
+connected components of the edges are the clusters. A band, or a part of one, is sorted at a time; entries with equal
+hashes must be in the same part. A component contains candidates, which are not all duplicates: see ``verify``.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ import numpy as np
 from efftrain.data.dedup.minhash import EMPTY
 
 NO_BAND = np.uint64(0xFFFFFFFFFFFFFFFF)
-"""In the place of a band hash: this document has no shingle and shares no bucket. ``band_edges`` drops it."""
+"""Band hash of a document without shingles, which shares no bucket. ``band_edges`` drops it."""
 
-_BLOCK = 4096  # documents whose signatures are transposed at a time
+_BLOCK = 4096  # number of documents whose signatures are transposed at a time
 _M = np.uint64(0xBF58476D1CE4E5B9)
 
 
 def collision_probability(similarity: np.ndarray | float, bands: int, rows: int) -> np.ndarray | float:
-    """The chance that two documents of a Jaccard similarity share a bucket: ``1 - (1 - s^rows)^bands``.
+    """Probability that two documents of a given Jaccard similarity share a bucket: ``1 - (1 - s^rows)^bands``.
 
     Source: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4.2.
     """
@@ -27,15 +27,16 @@ def collision_probability(similarity: np.ndarray | float, bands: int, rows: int)
 
 
 def band_hashes(signatures: np.ndarray, bands: int, salt_per_document: np.ndarray | None = None) -> np.ndarray:
-    """Hashes of the bands of signatures.
+    """Hashes each band of each signature.
 
     Args:
       signatures: (docs, K) uint32; K is a multiple of ``bands``.
-      salt_per_document: (docs,) uint64; documents with different salts share no bucket. A hash of the source keeps
-        deduplication within sources.
+      bands: number of bands.
+      salt_per_document: (docs,) uint64; documents with different salts share no bucket. A hash of the source restricts
+        deduplication to documents of the same source. None: no salt.
 
     Returns:
-      (bands, docs) uint64; ``NO_BAND`` in each band of a document without a shingle.
+      (bands, docs) uint64; ``NO_BAND`` in each band of a document without shingles.
     """
     n_documents, k = signatures.shape
     rows = k // bands
@@ -66,14 +67,14 @@ def _mixed(hashes: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BucketStats:
-    """What a band, or a part of it, looked like.
+    """Statistics of the buckets of a band, or of a part of one.
 
     Attributes:
-      documents: with a band hash.
-      buckets: that hold two documents or more.
-      largest: documents in the largest bucket.
-      oversized: buckets above the limit. They are kept: every candidate is verified, so that a large bucket costs time
-        and no documents.
+      documents: number of documents with a band hash.
+      buckets: number of buckets with at least two documents.
+      largest: number of documents in the largest bucket.
+      oversized: number of buckets above the limit. They are still used: every candidate is verified, so that a large
+        bucket costs time but no documents.
     """
 
     documents: int
@@ -83,23 +84,23 @@ class BucketStats:
 
 
 def band_edges(hashes: np.ndarray, numbers: np.ndarray, max_bucket: int) -> tuple[np.ndarray, BucketStats]:
-    """Joins the documents of each bucket of one band.
+    """Connects the documents of each bucket of one band by edges.
 
     Args:
       hashes: (docs,) uint64 band hashes.
-      numbers: (docs,) int64 document numbers, each once.
-      max_bucket: buckets with more documents are reported.
+      numbers: (docs,) int64 document numbers, without repetition.
+      max_bucket: buckets with more documents are counted as oversized.
 
     Returns:
-      edges: (m, 2) int64: (smallest number of the bucket, another of it), n - 1 for a bucket of n. The set of edges
-        does not depend on the order of the entries.
-      stats: of the buckets.
+      edges: (m, 2) int64: pairs of the smallest document number of a bucket and another one; n - 1 edges for a bucket
+        of n documents. The set of edges does not depend on the order of the entries.
+      stats: statistics of the buckets.
     """
     order = np.argsort(hashes)
     ordered = hashes[order]
     n = int(np.searchsorted(ordered, NO_BAND))
     equal = ordered[1:n] == ordered[: max(n - 1, 0)]
-    # Only the buckets of two or more from here on; in usual text they are a small part.
+    # Continue with the buckets of two or more documents, which are few in ordinary text.
     joined = np.zeros(n, bool)
     joined[1:] = equal
     joined[:-1] |= equal
@@ -117,15 +118,16 @@ def band_edges(hashes: np.ndarray, numbers: np.ndarray, max_bucket: int) -> tupl
 
 
 def components(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Connected components of the documents that an edge touches.
+    """Finds the connected components of the documents that have an edge.
+
+    Memory: one byte per document number up to the largest, and about 60 bytes per edge.
 
     Args:
-      edges: (m, 2) int64 document numbers; repeats do no harm. Memory: a byte per number up to the largest, and some 60
-        bytes per edge.
+      edges: (m, 2) int64 document numbers; may contain repetitions.
 
     Returns:
-      members: (touched,) int64 document numbers, rising.
-      labels: (touched,) int64, the smallest number of the member's component.
+      members: (touched,) int64 document numbers, ascending.
+      labels: (touched,) int64, the smallest document number in the component of each member.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

@@ -1,10 +1,10 @@
-"""MinHash signatures of many texts at once, equal bit for bit to those of datasketch.
+"""Computes MinHash signatures of many texts at once, bit for bit equal to those of datasketch.
 
     hashes, offsets = document_hashes(texts, config)
     rows = signatures(hashes, offsets, config)
 
-Two texts agree in a share of the rows' columns that estimates the Jaccard similarity of their shingles, with standard
-deviation ``sqrt(J (1 - J) / K)``.
+The share of columns in which two signatures agree estimates the Jaccard similarity J of the shingles of the two texts,
+with standard deviation ``sqrt(J (1 - J) / K)`` for K columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,44 +18,44 @@ from efftrain.data.dedup.shingles import MAX_BYTES, sha1_hashes, shingle_hashes
 from efftrain.errors import ConfigError
 
 EMPTY = np.uint32(0xFFFFFFFF)
-"""Every value in the signature of a document without a shingle, as in datasketch. Such documents match nothing."""
+"""Every value in the signature of a document without shingles, as in datasketch. Such documents match no other."""
 
-_BLOCK, _PERMUTATIONS = 18_000, 8  # a buffer of 576 kB: half of a usual second-level cache
+_BLOCK, _PERMUTATIONS = 18_000, 8  # a buffer of 576 kB, half of a typical second-level cache
 
 Kernel = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""(hashes (m,) uint32, offsets (docs + 1,) int64 strictly rising, a (K,), b (K,) uint32) -> (docs, K) uint32."""
+"""(hashes (m,) uint32, offsets (docs + 1,) int64 strictly ascending, a (K,), b (K,) uint32) -> (docs, K) uint32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinHash:
-    """How near duplicates are found and what counts as one.
+    """Configuration of near-duplicate detection with MinHash.
 
     The default is 16 bands of 7 rows. A pair of similarity s becomes a candidate with probability
-    ``1 - (1 - s^7)^16``: .12 at 0.5, .36 at 0.6, .75 at 0.7, .90 at 0.75, .98 at 0.8, .998 at 0.85. FineWeb's 14 x 8
-    on the same 112 permutations finds .77 at 0.75, and nobody gets the rest back; a candidate too many costs one exact
-    comparison.
+    ``1 - (1 - s^7)^16``: .12 at 0.5, .36 at 0.6, .75 at 0.7, .90 at 0.75, .98 at 0.8, .998 at 0.85. FineWeb's 14 bands
+    of 8 rows, on the same 112 permutations, find .77 at 0.75. Pairs that are no candidates are never found, whereas an
+    unnecessary candidate only costs one exact comparison.
 
-    Numbers are words like any other. Texts that differ in their numbers only (invoices, logs, tables, exercises) are
-    different texts, and stay where the numbers are dense enough to break most shingles; datatrove, which masks
-    numbers, removes them.
+    Numbers are words like any other. Texts that differ only in their numbers (invoices, logs, tables, exercises) are
+    kept if the numbers are dense enough to change most shingles; datatrove, which masks numbers, removes them.
 
-    A text of fewer words than ``shingle`` is one shingle and repeats another one only if all its words are the same. In
-    a text a few times as long, one changed word changes ``shingle`` shingles and so most of them: such texts stay.
+    A text of fewer words than ``shingle`` is a single shingle, and duplicates another text only if all words are equal.
+    In a text a few times as long, one changed word changes ``shingle`` shingles and so most of them, and the text is
+    kept.
 
     Attributes:
-      n_permutations: length of a signature; ``bands`` must divide it.
-      bands: two documents are compared where all rows of one band agree.
-      shingle: words per shingle.
-      seed: of the permutations.
+      n_permutations: length of a signature; must be a multiple of ``bands``.
+      bands: number of bands. Two documents are compared if all rows of one band agree.
+      shingle: number of words per shingle.
+      seed: seed of the permutations.
       threshold: exact similarity from which a document is removed.
-      similarity: ``jaccard``: shared shingles of all; ``containment``: the removed document's shingles that the
-        survivor has. Candidates are found by Jaccard similarity in either case, so that a short excerpt of a long
-        text is seldom seen.
-      hash: ``sha1`` gives signatures equal to datasketch's defaults, at a tenth of the speed.
-      max_bytes: of a longer text only the start enters the signature.
-      max_bucket: buckets with more documents are reported.
-      max_leaders: survivors in a cluster that a document is compared with, by signature.
-      max_comparisons: of those, how many by exact similarity.
+      similarity: ``jaccard``: shared shingles divided by all distinct shingles of both documents; ``containment``: the
+        share of the removed document's shingles that the kept document contains. Candidates are found by Jaccard
+        similarity in both cases, so that a short excerpt of a long text is rarely found.
+      hash: ``sha1`` gives signatures equal to those of datasketch with its default hash, but is much slower.
+      max_bytes: number of bytes at the beginning of a text that enter the signature.
+      max_bucket: buckets with more documents are reported as oversized.
+      max_leaders: largest number of kept documents of a cluster with which a document is compared by signature.
+      max_comparisons: largest number of these with which it is compared by exact similarity.
     """
 
     n_permutations: int = 112
@@ -84,19 +84,19 @@ class MinHash:
 
     @property
     def rows(self) -> int:
-        """Rows of one band."""
+        """Number of rows per band."""
         return self.n_permutations // self.bands
 
 
 def document_hashes(texts: Sequence[bytes], config: MinHash) -> tuple[np.ndarray, np.ndarray]:
-    """The shingle hashes that the configuration asks for; see ``shingle_hashes``."""
+    """Hashes the shingles of texts as configured; see ``shingle_hashes`` for the result."""
     hasher = sha1_hashes if config.hash == "sha1" else shingle_hashes
     return hasher(texts, config.shingle, config.max_bytes)
 
 
 @cache
 def permutations(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors a (odd) and summands b of datasketch's scheme ``affine32``, each (n,) uint32."""
+    """Returns the factors a (odd) and summands b of datasketch's scheme ``affine32``, each (n,) uint32."""
     from datasketch import MinHash as Datasketch
 
     a, b = Datasketch(num_perm=n, seed=seed, scheme="affine32").permutations
@@ -104,15 +104,16 @@ def permutations(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def signatures(hashes: np.ndarray, offsets: np.ndarray, config: MinHash, kernel: Kernel | None = None) -> np.ndarray:
-    """MinHash signatures.
+    """Computes MinHash signatures.
 
     Args:
       hashes: (shingles,) uint32.
       offsets: (docs + 1,) int64; document i has ``hashes[offsets[i]:offsets[i + 1]]``.
-      kernel: the computation; by default ``minima``. ``efftrain.ops.minhash.minima`` is the same in JAX.
+      config: the number and the seed of the permutations.
+      kernel: the computation; None: ``minima``. ``efftrain.ops.minhash.minima`` is the same computation in JAX.
 
     Returns:
-      (docs, K) uint32: over the document's shingles h the minimum of ``a_k * fmix32(h) + b_k mod 2^32``;
+      (docs, K) uint32: the minimum of ``a_k * fmix32(h) + b_k mod 2^32`` over the shingles h of each document;
       ``EMPTY`` in each column for a document without shingles.
     """
     filled = np.flatnonzero(np.diff(offsets))
@@ -128,7 +129,7 @@ def signatures(hashes: np.ndarray, offsets: np.ndarray, config: MinHash, kernel:
 
 
 def minima(hashes: np.ndarray, offsets: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The ``Kernel`` in NumPy. Blocks of shingles stay in the cache; long documents go over several blocks."""
+    """The ``Kernel`` in NumPy. It works on blocks of shingles that fit into the cache; documents may span blocks."""
     result = np.full((len(offsets) - 1, len(a)), EMPTY)
     size = -(-len(hashes) // -(-len(hashes) // _BLOCK))  # blocks of equal size: a short last one would be slow
     buffer = np.empty((_PERMUTATIONS, size), np.uint32)
@@ -148,7 +149,7 @@ def minima(hashes: np.ndarray, offsets: np.ndarray, a: np.ndarray, b: np.ndarray
 
 
 def fmix32(hashes: np.ndarray) -> np.ndarray:
-    """The finaliser of MurmurHash3 (Appleby), a bijection of uint32; datasketch applies it before the permutations."""
+    """Applies the finaliser of MurmurHash3 (Appleby), a bijection of uint32, as datasketch does before permuting."""
     mixed = hashes ^ (hashes >> np.uint32(16))
     mixed *= np.uint32(0x85EBCA6B)
     mixed ^= mixed >> np.uint32(13)
@@ -158,5 +159,5 @@ def fmix32(hashes: np.ndarray) -> np.ndarray:
 
 
 def estimate(signatures: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The share of columns in which signatures (..., K) agree: an estimate of the Jaccard similarity."""
+    """Estimates the Jaccard similarity as the share of columns in which signatures (..., K) agree."""
     return np.mean(signatures == other, axis=-1)

@@ -1,8 +1,8 @@
-"""The stages that find and remove near duplicates: sign, group by band, verify.
+"""Provides the stages that find and remove near duplicates: compute signatures, group by band, verify.
 
-Signing leaves for each piece the signatures and the band hashes on disk; a band is sorted at a time; what shares a
-bucket, directly or by way of others, is one component; in each component a document is removed only if its exact
-similarity to a survivor reaches the threshold. Nothing is removed on an estimate.
+The first stage writes the signatures and band hashes of each piece to disk. The second sorts one band at a time;
+documents that share a bucket, directly or through others, form a component. The third removes a document of a
+component only if its exact similarity to a kept document reaches the threshold; estimates alone remove nothing.
 """
 
 import difflib
@@ -26,18 +26,19 @@ from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, run_stage, stem
 
 NEAR_DUPLICATE = "near_duplicate"
-_BATCH = 512 << 10  # bytes of text that are signed at once: the arrays stay in the cache
-_ROW = 48  # bytes per document while a band is sorted
-_GROUP = 512  # documents that are verified as one item
-_DIFFS = 3  # members of a cluster whose difference to the survivor is shown
+_BATCH = 512 << 10  # bytes of text whose signatures are computed at once, so that the arrays fit into the cache
+_ROW = 48  # bytes of memory per document while a band is sorted
+_GROUP = 512  # number of documents that are verified as one item
+_DIFFS = 3  # number of documents per cluster whose difference to the kept document is recorded
 _DIFF_LINES, _DIFF_CHARS = 400, 2000
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Signatures and band hashes of piece ``number``.
+    """Task: computes the signatures and band hashes of piece ``number``.
 
-    NNNNNN.numbers.npy (m,) int64, NNNNNN.signatures.npy (m, permutations) uint32, NNNNNN.bands.npy (bands, m) uint64.
+    It writes NNNNNN.numbers.npy (m,) int64, NNNNNN.signatures.npy (m, permutations) uint32 and NNNNNN.bands.npy
+    (bands, m) uint64.
     """
 
     kept: KeptDocuments
@@ -61,7 +62,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Signed:
-    """Reads what ``Sign`` left."""
+    """Reads the files that ``Sign`` wrote."""
 
     folder: Path
     n_pieces: int
@@ -70,7 +71,7 @@ class Signed:
         return np.load(self.folder / f"{stem(piece)}.{what}.npy", mmap_mode="r")
 
     def signatures(self, kept: KeptDocuments, numbers: np.ndarray) -> np.ndarray:
-        """(m, permutations) uint32 of some documents."""
+        """Returns the signatures of the given documents, (m, permutations) uint32."""
         rows = []
         for number in numbers:
             piece = kept.piece_of(number)
@@ -81,7 +82,10 @@ class Signed:
 
 @dataclass(frozen=True)
 class GroupByBand:
-    """The edges between documents that share a bucket, of one band and, where memory is short, a part of its hashes."""
+    """Task: finds the edges between documents that share a bucket of a band, or of one of ``parts`` parts of a band.
+
+    Bands are divided into parts if memory is short.
+    """
 
     signed: Signed
     config: MinHash
@@ -102,11 +106,14 @@ class GroupByBand:
 
 @dataclass(frozen=True)
 class Verify:
-    """Compares the documents of some components and removes those that a survivor stands for.
+    """Task: compares the documents of a group of components and removes those similar to a kept document.
 
     Attributes:
-      members: .npy (documents in components,) int64, component after component.
-      bounds: .npy (components + 1,) int64, where each begins.
+      kept: the documents.
+      signed: their signatures.
+      config: the configuration.
+      members: .npy (documents in components,) int64, the document numbers of all components, concatenated.
+      bounds: .npy (components + 1,) int64, the index in ``members`` at which each component begins.
       groups: the components of item i are groups[i] to groups[i + 1].
       first_planted: number of the first document that ``canary.plant`` wrote.
     """
@@ -163,7 +170,7 @@ class Verify:
 
 
 def _best_first(reader: Reader, numbers: np.ndarray) -> np.ndarray:
-    """By quality, then length, then id."""
+    """Sorts document numbers by quality, then length (both descending), then id."""
 
     def key(number: int) -> tuple:
         record = unpack_record(reader.record(number))
@@ -173,14 +180,17 @@ def _best_first(reader: Reader, numbers: np.ndarray) -> np.ndarray:
 
 
 def sign(texts: list[bytes], config: MinHash) -> np.ndarray:
-    """(texts, permutations) uint32 signatures of texts in UTF-8."""
+    """Returns the signatures of texts in UTF-8, (texts, permutations) uint32."""
     return signatures(*document_hashes(texts, config), config)
 
 
 def remove_near_duplicates(
     engine: Engine, work: Path, left: Survivors, config: MinHash, *, within_source: bool
 ) -> dict[str, Any]:
-    """Runs the stages, with planted pairs among the documents. Returns what the manifest says."""
+    """Runs the stages of near-duplicate removal, with planted pairs among the documents.
+
+    Returns the configuration, counts and recall for the manifest.
+    """
     kept = plant(left.kept, left.alive, config)
     alive = np.ones(len(kept), bool)
     alive[: len(left.alive)] = left.alive
@@ -214,17 +224,17 @@ def remove_near_duplicates(
 
 
 def diff(survivor: bytes, removed: bytes) -> str:
-    """The first lines of a unified diff."""
+    """Returns the first lines of a unified diff between a kept and a removed text."""
     old, new = (text.decode().splitlines()[:_DIFF_LINES] for text in (survivor, removed))
     lines = difflib.unified_diff(old, new, "survivor", "removed", lineterm="", n=1)
     return "\n".join(line[:200] for line in lines)[:_DIFF_CHARS]
 
 
 def _components(folder: Path, n_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """(members, labels): the documents component after component, and the label of each one's component."""
+    """Returns (members, labels): the documents sorted by component, and the label of the component of each."""
     edges = np.empty((0, 2), np.int64)
     members = labels = np.empty(0, np.int64)
-    for item in range(n_items):  # one at a time: what is known becomes one edge a document
+    for item in range(n_items):  # one at a time, so that the earlier items are reduced to one edge per document
         edges = np.concatenate([edges, np.load(folder / f"{stem(item)}.edges.npy")])
         members, labels = components(edges)
         edges = np.stack([members, labels], axis=1)[members != labels]
@@ -233,7 +243,7 @@ def _components(folder: Path, n_items: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _groups(bounds: np.ndarray) -> tuple[int, ...]:
-    """Consecutive components with about ``_GROUP`` documents together."""
+    """Groups consecutive components, so that each group has about ``_GROUP`` documents; returns the bounds."""
     groups = [0]
     for component in range(1, len(bounds)):
         if bounds[component] - bounds[groups[-1]] >= _GROUP or component == len(bounds) - 1:

@@ -1,14 +1,14 @@
-"""Word n-grams of a text as hashes: what two texts are compared by.
+"""Hashes the word n-grams (shingles) by which texts are compared.
 
-A text is normalised (``normalise_words``): case is folded, compatibility forms become plain, invisible characters
-vanish, and everything but letters, digits and combining marks separates words. Scripts that set no spaces (Chinese,
-Japanese, Thai, Lao, Tibetan, Myanmar, Khmer) have each character as a word of its own, so that their shingles are
-character n-grams; so has Korean, whose words are long and change with every particle. This is decided per character
-and not by the share of the script in the text: near duplicates on both sides of such a limit would not share a shingle.
-A run of more than 64 bytes is cut into words of 64, so that text without separators still has shingles.
+A text is normalised (``normalise.normalise``): case is folded, compatibility forms become plain, invisible characters
+are deleted, and all characters except letters, digits and combining marks separate words. In scripts without spaces
+(Chinese, Japanese, Thai, Lao, Tibetan, Myanmar, Khmer) each character is a word of its own, so that shingles are
+character n-grams; so it is in Korean, whose words are long and change with every particle. This is decided per
+character and not by the share of the script in the text, because near duplicates on either side of a limit would share
+no shingle. A run of more than 64 bytes is divided into words of 64 bytes, so that text without separators has shingles.
 
-``shingles`` and ``shingle_hash`` say in plain Python what ``shingle_hashes`` computes for many texts at once. The
-array form reads words as 64-bit integers in place; it needs no Python per word.
+``shingles`` and ``shingle_hash`` define in plain Python what ``shingle_hashes`` computes for many texts at once. The
+vectorised form reads words as 64-bit integers in place and runs no Python per word.
 """
 
 import re
@@ -19,17 +19,17 @@ import numpy as np
 from efftrain.data.dedup.normalise import normalise
 
 MAX_BYTES = 500_000
-"""Signatures see the start of a longer text only: sets of millions of shingles tie the minima of unrelated texts."""
+"""Bytes of a text that enter its signature; with millions of shingles, unrelated texts would have equal minima."""
 
 _WORD_BYTES = 64
-_SEPARATOR = b"   "  # of texts: no character, whole or broken, reaches from one into the next
+_SEPARATOR = b"   "  # between texts; long enough that no character, even a broken one, extends into the next text
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the finaliser of splitmix64 (Steele et al. 2014)
 _CHUNK = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 _NORMAL = bytes(ord(chr(c).lower()) if c < 0x80 and chr(c).isalnum() else c if c >= 0x80 else 0x20 for c in range(256))
 
-# Ranges of (first byte, second byte) in UTF-8 that begin a character that is a word of its own.
+# Characters that are words of their own, as ranges of (first byte, second byte) in UTF-8.
 _SPACELESS = (
     (0xE0, 0xE0, 0xB8, 0xBF),  # Thai, Lao, Tibetan
     (0xE1, 0xE1, 0x80, 0x82),  # Myanmar
@@ -41,13 +41,13 @@ _SPACELESS = (
     (0xF0, 0xF0, 0xA0, 0xBF),  # Han beyond the basic plane
 )
 
-# glibc returns the top of the heap after each block of texts and faults it in again for the next, which takes up to
-# half of the time. Having freed one larger allocation it keeps twice as much; no page of this one is touched.
+# glibc returns the top of the heap to the system after each block of texts and faults it in again for the next, which
+# takes much of the time. After one larger allocation was freed, it keeps twice as much; no page of this one is touched.
 np.empty(16 << 20, np.uint8)
 
 
 def _position_factors(n: int) -> list[int]:
-    """Odd factors that tell the first word of a shingle from the second."""
+    """Returns odd factors, one for each position of a word in a shingle, so that the order of words matters."""
     return [_mix((j + 1) * _CHUNK & _MASK) | 1 for j in range(n)]
 
 
@@ -57,17 +57,17 @@ def _mix(x: int) -> int:
 
 
 def words(text: bytes) -> list[bytes]:
-    """The normalised words of one UTF-8 text."""
+    """Returns the normalised words of one UTF-8 text."""
     return _WORD.findall(normalise([text])[0].translate(_NORMAL))
 
 
 def is_character(word: bytes) -> bool:
-    """Whether a word is one character of a script that is not cut at spaces."""
+    """Returns whether a word is a single character of a script without spaces."""
     return _WORD_CHARACTER.match(word) is not None
 
 
 def shingles(text: bytes, n: int = 5) -> list[bytes]:
-    """The n-grams of words of one UTF-8 text, each joined by one space; the whole text where it has fewer words."""
+    """Returns the word n-grams of one UTF-8 text, each joined by one space; a shorter text is a single shingle."""
     found = words(text)
     if not found:
         return []
@@ -75,12 +75,12 @@ def shingles(text: bytes, n: int = 5) -> list[bytes]:
 
 
 def shingle_hash(shingle: bytes) -> int:
-    """The 32-bit hash of normalised words joined by one space: the ``hashfunc`` that makes datasketch agree with us."""
+    """Returns the 32-bit hash of a shingle; as the ``hashfunc`` of datasketch it gives the same signatures as here."""
     return wide_hash(shingle) >> 32
 
 
 def wide_hash(shingle: bytes) -> int:
-    """The 64-bit hash whose upper half is ``shingle_hash``."""
+    """Returns the 64-bit hash of a shingle, whose upper half is ``shingle_hash``."""
     parts = shingle.split(b" ")
     return _mix(sum(f * _word_hash(word) for f, word in zip(_position_factors(len(parts)), parts, strict=True)) & _MASK)
 
@@ -88,7 +88,7 @@ def wide_hash(shingle: bytes) -> int:
 def _word_hash(word: bytes) -> int:
     result = 0
     for start in range(0, len(word), 8):
-        # Shorter chunks are shifted to the top: words hold no zero byte, so no two chunks become one number.
+        # Shorter chunks are shifted to the top. Words contain no zero byte, so that no two chunks become one number.
         chunk = int.from_bytes(word[start : start + 8].rjust(8, b"\0"), "little")
         result = (result ^ chunk) * _CHUNK & _MASK
         result ^= result >> 32
@@ -101,39 +101,40 @@ def shingle_hashes(
     """Hashes the shingles of many texts.
 
     Args:
-      texts: UTF-8. Blocks of about 512 kB run fastest.
-      n: words per shingle.
-      max_bytes: of a longer text only so much is read, to the last whole character; None reads all.
+      texts: UTF-8. Blocks of about 512 kB are the fastest.
+      n: number of words per shingle.
+      max_bytes: number of bytes at the beginning of a text that are read, up to the last whole character; None reads
+        all.
 
     Returns:
-      hashes: (shingles,) uint32, ``shingle_hash`` of ``shingles(text, n)`` in their order, with repeats.
-      offsets: (texts + 1,) int64; the shingles of text i are ``hashes[offsets[i]:offsets[i + 1]]``. A text without a
-        word has none.
+      hashes: (shingles,) uint32, ``shingle_hash`` of ``shingles(text, n)`` in order, with repetitions.
+      offsets: (texts + 1,) int64; the shingles of text i are ``hashes[offsets[i]:offsets[i + 1]]``. A text without
+        words has none.
     """
     hashes, offsets = wide_shingle_hashes(texts, n, max_bytes)
     return (hashes >> np.uint64(32)).astype(np.uint32), offsets
 
 
 def shingle_set(text: bytes, n: int = 5, max_bytes: int | None = None) -> np.ndarray:
-    """(shingles,) uint64, sorted, without repeats: for exact comparison, where 32 bits would collide too often.
+    """Returns the set of the shingles of a text for exact comparison, (shingles,) uint64, sorted and distinct.
 
-    Memory while it works: some 30 bytes per word and 5 per byte of text.
+    Hashes of 32 bits would collide too often. Temporary memory: about 30 bytes per word and 5 per byte of text.
     """
     return distinct(wide_shingle_hashes([text], n, max_bytes)[0])
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
-    """Sorted, each once: ``np.unique``, which goes through a hash table and takes ten times as long for millions."""
+    """Returns the sorted distinct values, like ``np.unique``, whose hash table is much slower for large arrays."""
     return without_repeats(np.sort(values))
 
 
 def without_repeats(ordered: np.ndarray) -> np.ndarray:
-    """Sorted values, each once."""
+    """Returns sorted values without repetitions."""
     return ordered[np.diff(ordered, prepend=~ordered[:1]) != 0]
 
 
 def sha1_hashes(texts: Sequence[bytes], n: int = 5, max_bytes: int | None = MAX_BYTES) -> tuple[np.ndarray, np.ndarray]:
-    """As ``shingle_hashes`` with datasketch's default hash, for users with an existing index. Some 6 MB/s."""
+    """Like ``shingle_hashes`` with the default hash of datasketch, for users with an existing index. It is slow."""
     from datasketch.hashfunc import sha1_hash32
 
     lists = [[sha1_hash32(shingle) for shingle in shingles(cut(text, max_bytes), n)] for text in texts]
@@ -142,7 +143,7 @@ def sha1_hashes(texts: Sequence[bytes], n: int = 5, max_bytes: int | None = MAX_
 
 
 def cut(text: bytes, max_bytes: int | None) -> bytes:
-    """At most so many bytes of a UTF-8 text, without half a character at the end."""
+    """Returns at most ``max_bytes`` bytes of a UTF-8 text, without an incomplete character at the end."""
     if max_bytes is None or len(text) <= max_bytes:
         return text
     end = max_bytes
@@ -152,7 +153,7 @@ def cut(text: bytes, max_bytes: int | None) -> bytes:
 
 
 def wide_shingle_hashes(texts: Sequence[bytes], n: int, max_bytes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """As ``shingle_hashes`` with 64 bits: ``wide_hash`` of each shingle."""
+    """Like ``shingle_hashes`` with 64 bits: ``wide_hash`` of each shingle, (shingles,) uint64, and offsets."""
     ((_, hashes, offsets),) = ngram_hashes(texts, (n,), max_bytes)
     return hashes, offsets
 
@@ -160,12 +161,12 @@ def wide_shingle_hashes(texts: Sequence[bytes], n: int, max_bytes: int | None = 
 def ngram_hashes(
     texts: Sequence[bytes], lengths: Sequence[int], max_bytes: int | None = None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yields (n, hashes, offsets), as of ``wide_shingle_hashes``, for several n; the words are hashed once for all.
+    """Yields (n, hashes, offsets) for several n, with the results of ``wide_shingle_hashes``. Words are hashed once.
 
     Args:
       texts: UTF-8.
-      lengths: words of an n-gram, each at least 1. They are yielded in rising order, each once.
-      max_bytes: as for ``shingle_hashes``.
+      lengths: numbers of words per n-gram, each at least 1. They are yielded in ascending order without repetitions.
+      max_bytes: see ``shingle_hashes``.
     """
     texts = [cut(text, max_bytes) for text in texts]
     joined = _SEPARATOR.join(texts)
@@ -178,12 +179,12 @@ def ngram_hashes(
     starts, ends = _word_bounds(np.frombuffer(joined, np.uint8)[:-8], is_ascii)
     word_hashes = _word_hashes(joined, starts, ends - starts)
     first_words = np.searchsorted(starts, text_starts)
-    del starts, ends  # of a text of many megabytes they are the largest arrays
+    del starts, ends  # for a text of many megabytes they are the largest arrays
     return _combine(word_hashes, first_words, sorted({*lengths}))
 
 
 def _word_bounds(text: np.ndarray, is_ascii: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The first byte of each word, and the byte after its last."""
+    """Returns the position of the first byte of each word, and of the byte after its last."""
     is_word = np.zeros(len(text) + 2, bool)  # a separator on either side
     np.not_equal(text, 0x20, out=is_word[1:-1])
     before, after = is_word[:-1], is_word[1:]
@@ -207,7 +208,7 @@ def _word_bounds(text: np.ndarray, is_ascii: bool) -> tuple[np.ndarray, np.ndarr
 
 
 def _spaceless(text: np.ndarray) -> np.ndarray:
-    """Where the characters begin that are words of their own."""
+    """Returns the positions of the characters that are words of their own."""
     leads = np.flatnonzero(text[:-2] >= 0xE0)
     first, second = text[leads], text[leads + 1]
     hits = np.zeros(len(leads), bool)
@@ -217,7 +218,7 @@ def _spaceless(text: np.ndarray) -> np.ndarray:
 
 
 def _word_hashes(joined: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    # The eight bytes from every position on, without a copy: overlapping integers.
+    # A view of the eight bytes at every position as overlapping integers, without a copy.
     chunks = np.ndarray((len(joined) - 7,), "<u8", joined, strides=(1,))
     result = _add_chunk(np.uint64(0), chunks[starts], lengths)
     for done in range(8, _WORD_BYTES, 8):
@@ -229,7 +230,7 @@ def _word_hashes(joined: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.n
 
 
 def _add_chunk(result: np.ndarray | np.uint64, chunk: np.ndarray, left: np.ndarray) -> np.ndarray:
-    """One round of ``_word_hash`` for many words; ``left`` bytes of each chunk and what follows are the word's."""
+    """Applies one round of ``_word_hash`` to many words; ``left`` is the number of bytes left in each word."""
     chunk <<= _SHIFTS[left]
     chunk ^= result
     chunk *= np.uint64(_CHUNK)
@@ -243,12 +244,12 @@ _SHIFTS = np.array([8 * (8 - min(left, 8)) for left in range(_WORD_BYTES + 1)], 
 def _combine(
     word_hashes: np.ndarray, first_words: np.ndarray, lengths: Sequence[int]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Shingles at every word, then without those that reach into the next text. The sums of n begin those of n + 1."""
+    """Yields the n-grams at every word except those that extend into the next text. Sums for n are reused for n + 1."""
     n_words = np.diff(first_words)
     begin, end = first_words[:-1], first_words[1:]
     factors = np.array(_position_factors(max(lengths)), np.uint64)
     sums = word_hashes * factors[0]
-    whole = np.zeros(len(n_words), np.uint64)  # of a text with fewer words than n: all of them
+    whole = np.zeros(len(n_words), np.uint64)  # the sum over all words of each text that is shorter than n
     whole[n_words == 1] = sums[begin[n_words == 1]]
     keep = np.ones(len(sums), bool)
     done = 1

@@ -1,8 +1,8 @@
-"""Decides which candidates of a component are removed, and for the sake of whom.
+"""Decides which candidates of a component are removed as duplicates, and of which kept document (leader clustering).
 
-Components are joined by chance collisions and by chains: A is like B, B like C, C not like A. So a document goes only
-where it is compared with the very document that stays, by the shingles themselves (leader clustering). Marin kept 2 of
-859,092 documents of one source by removing whole components (marin-community/marin#6854).
+A component also contains documents that only chance collisions and chains connect: A resembles B and B resembles C, but
+C does not resemble A. A document is therefore removed only after a comparison of its shingles with those of the
+document that is kept for it. Removing whole components can empty a source (marin-community/marin#6854).
 """
 
 from collections import Counter
@@ -18,14 +18,14 @@ from efftrain.data.dedup.minhash import MinHash, estimate
 
 @dataclass(frozen=True)
 class Match:
-    """A document that is removed.
+    """A document that is removed as a duplicate.
 
     Attributes:
-      document: its number.
-      survivor: the number of the document that stays for it.
-      estimated: Jaccard similarity by signature.
-      exact: the configured similarity by shingles.
-      bands: in which the two agree; 0 where only others of the component joined them.
+      document: the number of the removed document.
+      survivor: the number of the kept document.
+      estimated: Jaccard similarity, estimated from the signatures.
+      exact: the configured similarity, computed from the shingles.
+      bands: number of bands in which the two agree; 0 if only other documents of the component connect them.
     """
 
     document: int
@@ -36,13 +36,13 @@ class Match:
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """``|a & b| / |a | b|`` of two sorted arrays without repeats; 0 where both are empty."""
+    """Returns ``|a & b| / |a | b|`` of two sorted arrays without repetitions; 0 if both are empty."""
     shared = _n_shared(a, b)
     return shared / max(len(a) + len(b) - shared, 1)
 
 
 def containment(part: np.ndarray, whole: np.ndarray) -> float:
-    """``|part & whole| / |part|`` of two sorted arrays without repeats; 0 where the part is empty."""
+    """Returns ``|part & whole| / |part|`` of two sorted arrays without repetitions; 0 if ``part`` is empty."""
     return _n_shared(part, whole) / max(len(part), 1)
 
 
@@ -56,9 +56,10 @@ def _n_shared(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def screen(config: MinHash) -> float:
-    """Agreement of signatures below which no exact comparison is made: two standard deviations under the threshold.
+    """Returns the agreement of signatures below which no exact comparison is made.
 
-    Containment has none: it can be high where the Jaccard similarity, which the signature estimates, is low.
+    It is two standard deviations below the threshold. For containment it is 0, because containment can be high although
+    the Jaccard similarity, which signatures estimate, is low.
     """
     tau = config.threshold
     return tau - 2 * sqrt(tau * (1 - tau) / config.n_permutations) if config.similarity == "jaccard" else 0.0
@@ -70,23 +71,23 @@ def leaders(
     shingle_sets: Callable[[int], np.ndarray],
     config: MinHash,
 ) -> list[Match]:
-    """Finds the documents of one component that repeat a better one.
+    """Finds the documents of one component that duplicate a better one.
 
-    One that is similar enough to a leader is removed in its favour; any other becomes a leader itself. Time and memory
-    grow with the number of documents, not with its square: a document is compared with ``max_leaders`` leaders by
-    signature (beyond so many leaders: with those that share most bands), and with the most agreeing
-    ``max_comparisons`` of them by shingles.
+    Documents are visited in order. One that is similar enough to a leader is removed; any other becomes a leader, which
+    is kept. Time and memory are linear in the number of documents: a document is compared by signature with at most
+    ``max_leaders`` leaders (those with the most bands in common, if there are more), and by shingles with the
+    ``max_comparisons`` of them whose signatures agree most.
 
     Args:
-      numbers: (docs,) int64 document numbers, the best first: they are walked in this order, so that it decides who
-        survives.
-      signatures: (docs, K) uint32, row i of document ``numbers[i]``.
-      shingle_sets: from a document number to its shingle hashes, sorted, without repeats: ``shingles.shingle_set``.
-        Called where a document is compared; the sets of up to ``max_leaders`` leaders are kept for the next.
+      numbers: (docs,) int64 document numbers, the best first; the order decides which documents are kept.
+      signatures: (docs, K) uint32, row i is that of document ``numbers[i]``.
+      shingle_sets: function from a document number to its shingle hashes, sorted and distinct, see
+        ``shingles.shingle_set``. It is called only for comparisons, and the sets of up to ``max_leaders`` leaders are
+        cached.
       config: threshold, similarity and limits.
 
     Returns:
-      The removals, in the order of the walk. A survivor is never itself removed.
+      The removals, in the order of the visits. A kept document of a match is never removed itself.
     """
     measure = jaccard if config.similarity == "jaccard" else containment
     limit = screen(config)
@@ -110,7 +111,7 @@ def leaders(
 
 
 class _Leaders:
-    """The rows that stay, and those of them that are worth comparing with a document."""
+    """The rows of the leaders, and a search for those that are likely to be similar to a document."""
 
     def __init__(self, signatures: np.ndarray, config: MinHash):
         self._signatures, self._config = signatures, config
@@ -125,7 +126,7 @@ class _Leaders:
                 bucket.append(row)
 
     def nearest(self, row: int, limit: float) -> list[tuple[int, float]]:
-        """Up to ``max_comparisons`` leaders with their agreement, the most agreeing first, older ones before newer."""
+        """Returns up to ``max_comparisons`` leaders with their agreement, the highest first, older before newer."""
         rows = self._rows
         if len(rows) > self._config.max_leaders:
             shared = Counter(leader for key in self._bands(row) for leader in self._buckets.get(key, ()))

@@ -1,4 +1,4 @@
-"""Batches from packed corpora: shuffled, mixed, divided among processes, resumable to the batch.
+"""Reads batches from packed corpora: shuffled, mixed, divided among processes, and resumable at any batch.
 
-It may import ``data.storage`` and ``data.corpus``.
+This package may import ``data.storage`` and ``data.corpus``.
 """

@@ -1,7 +1,8 @@
-"""Batches from packed corpora on Grain: shuffled, mixed, divided among processes, resumable to the batch.
+"""Reads batches from packed corpora with Grain: shuffled, mixed, divided among processes, and resumable at any batch.
 
-The global order of batches depends on the configuration alone. Process p of P takes rows [p*B/P, (p+1)*B/P) of each
-global batch of B rows, so its position is the number of global batches: a run may continue with another P.
+The global order of batches depends only on the configuration. Of each global batch of B rows, process p of P reads
+rows [p*B/P, (p+1)*B/P). Its position is the number of global batches, so that a run may be resumed with another number
+of processes.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
-WRITTEN_TYPE = "efftrain.data.loader:LoaderConfig"  # in the identity of positions, wherever the class is by now
+WRITTEN_TYPE = "efftrain.data.loader:LoaderConfig"  # part of saved positions, so that it stays if the class is moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,13 @@ class Part:
     """One corpus of a mixture.
 
     Attributes:
-      path: its folder.
-      weight: its share of the rows, relative to the other parts.
-      rows: only the first so many rows of the split are read; documents lie in shuffled order, so that this is a random
-        part. None: all.
-      teacher: a folder that ``efftrain teacher`` made. Batches then have ``teacher_ids`` and ``teacher_probs`` too, see
-        ``TeacherCache.read``, and only the rows of the cache are read, in the order that they have without it.
+      path: the folder of the corpus.
+      weight: share of the rows that come from this corpus, relative to the weights of the other parts.
+      rows: number of rows at the beginning of the split that are read. Documents are stored in shuffled order, so that
+        this is a random sample. None: all rows.
+      teacher: the folder of a teacher cache, written by ``efftrain teacher``. Batches then also have ``teacher_ids``
+        and ``teacher_probs``, see ``TeacherCache.read``, and only the rows of the cache are read, in the same order as
+        the same number of ``rows`` without a teacher. None: no teacher.
     """
 
     path: Path
@@ -46,11 +48,11 @@ class Part:
     teacher: Path | None = None
 
     def n_rows(self) -> int | None:
-        """How many rows of the split are read. None: all.
+        """Returns the number of rows of the split that are read; None for all.
 
         Raises:
-          ConfigError: the teacher's are fewer than ``rows``.
-          CorpusError: the teacher's folder cannot be read.
+          ConfigError: the teacher cache has fewer rows than ``rows``.
+          CorpusError: the teacher cache cannot be read.
         """
         if self.teacher is None:
             return self.rows
@@ -65,19 +67,19 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """What a batch is made of.
+    """Configuration of the batches that a run trains on.
 
     Attributes:
       corpora: the mixture. Its parts must have the same tokenizer.
-      length: tokens per row.
-      batch_size: rows per global batch, over all processes.
-      split: which split of each corpus.
-      seed: of the shuffle.
-      shuffle: a new order of rows in each epoch; False keeps the order of the corpus.
-      repeat: go on for ever, mixing by weight. False: every row of every part once, without regard to weights; the
-        last batch is filled up with rows whose mask is False.
-      threads: reading threads per process.
-      prefetch: batches read ahead per process.
+      length: number of tokens per row.
+      batch_size: number of rows per global batch, over all processes.
+      split: the split of each corpus that is read.
+      seed: seed of the shuffle.
+      shuffle: shuffle the rows anew in each epoch. False keeps the order of the corpus.
+      repeat: repeat the corpora without end and mix them by weight. False: read every row of every part once, ignoring
+        the weights; the last batch is padded with rows whose mask is False.
+      threads: number of reading threads per process.
+      prefetch: number of batches that each process reads ahead.
     """
 
     corpora: tuple[Part, ...]
@@ -108,7 +110,7 @@ class LoaderConfig:
 
 
 class PackedRows:
-    """Rows of a split: row r holds tokens [r*length, (r+1)*length) and the one after. See ``packing.row``.
+    """The rows of a split: row r has tokens [r*length, (r+1)*length) and the token after them. See ``packing.row``.
 
     Raises:
       ConfigError: the split is missing, or shorter than one row.
@@ -133,9 +135,10 @@ class PackedRows:
 
 
 class Loader:
-    """An iterator over the local part of the batches.
+    """An iterator over the rows of each batch that belong to this process.
 
-    Each is a dict of (batch_size / process_count, length) arrays; those of a teacher have a third axis.
+    A batch is a dict of arrays, see ``packing.row``, of shape (batch_size / process_count, length). The arrays of a
+    teacher have a third axis, see ``TeacherCache.read``.
     """
 
     def __init__(self, dataset: "grain.MapDataset", config: LoaderConfig, identity: str):
@@ -156,11 +159,11 @@ class Loader:
         return NotImplemented if self.n_batches is None else self.n_batches
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as JSON: which batch comes next, and of which data."""
+        """Returns the position as JSON values: the number of the next batch, and the identity of the data."""
         return {"next_batch": self._iterator.get_state()["next_index"], "data": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where ``get_state`` was called, in this or another process, with this or another process count.
+        """Resumes at a position from ``get_state``, which may come from another process and another process count.
 
         Raises:
           RunError: the state belongs to other data, another seed, length or batch size.
@@ -174,16 +177,18 @@ class Loader:
 
 
 def batches(config: LoaderConfig, process_index: int = 0, process_count: int = 1, *, verify: bool = True) -> Loader:
-    """Opens the corpora and starts reading.
+    """Opens the corpora of a mixture and returns an iterator over its batches.
 
     Args:
-      config: the same on every process.
-      process_index, process_count: which part of each global batch this process gets.
-      verify: check the corpora's checksums; see ``corpus.open``.
+      config: the configuration, which must be the same on every process.
+      process_index, process_count: the number of this process and of all processes, which select its part of each
+        global batch.
+      verify: compare the checksums of the corpora, see ``corpus.open``.
 
     Raises:
-      ConfigError: the batch does not divide among the processes, a split is too short, tokenizers or teachers differ.
-      CorpusError: a corpus or a teacher's cache is missing or damaged.
+      ConfigError: the batch size is not divisible by the number of processes, a split is too short, or tokenizers or
+        teachers differ.
+      CorpusError: a corpus or a teacher cache is missing or damaged.
     """
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process {process_index} is not one of {process_count}")
@@ -196,13 +201,13 @@ def batches(config: LoaderConfig, process_index: int = 0, process_count: int = 1
     caches = _open_caches(config, opened, verify=verify)
     local = config.batch_size // process_count
     rows = _rows(config, opened, caches)
-    # Dropping the remainder drops nothing here, and keeps Grain's length of an endless data set an exact integer.
+    # There is no remainder to drop; the option keeps Grain's length of an endless data set an exact integer.
     local_batches = rows.batch(local, drop_remainder=True)[process_index::process_count]
     return Loader(local_batches, config, _identity(config, opened, caches))
 
 
 def _open_caches(config: LoaderConfig, opened: list[Corpus], *, verify: bool) -> list[TeacherCache]:
-    """The teacher's of each part, or none at all."""
+    """Opens the teacher cache of each part; the list is empty if no part has one."""
     folders = [part.teacher for part in config.corpora if part.teacher is not None]
     if folders and len(folders) < len(config.corpora):
         raise ConfigError(
@@ -220,7 +225,7 @@ def _open_caches(config: LoaderConfig, opened: list[Corpus], *, verify: bool) ->
 
 
 def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]) -> "grain.MapDataset":
-    """The global order of rows."""
+    """Returns the rows of the mixture in their global order."""
     import grain
 
     width = max((cache.width for cache in caches), default=0)
@@ -235,7 +240,7 @@ def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]
                     f"rows of {config.length} tokens; give fewer, or None for all"
                 )
             rows = rows[:n_rows]
-        # Grain shuffles epoch e with seed + e: hashing first keeps neighbouring seeds and parts from sharing an order.
+        # Grain shuffles epoch e with seed + e. Hashing prevents that adjacent seeds or parts have an order in common.
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
         parts.append(rows.shuffle(seed) if config.shuffle else rows)
     if config.repeat:
@@ -248,7 +253,7 @@ def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]
 
 
 class TaughtRows:
-    """Rows of a split with what a teacher says of each."""
+    """The rows of a split, each with the predictions of a teacher."""
 
     def __init__(self, rows: PackedRows, cache: TeacherCache, width: int):
         self._rows, self._cache, self._width = rows, cache, width
@@ -262,7 +267,7 @@ class TaughtRows:
 
 
 class _Filled:
-    """Rows of padding behind the real ones, so that the last global batch is whole on every process."""
+    """Rows followed by rows of padding, so that the last global batch is complete on every process."""
 
     def __init__(self, rows: "grain.MapDataset", multiple: int, padding: Batch):
         self._rows, self._n_rows = rows, -(-len(rows) // multiple) * multiple
@@ -283,10 +288,10 @@ def _check_same_tokenizer(opened: list[Corpus]) -> None:
 
 
 def _identity(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]) -> str:
-    """Stands for what decides the batches; where corpora and caches lie and how they are read does not."""
+    """Digest of everything that determines the batches; the paths of corpora and caches and the threads do not."""
     decisive = {k: v for k, v in to_json(config).items() if k not in ("corpora", "threads", "prefetch")}
     mixture = [[corpus.token_fingerprint, part.weight] for corpus, part in zip(opened, config.corpora, strict=True)]
     for number, part in enumerate(config.corpora):
-        if part.rows is not None or caches:  # what a part did not have before is not in the identities of then
+        if part.rows is not None or caches:  # only then, so that positions from before these options remain valid
             mixture[number] += [part.rows, caches[number].fingerprint if caches else None]
     return json_digest({**decisive, "type": WRITTEN_TYPE, "mixture": mixture})

@@ -1,4 +1,4 @@
-"""How often a mixture repeats its corpora at a token budget, shown before the run."""
+"""Shows how often a mixture repeats each of its corpora at a given token budget, before a run starts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from efftrain.data.loading.loader import LoaderConfig, Part
 
 REPEATS = 4.0
-"""Up to four epochs, repeated text is nearly as good as new; then its value decays (Muennighoff et al. 2023)."""
+"""Epochs up to which repeated text is nearly as good as new; then its value decays (Muennighoff et al. 2023)."""
 
 
 def epochs(weights: Sequence[float], sizes: Sequence[int], n_tokens: int) -> list[float]:
-    """How often each part of a mixture is gone through.
+    """Returns the number of epochs over each part of a mixture.
 
     Args:
-      weights: share of the tokens of each part, relative to the others; positive.
-      sizes: tokens that each part has.
-      n_tokens: the budget of the run over all parts.
+      weights: share of the tokens that come from each part, relative to the others; positive.
+      sizes: number of tokens in each part.
+      n_tokens: number of tokens that the run trains on, over all parts.
 
     Returns:
-      Per part ``n_tokens * weight / sum(weights) / size``.
+      ``n_tokens * weight / sum(weights) / size`` for each part.
 
     Raises:
       ConfigError: a weight or a size is not positive.
@@ -38,7 +38,7 @@ def epochs(weights: Sequence[float], sizes: Sequence[int], n_tokens: int) -> lis
 
 
 def mixture_table(config: "LoaderConfig", n_tokens: int) -> tuple[Table, list[str]]:
-    """The table of ``show_mixture`` and its warnings: parts repeated more than four times, parts of less than a row.
+    """Returns the table and the warnings of ``show_mixture``.
 
     Raises:
       CorpusError: a corpus is missing.
@@ -48,7 +48,7 @@ def mixture_table(config: "LoaderConfig", n_tokens: int) -> tuple[Table, list[st
     sizes = [_n_tokens(part, config) for part in config.corpora]
     if config.repeat:
         repeats = epochs(weights, sizes, n_tokens)
-    else:  # each row once, whatever its weight
+    else:  # each row is read once, whatever the weights
         weights, repeats, n_tokens = sizes, [1.0] * len(sizes), sum(sizes)
     table = Table(title=f"mixture: {n_tokens:,} tokens of {config.split}", title_justify="left")
     table.add_column("corpus")
@@ -69,13 +69,14 @@ def mixture_table(config: "LoaderConfig", n_tokens: int) -> tuple[Table, list[st
 
 
 def show_mixture(config: "LoaderConfig", n_tokens: int) -> None:
-    """Prints share, tokens and epochs of each corpus, and warnings.
+    """Prints the share, tokens and epochs of each corpus, and warnings.
 
-    They are for each corpus that is repeated more than four times, and for each whose weight is less than a row.
+    There is a warning for each corpus that is repeated more than four times, and for each corpus whose share is less
+    than one row.
 
     Args:
-      config: of the loader; with ``repeat=False`` each corpus is read once, whatever the budget.
-      n_tokens: tokens that the run trains on: steps * batch_size * length.
+      config: the configuration of the loader; with ``repeat=False`` each corpus is read once, whatever the budget.
+      n_tokens: number of tokens that the run trains on: steps * batch_size * length.
 
     Raises:
       CorpusError: a corpus is missing.

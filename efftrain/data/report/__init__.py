@@ -1,7 +1,7 @@
-"""One HTML page about a corpus: what was removed, by which rule, and what a person should look at.
+"""Writes an HTML report about a corpus: what was removed by which rule, and what a person should check.
 
-The page is complete in itself: plotly stands in it, nothing is loaded from a network, and its content security policy
-forbids it. The corpus is only read, a batch of rows at a time.
+The page is self-contained: it includes plotly, loads nothing from a network, and forbids that in its content security
+policy. The corpus is only read, a batch of rows at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,25 @@ from efftrain.data.report.tables import REMOVED, LargestClusters, RandomRows, ba
 from efftrain.data.storage.store import read_manifest
 from efftrain.errors import ConfigError
 
-REJECTS = 20  # shown of each rule
-MOST_SOURCES = 100  # with a funnel of their own on the page
+REJECTS = 20  # number of removed documents that are shown for each rule
+MOST_SOURCES = 100  # largest number of sources with a funnel of their own on the page
 
 
 def write_report(corpus: Path | str, out: Path | str | None = None, *, seed: int = 0) -> Path:
-    """Writes the page.
+    """Writes the report of a corpus as an HTML page.
 
     Args:
       corpus: the folder of a corpus.
-      out: the HTML file; by default ``NAME-report.html`` beside the folder.
-      seed: of the choice of rejected documents that are shown.
+      out: the HTML file. None: ``NAME-report.html`` beside the folder.
+      seed: seed of the choice of removed documents that are shown.
 
     Returns:
       The path of the page.
 
     Raises:
       CorpusError: there is no corpus, or one of its tables is missing or damaged.
-      ConfigError: ``out`` lies inside the corpus, which holds only what its manifest lists, or cannot be written.
+      ConfigError: ``out`` is inside the folder of the corpus, which may only contain the files in its manifest; or it
+        cannot be written.
     """
     corpus = Path(corpus)
     manifest = read_manifest(corpus)
@@ -49,7 +50,7 @@ def write_report(corpus: Path | str, out: Path | str | None = None, *, seed: int
 
 
 def _content(corpus: Path, name: str, manifest: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What the template is filled with."""
+    """Returns the values that the template shows."""
     counts = count_removed(corpus)
     samples, clusters = RandomRows(REJECTS, seed), LargestClusters()
     for batch in batches(corpus, REMOVED):
@@ -89,16 +90,17 @@ def _content(corpus: Path, name: str, manifest: Mapping[str, Any], seed: int) ->
 def funnel(
     rows: Sequence[Mapping[str, Any]], tokens_per_byte: float | None, n_kept: int | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of a funnel with what is left after each stage.
+    """Adds to the rows of a funnel what is left after each stage.
 
     Args:
-      rows: ``stage``, ``documents`` and ``bytes``, from seen through what each stage drops to kept.
-      tokens_per_byte: of what was kept; None where nothing was counted.
-      n_kept: tokens that were kept, where they were counted.
+      rows: ``stage``, ``documents`` and ``bytes``: what was seen, what each stage drops, and what was kept.
+      tokens_per_byte: mean of the kept documents, from which tokens are estimated. None: unknown.
+      n_kept: number of kept tokens. None: unknown.
 
     Returns:
-      Each row with ``left`` documents after it, ``share`` (left of seen), ``reached`` (documents before it), ``tokens``
-      and whether these are ``estimated`` from the bytes.
+      Each row with ``drops`` (whether the stage drops documents), ``reached`` (documents before the stage), ``left``
+      (documents after it), ``share`` (left divided by seen), ``tokens``, and whether these are ``estimated`` from the
+      bytes.
     """
     seen = left = rows[0]["documents"]
     result = []
@@ -136,7 +138,7 @@ def _described(histogram: Histogram, counts: Mapping[tuple[str, str], int]) -> d
 
 
 def _recall(near: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Measured points beside what the curve promises."""
+    """Returns the measured recall with the expected recall from the collision curve."""
     return [
         {**point, "expected": expected_recall(point["similarity"], near["bands"], near["rows"])}
         for point in near.get("recall") or ()
@@ -156,7 +158,7 @@ def _render(content: Mapping[str, Any]) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in decimal units."""
+    """Formats a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 999.5:
             return f"{n_bytes:.3g} {unit}"

@@ -1,16 +1,16 @@
-"""What a person should look at before training on a corpus."""
+"""Finds anomalies in a corpus that a person should check before training on it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-SOURCE_LOSS = 0.5  # share of a source's documents or bytes
-RULE_LOSS = 0.3  # share of the documents that reach a rule
-FAILED = "failed/"  # beginning of the stages that drop documents for which a rule raised
-RECALL = 0.9  # of the planted duplicates at or above the threshold; bands never promise all of them
+SOURCE_LOSS = 0.5  # share of the documents or bytes of a source whose removal raises an alarm
+RULE_LOSS = 0.3  # share of the documents that reach a rule whose removal by it raises an alarm
+FAILED = "failed/"  # beginning of the stages that drop documents for which a rule raised an exception
+RECALL = 0.9  # required recall of planted duplicates at or above the threshold; bands cannot guarantee 1
 
 
 def alarms(manifest: Mapping[str, Any]) -> list[str]:
-    """One sentence for each alarm, from the manifest of a corpus; the worst kinds and the largest sources first."""
+    """Returns a sentence for each anomaly in the manifest of a corpus, the worst kinds and largest sources first."""
     return [
         *_unreadable(manifest.get("unreadable") or {}),
         *_canary(manifest.get("near_duplicates")),

@@ -1,4 +1,4 @@
-"""Plots as plotly's JSON. Colours are names that the page replaces, so that light and dark share one figure."""
+"""Makes the plots of the report as plotly JSON. The page replaces colour names, for its light and dark mode."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,11 +9,11 @@ import numpy as np
 from efftrain.data.dedup.lsh import collision_probability
 from efftrain.data.report.scores import Histogram, number
 
-RECALL_STEP = 0.05  # ``canary.check_recall`` counts a pair under its similarity rounded down to this
+RECALL_STEP = 0.05  # ``canary.check_recall`` counts a pair under its similarity, rounded down to a multiple of this
 
 
 def expected_recall(similarity: float, bands: int, rows: int) -> float:
-    """The mean of the collision curve over the step that begins at ``similarity``."""
+    """Returns the mean of the collision curve over the step that begins at ``similarity``."""
     return float(collision_probability(np.linspace(similarity, _step_end(similarity), 51), bands, rows).mean())
 
 
@@ -22,7 +22,10 @@ def _step_end(similarity: float) -> float:
 
 
 def wilson_interval(found: int, pairs: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share that was measured as ``found`` of ``pairs``. Source: Wilson 1927."""
+    """Returns the Wilson interval of a share that was measured as ``found`` of ``pairs``.
+
+    The default ``z`` gives the 95 % interval. Source: Wilson 1927.
+    """
     if not pairs:
         return 0.0, 1.0
     share, spread = found / pairs, z * z / pairs
@@ -32,7 +35,7 @@ def wilson_interval(found: int, pairs: int, z: float = 1.96) -> tuple[float, flo
 
 
 def collision_curve(near_duplicates: Mapping[str, Any]) -> dict[str, Any]:
-    """The curve of the chosen bands, and the share of the planted pairs that was found."""
+    """Plots the expected recall of the configured bands, and the share of the planted pairs that was found."""
     bands, rows = near_duplicates["bands"], near_duplicates["rows"]
     x = np.linspace(0, 1, 201)
     curve = {
@@ -85,9 +88,9 @@ def collision_curve(near_duplicates: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def score_histogram(histogram: Histogram) -> dict[str, Any]:
-    """Documents by score, on a logarithmic axis because what a rule rejects is rare."""
+    """Plots the number of documents by score, on a logarithmic axis because rejected documents are rare."""
     edges = histogram.edges
-    scale = np.log10 if histogram.logarithmic else np.asarray  # of the places on an axis that plotly takes as linear
+    scale = np.log10 if histogram.logarithmic else np.asarray  # the axis of plotly is linear in either case
     places = scale(edges)
     ends = (
         [end for end in histogram.interval.ends if end > 0 or not histogram.logarithmic] if histogram.interval else []
@@ -121,7 +124,7 @@ def score_histogram(histogram: Histogram) -> dict[str, Any]:
         yaxis={"type": "log", "range": [-0.15, float(np.log10(max(most, 2)) + 0.15)], "dtick": 1, "tickformat": ","},
         lines=scale(ends).tolist(),
     )
-    # Bars of one bin stand on top of one another; on a logarithmic axis they must overlap instead of adding up.
+    # The two bars of a bin overlap, because stacked bars would be wrong on a logarithmic axis.
     return {"data": bars, "layout": layout | {"barmode": "overlay", "bargap": 0}}
 
 

@@ -1,4 +1,4 @@
-"""Shows removed documents on the terminal, one after the other."""
+"""Shows the removed documents of a corpus on the terminal, one at a time."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from efftrain.data.report.tables import REMOVED, RandomRows, batches, count_remo
 from efftrain.data.storage.store import read_manifest
 from efftrain.errors import ConfigError, CorpusError
 
-LIMIT = 20  # shown where nobody is there to say when it is enough
+LIMIT = 20  # default number of documents for a random sample, or without a user at a terminal
 
 
 def inspect_corpus(
@@ -25,17 +25,18 @@ def inspect_corpus(
     seed: int | None = None,
     limit: int | None = None,
 ) -> None:
-    """Pages through removed documents: Enter for the next, q to end. Prints them where stdin is no terminal.
+    """Pages through removed documents: Enter shows the next one, q ends. Without a terminal it prints them at once.
 
     Args:
       corpus: the folder of a corpus.
-      rule: only documents that this rule removed.
-      source: only documents of this source.
-      seed: a random choice of ``limit`` documents; without it they come in the order of the table.
-      limit: end after so many; by default 20 for a random choice and where stdin is no terminal, else all.
+      rule: show only documents that this rule removed. None: all rules.
+      source: show only documents of this source. None: all sources.
+      seed: show a random sample of ``limit`` documents. None: show documents in the order of the table.
+      limit: largest number of documents. None: 20 for a random sample or if stdin is not a terminal, otherwise all.
 
     Raises:
-      CorpusError: there is no corpus or no table of removed documents, or it holds no such document.
+      CorpusError: there is no corpus or no table of removed documents, or no document was removed by ``rule`` from
+        ``source``.
       ConfigError: ``limit`` is not positive.
     """
     corpus = Path(corpus)
@@ -60,7 +61,7 @@ def inspect_corpus(
 
 
 def describe(row: Mapping[str, Any], interval: Interval | None) -> Text:
-    """A removed document: what it is, why it was removed, and its beginning or its difference to what was kept."""
+    """Describes a removed document: its id, the reason of its removal, and an excerpt or a diff to the kept one."""
     text = Text()
     text.append(visible(row["id"]), style="bold").append(f"  {visible(row['source'])}, {row['bytes']:,} bytes\n")
     text.append(visible(row["rule"]), style="red")

@@ -1,4 +1,4 @@
-"""Histograms of the scores that rules gave, on either side of the threshold."""
+"""Computes histograms of the scores of each rule, separately for kept and rejected documents."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,12 @@ from efftrain.errors import ConfigError
 
 _NOT_RULES = ("id", "source", "bytes", "rejected_by")
 _BINS = 60
-_WIDE = 20  # ratio from which an axis is logarithmic
+_WIDE = 20  # ratio above which an axis is logarithmic
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The scores that a rule keeps, both ends included."""
+    """The closed interval of the scores that a rule keeps."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -30,7 +30,10 @@ class Interval:
         return tuple(end for end in (self.low, self.high) if math.isfinite(end))
 
     def keeps(self, scores: np.ndarray) -> np.ndarray:
-        """Compared in the precision of the scores, so that a stored score equal to the threshold stays equal."""
+        """Returns which scores are in the interval, bool.
+
+        The ends are rounded to the precision of the scores, so that a stored score equal to a threshold remains equal.
+        """
         kind = scores.dtype.type
         return (scores >= kind(self.low)) & (scores <= kind(self.high))
 
@@ -43,14 +46,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The scores of one rule.
+    """The histogram of the scores of one rule.
 
     Attributes:
-      interval: what the rule keeps; None where its class is not known here.
-      edges: (bins + 1,) ascending; a score beyond them is counted in the bin at that end.
-      logarithmic: the bins are equally wide in the logarithm.
-      kept, rejected: (bins,) documents by what this rule says of them alone.
-      n_kept, n_rejected: their sums, the scores that are no number (nan) among the rejected.
+      rule: name of the rule.
+      interval: the scores that the rule keeps; None if its class cannot be imported here.
+      edges: (bins + 1,) ascending; scores beyond them are counted in the first or last bin.
+      logarithmic: whether the bins are equally wide in the logarithm of the score.
+      kept, rejected: (bins,) number of documents that this rule, considered alone, keeps or rejects.
+      n_kept, n_rejected: the total numbers; nan scores are counted as rejected.
     """
 
     rule: str
@@ -64,9 +68,9 @@ class Histogram:
 
 
 def intervals(parameters: Mapping[str, Any]) -> dict[str, Interval]:
-    """Rule -> what it keeps, for the rules of a corpus configuration written as JSON.
+    """Returns the interval that each rule of a corpus configuration in JSON keeps, by the name of the rule.
 
-    A rule that a script defined cannot be imported here and is left out.
+    A rule that a script defines cannot be imported here and is omitted.
     """
     found = {}
     for written in parameters.get("rules", ()):
@@ -87,7 +91,7 @@ def _interval(rule: Any) -> Interval:
 
 
 def histograms(corpus: Path, kept: Mapping[str, Interval]) -> Iterator[Histogram]:
-    """One for each rule of ``scores.parquet``; reads its column twice, once for the range.
+    """Yields the histogram of each rule in ``scores.parquet``. Its column is read twice, first for the range.
 
     Raises:
       CorpusError: the table is missing or damaged.
@@ -116,15 +120,18 @@ def _histogram(corpus: Path, rule: str, interval: Interval | None) -> Histogram:
 
 
 def bin_edges(low: float, high: float, positive: float, ends: tuple[float, ...]) -> tuple[np.ndarray, bool]:
-    """Bins that show scores from ``low`` to ``high`` and the thresholds.
+    """Chooses bins that cover the scores and the thresholds.
 
     Args:
-      positive: the smallest score above zero, inf where there is none.
+      low: the smallest score.
+      high: the largest score.
+      positive: the smallest score above zero; inf if there is none.
       ends: the thresholds.
 
     Returns:
-      (edges, whether they are equally spaced in the logarithm). They are where the largest score is many times the
-      threshold, or the threshold is large and scores begin far below it; a score of zero then falls in the first bin.
+      (edges, whether they are equally spaced in the logarithm). Logarithmic bins are used if the largest score is many
+      times the threshold, or if the threshold is large and scores begin far below it; scores of zero are then counted
+      in the first bin.
     """
     low, high = min(low, *ends, math.inf), max(high, *ends, -math.inf)
     if not math.isfinite(low):
@@ -139,13 +146,13 @@ def bin_edges(low: float, high: float, positive: float, ends: tuple[float, ...])
 
 
 def number(value: float) -> str:
-    """Three or four digits that matter, thousands apart."""
+    """Formats a number with about four significant digits and a thousands separator; whole numbers in full."""
     if math.isfinite(value) and value == int(value):
         return f"{int(value):,}"
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def _scores(corpus: Path, rule: str) -> Iterator[np.ndarray]:
-    """The column in pieces, null as nan."""
+    """Yields the scores of a rule in batches, with nan for null."""
     for batch in batches(corpus, SCORES, [rule]):
         yield batch.column(0).to_numpy(zero_copy_only=False)

@@ -1,6 +1,6 @@
-"""Streams over the tables of a corpus: batches, counts, random rows, the largest clusters.
+"""Streams the tables of a corpus: batches, counts, random rows, the largest clusters.
 
-Nothing here grows with the corpus but by the number of rules and sources.
+The memory grows only with the number of rules and sources, not with the number of documents.
 """
 
 from collections import Counter
@@ -21,10 +21,12 @@ _BATCH = 1 << 15
 
 
 def batches(corpus: Path, table: str, columns: Sequence[str] | None = None) -> Iterator["pa.RecordBatch"]:
-    """The rows of one table of a corpus, in pieces.
+    """Yields the rows of a table of a corpus in batches.
 
     Args:
-      columns: those wanted; one that the table lacks is left out.
+      corpus: the folder of the corpus.
+      table: file name of the table.
+      columns: names of the columns; those that the table lacks are ignored. None: all columns.
 
     Raises:
       CorpusError: the table is missing or damaged.
@@ -45,7 +47,7 @@ def batches(corpus: Path, table: str, columns: Sequence[str] | None = None) -> I
 
 
 def column_names(corpus: Path, table: str) -> list[str]:
-    """Raises CorpusError as ``batches`` does."""
+    """Returns the names of the columns of a table. Raises CorpusError like ``batches``."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -59,7 +61,7 @@ def column_names(corpus: Path, table: str) -> list[str]:
 
 
 def count_removed(corpus: Path) -> Counter[tuple[str, str]]:
-    """(rule, source) -> how many documents were removed."""
+    """Returns the number of removed documents for each (rule, source)."""
     counts: Counter[tuple[str, str]] = Counter()
     for batch in batches(corpus, REMOVED, ["rule", "source"]):
         grouped = _table(batch).group_by(["rule", "source"]).aggregate([([], "count_all")])
@@ -70,14 +72,14 @@ def count_removed(corpus: Path) -> Counter[tuple[str, str]]:
 
 @dataclass
 class RandomRows:
-    """Uniform samples without replacement, one a group: of rows with random keys, those with the smallest.
+    """A uniform sample of the rows of each group, without replacement: the rows with the smallest random keys.
 
-    How the rows are cut into batches changes nothing.
+    The sample does not depend on the division of the rows into batches.
 
     Attributes:
-      size: rows a group.
-      seed: another seed, another choice.
-      group: the column that tells the groups apart; None for one sample of all rows.
+      size: number of rows per group.
+      seed: seed of the random keys.
+      group: the column by which rows are grouped. None: one sample of all rows.
     """
 
     size: int
@@ -109,18 +111,19 @@ class RandomRows:
         self._seen += batch.num_rows
 
     def rows(self) -> dict[str | None, list[dict[str, Any]]]:
-        """group -> rows, in random order."""
+        """Returns the sampled rows of each group, in random order."""
         return {name: [values for *_, values in kept] for name, kept in self._kept.items()}
 
 
 @dataclass
 class Cluster:
-    """Near duplicates that were found together.
+    """A cluster of near duplicates.
 
     Attributes:
-      size: documents, with those that were kept.
-      removed, n_bytes: documents removed, and their bytes.
-      members: some of the removed rows, those with a diff first.
+      id: id of the cluster, which is the id of the kept document.
+      size: number of documents, including the kept one.
+      removed, n_bytes: number of removed documents, and their bytes.
+      members: some of the removed rows; those with a diff come first.
     """
 
     id: str
@@ -132,7 +135,7 @@ class Cluster:
 
 @dataclass
 class LargestClusters:
-    """The ``count`` largest clusters among the removed rows; of equal size, those with the smallest id."""
+    """Finds the ``count`` largest clusters among the removed rows; among equally large ones, those with smallest id."""
 
     count: int = 10
     members: int = 3
@@ -146,7 +149,7 @@ class LargestClusters:
         table = _table(batch).filter(pc.is_valid(batch.column("cluster")))
         grouped = table.group_by("cluster").aggregate([("cluster_size", "max"), ("bytes", "sum"), ([], "count_all")])
         order = [("cluster_size_max", "descending"), ("cluster", "ascending")]
-        # A cluster that is among the largest in the end was so in every batch and after each: it is never dropped.
+        # A cluster among the largest ones overall is among them in every batch, so that it is never dropped.
         for row in grouped.sort_by(order).slice(0, self.count).to_pylist():
             size = row["cluster_size_max"]
             cluster = self._found.setdefault(row["cluster"], Cluster(row["cluster"], size))
@@ -156,7 +159,7 @@ class LargestClusters:
         self._found = {cluster.id: cluster for cluster in largest}
         for cluster in largest:
             rows = table.filter(pc.equal(table.column("cluster"), cluster.id))
-            shown = rows.sort_by([("diff", "ascending")]).slice(0, self.members).to_pylist()  # null comes last
+            shown = rows.sort_by([("diff", "ascending")]).slice(0, self.members).to_pylist()  # null is sorted last
             cluster.members = sorted(cluster.members + shown, key=lambda row: row["diff"] is None)[: self.members]
 
     def clusters(self) -> list[Cluster]:
@@ -164,12 +167,12 @@ class LargestClusters:
 
 
 def visible(text: str) -> str:
-    """Control characters but newline and tab as pictures: a removed text must not steer a terminal or a browser."""
+    """Replaces control characters except newline and tab, so that a text cannot control a terminal or a browser."""
     return text.translate(_PICTURES)
 
 
 def total(counts: Mapping[tuple[str, str], int], *, rule: str | None = None, source: str | None = None) -> int:
-    """Of what ``count_removed`` gave, the rows with this rule and source."""
+    """Sums the counts of ``count_removed`` for a rule and a source; None stands for all."""
     return sum(n for (r, s), n in counts.items() if rule in (None, r) and source in (None, s))
 
 
@@ -179,6 +182,6 @@ def _table(batch: "pa.RecordBatch") -> "pa.Table":
     return pa.Table.from_batches([batch])
 
 
-# C0 has pictures of its own; DEL, C1 and the marks that reverse the direction of text become the replacement character.
+# C0 characters have symbols in Unicode; DEL, C1 and the marks of text direction become the replacement character.
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _PICTURES |= dict.fromkeys([*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)

@@ -1,4 +1,4 @@
-"""Rules and edits, one file a paper or topic. See ``base`` for what a rule is."""
+"""Provides filter rules and edits for texts, one module per paper or topic. ``base`` defines what a rule is."""
 
 from efftrain.data.rules.base import (
     AtLeast,

@@ -1,4 +1,4 @@
-"""What a rule is: a score of a text, and apart from it the threshold, which can be changed without scoring again."""
+"""Defines rules, which score a text, and their thresholds, which can be changed without scoring again."""
 
 import dataclasses
 import math
@@ -12,18 +12,30 @@ from efftrain.errors import ConfigError, EfftrainError
 
 
 class Rule(Protocol):
-    """A frozen dataclass. The fields ``low``, ``high`` and ``limit`` are thresholds; any other decides the score."""
+    """The interface of a rule: a frozen dataclass that scores texts and keeps those with an acceptable score.
+
+    The fields ``low``, ``high`` and ``limit`` are thresholds; every other field may affect the score.
+    """
 
     name: ClassVar[str]
 
-    def score(self, text: Text) -> float: ...
+    def score(self, text: Text) -> float:
+        """Returns the score of a text."""
+        ...
 
-    def keeps(self, score: float) -> bool: ...
+    def keeps(self, score: float) -> bool:
+        """Returns whether a text with this score is kept."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtMost:
-    """A rule that keeps a text where its score is at most ``limit``."""
+    """Base class of rules that keep a text if its score is at most ``limit``; subclasses define ``name`` and ``score``.
+
+    Attributes:
+      name: the name of the rule in tables and reports, unique in a corpus.
+      limit: the highest score at which a text is kept.
+    """
 
     name: ClassVar[str]
     limit: float
@@ -41,7 +53,7 @@ class AtMost:
 
 @dataclass(frozen=True, kw_only=True)
 class AtLeast(AtMost):
-    """A rule that keeps a text where its score is at least ``limit``."""
+    """Base class of rules that keep a text if its score is at least ``limit``; otherwise like ``AtMost``."""
 
     def keeps(self, score: float) -> bool:
         return score >= self.limit
@@ -49,7 +61,7 @@ class AtLeast(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class Between:
-    """A rule that keeps a text where its score lies from ``low`` to ``high``, both included."""
+    """Base class of rules that keep a text if its score is from ``low`` to ``high``, inclusive; see ``AtMost``."""
 
     name: ClassVar[str]
     low: float
@@ -63,18 +75,18 @@ class Between:
 
 
 def prefers_high(rule: Rule) -> bool:
-    """Whether the larger of two scores is the better one: True for ``AtLeast``, False for ``AtMost``.
+    """Returns whether the larger of two scores is the better one: True for ``AtLeast``, False for ``AtMost``.
 
-    Of any other rule, the end of the scores that it keeps is the better one: a ``ScoreTable`` with ``low`` alone
-    prefers high scores, with ``high`` alone low ones.
+    Any other rule prefers the end of the scale that it keeps: a ``ScoreTable`` with only ``low`` prefers high scores,
+    and one with only ``high`` prefers low scores.
 
     Raises:
-      ConfigError: the rule keeps the middle, or both ends, so no score is better for being larger or smaller.
+      ConfigError: the rule keeps the middle of the scale, or both ends, and so prefers neither high nor low scores.
     """
     keeps_high, keeps_low = rule.keeps(math.inf), rule.keeps(-math.inf)
     if keeps_high != keeps_low:
         return keeps_high
-    if isinstance(rule, AtMost):  # with a limit that keeps everything
+    if isinstance(rule, AtMost):  # an infinite limit keeps every score
         return isinstance(rule, AtLeast)
     raise ConfigError(
         f"corpus.quality is {rule.name!r}, which prefers neither high nor low scores; name a rule that keeps all above "
@@ -83,22 +95,24 @@ def prefers_high(rule: Rule) -> bool:
 
 
 class RuleSet(Protocol):
-    """A frozen dataclass that stands for the rules and edits of one paper, in their order."""
+    """The interface of a rule set: a frozen dataclass that expands to the rules and edits of one paper, in order."""
 
-    def rules(self) -> "Sequence[Rule | Edit]": ...
+    def rules(self) -> "Sequence[Rule | Edit]":
+        """Returns the rules and edits in the order in which they are applied."""
+        ...
 
 
 class Edit(Protocol):
-    """A frozen dataclass that changes a text; the rules after it see the changed one."""
+    """The interface of an edit: a frozen dataclass that changes a text before the rules after it are applied."""
 
     name: ClassVar[str]
 
     def edit(self, text: Text) -> Text:
-        """The changed text, or the same object where nothing is changed."""
+        """Returns the changed text, or the same object if nothing is changed."""
 
 
 def flatten(rules: Iterable[Rule | RuleSet | Edit]) -> Iterator[Rule | Edit]:
-    """Yields the rules and edits with each set in pieces."""
+    """Yields the rules and edits in order, with each rule set replaced by its members."""
     for rule in rules:
         if hasattr(rule, "rules"):
             yield from flatten(rule.rules())
@@ -111,10 +125,10 @@ def is_edit(rule: Rule | Edit) -> bool:
 
 
 class RuleFailed(Exception):
-    """A rule or an edit raised; the message is what it raised.
+    """Raised if a rule or an edit raises; the message is that of the original exception.
 
     Attributes:
-      rule: its name.
+      rule: the name of the rule or edit.
     """
 
     def __init__(self, rule: str, error: Exception):
@@ -125,13 +139,13 @@ class RuleFailed(Exception):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a list of rules made of a text.
+    """The result of applying a list of rules to a text.
 
     Attributes:
-      text: after all edits.
+      text: the text after all edits.
       edited: the names of the edits that changed it.
-      scores: name of the rule -> score, for every rule, also behind the one that rejects.
-      verdict: of the first rule that rejects; None where all keep the text.
+      scores: the score of every rule by its name, including the rules after the one that rejects.
+      verdict: the verdict of the first rule that rejects the text; None if all keep it.
     """
 
     text: Text
@@ -141,13 +155,15 @@ class Judgement:
 
 
 def judge(rules: Iterable[Rule | Edit], text: Text, known: Mapping[str, float] | None = None) -> Judgement:
-    """Applies flattened rules in their order.
+    """Applies rules and edits to a text, in order.
 
     Args:
-      known: the scores of all rules, where they were computed before; then only the edits are done.
+      rules: without rule sets, see ``flatten``.
+      text: the text.
+      known: the scores of all rules, if they were computed before; then only the edits are applied.
 
     Raises:
-      RuleFailed: a rule raised something else than an ``EfftrainError``.
+      RuleFailed: a rule raised an exception that is not an ``EfftrainError``.
     """
     edited, scores = [], dict(known or {})
     for rule in rules:
@@ -161,13 +177,13 @@ def judge(rules: Iterable[Rule | Edit], text: Text, known: Mapping[str, float] |
                 scores[rule.name] = rule.score(text)
         except EfftrainError:
             raise
-        except Exception as error:  # a rule may be anybody's
+        except Exception as error:  # a user's rule may raise anything
             raise RuleFailed(rule.name, error) from error
     return Judgement(text, tuple(edited), scores, verdict(rules, scores))
 
 
 def verdict(rules: Iterable[Rule | Edit], scores: Mapping[str, float]) -> Verdict | None:
-    """Compares scores with thresholds: the verdict of the first rule that rejects, or None."""
+    """Compares scores with thresholds and returns the verdict of the first rule that rejects, or None."""
     for rule in rules:
         if not is_edit(rule) and not rule.keeps(score := scores[rule.name]):
             return Verdict(keep=False, rule=rule.name, score=score)
@@ -175,7 +191,7 @@ def verdict(rules: Iterable[Rule | Edit], scores: Mapping[str, float]) -> Verdic
 
 
 def scoring(rules: Iterable[Rule | RuleSet | Edit]) -> list[Any]:
-    """JSON that stands for how texts are scored: two lists of rules with the same can share scores."""
+    """Returns the scoring as JSON, without thresholds. Lists of rules with equal results can share scores."""
     return [_without_thresholds(rule) for rule in flatten(rules)]
 
 

@@ -1,8 +1,9 @@
-"""C4's rules: Raffel et al. 2020 (JMLR 21, 140), after the code that made C4 (tensorflow_datasets, ``c4_utils.py``).
+"""Provides the rules of C4: Raffel et al. 2020 (JMLR 21, 140), following tensorflow_datasets, ``c4_utils.py``.
 
-Lines are dropped first, by an edit, and then the page is judged by what is left. Not here: the list of bad words, the
-limit of 190,000 characters, lines that other pages have, and langdetect (``language`` has a rule). datatrove is
-``c4_filters.py``, 0.10.
+An edit first drops lines, and the rules then judge the rest of the page. Not implemented here are the list of bad
+words, the limit of 190,000 characters, the removal of lines that other pages share (see ``data.dedup.lines``), and
+language detection with langdetect (see ``language``). With ``as_datatrove``, an edit or rule works like
+``c4_filters.py`` of datatrove 0.10; the differences are described after "datatrove:".
 """
 
 import re
@@ -18,18 +19,18 @@ POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "us
 
 @dataclass(frozen=True, kw_only=True)
 class C4Lines:
-    """Strips citations such as [1] and drops lines that are no prose: menus, notices of cookies, of JavaScript.
+    """Drops lines that are not prose (menus, cookie and JavaScript notices) and removes citations such as [1].
 
-    Lines lose the white space around them, blank ones go. A line for which C4 rejects the whole page stays, so that
-    the rule for it sees it.
+    Lines are stripped of white space, and blank ones are dropped. A line for which C4 rejects the whole page is kept,
+    so that the corresponding rule sees it.
 
     Attributes:
-      min_words: shorter lines go.
-      max_word_length: lines with a longer word go.
-      terminal_punctuation: whether a line has to end in one of . ? ! " and not in an ellipsis. FineWeb (Penedo et al.
-        2024, 3.5) measured that this alone drops 30 % of the tokens and that the rest of C4's rules does better
-        without it.
-      as_datatrove: ' ends a line, too, and words are counted before citations go.
+      min_words: lines with fewer words are dropped.
+      max_word_length: lines with a longer word, in characters, are dropped.
+      terminal_punctuation: drop lines that do not end in one of . ? ! " or that end in an ellipsis. Off by default,
+        because this rule alone drops a large share of the tokens, and C4's other rules do better without it (FineWeb:
+        Penedo et al. 2024, 3.5).
+      as_datatrove: a line may also end in ', and words are counted before citations are removed.
     """
 
     name: ClassVar[str] = "c4/lines"
@@ -45,12 +46,12 @@ class C4Lines:
         return text if kept == text.text else Text(kept, text.id)
 
     def _strip(self, line: str, has_phrase: bool) -> str:
-        """The line without citations, or nothing where it goes; ``has_phrase``: the page has one that forbids lines."""
+        """Returns the line without citations, or "" to drop it; ``has_phrase``: the page has a forbidden phrase."""
         words = line.split()
         if len(words) < self.min_words or (
             len(line) > self.max_word_length and max(map(len, words), default=0) > self.max_word_length
         ):
-            return ""  # taking citations away can make a line shorter, but never longer
+            return ""  # checked before citations are removed, because that can only shorten a line
         line = line.strip()
         if "[" in line:
             line = _CITATION.sub("", line)
@@ -64,7 +65,7 @@ class C4Lines:
 
 
 def _is_forbidden(line: str) -> bool:
-    """Whether C4 drops the line for a phrase, and not the whole page for another that it looks for earlier."""
+    """Returns whether C4 drops the line for a phrase, and not the whole page for another that it checks earlier."""
     lowered = line.lower()
     if "lorem ipsum" in lowered:
         return False
@@ -73,7 +74,7 @@ def _is_forbidden(line: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class LoremIpsum(AtMost):
-    """Placeholder text. Score: how often the phrase occurs."""
+    """Rejects placeholder text. Score: number of occurrences of "lorem ipsum"."""
 
     name: ClassVar[str] = "c4/lorem_ipsum"
     limit: int = 0
@@ -84,7 +85,7 @@ class LoremIpsum(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class CurlyBrackets(AtMost):
-    """Code between the prose; leave this rule out for a corpus that wants code. Score: opening brackets."""
+    """Rejects pages with code; omit this rule if a corpus should contain code. Score: number of opening brackets."""
 
     name: ClassVar[str] = "c4/curly_brackets"
     limit: int = 0
@@ -95,11 +96,11 @@ class CurlyBrackets(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class Sentences(AtLeast):
-    """Too little prose is left. Score: sentences, each line counted for itself.
+    """Rejects pages with too little prose. Score: number of sentences, counted line by line.
 
-    A sentence ends where . ? or ! and closing quotes stand before white space and no lower-case letter follows; what
-    remains of a line is one more. C4 used NLTK's trained splitter, which knows abbreviations, too. datatrove: spaCy's
-    sentencizer, see ``spacy_words``.
+    A sentence ends at . ? or ! with optional closing quotes, if white space follows and then no lower-case letter; the
+    rest of a line is one more sentence. C4 used the trained splitter of NLTK, which also recognises abbreviations.
+    datatrove: the sentencizer of spaCy, see ``spacy_words``.
     """
 
     name: ClassVar[str] = "c4/sentences"
@@ -112,7 +113,10 @@ class Sentences(AtLeast):
 
 @dataclass(frozen=True, kw_only=True)
 class C4:
-    """The rules above with the thresholds of the code that made C4, but for the terminal punctuation."""
+    """The rule set of C4, with the thresholds of its original code except that terminal punctuation is not required.
+
+    ``min_sentences`` is the limit of ``Sentences``; the other fields are those of ``C4Lines``.
+    """
 
     min_words: int = 5
     max_word_length: int = 1000
@@ -122,9 +126,10 @@ class C4:
 
     @classmethod
     def datatrove(cls) -> "C4":
-        """Edits and decides as datatrove's C4QualityFilter does; needs the extra ``datatrove``.
+        """Returns the configuration that edits and decides like datatrove's C4QualityFilter; needs extra ``datatrove``.
 
-        Of a page that has both, it names the curly bracket where that comes first; here it is always lorem ipsum.
+        The two differ in one detail: for a page with both a curly bracket and lorem ipsum, datatrove reports the one
+        that comes first, and this rule set always reports lorem ipsum.
         """
         check_spacy()
         return cls(min_words=3, min_sentences=5, terminal_punctuation=True, as_datatrove=True)
@@ -141,11 +146,11 @@ class C4:
 
 
 def count_sentences(line: str) -> int:
-    """Sentences of one line that is not blank."""
+    """Returns the number of sentences in a line that is not blank."""
     return 1 + len(_BETWEEN_SENTENCES.findall(line))
 
 
 _ENDS = (".", "?", "!", '"')
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
-# Bounded, so that a row of quotes costs no more than its length.
+# The repetition is bounded, so that the time for a row of quotes is linear in its length.
 _BETWEEN_SENTENCES = re.compile(r"""[.?!]["'”’»)\]]{0,3}\s+(?![a-zß-öø-ÿ\s])""")

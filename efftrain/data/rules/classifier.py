@@ -1,7 +1,7 @@
-"""A linear classifier on hashed words and word pairs: one learned quality signal, cheap enough for every document.
+"""Scores texts with a linear classifier on hashed words and word pairs, fast enough for every document of a corpus.
 
-The form is fastText's (Joulin et al. 2017, 1607.01759) without its hidden layer; such a classifier was the key step of
-DCLM (Li et al. 2024, 2406.11794). ``train.classifier`` makes the file of weights that is read here.
+The model is that of fastText (Joulin et al. 2017, 1607.01759) without its hidden layer; such a classifier was the key
+step of DCLM (Li et al. 2024, 2406.11794). ``train.classifier`` trains it and writes the file of weights.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from efftrain.errors import ConfigError, CorpusError
 
 N_BUCKETS = 1 << 18
 FORMAT = 2  # 2: words are normalised beyond ASCII
-# Its features are kept with the weights: weights that were trained with other features would be silently wrong.
+# The features of this text are stored with the weights, to detect weights that were trained on other features.
 _PROBE = (
     "def area(width, height):\n    return width * height  # 1st naïve über-version, 数据\n"
     "ÉCOLE e\u0301cole “don’t”—a\u00a0b so\u00adft ＡＢ１，ｶﾞ Straße ﬁne ½ 한국어 ไทย नमस्ते ΣΊΣΥΦΟΣ ☺\n"
@@ -31,18 +31,19 @@ _PROBE = (
 
 @dataclass(frozen=True, kw_only=True)
 class NgramClassifier(AtLeast):
-    """Keeps texts that look like the good examples more than like the raw ones. Made by ``NgramClassifier.load``.
+    """Keeps texts that resemble the good training examples more than the raw ones. Create it with ``load``.
 
-    Score: the probability of "good", if good and raw texts were equally frequent. Where to cut depends on the raw
-    text: DCLM kept the best tenth, and the training report's ``limits`` has the score for that. The file is read once
-    per process.
+    Score: the probability of the class "good", assuming that good and raw texts are equally frequent. A useful
+    threshold depends on the raw text: DCLM kept the best tenth, and ``limits`` in the training report has the score for
+    that. The file is read once per process.
 
     Attributes:
       weights: the file that ``train.classifier.train_classifier`` wrote.
-      digest: of its content, so that scores made with other weights are not taken for these.
+      digest: digest of the weights, so that scores of other weights are never reused.
+      limit: lowest probability at which a text is kept.
 
     Raises:
-      CorpusError: (by ``score``) the file is missing, damaged, or holds other weights.
+      CorpusError: (by ``score``) the file is missing, damaged, or contains other weights.
     """
 
     name: ClassVar[str] = "ngram_classifier"
@@ -52,7 +53,7 @@ class NgramClassifier(AtLeast):
 
     @classmethod
     def load(cls, weights: Path | str, *, limit: float = 0.5) -> "NgramClassifier":
-        """The rule for the weights as they are now."""
+        """Creates the rule for the present content of a file of weights."""
         return cls(weights=Path(weights), digest=read_weights(Path(weights)).digest, limit=limit)
 
     def score(self, text: Text) -> float:
@@ -61,39 +62,43 @@ class NgramClassifier(AtLeast):
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """``weights``: (buckets,) float32. ``bias``: the logit of a text without a word."""
+    """The weights of the classifier.
+
+    Attributes:
+      weights: (buckets,) float32.
+      bias: the logit of a text without words.
+    """
 
     weights: np.ndarray
     bias: float
 
     @property
     def digest(self) -> str:
-        """blake2b of the content, 32 hexadecimal digits."""
+        """blake2b digest of the content, 32 hexadecimal digits."""
         head = np.array([FORMAT, len(self.weights)], "<i8").tobytes() + np.array([self.bias], "<f4").tobytes()
         return hashlib.blake2b(head + self.weights.astype("<f4").tobytes(), digest_size=16).hexdigest()
 
     def probabilities(self, texts: Sequence[bytes]) -> np.ndarray:
-        """The probability of "good" of each text, (texts,) float64."""
+        """Returns the probability of the class "good" for each UTF-8 text, (texts,) float64."""
         buckets, values, offsets = ngram_features(texts, len(self.weights))
         owners = np.repeat(np.arange(len(texts)), np.diff(offsets))
         logits = self.bias + np.bincount(owners, self.weights[buckets] * values, minlength=len(texts))
-        return np.exp(-np.logaddexp(0.0, -logits))  # no overflow at either end
+        return np.exp(-np.logaddexp(0.0, -logits))  # the sigmoid without overflow
 
 
 def ngram_features(texts: Sequence[bytes], n_buckets: int = N_BUCKETS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of hashed words and pairs of neighbouring words, each text's scaled to Euclidean length one.
+    """Counts hashed words and pairs of adjacent words; the counts of each text are scaled to Euclidean length one.
 
-    fastText takes the mean instead; with length one, the weights of a document of ten words and of one of ten thousand
-    are on one scale, so a plain L2 penalty fits both. What a word is, and how much of a long text is read, is said in
-    ``shingles``.
+    fastText uses the mean instead. With length one, short and long documents need weights of the same scale, so that a
+    plain L2 penalty suits both. ``dedup.shingles`` defines what a word is and how much of a long text is read.
 
     Args:
       texts: UTF-8.
-      n_buckets: a power of two from 2 to 2**31. Different n-grams that share a bucket are added up.
+      n_buckets: a power of two from 2 to 2**31. The counts of n-grams that share a bucket are added.
 
     Returns:
-      Of all texts one after the other: buckets (m,) int32, ascending and unique in a text; values (m,) float32; and
-      offsets (texts + 1,) int64: the features of text i are those from offsets[i] to offsets[i + 1].
+      The features of all texts, concatenated: buckets (m,) int32, ascending and unique within a text; values (m,)
+      float32; and offsets (texts + 1,) int64. The features of text i are those from offsets[i] to offsets[i + 1].
     """
     if not 2 <= n_buckets <= 1 << 31 or n_buckets & (n_buckets - 1):
         raise ConfigError(f"classifier.n_buckets is {n_buckets}; it must be a power of two from 2 to 2**31")
@@ -107,9 +112,9 @@ def ngram_features(texts: Sequence[bytes], n_buckets: int = N_BUCKETS) -> tuple[
 
 
 def _keys(texts: Sequence[bytes], n: int, n_buckets: int) -> np.ndarray:
-    """Number of the text and bucket of each n-gram, in one int64."""
+    """Returns the index of the text and the bucket of each n-gram, packed into one int64."""
     hashes, offsets = shingle_hashes(texts, n)
-    # Multiplicative hashing (Knuth 6.4) takes the top bits; the sum keeps words and pairs apart.
+    # Multiplicative hashing (Knuth 6.4) uses the top bits. Adding n gives a word and a pair of equal hash two buckets.
     mixed = (hashes + np.uint32(n)) * np.uint32(0x9E3779B1)
     buckets = mixed >> np.uint32(33 - n_buckets.bit_length())
     owners = np.repeat(np.arange(len(texts), dtype=np.int64), np.diff(offsets))
@@ -117,7 +122,7 @@ def _keys(texts: Sequence[bytes], n: int, n_buckets: int) -> np.ndarray:
 
 
 def write_weights(path: Path, linear: LinearWeights) -> None:
-    """Writes the file, whole or not at all; the same weights give the same bytes."""
+    """Writes weights to a file, atomically. Equal weights give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     incomplete = path.with_name(f"{path.name}.incomplete")
     with incomplete.open("wb") as file:
@@ -135,17 +140,18 @@ def write_weights(path: Path, linear: LinearWeights) -> None:
 
 
 def read_weights(path: Path) -> LinearWeights:
-    """Reads what ``write_weights`` wrote.
+    """Reads a file that ``write_weights`` wrote.
 
     Raises:
-      CorpusError: the file is missing, damaged, of another format, or of a version that hashes words differently.
+      CorpusError: the file is missing, damaged, has another format, or is from a version that hashes words differently.
     """
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:  # NumPy leaves a damaged one open
+        # The stream is opened here because np.load does not close a damaged file that it opened itself.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             found = {name: file[name] for name in ("format", "n_buckets", "weights", "bias", "digest", "probe")}
     except FileNotFoundError as error:
         raise CorpusError(f"there is no classifier {path}; train one with efftrain.train.classifier") from error
-    except Exception as error:  # of a damaged archive: errors of the archive, of its headers, of Python's parser, ...
+    except Exception as error:  # a damaged archive raises many types: of the archive, its headers, Python's parser
         raise CorpusError(f"{path} is not a classifier, or damaged ({error}); train it again") from error
     if found["format"] != FORMAT:
         raise CorpusError(

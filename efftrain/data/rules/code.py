@@ -1,6 +1,6 @@
-"""Rules for source code. Each says why a text is not worth training on, and how clearly.
+"""Provides rules for source code, which reject files that are not worth training on.
 
-Codex is Chen et al. 2021, section 3.1; The Stack (Kocetkov et al. 2022) and StarCoder kept its line lengths.
+Codex refers to Chen et al. 2021, section 3.1; The Stack (Kocetkov et al. 2022) and StarCoder kept its line lengths.
 """
 
 import re
@@ -15,9 +15,9 @@ from efftrain.data.rules.base import AtLeast, AtMost, Rule
 
 @dataclass(frozen=True, kw_only=True)
 class TooShort(AtLeast):
-    """Empty package markers and one-line imports: no context to learn from.
+    """Rejects empty package markers and one-line imports, which have no context to learn from.
 
-    Score: characters that are not ASCII space.
+    Score: number of characters that are not ASCII white space.
     """
 
     name: ClassVar[str] = "too_short"
@@ -29,9 +29,9 @@ class TooShort(AtLeast):
 
 @dataclass(frozen=True, kw_only=True)
 class TooLong(AtMost):
-    """Nearly always data or bundled output, and one such file outweighs a package. Score: bytes.
+    """Rejects very large files: they are nearly always data or bundled output, and each outweighs a whole package.
 
-    Limit: The Stack, 1 MB.
+    Score: number of bytes. Limit: 1 MB, as in The Stack.
     """
 
     name: ClassVar[str] = "too_long"
@@ -43,9 +43,10 @@ class TooLong(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class NonText(AtMost):
-    """Binary content under a text name. Score: share of control bytes other than tab, newlines and form feed.
+    """Rejects binary content in a file with the name of a text file.
 
-    Limit: one in a thousand, so that a test file with an escape character in a string stays.
+    Score: share of control bytes other than tab, newlines and form feed. Limit: one in a thousand, so that a test file
+    with an escape character in a string is kept.
     """
 
     name: ClassVar[str] = "non_text"
@@ -57,9 +58,13 @@ class NonText(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class Generated(AtMost):
-    """Written by a program, which says so near the top: the model should learn from the generator instead.
+    """Rejects files whose first lines say that a program generated them; a model should learn from the generator.
 
-    Score: 1 where a marker stands in the first lines. Twelve of them, because licence headers push the marker down.
+    Score: 1 if the first lines contain a marker of generated code, otherwise 0.
+
+    Attributes:
+      limit: highest score at which a text is kept.
+      lines: number of lines that are searched; twelve, because the marker often follows a licence header.
     """
 
     name: ClassVar[str] = "generated"
@@ -73,7 +78,7 @@ class Generated(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class LongLine(AtMost):
-    """Minified code or embedded data. Score: characters of the longest line. Limit: Codex, 1,000."""
+    """Rejects minified code and embedded data. Score: characters of the longest line. Limit: 1,000, as in Codex."""
 
     name: ClassVar[str] = "long_line"
     limit: int = 1000
@@ -84,9 +89,9 @@ class LongLine(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class LongLines(AtMost):
-    """Lines that are long on average: minified, or records of data. Score: mean length.
+    """Rejects files whose lines are long on average: minified code or records of data.
 
-    Limit: Codex, 100.
+    Score: mean number of characters per line. Limit: 100, as in Codex.
     """
 
     name: ClassVar[str] = "long_lines"
@@ -98,9 +103,10 @@ class LongLines(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class FewLetters(AtLeast):
-    """Mostly numbers and punctuation. Score: share of letters in what is not space; non-ASCII bytes count as letters.
+    """Rejects files that are mostly numbers and punctuation.
 
-    The Stack asks for 25 % alphanumeric characters, which a table of numbers passes; letters alone are sharper.
+    Score: share of letters among the bytes that are not white space; non-ASCII bytes count as letters. The Stack
+    requires 25 % alphanumeric characters, which a table of numbers satisfies; counting letters alone rejects it.
     """
 
     name: ClassVar[str] = "few_letters"
@@ -112,9 +118,10 @@ class FewLetters(AtLeast):
 
 @dataclass(frozen=True, kw_only=True)
 class TableLike(AtMost):
-    """Tables of numbers or hexadecimal in code's clothing. Score: share of digits and commas in what is not space.
+    """Rejects tables of decimal or hexadecimal numbers in the form of code.
 
-    Limit: set by reading the rejects among installed distributions; test files with many numbers begin below it.
+    Score: share of digits and commas among the bytes that are not white space. The limit was chosen by reading rejected
+    files of installed distributions, so that test files with many numbers are kept.
     """
 
     name: ClassVar[str] = "table_like"
@@ -126,7 +133,7 @@ class TableLike(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
-    """The rules above with their limits, cheap ones first."""
+    """The rule set for source code: the rules of this module with their limits, the fastest ones first."""
 
     too_short: TooShort = TooShort()
     too_long: TooLong = TooLong()

@@ -1,4 +1,4 @@
-"""The rules of a corpus that names none: they follow what its sources hold."""
+"""Chooses the default rules of a corpus from the kind of its sources."""
 
 from collections.abc import Iterable
 
@@ -12,21 +12,21 @@ from efftrain.errors import ConfigError
 
 _DEFAULTS: dict[str, tuple[Rule | RuleSet | Edit, ...]] = {
     "code": (Code(),),
-    # What made FineWeb (Penedo et al. 2024, section 3), in its order: C4's rules but for the terminal punctuation.
+    # The filters of FineWeb (Penedo et al. 2024, section 3) in order, with C4's rules except terminal punctuation.
     "web": (GopherRepetition(), Gopher(), C4(), FineWeb()),
-    # Nothing is known of the text, a question of five words or a book: only blank and binary ones go.
+    # A text may be anything from a question of five words to a book, so that only blank and binary ones are rejected.
     "text": (TooShort(limit=1), NonText()),
 }
 
 
 def default_rules(kinds: Iterable[str]) -> tuple[Rule | RuleSet | Edit, ...]:
-    """The rules for sources of these kinds.
+    """Returns the default rules for sources of the given kinds.
 
     Args:
-      kinds: of each source: "code" for source code, "web" for pages of the web, "text" for any other text.
+      kinds: the kind of each source: "code" for source code, "web" for web pages, "text" for any other text.
 
     Raises:
-      ConfigError: the kinds differ or one is unknown.
+      ConfigError: the kinds differ, or one is unknown.
     """
     distinct = sorted(set(kinds))
     if unknown := [kind for kind in distinct if kind not in _DEFAULTS]:

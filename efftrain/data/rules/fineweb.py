@@ -1,6 +1,7 @@
-"""FineWeb's own rules: Penedo et al. 2024 (arXiv 2406.17557), section 3.6.
+"""Provides the rules that FineWeb introduced: Penedo et al. 2024 (arXiv 2406.17557), section 3.6.
 
-datatrove is ``fineweb_quality_filter.py``, 0.10: it draws two of the lines elsewhere than the paper.
+With ``as_datatrove``, a rule scores like ``fineweb_quality_filter.py`` of datatrove 0.10, which differs from the paper
+in two thresholds; the differences are described after "datatrove:".
 """
 
 import math
@@ -16,9 +17,10 @@ from efftrain.data.rules.words import SENTENCE_ENDS
 
 @dataclass(frozen=True, kw_only=True)
 class EndedLines(AtLeast):
-    """Menus and lists. Score: share of the lines that end in terminal punctuation, of any script.
+    """Rejects menus and lists. Score: share of the lines that end in terminal punctuation of any script.
 
-    The paper rejects at 0.12 itself. datatrove: white space at the end of a line counts.
+    As in the paper, a score of exactly 0.12 is rejected. datatrove: lines are not stripped, so that a line with
+    trailing white space does not end in punctuation.
     """
 
     name: ClassVar[str] = "fineweb/ended_lines"
@@ -32,9 +34,10 @@ class EndedLines(AtLeast):
 
 @dataclass(frozen=True, kw_only=True)
 class ShortLines(AtMost):
-    """Menus and tables. Score: share of the lines that are shorter than 30 characters.
+    """Rejects menus and tables. Score: share of the lines that are shorter than 30 characters.
 
-    The paper rejects at 0.67 itself. datatrove: 30 characters are short, too, and white space counts.
+    As in the paper, a score of exactly 0.67 is rejected. datatrove: lines of 30 characters are also short, and
+    surrounding white space counts.
     """
 
     name: ClassVar[str] = "fineweb/short_lines"
@@ -49,9 +52,10 @@ class ShortLines(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatedLineChars(AtMost):
-    """Boilerplate. Score: share of the characters, white space apart, in lines that repeat an earlier one.
+    """Rejects boilerplate. Score: share of the characters, except white space, in lines that repeat an earlier one.
 
-    The paper rejects at 0.1 itself. datatrove: all characters but newlines, and 0.01.
+    As in the paper, a score of exactly 0.1 is rejected. datatrove: all characters except newlines count, and the limit
+    is 0.01.
     """
 
     name: ClassVar[str] = "fineweb/repeated_line_chars"
@@ -67,7 +71,10 @@ class RepeatedLineChars(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class NewlinesPerWord(AtMost):
-    """Lists. Score: newlines per word. Not in the paper; datatrove's, where punctuation is a word."""
+    """Rejects lists. Score: number of newlines per word.
+
+    The rule is not in the paper but in datatrove, where punctuation is a word.
+    """
 
     name: ClassVar[str] = "fineweb/newlines_per_word"
     limit: float = 0.3
@@ -79,7 +86,11 @@ class NewlinesPerWord(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class FineWeb:
-    """The rules above with the paper's thresholds; ``max_newlines_per_word`` is datatrove's, None leaves it out."""
+    """The rule set of FineWeb with the thresholds of the paper.
+
+    Fields that begin with ``min_`` or ``max_`` are the thresholds of the rules of this module.
+    ``max_newlines_per_word`` adds datatrove's rule ``NewlinesPerWord``; None omits it.
+    """
 
     min_ended_lines: float = EndedLines.limit
     max_short_lines: float = ShortLines.limit
@@ -89,7 +100,10 @@ class FineWeb:
 
     @classmethod
     def datatrove(cls) -> "FineWeb":
-        """Scores and decides as datatrove's FineWebQualityFilter does; needs the extra ``datatrove``."""
+        """Returns the configuration that scores and decides like datatrove's FineWebQualityFilter.
+
+        Needs the extra ``datatrove``.
+        """
         check_spacy()
         return cls(
             min_ended_lines=0.12,
@@ -111,5 +125,5 @@ class FineWeb:
 
 
 def _lines(text: Text, as_datatrove: bool) -> list[str]:
-    """The lines that are not blank."""
+    """Returns the lines that are not blank; for datatrove they are not stripped."""
     return [line for line in text.text.split("\n") if line.strip()] if as_datatrove else text.lines

@@ -1,8 +1,8 @@
-"""Gopher's rules for the quality of prose: Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1.
+"""Provides Gopher's rules for the quality of prose: Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1.
 
-Words are what stands between white space, and for datatrove (``gopher_quality_filter.py``, 0.10) spaCy's tokens, see
-``spacy_words``. The paper leaves open what a word, a bullet and a line are; each rule says what is chosen here, and
-what datatrove chose.
+The paper does not define a word, a bullet or a line. Here, words are separated by white space, and each rule states its
+other definitions. With ``as_datatrove``, a rule scores like ``gopher_quality_filter.py`` of datatrove 0.10, whose words
+are the tokens of spaCy (see ``spacy_words``); other differences are described after "datatrove:".
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from efftrain.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class WordCount(Between):
-    """Too short to learn from, or a dump. Score: words that have a letter or a digit.
+    """Rejects texts that are too short to learn from, and dumps. Score: number of words with a letter or a digit.
 
-    datatrove: words that have anything but punctuation.
+    datatrove: number of words that are not only punctuation.
     """
 
     name: ClassVar[str] = "gopher/words"
@@ -36,7 +36,10 @@ class WordCount(Between):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanWordLength(Between):
-    """Not words of a language. Score: mean characters of the words that ``WordCount`` counts, 0 without any."""
+    """Rejects texts that are not words of a language.
+
+    Score: mean number of characters of the words that ``WordCount`` counts; 0 if there are none.
+    """
 
     name: ClassVar[str] = "gopher/mean_word_length"
     low: float = 3.0
@@ -51,7 +54,7 @@ class MeanWordLength(Between):
 
 @dataclass(frozen=True, kw_only=True)
 class HashRatio(AtMost):
-    """Lists of tags. Score: '#' per word."""
+    """Rejects lists of tags. Score: number of '#' per word."""
 
     name: ClassVar[str] = "gopher/hash_ratio"
     limit: float = 0.1
@@ -63,7 +66,7 @@ class HashRatio(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class EllipsisRatio(AtMost):
-    """Truncated teasers. Score: ellipses per word, as three dots or as one character."""
+    """Rejects truncated teasers. Score: number of ellipses per word, written as three dots or as one character."""
 
     name: ClassVar[str] = "gopher/ellipsis_ratio"
     limit: float = 0.1
@@ -75,7 +78,7 @@ class EllipsisRatio(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class BulletLines(AtMost):
-    """Nothing but a list. Score: share of the lines that begin with a bullet; blank lines are none.
+    """Rejects texts that are only a list. Score: share of the lines that begin with a bullet, without blank lines.
 
     datatrove: blank lines count, and only '•' and '-' are bullets.
     """
@@ -91,7 +94,7 @@ class BulletLines(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class EllipsisLines(AtMost):
-    """Lists of teasers. Score: share of the lines that end in an ellipsis; blank lines are none.
+    """Rejects lists of teasers. Score: share of the lines that end in an ellipsis, without blank lines.
 
     datatrove: blank lines count.
     """
@@ -106,7 +109,7 @@ class EllipsisLines(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class AlphabeticWords(AtLeast):
-    """Tables and logs. Score: share of the words that have a letter, 0 without any word."""
+    """Rejects tables and logs. Score: share of the words that have a letter; 0 if there are no words."""
 
     name: ClassVar[str] = "gopher/alphabetic_words"
     limit: float = 0.8
@@ -119,12 +122,12 @@ class AlphabeticWords(AtLeast):
 
 @dataclass(frozen=True, kw_only=True)
 class StopWords(AtLeast):
-    """Another language, or no sentences. Score: how many different stop words occur, whatever their case.
+    """Rejects texts in another language or without sentences. Score: number of distinct stop words, ignoring case.
 
-    datatrove: the case counts; punctuation is a word of its own.
+    datatrove: case matters, and punctuation is a word of its own.
 
     Raises:
-      ConfigError: no stop words are known of the language, or it is not English and ``as_datatrove`` is set.
+      ConfigError: there are no stop words for the language, or it is not English and ``as_datatrove`` is set.
     """
 
     name: ClassVar[str] = "gopher/stop_words"
@@ -145,7 +148,11 @@ class StopWords(AtLeast):
 
 @dataclass(frozen=True, kw_only=True)
 class Gopher:
-    """The rules above with the paper's thresholds, in datatrove's order."""
+    """The rule set of Gopher with the thresholds of the paper, in the order of datatrove.
+
+    Fields that begin with ``min_`` or ``max_`` are the thresholds of the rules of this module; ``language`` is that of
+    the stop words, an ISO 639-1 code.
+    """
 
     min_words: int = 50
     max_words: int = 100_000
@@ -165,7 +172,10 @@ class Gopher:
 
     @classmethod
     def datatrove(cls) -> "Gopher":
-        """Scores and decides as datatrove's GopherQualityFilter does; needs the extra ``datatrove``."""
+        """Returns the configuration that scores and decides like datatrove's GopherQualityFilter.
+
+        Needs the extra ``datatrove``.
+        """
         check_spacy()
         return cls(as_datatrove=True)
 
@@ -189,7 +199,7 @@ def _check_language(language: str, as_datatrove: bool) -> None:
 
 
 def _has_letter(text: Text) -> np.ndarray:
-    """(vocabulary,) bool: which words have a letter."""
+    """Returns (vocabulary,) bool, True for words with a letter."""
     if "has letter" not in text.derived:
         found = [word.isalpha() or any(map(str.isalpha, word)) for word in text.vocabulary]
         text.derived["has letter"] = np.array(found, bool)
@@ -197,7 +207,7 @@ def _has_letter(text: Text) -> np.ndarray:
 
 
 def _proper_words(text: Text, as_datatrove: bool) -> np.ndarray:
-    """(vocabulary,) bool: which words are more than symbols."""
+    """Returns (vocabulary,) bool, True for words that are not only symbols."""
     key = ("proper words", as_datatrove)
     if key not in text.derived:
         proper = _has_letter(text).copy()

@@ -1,4 +1,4 @@
-"""The language of a text, by py3langid: langid.py (Lui and Baldwin 2012) as it is maintained, naive Bayes on bytes."""
+"""Identifies the language of a text with py3langid, a maintained langid.py (Lui and Baldwin 2012): Bayes on bytes."""
 
 import functools
 from dataclasses import dataclass
@@ -8,18 +8,23 @@ from efftrain.data.documents import Text
 from efftrain.data.rules.base import AtLeast
 from efftrain.errors import ConfigError
 
-# Its model walks through the bytes in Python, 1.5 to 2 MB/s; this much decides.
+# py3langid is slow, because it loops over the bytes in Python; so many characters are enough to decide.
 MAX_CHARS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Language(AtLeast):
-    """Score: probability that the first 2,000 characters are in ``language``, an ISO 639-1 code.
+    """Keeps texts in one language. Score: probability that the first 2,000 characters are in this language.
 
-    Limit: 0.65, FineWeb's, whose classifier is another one (fastText); py3langid is surer of ordinary text.
+    The default limit is that of FineWeb, which uses another classifier (fastText); py3langid gives higher probabilities
+    for ordinary text.
+
+    Attributes:
+      limit: lowest probability at which a text is kept.
+      language: the ISO 639-1 code of the language.
 
     Raises:
-      ConfigError: at the first text: py3langid is missing, or does not know the language.
+      ConfigError: (by ``score``) py3langid is missing, or does not know the language.
     """
 
     name: ClassVar[str] = "language"

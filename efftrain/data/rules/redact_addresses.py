@@ -1,4 +1,4 @@
-"""E-mail and IP addresses in texts. Every repetition is bounded: the time is linear in the text."""
+"""Redacts e-mail and IP addresses. Every repetition in a pattern is bounded, so that the time is linear in the text."""
 
 import ipaddress
 import re
@@ -11,7 +11,7 @@ NETWORKS = ("192.0.2", "198.51.100", "203.0.113")
 
 
 def redact_emails(text: str) -> str:
-    """Looks at each "@": first for a domain after it, because decorators and operators have none."""
+    """Replaces e-mail addresses. A domain after "@" is searched for first, since decorators and operators have none."""
     parts, done = [], 0
     for match in _DOMAIN.finditer(text):
         at = match.start()
@@ -52,7 +52,7 @@ def _reserved_ipv4(address: str) -> str:
 
 
 def _is_version(match: re.Match) -> bool:
-    """Whether what stands around four numbers says that they are no address."""
+    """Returns whether the text around four numbers shows that they are not an address."""
     text, end = match.string, match.end()
     before = text[max(match.start() - 40, 0) : match.start()]
     if before.endswith(("-", "/")) and before[-2:-1].isalpha():  # pkg-1.2.3.4, Chrome/91.0.4472.124
@@ -63,7 +63,7 @@ def _is_version(match: re.Match) -> bool:
         return True
     if _VERSION_AFTER.match(text, end):
         return True
-    # "1.2.3.4 Title": a heading has small numbers, as of random addresses one in 600 has.
+    # "1.2.3.4 Title": a heading has four small numbers, which are rare among addresses.
     is_heading = not before.rpartition("\n")[2].strip("# \t\"'([*") and _TITLE.match(text, end)
     return bool(is_heading) and max(map(int, match[0].split("."))) <= 50
 
@@ -76,7 +76,7 @@ def _replace_ipv6(match: re.Match) -> str:
 
 @lru_cache(maxsize=1 << 12)
 def _reserved_ipv6(written: str) -> str:
-    """The replacement, or the same where it is no public address, or too short: x[2400::2] is a slice."""
+    """Returns the replacement, or the same text if it is not a public address or too short: x[2400::2] is a slice."""
     try:
         address = ipaddress.IPv6Address(written)
     except ValueError:
@@ -87,9 +87,9 @@ def _reserved_ipv6(written: str) -> str:
 
 
 def _letters() -> tuple[str, str]:
-    """Two sets for a pattern: letters, marks and digits of scripts with spaces between words, and of those without.
+    """Returns two sets for a pattern: letters, marks and digits of scripts with spaces between words, and without.
 
-    The second are apart because an address may stand directly after a word of them.
+    The scripts without spaces are separate because an address may follow one of their words directly.
     """
     spaceless = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3"
     others = [c for c in map(chr, range(0x80, 0x2000)) if unicodedata.category(c)[0] in "LM" or c.isdigit()]
@@ -99,7 +99,7 @@ def _letters() -> tuple[str, str]:
 
 _RESERVED = tuple(f"{before}example.{end}" for before in "@." for end in ("com", "org", "net"))
 _SPACED, _SPACELESS = _letters()
-# Quotes and '=' may stand in an address, but around one they are nearly always code.
+# Quotes and '=' are allowed in an address, but around one they are nearly always code.
 _LOCAL_REVERSED = re.compile(
     rf"[{_SPACED}._%+-]{{0,63}}[{_SPACED}](?![{_SPACED}])|[0-9]{{0,8}}[{_SPACELESS}]{{1,32}}(?![{_SPACELESS}])"
 )
@@ -110,7 +110,7 @@ _DOMAIN = re.compile(
     r"|中国|中國|香港|台湾|台灣|新加坡|澳門|公司|网络|网址|网店|商城|广告|在线|集团|手机|中文网|我爱你|みんな|コム|ストア|한국|닷컴"
     rf"|닷넷|ไทย|คอม)(?![{_SPACED}])"
 )
-# The first character stands before what looks back at it: a pattern that begins with a set of characters is found fast.
+# The lookbehind follows the first character, because patterns that begin with a set of characters are found faster.
 _IPV4 = re.compile(r"[0-9](?<![0-9A-Za-z_.][0-9])[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|\.[0-9])")
 _BETWEEN = " \t\n\"'=:>()[]."
 _NAME = re.compile(r"[\w§]{0,24}\Z")
@@ -121,7 +121,7 @@ _VERSION_AFTER = re.compile(
     r"[-+][A-Za-z]|\.(?:tar|t?gz|zip|whl|egg|jar|exe|msi|dll|so|dmg|deb|rpm|apk|orig|dev|post)\b"
 )
 _TITLE = re.compile(r"\.?[ \t]{1,8}[A-Z]")
-# The networks that are given out (IANA), so that times, hexadecimal and slices are none.
+# Only the networks that IANA has allocated, so that times, hexadecimal numbers and slices are not matched.
 _IPV6 = re.compile(
     r"2(?:00[123]|[468acAC][0-9A-Fa-f]{2})(?<![\w:.]2...)(?::[0-9A-Fa-f]{0,4}){2,7}(?!\w|:[\w:]|\.[0-9])"
 )

@@ -1,9 +1,9 @@
-"""Phone and payment-card numbers in texts. Every repetition is bounded: the time is linear in the text."""
+"""Redacts phone and payment-card numbers. Repetitions in patterns are bounded: the time is linear in the text."""
 
 import re
 from zlib import crc32
 
-# Payment services accept these in tests and nowhere else.
+# Payment services accept these numbers in tests only.
 CARDS = ("4000000000000002", "4000000000000010")
 
 
@@ -38,16 +38,16 @@ def _is_international(written: str, digits: str) -> bool:
     separators = _SEPARATORS.findall(written)
     if not 9 <= len(digits) <= 15 or _DATE.search(written):
         return False
-    if not separators:  # a large number has this form, too
+    if not separators:  # a large number looks the same, so that the conditions are stricter
         return 11 <= len(digits) <= 13 and not digits.endswith("0000")
-    return "." not in separators or (len(separators) > 1 and set(separators) == {"."})  # else decimal fractions
+    return "." not in separators or (len(separators) > 1 and set(separators) == {"."})  # not decimal fractions
 
 
 def _replace_card(match: re.Match) -> str:
     digits = _NOT_DIGITS.sub("", match[0])
     if digits in CARDS or not _ISSUER.fullmatch(digits) or not _has_check_digit(digits):
         return match[0]
-    if digits == match[0]:  # without groups it may be any number: one in fifty of 16 digits has all of the above
+    if digits == match[0]:  # without groups it may be any number, since many numbers of 16 digits pass these checks
         around = match.string[max(match.start() - 40, 0) : match.end() + 24].lower()
         if not any(word in around for word in _CARD_WORDS):
             return digits
@@ -55,7 +55,7 @@ def _replace_card(match: re.Match) -> str:
 
 
 def _has_check_digit(digits: str) -> bool:
-    """Luhn's check: every second digit from the right counts double, and of that the sum of its digits."""
+    """Luhn's check: every second digit from the right is doubled, and the digits of the results are summed."""
     return sum(_DOUBLED[int(d)] if i % 2 else int(d) for i, d in enumerate(reversed(digits))) % 10 == 0
 
 
@@ -66,7 +66,7 @@ _DATE = re.compile(r"(?:19|20)[0-9]{2}[-/.][0-9]{2}[-/.][0-9]{2}")
 _PHONE_WORD = re.compile(
     r"\b(?:tele)?(?:phone|tel|fax|call|cell|mobile|ph|hotline)\b[^\w\n]{0,4}(?:\w{2,8} )?(?:1[-. ])?$", re.I
 )
-# The two plans whose numbers have one length are strict. Country codes: ITU-T E.164.
+# The numbering plans of +1 and +7 have a fixed length and are matched strictly. Country codes: ITU-T E.164.
 _INTERNATIONAL = re.compile(
     r"""
     \+ (?<![\w+.]\+)

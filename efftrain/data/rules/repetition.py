@@ -1,9 +1,10 @@
-"""Gopher's rules against repetition: Rae et al. 2021 (arXiv 2112.11446), table A1.
+"""Provides Gopher's rules against repetition: Rae et al. 2021 (arXiv 2112.11446), table A1.
 
-Implementations share the paper's thresholds and differ in what they count. Here a score is the share of characters,
-white space apart, that lie in a repetition; each character counts once, and the first occurrence of what is repeated
-does not, unless ``count_first`` (as Dolma and DCLM have it). datatrove (``gopher_repetition_filter.py``, 0.10) is
-described at each rule.
+Implementations share the thresholds of the paper and differ in what they count. Here, a score is a share of lines,
+paragraphs or characters other than white space that are repetitions. Each character counts once, and the first
+occurrence of a repeated part does not count unless ``count_first`` is set (as in Dolma and DCLM). With
+``as_datatrove``, a rule scores like ``gopher_repetition_filter.py`` of datatrove 0.10; the differences are described
+after "datatrove:".
 """
 
 import re
@@ -20,7 +21,10 @@ from efftrain.data.rules.spacy_words import check_spacy, with_words
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateLines(AtMost):
-    """Score: share of the lines that repeat an earlier one. datatrove: an empty first or last line counts."""
+    """Rejects repeated lines. Score: share of the lines that repeat an earlier one.
+
+    datatrove: an empty first or last line counts.
+    """
 
     name: ClassVar[str] = "repetition/duplicate_lines"
     limit: float = 0.3
@@ -34,7 +38,10 @@ class DuplicateLines(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateParagraphs(AtMost):
-    """Score: share of the paragraphs that repeat an earlier one. datatrove: a line of spaces ends no paragraph."""
+    """Rejects repeated paragraphs. Score: share of the paragraphs that repeat an earlier one.
+
+    datatrove: only empty lines separate paragraphs, not lines of spaces.
+    """
 
     name: ClassVar[str] = "repetition/duplicate_paragraphs"
     limit: float = 0.3
@@ -48,7 +55,10 @@ class DuplicateParagraphs(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateLineChars(AtMost):
-    """Score: share of the characters that lie in repeated lines. datatrove: white space counts."""
+    """Rejects repeated lines. Score: share of the characters that are in repeated lines.
+
+    datatrove: white space counts.
+    """
 
     name: ClassVar[str] = "repetition/duplicate_line_chars"
     limit: float = 0.2
@@ -63,7 +73,10 @@ class DuplicateLineChars(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateParagraphChars(AtMost):
-    """Score: share of the characters that lie in repeated paragraphs. datatrove: white space counts."""
+    """Rejects repeated paragraphs. Score: share of the characters that are in repeated paragraphs.
+
+    datatrove: white space counts.
+    """
 
     name: ClassVar[str] = "repetition/duplicate_paragraph_chars"
     limit: float = 0.2
@@ -78,11 +91,14 @@ class DuplicateParagraphChars(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class TopNgram(AtMost):
-    """Score: share of the characters inside the most frequent n-gram of words; 0 where none occurs twice.
+    """Rejects texts that repeat one phrase. Score: share of the characters in the most frequent n-gram of words.
 
-    All its occurrences count, the first too; of equally frequent n-grams the longest one. datatrove: the first one
-    of them, also where it occurs once; its length with spaces times its count, over all characters. That exceeds 1
-    where its occurrences overlap, and where words that no space parts are counted with one.
+    All occurrences of the n-gram count, including the first; among equally frequent n-grams the longest is used. The
+    score is 0 if no n-gram occurs twice.
+
+    datatrove: among equally frequent n-grams the first is used, even if it occurs only once. Its length with spaces is
+    multiplied by its count and divided by the number of all characters. This can exceed 1 if occurrences overlap, or if
+    words are counted with a space between them that the text does not have.
     """
 
     n: int
@@ -112,10 +128,11 @@ class TopNgram(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateNgrams(AtMost):
-    """Score: share of the characters inside n-grams of words that occurred before.
+    """Rejects repeated phrases. Score: share of the characters in n-grams of words that occurred before.
 
-    datatrove: goes through the text and after a repeated n-gram goes on with the word after it, so that n-grams which
-    overlap it are not seen; n-grams are equal where their letters are; characters of words over all characters.
+    datatrove: after a repeated n-gram, the search continues with the word after it, so that n-grams which overlap it
+    are ignored. N-grams are equal if their concatenated words are equal. The characters of repeated words are divided
+    by the number of all characters.
     """
 
     n: int
@@ -138,7 +155,10 @@ class DuplicateNgrams(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class GopherRepetition:
-    """The rules above with the thresholds of table A1, in datatrove's order. Of n-grams: pairs (n, limit)."""
+    """The rule set of Gopher against repetition with the thresholds of table A1, in the order of datatrove.
+
+    Fields that begin with ``max_`` are the limits of the rules of this module; those for n-grams are pairs (n, limit).
+    """
 
     max_duplicate_paragraphs: float = 0.3
     max_duplicate_paragraph_chars: float = 0.2
@@ -158,9 +178,10 @@ class GopherRepetition:
 
     @classmethod
     def datatrove(cls) -> "GopherRepetition":
-        """Scores and decides as datatrove's GopherRepetitionFilter does; needs the extra ``datatrove``.
+        """Returns the configuration that scores and decides like datatrove's GopherRepetitionFilter.
 
-        One difference: an empty text is left to the rules that count words.
+        Needs the extra ``datatrove``. The only difference is that an empty text is kept here, for rules that count
+        words to reject.
         """
         check_spacy()
         return cls(as_datatrove=True)
@@ -179,17 +200,17 @@ class GopherRepetition:
 
 
 def n_visible(segment: str) -> int:
-    """Characters that are not white space."""
+    """Returns the number of characters that are not white space."""
     return sum(map(len, segment.split()))
 
 
 def duplicates(segments: list[str], count_first: bool, length) -> tuple[int, int]:
-    """How many segments repeat another one, and their characters.
+    """Returns the number of segments that repeat another one, and the number of their characters.
 
     Args:
       segments: lines or paragraphs.
-      count_first: whether the first of equal segments counts, too.
-      length: str -> characters that count.
+      count_first: whether the first of several equal segments counts as well.
+      length: function from a segment to the number of its characters that count.
     """
     counts = Counter(segments)
     if len(counts) == len(segments):
@@ -199,19 +220,23 @@ def duplicates(segments: list[str], count_first: bool, length) -> tuple[int, int
 
 
 def repeated_ngrams(text: Text, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The n-grams of words that occur more than once; n is at least 2.
+    """Finds the n-grams of words that occur more than once.
+
+    An n-gram can only be repeated if its first n-1 words are repeated, so that each n examines only the repetitions of
+    n-1, of which ordinary text has few from n = 4 on. Words and groups are numbered exactly; nothing is hashed.
+
+    Args:
+      text: the text.
+      n: number of words, at least 2.
 
     Returns:
-      starts: (occurrences,) the number of the first word of each; ascending in a group.
-      groups: (occurrences,) ascending from 0; equal n-grams, and only they, have equal numbers.
-      is_first: (occurrences,) bool, True at the first of each group.
-
-    An n-gram can only be repeated where its first n-1 words are, so each n looks at what is left of the one before:
-    in ordinary text very little from n = 4 on. Numbers stand for words and groups exactly; nothing is hashed.
+      starts: (occurrences,) index of the first word of each occurrence; ascending within a group.
+      groups: (occurrences,) number of the group, ascending from 0; each distinct n-gram is a group.
+      is_first: (occurrences,) bool, True for the first occurrence of each group.
     """
     if "repeated n-grams" not in text.derived:
         chain = [(np.arange(text.n_words), text.word_ids, None)]
-        # One more word, which occurs nowhere else, so that an n-gram that reaches over the end is not repeated.
+        # A sentinel word that occurs nowhere else, so that an n-gram beyond the end is never a repetition.
         text.derived["repeated n-grams"] = chain, np.append(text.word_ids, len(text.vocabulary))
     chain, words = text.derived["repeated n-grams"]
     while len(chain) < n:
@@ -221,7 +246,7 @@ def repeated_ngrams(text: Text, n: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _repeated(starts: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keeps the starts whose key occurs more than once, equal keys side by side."""
+    """Keeps the starts whose key occurs more than once, grouped by key."""
     if len(starts) == 0:
         return starts, keys, np.zeros(0, bool)
     order = keys.argsort(kind="stable")
@@ -234,7 +259,7 @@ def _repeated(starts: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _chars_until(text: Text) -> np.ndarray:
-    """(words + 1,) the characters of all words before each one."""
+    """Returns (words + 1,), the number of characters of all words before each word."""
     if "chars until" not in text.derived:
         lengths = text.word_lengths[text.word_ids]
         text.derived["chars until"] = np.concatenate(([0], lengths.cumsum()))
@@ -242,13 +267,13 @@ def _chars_until(text: Text) -> np.ndarray:
 
 
 def _covered(starts: np.ndarray, n: int, until: np.ndarray) -> int:
-    """Characters of the words that lie in an n-gram which begins at one of ``starts`` (ascending)."""
+    """Returns the number of characters of the words in n-grams that begin at one of ``starts`` (ascending)."""
     ends = np.minimum(starts + n, np.append(starts[1:], len(until)))
     return int((until[ends] - until[starts]).sum())
 
 
 def _repeated_chars(words: list[str], n: int) -> int:
-    """datatrove's ``find_all_duplicate``: characters of the repetitions that a reader finds who skips what he found."""
+    """datatrove's ``find_all_duplicate``: number of characters in repeated n-grams, each skipped once it is found."""
     seen, n_chars, start = set(), 0, 0
     while start <= len(words) - n:
         letters = "".join(words[start : start + n])

@@ -1,7 +1,7 @@
-"""A rule that looks scores up which were computed before, such as the perplexity under a small model.
+"""Filters documents by scores that were computed before, such as the perplexity under a small model.
 
-Where to cut is a finding of its own: Marion et al. 2023 (2309.04564) keep the middle of the perplexities, Ankner et al.
-2024 (2405.20541) the middle or the top half, depending on the corpus. Neither end is always the bad one.
+The best range depends on the corpus, and neither end of the scale is always the bad one: Marion et al. 2023
+(2309.04564) keep the middle of the perplexities, and Ankner et al. 2024 (2405.20541) the middle or the top half.
 """
 
 from dataclasses import dataclass
@@ -19,17 +19,20 @@ from efftrain.errors import ConfigError, CorpusError
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTable(Between):
-    """Keeps documents whose score in a Parquet table lies from ``low`` to ``high``. Made by ``ScoreTable.load``.
+    """Keeps documents whose score in a Parquet table is from ``low`` to ``high``. Create it with ``ScoreTable.load``.
 
-    Score: the number in ``column`` of the row whose ``id`` is the document's, rounded to float32; nan where the table
-    holds null, and such a document is not kept. The table is read once per process: 12 bytes a document.
+    Score: the number in ``column`` of the row with the ``id`` of the document, rounded to float32. A null becomes nan,
+    and the document is not kept. The table is read once per process and takes 12 bytes per document.
 
     Attributes:
+      low: lowest score at which a document is kept.
+      high: highest score at which a document is kept.
       table: the Parquet file, with a column ``id`` of strings.
-      digest: of the file's content, so that scores made with another table are not taken for these.
+      digest: digest of the content of the file, so that scores of another table are never reused.
+      column: the column of scores.
 
     Raises:
-      CorpusError: (by ``score``) the table is missing, damaged or another one, or does not know the document.
+      CorpusError: (by ``score``) the table is missing, damaged or has changed, or has no row for the document.
     """
 
     table: Path
@@ -38,7 +41,7 @@ class ScoreTable(Between):
 
     @property
     def name(self) -> str:
-        """Two tables, or two columns of one, may stand in one list of rules."""
+        """The name of the rule. It has the column, so that a list of rules may use several columns."""
         return f"score_table/{self.column}"
 
     @classmethod
@@ -50,7 +53,7 @@ class ScoreTable(Between):
         low: float = float("-inf"),
         high: float = float("inf"),
     ) -> "ScoreTable":
-        """The rule for the table as it is now."""
+        """Creates the rule for the present content of a table; by default every score except nan is kept."""
         table = Path(table)
         return cls(table=table, digest=_digest(table), column=column, low=low, high=high)
 
@@ -66,14 +69,16 @@ class ScoreTable(Between):
 
 
 def quantile_limits(table: Path | str, column: str, low: float, high: float) -> tuple[float, float]:
-    """The scores between which a share of the table's documents lies, for ``ScoreTable``'s ``low`` and ``high``.
+    """Converts quantiles of the scores in a table to values for ``low`` and ``high`` of a ``ScoreTable``.
 
     Args:
-      low, high: shares from 0 to 1: (0.25, 0.75) keeps the middle half, (0.5, 1) the upper half.
+      table: the Parquet file.
+      column: the column of scores.
+      low, high: quantiles from 0 to 1: (0.25, 0.75) keeps the middle half, (0.5, 1) the upper half.
 
     Raises:
-      ConfigError: ``low`` and ``high`` are no range.
-      CorpusError: the table is missing or damaged, or holds no score.
+      ConfigError: ``low`` and ``high`` are not a range.
+      CorpusError: the table is missing or damaged, or has no scores.
     """
     if not 0 <= low < high <= 1:
         raise ConfigError(f"quantiles low {low} and high {high} are no range; use 0 <= low < high <= 1")
@@ -95,7 +100,7 @@ def _checked_scores(table: Path, column: str, digest: str) -> tuple[np.ndarray, 
 
 
 def _read(table: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) uint64 hashes of the ids, ascending, and their scores (n,) float32."""
+    """Returns the hashes of the ids, (n,) uint64, ascending, and their scores, (n,) float32."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -128,5 +133,5 @@ def _digest(table: Path) -> str:
 
 
 def _hash(id: str) -> int:
-    # Half a surrogate pair, as in the name of a badly encoded file, stands in no table: it was replaced there.
+    # An unpaired surrogate, as in the name of a badly encoded file, cannot be stored in a table and was replaced there.
     return stable_hash(id.encode(errors="replace").decode(), "score table")

@@ -1,6 +1,7 @@
-"""The words and sentences of datatrove 0.10 for English: the tokens of spaCy's blank pipeline and its sentencizer.
+"""Splits English text into words and sentences like datatrove 0.10: with spaCy's blank pipeline and its sentencizer.
 
-``SpaCyTokenizer`` in datatrove's ``word_tokenizers.py``. Punctuation is a word there, which moves every share of words.
+It corresponds to ``SpaCyTokenizer`` in datatrove's ``word_tokenizers.py``. Punctuation marks are words there, which
+changes every share of words.
 """
 
 import functools
@@ -15,17 +16,17 @@ _MISSING = "datatrove's words are spaCy's, which is not installed; install it wi
 
 
 class SpacyText(Text):
-    """A text whose words are spaCy's tokens, without those of white space."""
+    """A text whose words are the tokens of spaCy that are not white space."""
 
     @cached_property
     def words(self) -> list[str]:
         nlp = _pipeline()
-        with nlp.memory_zone():  # else spaCy keeps every word that it has ever seen
+        with nlp.memory_zone():  # otherwise spaCy keeps every word that it has ever seen
             return [word for token in nlp.tokenizer(_bounded(self.text)) if (word := token.text.strip())]
 
 
 def with_words(text: Text, as_datatrove: bool) -> Text:
-    """The text, with datatrove's words where ``as_datatrove``; these are found once per text."""
+    """Returns the text, with datatrove's words if ``as_datatrove`` is set. They are computed once per text."""
     if not as_datatrove:
         return text
     if "spacy" not in text.derived:
@@ -34,25 +35,25 @@ def with_words(text: Text, as_datatrove: bool) -> Text:
 
 
 def spacy_sentences(line: str) -> int:
-    """Sentences of one line that is not blank."""
+    """Returns the number of sentences in a line that is not blank."""
     nlp = _pipeline()
     with nlp.memory_zone():
         return sum(1 for _ in nlp.get_pipe("sentencizer")(nlp.tokenizer(_bounded(line))).sents)
 
 
 def check_spacy() -> None:
-    """Raises ConfigError where spaCy is missing, without importing it."""
+    """Raises ConfigError if spaCy is not installed, without importing it."""
     if importlib.util.find_spec("spacy") is None:
         raise ConfigError(_MISSING)
 
 
 def _bounded(text: str) -> str:
-    """The text as spaCy can bear it: no half of a surrogate pair, none of its own symbols, no endless word.
+    """Returns the text without what spaCy cannot process: unpaired surrogates, its symbol IS_ALPHA, very long words.
 
-    Its time is quadratic in the punctuation around a word and in the length of a word, so both are cut where they are
-    longer than any of ordinary text.
+    The time of spaCy is quadratic in the length of a word and of the punctuation around it, so that both are split if
+    they are longer than in any ordinary text.
     """
-    text = text.encode(errors="replace").decode().replace("IS_ALPHA", "")  # datatrove takes it away, too
+    text = text.encode(errors="replace").decode().replace("IS_ALPHA", "")  # datatrove removes it as well
     return _LONG_WORD.sub(r"\g<0> ", _LONG_PUNCTUATION.sub(r"\g<0> ", text))
 
 

@@ -1,10 +1,10 @@
-"""What the rules for prose know of languages: frequent words, and what is punctuation."""
+"""Defines the stop words and the punctuation that the rules for prose use."""
 
 import string
 
 from efftrain.errors import ConfigError
 
-# English: the eight of Gopher (Rae et al. 2021, A.1.1). The others: function words that nearly every text has.
+# English: the eight words of Gopher (Rae et al. 2021, A.1.1). Other languages: function words of nearly every text.
 STOP_WORDS: dict[str, frozenset[str]] = {
     "en": frozenset(("the", "be", "to", "of", "and", "that", "have", "with")),
     "de": frozenset(("der", "die", "das", "und", "zu", "von", "mit", "ist")),
@@ -17,13 +17,13 @@ STOP_WORDS: dict[str, frozenset[str]] = {
 
 
 def stop_words(language: str) -> frozenset[str]:
-    """The stop words of a language, in lower case.
+    """Returns the stop words of a language, in lower case.
 
     Args:
-      language: its ISO 639-1 code.
+      language: the ISO 639-1 code of the language.
 
     Raises:
-      ConfigError: none are known.
+      ConfigError: there are no stop words for the language.
     """
     if language not in STOP_WORDS:
         raise ConfigError(
@@ -34,12 +34,12 @@ def stop_words(language: str) -> frozenset[str]:
 
 
 def _characters(ranges: str) -> frozenset[str]:
-    """Of code points in hexadecimal: ``21 3F-40``."""
+    """Returns the characters of ranges of hexadecimal code points, such as ``21 3F-40``."""
     pairs = ([int(end, 16) for end in part.split("-")] for part in ranges.split())
     return frozenset(chr(code) for pair in pairs for code in range(pair[0], pair[-1] + 1))
 
 
-# Unicode's property Sentence_Terminal, in the version that datatrove 0.10 has (utils/text.py): 159 characters.
+# The characters of Unicode's property Sentence_Terminal, in the version of datatrove 0.10 (utils/text.py): 159.
 SENTENCE_ENDS = _characters(
     "21 2E 3F 589 61D-61F 6D4 700-702 7F9 837 839 83D-83E 964-965 104A-104B 1362 1367-1368 166E 1735-1736 17D4-17D6 "
     "17D9-17DA 1803 1809 1944-1945 1AA8-1AAB 1B5A-1B5B 1B5E-1B5F 1B7D-1B7E 1C3B-1C3C 1C7E-1C7F 203C-203D 2047-2049 "
@@ -50,8 +50,8 @@ SENTENCE_ENDS = _characters(
     "16B37-16B38 16B44 16E98 1BC9F 1DA88"
 )
 
-# What datatrove calls punctuation (utils/text.py): a word of nothing else is a symbol. Bullets and signs of currency
-# are missing there, which is why only its presets use this.
+# The punctuation of datatrove (utils/text.py); a word of nothing else is a symbol. Bullets and currency signs are
+# missing in it, which is why only the presets for datatrove use this set.
 DATATROVE_PUNCTUATION = (
     SENTENCE_ENDS
     | frozenset(string.punctuation)

@@ -1,6 +1,6 @@
-"""Sources of documents, one file a format; each is cut into pieces that workers share out.
+"""Reads documents from files, one module per format. A source is divided into pieces, which workers read in parallel.
 
-It may import ``data.documents``.
+This package may import ``data.documents``.
 """
 
 from efftrain.moved import old_names

@@ -1,4 +1,4 @@
-"""Documents from Arrow's own files, in the file format (Feather) and the stream format."""
+"""Reads documents from Arrow IPC files, in the file format (Feather) and in the stream format."""
 
 import contextlib
 import os
@@ -21,10 +21,10 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 @dataclass(frozen=True, kw_only=True)
 class Arrow(Columns):
-    """A file or a folder of ``.arrow`` or ``.feather`` files. The attributes are those of ``Columns``.
+    """Reads documents from an ``.arrow`` or ``.feather`` file, or from all such files below a folder.
 
-    A file that cannot be read, or has no text column, is reported as unreadable; of a stream that was cut, what
-    follows the cut.
+    The attributes are those of ``Columns``. A file that cannot be read or has no text column is reported as
+    unreadable. Of a truncated stream, the part before the cut is read and the rest is reported as unreadable.
     """
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -35,7 +35,7 @@ class Arrow(Columns):
             return schema
 
     def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
-        """Ranges of record batches; finding them touches only their headers, where they are not compressed."""
+        """Returns ranges of record batches. Only the headers are read for this, unless the batches are compressed."""
         import pyarrow as pa
 
         if size <= sources.RANGE_BYTES:
@@ -43,7 +43,7 @@ class Arrow(Columns):
         try:
             with _batches(path) as (_, batches):
                 return ranges_of(batch.nbytes for batch in batches)
-        except (OSError, pa.ArrowException):  # the reader will list it
+        except (OSError, pa.ArrowException):  # reported when the documents are read
             return [(0, None)]
 
     def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
@@ -66,17 +66,17 @@ class Arrow(Columns):
 
 
 def _outer(column: str, schema: "pa.Schema") -> str:
-    """The column itself, or the struct column that it is in."""
+    """Returns the column itself, or the struct column that contains it."""
     return column if column in schema.names else column.partition(".")[0]
 
 
 @contextlib.contextmanager
 def _batches(path: Path) -> Iterator[tuple["pa.Schema", Iterator["pa.RecordBatch"]]]:
-    """The schema and the record batches of a file of either format; the end of a stream is checked after its last."""
+    """Opens a file of either format as its schema and record batches. The end of a stream is checked after its last."""
     import pyarrow as pa
 
     if not file_size(path):
-        path.open("rb").close()  # says why it cannot be opened; an empty file cannot be mapped
+        path.open("rb").close()  # raises the reason why it cannot be opened; an empty file cannot be mapped
         raise OSError("the file is empty")
     with pa.memory_map(str(path)) as file:
         if file.read(len(_FILE_FORMAT)) == _FILE_FORMAT:
@@ -89,7 +89,7 @@ def _batches(path: Path) -> Iterator[tuple["pa.Schema", Iterator["pa.RecordBatch
 
 
 def _checked(stream: "pa.RecordBatchStreamReader", path: Path) -> Iterator["pa.RecordBatch"]:
-    """Raises OSError for a stream that was cut: between two batches, Arrow takes that for its end."""
+    """Yields the batches and raises OSError if the stream was cut between two of them, which Arrow does not notice."""
     yield from stream
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)

@@ -1,8 +1,8 @@
-"""What a source of documents is, and what the sources share.
+"""Defines the interface of a source of documents, and the parts that all sources share.
 
-A source lists its files, for the fingerprint of the inputs, cuts them into pieces, and streams the documents of a
-piece. Pieces are what workers share out and what a resumed build continues at: they depend on the files alone and
-never on the number of workers.
+A source lists its files (for the fingerprint of the inputs), divides them into pieces, and streams the documents of a
+piece. Pieces are the unit of work: workers read different pieces in parallel, and an interrupted build resumes at a
+piece. They depend only on the files, never on the number of workers.
 """
 
 import os
@@ -16,27 +16,27 @@ from efftrain.data.documents import UNREADABLE, Document, Skipped
 from efftrain.data.sources.compressed import PACKED, is_compressed
 from efftrain.errors import ConfigError, CorpusError
 
-# A larger file or line is counted as skipped and never held in memory.
+# Larger documents are reported as skipped and never held in memory.
 MAX_BYTES = 64 << 20
 
-PIECE_BYTES = 16 << 20  # small files are read together up to here: about a second of work
+PIECE_BYTES = 16 << 20  # small files are grouped into pieces of up to this size, about a second of work
 PIECE_FILES = 2000
-RANGE_BYTES = 32 << 20  # a file that is larger is read in ranges of about this size
+RANGE_BYTES = 32 << 20  # a larger file is read in ranges of about this size
 
-# What other programs leave beside their data: Spark, Hive, Delta Lake.
+# Files and folders that Spark, Hive and Delta Lake leave beside their data.
 _MARKERS = frozenset({"_SUCCESS", "_metadata", "_common_metadata", "_temporary", "_delta_log"})
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash, because pathlib collapses two into one
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that one worker reads in one go.
+    """A part of a source that one worker reads without interruption.
 
     Attributes:
-      files: (name, path) as in ``Source.files``.
-      start: first unit of a range, where the piece is a part of one file. The source decides what it counts: bytes,
-        row groups, record batches or records.
-      stop: the first unit after the range; None for all that is left.
+      files: (name, path) of each file, as in ``Source.files``.
+      start: first unit of a range, if the piece is a part of one file. The source defines the unit: bytes, row groups,
+        record batches or records.
+      stop: the first unit after the range; None reads to the end of the file.
     """
 
     files: tuple[tuple[str, Path], ...]
@@ -45,10 +45,12 @@ class Piece:
 
 
 class Source(Protocol):
-    """A frozen dataclass that says what to read; nothing is opened before an iteration begins.
+    """The interface of a source: a frozen dataclass that describes what to read.
+
+    Nothing is opened before an iteration begins.
 
     Attributes:
-      kind: what its texts are: "text" (prose), "code" or "web". The default rules of a corpus follow it.
+      kind: the kind of its texts: "text" (prose), "code" or "web". It selects the default rules of a corpus.
     """
 
     kind: ClassVar[str]
@@ -56,18 +58,18 @@ class Source(Protocol):
     def files(self) -> Iterator[tuple[str, Path]]:
         """Yields (name, path) of each file that is read, always in the same order.
 
-        Raises CorpusError if there is none.
+        Raises CorpusError if there is no file.
         """
 
     def pieces(self) -> Iterator[Piece]:
-        """Yields the parts of the source, in the order of ``files``. Equal files give equal pieces."""
+        """Yields the pieces of the source, in the order of ``files``. Equal files give equal pieces."""
 
     def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
-        """Yields what a piece holds, one document in memory at a time."""
+        """Yields the documents of a piece. Only one document is held in memory at a time."""
 
 
 class FileSource:
-    """The base of a source of files: ``files`` and ``documents`` are enough, the pieces are made here."""
+    """Base class of a source of files. A subclass defines ``files`` and ``documents``; the pieces are derived here."""
 
     kind: ClassVar[str] = "text"
 
@@ -78,17 +80,20 @@ class FileSource:
         raise NotImplementedError
 
     def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
-        """The (start, stop) of the pieces of one file of ``size`` bytes. Here: the whole file."""
+        """Returns (start, stop) of each piece of a file of ``size`` bytes. The default is one piece, the whole file."""
         return [(0, None)]
 
     def pieces(self) -> Iterator[Piece]:
-        """Whole files together up to 16 MB or 2,000 files; a file with several ranges by itself."""
+        """Yields pieces of whole files, of up to 16 MB or 2,000 files each.
+
+        A file with several ranges gives a piece per range, and a compressed file is a piece of its own.
+        """
         held: list[tuple[str, Path]] = []
         n_bytes = 0
         for name, path in self.files():
             size = file_size(path)
             ranges = list(self.ranges(path, size))
-            alone = len(ranges) > 1 or is_compressed(path)  # a compressed file holds more than its size says
+            alone = len(ranges) > 1 or is_compressed(path)  # a compressed file has more text than its size suggests
             if held and (alone or n_bytes + size > PIECE_BYTES or len(held) == PIECE_FILES):
                 yield Piece(tuple(held))
                 held, n_bytes = [], 0
@@ -103,10 +108,10 @@ class FileSource:
 
 @dataclass(frozen=True, kw_only=True)
 class PathSource(FileSource):
-    """The base of a source that reads a file, or the files below a folder.
+    """Base class of a source that reads a file, or the files below a folder.
 
     Attributes:
-      path: a ``Path`` or a ``str``, on a file system of this machine.
+      path: the file or folder, a ``Path`` or a ``str``, on a local or mounted file system.
     """
 
     path: Path
@@ -117,16 +122,22 @@ class PathSource(FileSource):
 
     @property
     def source(self) -> str:
-        """The name under which its documents are counted: the last part of the path."""
-        return self.path.name or self.path.resolve().name  # "." has no name
+        """The name under which the documents of this source are counted: the last part of the path."""
+        return self.path.name or self.path.resolve().name  # Path(".").name is empty
 
     def lost(self, place: str, error: Exception | str, n_bytes: int = 0) -> Skipped:
-        """Says that a file, or what follows ``place`` in it, cannot be read."""
+        """Returns the ``Skipped`` of a file that cannot be read, or cannot be read from ``place`` on.
+
+        Args:
+          place: the file, or the file and the position from which on it is lost.
+          error: the reason.
+          n_bytes: size of the lost part in bytes, if ``error`` has no ``n_bytes`` of its own.
+        """
         return Skipped(place, self.source, UNREADABLE, str(error), getattr(error, "n_bytes", n_bytes))
 
 
 def check_local(field: str, path: object) -> None:
-    """Raises ConfigError where a path is a URL."""
+    """Raises ConfigError if a path is a URL."""
     if _URL.match(str(path)):
         raise ConfigError(
             f"{field} is {str(path)!r}, and only files on a local or mounted file system are read; copy them to a "
@@ -135,13 +146,13 @@ def check_local(field: str, path: object) -> None:
 
 
 def byte_ranges(size: int) -> list[tuple[int, int | None]]:
-    """Ranges (start, stop) of ``RANGE_BYTES`` of a file of ``size`` bytes."""
+    """Divides a file of ``size`` bytes into ranges (start, stop) of ``RANGE_BYTES``."""
     starts = range(0, max(size, 1), RANGE_BYTES)
     return list(zip(starts, [*starts[1:], None], strict=True))
 
 
 def ranges_of(sizes: Iterable[int]) -> list[tuple[int, int | None]]:
-    """Cuts units of the given bytes, in their order, into ranges (start, stop) of about ``RANGE_BYTES``."""
+    """Groups consecutive units, given the bytes of each, into ranges (start, stop) of about ``RANGE_BYTES``."""
     starts, held = [0], 0
     for number, size in enumerate(sizes):
         if held and held + size > RANGE_BYTES:
@@ -152,11 +163,14 @@ def ranges_of(sizes: Iterable[int]) -> list[tuple[int, int | None]]:
 
 
 def as_document(id: str, source: str, text: object, meta: dict, place: str = "") -> Document | Skipped:
-    """A document of what a reader found where the text should be.
+    """Makes a document of a value that a reader found in the place of the text, or a ``Skipped`` if it is unusable.
 
     Args:
-      text: str, or bytes in UTF-8; anything else is a bad record.
-      place: names it where it is skipped; by default its id.
+      id: the id of the document.
+      source: name of the source.
+      text: str, or bytes in UTF-8; any other type is skipped as a bad record.
+      meta: the metadata of the document.
+      place: the id of the ``Skipped``; empty: ``id``.
     """
     place = place or id
     if not isinstance(text, str | bytes):
@@ -170,11 +184,12 @@ def as_document(id: str, source: str, text: object, meta: dict, place: str = "")
 
 
 def named_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    """The file ``path``, or the files below the folder ``path`` that end in one of ``suffixes``, in sorted order.
+    """Yields (name, path) of the file ``path``, or of the files with one of ``suffixes`` below the folder ``path``.
 
-    Suffixes are in lower case and match names in any case. See ``walk`` for what is passed over in a folder.
+    The files of a folder come in sorted order. Suffixes are given in lower case and match names in any case. See
+    ``walk`` for what is ignored in a folder.
 
-    Raises CorpusError if there is none.
+    Raises CorpusError if there is no such file.
     """
     if path.is_file():
         yield path.name, path
@@ -186,16 +201,16 @@ def named_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Pa
 
 
 def check_folder(path: Path) -> None:
-    """Raises CorpusError where ``path`` is no folder."""
+    """Raises CorpusError if ``path`` is not a folder."""
     if not path.is_dir():
         found = "is neither a file nor a folder" if path.exists() else "does not exist"
         raise CorpusError(f"{path} {found}; check the path of the source")
 
 
 def not_empty(files: Iterator[tuple[str, Path]], complaint: str) -> Iterator[tuple[str, Path]]:
-    """The files.
+    """Yields the files.
 
-    Raises CorpusError with ``complaint`` if there is none.
+    Raises CorpusError with the message ``complaint`` if there are none.
     """
     empty = True
     for file in files:
@@ -206,13 +221,13 @@ def not_empty(files: Iterator[tuple[str, Path]], complaint: str) -> Iterator[tup
 
 
 def walk(root: Path | str, skip: Collection[str] = _MARKERS, *, hidden: bool = False) -> Iterator[Path]:
-    """The files below a folder, in sorted order, those of a folder before those of its folders.
+    """Yields the files below a folder in sorted order, the files of each folder before those of its subfolders.
 
-    Left out are pipes, sockets and devices, which would block the reader, links to folders, which may form a circle,
-    the names in ``skip``, and hidden files and folders unless ``hidden`` is set. A link to a file that does not exist
-    is yielded, so that the reader reports it.
+    Ignored are pipes, sockets and devices, which would block the reader; links to folders, which may form a cycle; the
+    names in ``skip``; and hidden files and folders unless ``hidden`` is set. A link to a file that does not exist is
+    yielded, so that the reader reports it.
 
-    Raises CorpusError where a folder cannot be listed.
+    Raises CorpusError if a folder cannot be listed.
     """
     try:
         with os.scandir(root) as listed:
@@ -232,16 +247,16 @@ def walk(root: Path | str, skip: Collection[str] = _MARKERS, *, hidden: bool = F
 
 
 def file_size(path: Path) -> int:
-    """In bytes; 0 where the file cannot be asked."""
+    """Returns the size of a file in bytes, or 0 if it cannot be determined."""
     try:
         return path.stat().st_size
-    except OSError:  # the reader will list it
+    except OSError:  # reported when the file is read
         return 0
 
 
 def _is_data(entry: os.DirEntry) -> bool:
-    """Whether it is a file, or a link that leads to a file or nowhere."""
+    """Returns whether the entry is a file, a link to a file or a broken link."""
     try:
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-    except OSError:  # a link to itself, for one
+    except OSError:  # for example, a link to itself
         return True

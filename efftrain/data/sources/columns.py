@@ -1,4 +1,4 @@
-"""Documents from columns: what all tables of documents share, whatever their format."""
+"""Reads documents from the columns of a table; the base of the Parquet and Arrow sources."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from efftrain.errors import CorpusError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ROWS = 256  # that are decoded together
+ROWS = 256  # number of rows that are decoded together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns(PathSource):
-    """A table of documents on disk, one row a document; a row is named ``file:row``.
+    """Base class of sources that read tables with one document per row.
 
-    The other columns of scalar values become the ``meta`` of a document, see ``metadata.metadata``. A column inside of
-    a struct column is named with a dot (``data.text``).
+    All other columns with scalar values become the ``meta`` of the document, see ``metadata.metadata``. A column
+    within a struct column is named with a dot (``data.text``).
 
     Attributes:
-      column: the column that holds the text.
-      id_column: the column that holds the id; by default, and where it is missing or null, ``file:row``.
-      package_column: the column that names the group which must stay in one split; where it is missing or null, a
-        document is its own group.
+      column: the column that contains the text.
+      id_column: the column that contains the id. None, or a missing or null value: the id is ``file:row``.
+      package_column: the column that names the group of documents that must stay in one split. None, or a missing or
+        null value: the document is a group of its own.
     """
 
     column: str = "text"
@@ -36,21 +36,21 @@ class Columns(PathSource):
     package_column: str | None = None
 
     def schema(self, path: Path) -> "pa.Schema":
-        """The columns of a file. Raises OSError or ArrowException where it cannot be read."""
+        """Returns the schema of a file. Raises OSError or ArrowException if the file cannot be read."""
         raise NotImplementedError
 
     def pieces(self) -> Iterator[Piece]:
-        """As of ``FileSource``.
+        """Yields pieces like ``FileSource.pieces``.
 
-        Raises CorpusError where no file has one of the columns that are asked for.
+        Raises CorpusError if one of the configured columns is in none of the files.
         """
         self._check_columns()
         yield from super().pieces()
 
     def columns(self, schema: "pa.Schema") -> list[str]:
-        """The columns to read: those that are asked for, and those of scalars.
+        """Returns the names of the columns to read: the configured ones and all columns of scalars.
 
-        Raises LookupError where there is no text column.
+        Raises LookupError if there is no text column.
         """
         if not _has(schema, self.column):
             raise LookupError(f"there is no column {self.column!r}; there are: {', '.join(schema.names)}")
@@ -59,7 +59,7 @@ class Columns(PathSource):
         return asked + rest
 
     def rows(self, name: str, first: int, batch: "pa.RecordBatch") -> Iterator[Document | Skipped]:
-        """The documents of a batch that begins at row ``first`` of the file ``name``."""
+        """Yields the documents of a batch whose first row is row ``first`` of the file ``name``."""
         asked, source = self._asked(), self.source
         scalars = [field.name for field in batch.schema if _is_scalar(field.type) and field.name not in asked]
         for start in range(0, len(batch), ROWS):
@@ -74,7 +74,7 @@ class Columns(PathSource):
                 place = f"{name}:{first + start + row}"
                 try:
                     text = texts[row].as_py()
-                except UnicodeDecodeError as error:  # Arrow does not look into its strings when it reads them
+                except UnicodeDecodeError as error:  # Arrow does not validate UTF-8 when it reads strings
                     yield Skipped(place, source, "undecodable", str(error), len(error.object))
                     continue
                 beside = {}
@@ -87,7 +87,7 @@ class Columns(PathSource):
         return list(dict.fromkeys(c for c in (self.column, self.id_column, self.package_column) if c))
 
     def _check_columns(self) -> None:
-        """Opens files until each column was seen; those that cannot be opened are left to the reader."""
+        """Checks that each configured column is in some file. Unreadable files are reported when they are read."""
         import pyarrow as pa
 
         missing, seen = self._asked(), None
@@ -131,7 +131,7 @@ def _column(batch: "pa.RecordBatch", name: str) -> "pa.Array":
 
 
 def _is_scalar(kind: "pa.DataType") -> bool:
-    """Whether ``metadata`` keeps values of this type."""
+    """Returns whether ``metadata`` keeps values of this type."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -142,10 +142,11 @@ def _is_scalar(kind: "pa.DataType") -> bool:
 
 
 def _values(column: "pa.Array") -> list[Any]:
-    """Python values; None for those that Python cannot hold, such as a string that is no UTF-8 or the year 300,000."""
+    """Converts a column to Python values; None for a value without one, such as invalid UTF-8 or the year 300,000."""
     import pyarrow as pa
 
-    if pa.types.is_timestamp(column.type):  # nanoseconds need pandas, and a time zone its table
+    # Arrow needs pandas to convert nanoseconds, and a database of time zones to convert zoned timestamps.
+    if pa.types.is_timestamp(column.type):
         zone = "+00:00" if column.type.tz else ""
         moments = _values_or_none(column.cast(pa.timestamp("us", "UTC" if zone else None), safe=False).view(pa.int64()))
         return [_iso(moment, zone) for moment in moments]

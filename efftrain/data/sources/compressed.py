@@ -1,7 +1,8 @@
-"""Bytes and lines of plain and compressed files, in bounded memory. A truncated file is an error, not a short file.
+"""Reads bytes and lines of plain and compressed files, in bounded memory. A truncated file raises an error.
 
-How a file is packed is told by its first bytes, and only where they say nothing by its suffix: a ``.jsonl`` that is
-gzip is read like a ``.jsonl.gz``. A zstd frame may ask for a window of up to 2 GB, and takes as much memory.
+The compression format is detected from the first bytes of a file, and from its suffix only if the bytes are
+inconclusive: a ``.jsonl`` file that is gzip is read like a ``.jsonl.gz``. A zstd frame may require a window of up to
+2 GB, which is allocated in memory.
 """
 
 import bz2
@@ -16,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_CHUNK = 8192  # bytes; small, because a chunk of zstd may unpack to many thousand times its size
-_HEAD = 16  # bytes that tell how a file is packed
-_UNPACKED = 1 << 16  # bytes that are unpacked in one go, where the library can be told
-_ZSTD_WINDOW = 1 << 31  # bytes, the largest of the format
+_CHUNK = 8192  # bytes; small, because a chunk of zstd may decompress to many thousand times its size
+_HEAD = 16  # bytes from which the format is detected
+_UNPACKED = 1 << 16  # limit of the bytes that are decompressed at once, for libraries that accept a limit
+_ZSTD_WINDOW = 1 << 31  # bytes, the largest window of the format
 
 
 class Damaged(OSError):
-    """A file that cannot be read to its end.
+    """Raised if a file cannot be read to its end.
 
     Attributes:
-      n_bytes: what is left of the file on disk, in bytes, where reading failed.
+      n_bytes: number of bytes of the file on disk after the position where reading failed.
     """
 
     def __init__(self, reason: object, n_bytes: int):
@@ -36,13 +37,13 @@ class Damaged(OSError):
 
 @dataclass(frozen=True)
 class _Packing:
-    """A compressed format.
+    """A compression format.
 
     Attributes:
       magic: matches the first bytes of a file.
-      member: returns the decompressor of a member, frame or stream, of which a file may hold several.
-      bounded: the decompressor can be told how much to unpack.
-      padding: bytes that may stand between and after members.
+      member: returns a decompressor for one member, frame or stream; a file may contain several of them.
+      bounded: whether the decompressor accepts a limit of the bytes to decompress.
+      padding: bytes that are allowed between and after members.
     """
 
     magic: re.Pattern[bytes]
@@ -65,9 +66,9 @@ _PACKINGS = {
 }
 
 PACKED = tuple(_PACKINGS)
-"""The suffixes of packed files, in lower case."""
+"""The suffixes of compressed files, in lower case."""
 
-_MARKS = {  # a byte order mark -> the encoding; that of UTF-32 begins like that of UTF-16
+_MARKS = {  # byte order mark -> encoding; UTF-32 comes first because its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -76,7 +77,7 @@ _MARKS = {  # a byte order mark -> the encoding; that of UTF-32 begins like that
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file is packed; False where it cannot be opened."""
+    """Returns whether a file is compressed; False if it cannot be opened."""
     try:
         return _packing(path, _head(path)) is not None
     except OSError:
@@ -84,7 +85,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def is_plain_utf8(path: Path) -> bool:
-    """Whether ``open_utf8`` gives the bytes of the file as they are, so that reading can begin anywhere in it."""
+    """Returns whether ``open_utf8`` gives the bytes of the file unchanged, so that reading can begin anywhere in it."""
     try:
         head = _head(path)
     except OSError:
@@ -93,7 +94,7 @@ def is_plain_utf8(path: Path) -> bool:
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """Opens a file, unpacked. Reading raises ``Damaged`` where a packed file is cut or damaged."""
+    """Opens a file as its decompressed bytes. Reading raises ``Damaged`` if a compressed file is cut or damaged."""
     file = path.open("rb")
     try:
         packing = _packing(path, file.peek(_HEAD))
@@ -104,9 +105,9 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 
 def open_utf8(path: Path) -> io.BufferedReader:
-    """Opens a file of text, unpacked; what begins with the byte order mark of UTF-16 or UTF-32 comes as UTF-8.
+    """Opens a text file as its decompressed bytes; UTF-16 and UTF-32 with a byte order mark are converted to UTF-8.
 
-    Reading raises ``Damaged`` also where the text is not in the encoding that its mark says.
+    Reading raises ``Damaged`` as in ``open_bytes``, and if the text is not in the encoding that its mark declares.
     """
     stream = open_bytes(path)
     try:
@@ -120,7 +121,7 @@ def open_utf8(path: Path) -> io.BufferedReader:
 
 
 def reading_errors() -> tuple[type[Exception], ...]:
-    """What reading a damaged file, or unpacking a part of one, may raise."""
+    """Returns the exceptions that reading a damaged file, or decompressing a part of one, may raise."""
     import zstandard
 
     return OSError, EOFError, zlib.error, zstandard.ZstdError
@@ -129,18 +130,21 @@ def reading_errors() -> tuple[type[Exception], ...]:
 def lines(
     stream: BinaryIO, most: int, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, int, bytes | None]]:
-    """The lines that begin in the bytes [start, stop) of a stream, so that neighbouring ranges share the lines out.
+    """Yields the lines that begin in the bytes [start, stop) of a stream, so that each line belongs to one range.
 
     Args:
-      stream: at its beginning; it must be seekable where ``start`` is not 0.
-      most: bytes of the longest line that is held in memory; a longer one is passed over.
+      stream: at its beginning; it must be seekable if ``start`` is not 0.
+      most: number of bytes of the longest line that is held in memory; longer lines are skipped.
+      start: first byte of the range.
+      stop: first byte after the range; None reads to the end.
 
     Yields:
-      Where the line begins, its bytes, and the line, or None in the place of one that is too long.
+      (position, size, line): the byte at which the line begins, its number of bytes, and the line, or None if it is
+      too long.
     """
     at = start
     if start:
-        stream.seek(start - 1)  # the byte before tells whether a line begins at ``start``
+        stream.seek(start - 1)  # a line begins at ``start`` only if the byte before it is a newline
         at = start - 1 + _pass(stream, most, stop)
     while stop is None or at < stop:
         line = stream.readline(most + 1)
@@ -154,7 +158,7 @@ def lines(
 
 
 def _pass(stream: BinaryIO, most: int, stop: int | None = None) -> int:
-    """Reads to the end of the line, or over ``stop``; returns the number of bytes."""
+    """Reads to the end of the line, or until ``stop`` is passed; returns the number of bytes."""
     n_bytes = 0
     while line := stream.readline(most):
         n_bytes += len(line)
@@ -164,7 +168,7 @@ def _pass(stream: BinaryIO, most: int, stop: int | None = None) -> int:
 
 
 def _head(path: Path) -> bytes:
-    number = os.open(path, os.O_RDONLY)  # a third of the time of path.open, and folders have many files
+    number = os.open(path, os.O_RDONLY)  # faster than path.open, which matters in folders with many files
     try:
         return os.read(number, _HEAD)
     finally:
@@ -186,7 +190,7 @@ def _encoding(head: bytes) -> str | None:
 
 
 def _unpack(file: BinaryIO, packing: _Packing) -> Iterator[bytes]:
-    """The unpacked chunks of a file; the libraries' own readers stop without a word at a damaged second member."""
+    """Yields the decompressed chunks of a file. The libraries' own readers end silently at a damaged second member."""
     import zstandard
 
     try:
@@ -205,7 +209,7 @@ def _members(file: BinaryIO, packing: _Packing) -> Iterator[bytes]:
         while not member.eof:
             if chunk := member.decompress(packed, *bound):
                 yield chunk
-            packed = getattr(member, "unconsumed_tail", b"")  # of zlib; the others keep it themselves
+            packed = getattr(member, "unconsumed_tail", b"")  # only zlib returns it; the others buffer it themselves
             if not member.eof and not packed and getattr(member, "needs_input", True):
                 packed = file.read(_CHUNK)
                 if not packed:
@@ -226,7 +230,7 @@ def _transcode(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
 
 
 class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a stream, which closes the file that they are made from."""
+    """A stream over chunks of bytes. Closing it closes the file that the chunks are read from."""
 
     def __init__(self, chunks: Iterator[bytes], file: io.BufferedReader):
         self._chunks, self._file, self._left = chunks, file, memoryview(b"")

@@ -1,4 +1,4 @@
-"""Cutting a long text into documents while it is read."""
+"""Cuts a long text into documents while it is read."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ _MAX_BYTES = 16 << 20  # about three times as much is held in memory
 
 @dataclass(frozen=True, kw_only=True)
 class AtBlankLines:
-    """A document begins after a blank line, once the one before it is long enough.
+    """Cuts a text into documents at blank lines, once the current document is long enough.
 
     Attributes:
-      min_bytes: from this size on a document ends at the next blank line.
-      max_bytes: a document that grows larger is cut before the line that does not fit, and where one line is larger,
-        between two of its characters. Each part is a document.
+      min_bytes: size in bytes from which a document ends at the next blank line.
+      max_bytes: maximum size of a document in bytes. A larger one is cut before the line that does not fit, and a
+        larger line between two of its characters; each part is a document.
     """
 
     min_bytes: int = 2000
@@ -31,13 +31,14 @@ class AtBlankLines:
 
 @dataclass(frozen=True, kw_only=True)
 class AtPattern:
-    r"""A document begins at each line in which a regular expression is found, such as ``^= [^=]`` or ``^Chapter \d+$``.
+    r"""Begins a document at each line in which a regular expression is found, such as ``^= [^=]`` or ``^Chapter \d+$``.
 
-    What stands before the first such line is a document too.
+    The text before the first such line is a document too.
 
     Attributes:
-      pattern: is searched in each line, without its newline. The empty pattern makes each line a document.
-      max_bytes: as of ``AtBlankLines``.
+      pattern: the regular expression, which is searched in each line without its newline. The empty pattern makes each
+        line a document.
+      max_bytes: maximum size of a document in bytes, see ``AtBlankLines``.
     """
 
     pattern: str
@@ -55,11 +56,13 @@ Cut = AtBlankLines | AtPattern
 
 
 def cut(stream: BinaryIO, at: Cut, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yields (where it begins, its bytes) of the documents of a text in UTF-8 that begin in [start, stop).
+    """Yields (position, content) of the documents of a UTF-8 text that begin at a byte in [start, stop).
 
     Args:
-      stream: stands at ``start``.
-      start: where a document begins. What was before makes no difference to it and to those that follow.
+      stream: positioned at ``start``.
+      at: where the text is cut.
+      start: the first byte of a document. The documents from there on do not depend on the text before it.
+      stop: first byte after the range; None reads to the end.
     """
     begins_document = _beginning(at)
     held: list[bytes] = []
@@ -67,7 +70,7 @@ def cut(stream: BinaryIO, at: Cut, start: int = 0, stop: int | None = None) -> I
     rest, at_line_start, after_blank = b"", True, False
     while chunk := rest + stream.readline(at.max_bytes - len(rest)):
         n_rest = 0 if chunk.endswith(b"\n") else _unfinished_character(chunk)
-        if n_rest < len(chunk):  # else it is the end of the stream
+        if n_rest < len(chunk):  # otherwise the stream ends within a character
             chunk, rest = chunk[: len(chunk) - n_rest], chunk[len(chunk) - n_rest :]
         else:
             rest = b""
@@ -86,7 +89,7 @@ def cut(stream: BinaryIO, at: Cut, start: int = 0, stop: int | None = None) -> I
 
 
 def _beginning(at: Cut) -> Callable[[bytes, int, bool], bool]:
-    """Whether a document begins at a line, given the size of the one before it and whether a blank line is between."""
+    """Returns a function (line, size of the document before it, whether a blank line precedes) -> begins a document."""
     if isinstance(at, AtBlankLines):
         return lambda line, size, after_blank: after_blank and size >= at.min_bytes and not line.isspace()
     found = re.compile(at.pattern).search
@@ -94,7 +97,7 @@ def _beginning(at: Cut) -> Callable[[bytes, int, bool], bool]:
 
 
 def _unfinished_character(data: bytes) -> int:
-    """Bytes at the end of UTF-8 that begin a character and do not finish it."""
+    """Returns the number of bytes of an incomplete character at the end of ``data`` in UTF-8."""
     for n in range(1, min(3, len(data)) + 1):
         byte = data[-n]
         if byte & 0xC0 != 0x80:  # a character begins here

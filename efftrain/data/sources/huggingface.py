@@ -1,4 +1,4 @@
-"""Documents from a folder that Hugging Face ``datasets`` wrote, read with pyarrow alone."""
+"""Reads documents from a folder that Hugging Face ``datasets`` saved, with pyarrow alone."""
 
 import json
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from efftrain.errors import CorpusError
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceDataset(Arrow):
-    """A folder that ``save_to_disk`` wrote, of one split or of several. The other attributes are those of ``Columns``.
+    """Reads documents from a folder that ``save_to_disk`` wrote, with one split or several.
 
-    A dataset that lies on disk as Parquet or JSON, as on the hub, is read with ``Parquet`` or ``JsonLines``; ``.arrow``
-    files without ``state.json``, as in the cache of ``datasets``, with ``Arrow``.
+    The other attributes are those of ``Columns``. Use ``Parquet`` or ``JsonLines`` for a dataset in these formats, as
+    on the hub, and ``Arrow`` for ``.arrow`` files without ``state.json``, as in the cache of ``datasets``.
 
     Attributes:
-      split: which split of a folder that holds several.
+      split: the split to read; has no effect in a folder with a single split.
     """
 
     split: str = "train"

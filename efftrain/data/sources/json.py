@@ -1,4 +1,4 @@
-"""Documents from JSON: an object a line, or the objects of an array."""
+"""Reads documents from JSON: one object per line, or the objects of an array."""
 
 import json
 import re
@@ -14,29 +14,29 @@ from efftrain.data.sources.compressed import PACKED, is_plain_utf8, lines, open_
 from efftrain.data.sources.metadata import as_name, metadata
 
 _CHUNK = 1 << 16
-_SHOWN = 12  # names of fields that a message shows
+_SHOWN = 12  # number of field names in an error message
 _SPANS_LINES = re.compile(rb"(\xef\xbb\xbf)?\s*(\[|\{[ \t]*\r?\n)")  # an array, or an object over several lines
 _STRUCTURE = re.compile(rb'\\.|["{}\[\]]', re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(PathSource):
-    """One JSON object a line, in a file or a folder: ``.jsonl``, ``.ndjson``, ``.json``, each also packed.
+    """Reads documents from JSON Lines: a ``.jsonl``, ``.ndjson`` or ``.json`` file, or all such files below a folder.
 
-    A file that is one JSON array of objects, or whose objects go over several lines, is read as well, in one piece. A
-    file is packed as ``.gz``, ``.zst``, ``.bz2`` or ``.xz``.
+    Each may be compressed as ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. A file that is one JSON array of objects, or whose
+    objects span several lines, is read as well, in one piece.
 
-    A document is named ``file@byte``, by where its object begins in the unpacked file: unlike the number of a line,
-    that is known wherever reading starts (``tail -c +$((byte + 1)) file | head -1`` shows it). The other scalar fields
-    of the object become its ``meta``, see ``metadata.metadata``.
+    By default, the id of a document is ``file@byte``, the position of its object in the uncompressed file. Unlike a
+    line number, it is known wherever reading starts (``tail -c +$((byte + 1)) file | head -1`` shows the object). All
+    other scalar fields of the object become the ``meta`` of the document, see ``metadata.metadata``.
 
-    A field is named by its key, or by a path with dots (``data.text``) where it is in an object inside of the object.
+    A field is named by its key, or by a path with dots (``data.text``) if it is in a nested object.
 
     Attributes:
-      text_field: the field that holds the text.
-      id_field: the field that holds the id; by default, and where it is missing or null, ``file@byte``.
-      package_field: the field that names the group which must stay in one split; where it is missing or null, a
-        document is its own group.
+      text_field: the field that contains the text.
+      id_field: the field that contains the id. None, or a missing or null value: the id is ``file@byte``.
+      package_field: the field that names the group of documents that must stay in one split. None, or a missing or
+        null value: the document is a group of its own.
     """
 
     text_field: str = "text"
@@ -48,13 +48,13 @@ class JsonLines(PathSource):
         yield from named_files(self.path, tuple(kind + packed for kind in kinds for packed in ("", *PACKED)))
 
     def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
-        """Ranges of bytes. A line belongs to the range in which it begins."""
+        """Returns ranges of bytes. A line belongs to the range in which it begins."""
         if size <= sources.RANGE_BYTES or not is_plain_utf8(path):
             return [(0, None)]
         try:
             with open_utf8(path) as stream:
                 return [(0, None)] if _spans_lines(stream) else byte_ranges(size)
-        except OSError:  # the reader will list it
+        except OSError:  # reported when the documents are read
             return [(0, None)]
 
     def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
@@ -105,14 +105,15 @@ class JsonLines(PathSource):
 
 
 def objects(stream: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """The objects of a JSON array, or objects that stand one after the other, however they are broken into lines.
+    """Yields the objects of a JSON array or of a sequence of objects, whatever their line breaks.
 
     Args:
-      most: bytes of the largest object that is held in memory; a larger one is passed over.
+      stream: the JSON text in UTF-8.
+      most: number of bytes of the largest object that is held in memory; larger ones are skipped.
 
     Yields:
-      Where the object begins, its bytes, and the object, or None in the place of one that is too large. What stands
-      between objects and is neither a comma nor white space is yielded like an object.
+      (position, size, object): the byte at which the object begins, its number of bytes, and the object, or None if it
+      is too large. Text between objects that is neither a comma nor white space is yielded like an object.
 
     Raises:
       EOFError: the stream ends inside an object or an array.
@@ -138,7 +139,7 @@ def objects(stream: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | Non
 
     while read := stream.read(_CHUNK):
         chunk = rest + read
-        n_rest = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2  # a backslash stays with what it escapes
+        n_rest = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2  # keeps a backslash together with the character it escapes
         chunk, rest = chunk[: len(chunk) - n_rest], chunk[len(chunk) - n_rest :]
         done = 0
         for match in _STRUCTURE.finditer(chunk):
@@ -177,7 +178,7 @@ def _spans_lines(stream: Any) -> bool:
 
 
 def _field(row: dict[str, Any], name: str) -> Any:
-    """The value of a field by its key or its path with dots; None where it is missing."""
+    """Returns the value of a field by its key or its path with dots; None if it is missing."""
     if name in row:
         return row[name]
     found: Any = row

@@ -1,4 +1,4 @@
-"""What a reader keeps of a row beside its text."""
+"""Selects the fields of a row that a source keeps as the metadata of a document."""
 
 import datetime
 import decimal
@@ -7,23 +7,24 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 MAX_CHARS = 2000
-"""A longer string is another text and not metadata."""
+"""Longer strings are regarded as text and not kept as metadata."""
 
 PACKAGE = "package"
-"""The key of ``Document.meta`` that names the group of a document; a field of this name never gets there by itself."""
+"""The key of ``Document.meta`` that names the group of a document. A field of this name is not copied to it."""
 
 
 def metadata(fields: Iterable[tuple[str, Any]], used: Collection[str], package: Any = None) -> dict[str, Any]:
-    """The ``meta`` of a document: the scalar fields of its row as JSON values, and its package.
+    """Returns the ``meta`` of a document: the scalar fields of its row as JSON values, and its package.
 
-    Kept are strings of up to 2,000 characters, finite numbers and booleans; dates and times become ISO 8601, decimal
-    numbers strings. Left out are null, lists, objects, bytes, the fields in ``used`` and a field named "package",
-    which would otherwise decide what goes to which split: name it as the package field where it should.
+    Strings of up to 2,000 characters, finite numbers and booleans are kept; dates and times become ISO 8601 strings,
+    and decimal numbers become strings. Dropped are null, lists, objects, bytes, the fields in ``used`` and a field
+    named "package", which would otherwise determine the split of the document; configure it as the package field if
+    that is intended.
 
     Args:
-      fields: (name, value) of the row.
-      used: the names of the fields that hold text, id and package.
-      package: the value of the package field; null or empty means that the document has none.
+      fields: (name, value) of each field of the row.
+      used: the names of the fields that contain text, id and package.
+      package: the value of the package field; null or empty means that the document has no package.
     """
     meta = {}
     for name, value in fields:
@@ -36,7 +37,7 @@ def metadata(fields: Iterable[tuple[str, Any]], used: Collection[str], package: 
 
 
 def as_name(value: Any) -> str | None:
-    """An id or a package as a string; None where the value is null, empty or not a number."""
+    """Returns an id or a package as a string; None if the value is null, empty or NaN."""
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     return value if isinstance(value, str) else str(value)

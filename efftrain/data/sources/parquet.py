@@ -1,4 +1,4 @@
-"""Documents from the rows of Parquet files."""
+"""Reads documents from the rows of Parquet files."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(Columns):
-    """A file or a folder of ``.parquet`` files. The attributes are those of ``Columns``.
+    """Reads documents from a ``.parquet`` file, or from all such files below a folder.
 
-    A file that cannot be read, or has no text column, is reported as unreadable; so is a damaged row group, and the
-    next one is read.
+    The attributes are those of ``Columns``. A file that cannot be read or has no text column is reported as
+    unreadable. Of a damaged row group, the rest is reported as unreadable, and reading continues with the next group.
     """
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -32,7 +32,7 @@ class Parquet(Columns):
         return pq.read_schema(path)
 
     def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
-        """Ranges of row groups."""
+        """Returns ranges of row groups."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -41,7 +41,7 @@ class Parquet(Columns):
         try:
             with pq.ParquetFile(path) as file:
                 return ranges_of(file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups))
-        except (OSError, pa.ArrowException):  # the reader will list it
+        except (OSError, pa.ArrowException):  # reported when the documents are read
             return [(0, None)]
 
     def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
@@ -61,7 +61,7 @@ class Parquet(Columns):
     def _group(
         self, file: "pq.ParquetFile", name: str, group: int, row: int, columns: list[str]
     ) -> Iterator[Document | Skipped]:
-        """A group that is damaged is lost from there on; the next one stands by itself."""
+        """Yields the documents of a row group. If it is damaged, the rest of the group is reported as lost."""
         import pyarrow as pa
 
         whole, first = file.metadata.row_group(group), row

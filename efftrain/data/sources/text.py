@@ -1,4 +1,4 @@
-"""Documents from files of text: one file a document, or a long file cut into documents."""
+"""Reads documents from text files: one document per file, or a long file that is cut into documents."""
 
 import codecs
 import fnmatch
@@ -19,15 +19,18 @@ from efftrain.data.sources.compressed import PACKED, is_plain_utf8, open_bytes, 
 from efftrain.data.sources.cutting import Cut, cut
 from efftrain.data.sources.metadata import PACKAGE
 
-_FIRST = 1 << 18  # bytes that are read of a file before room is made for the largest one
+_FIRST = 1 << 18  # bytes that are read at first, so that small files do not allocate a buffer for the largest one
 
 
 @dataclass(frozen=True, kw_only=True)
 class PythonFiles(FileSource):
-    """The ``.py`` files of the running interpreter: its standard library and every installed distribution.
+    """Reads the ``.py`` files of the running interpreter: its standard library and every installed distribution.
 
-    The id is ``stdlib/json/decoder.py`` or ``site-packages/numpy/linalg/_linalg.py``; the package is ``json`` or
-    ``numpy``. Symbolic links are not followed, so that nothing is read twice and no cycle is entered.
+    An id is ``stdlib/json/decoder.py`` or ``site-packages/numpy/linalg/_linalg.py``, for example, with the package
+    ``json`` or ``numpy``. Symbolic links are not followed, so that no file is read twice and no cycle is entered.
+
+    Attributes:
+      standard_library_only: read the standard library alone, without the installed distributions.
     """
 
     kind: ClassVar[str] = "code"
@@ -52,26 +55,25 @@ class PythonFiles(FileSource):
         installed = dict.fromkeys(Path(os.path.realpath(place)) for place in places)
         roots = [("stdlib", library)]
         if not self.standard_library_only:
-            # A distribution that keeps pure and compiled packages apart has two folders, never with the same
-            # file.
+            # Some systems install pure and compiled packages into two folders, which never contain the same file.
             roots += [("site-packages", root) for root in sorted(installed) if root.is_dir() and root != library]
         return roots
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFolder(PathSource):
-    """Text in UTF-8: a file, or every file below a folder whose name matches a pattern.
+    """Reads UTF-8 text from a file, or from every file below a folder whose name matches a pattern.
 
-    UTF-16 and UTF-32 are read where a byte order mark says so, and files may be packed (``.gz``, ``.zst``, ``.bz2``,
-    ``.xz``). A document is named by its path below the folder, where a file is cut by ``path@byte``: where it begins
-    in the unpacked file, and blank lines before and after it are left out. See ``sources.walk`` for what is passed
-    over in a folder.
+    UTF-16 and UTF-32 are read if a byte order mark declares them, and files may be compressed (``.gz``, ``.zst``,
+    ``.bz2``, ``.xz``). The id of a document is the path of its file below the folder. If files are cut into documents,
+    it is ``path@byte``, the position of the document in the uncompressed file, and blank lines before and after the
+    document are removed. See ``sources.base.walk`` for what is ignored in a folder.
 
     Attributes:
-      pattern: of the names of files in a folder, without the suffix of a packed file; upper and lower case are the
-        same.
-      package_by_folder: the first folder below ``path`` is the package of the documents in it.
-      split: where a file is cut into documents; by default each file is one document, of at most 64 MB.
+      pattern: shell pattern of the names of files in a folder, without the suffix of a compressed file; it ignores
+        case.
+      package_by_folder: use the first folder below ``path`` as the package of the documents in it.
+      split: where a file is cut into documents. None: each file is one document, of at most 64 MB.
     """
 
     pattern: str = "*.txt"
@@ -88,7 +90,7 @@ class TextFolder(PathSource):
         yield from not_empty(named, f"the folder {self.path} holds no file that matches {self.pattern!r}")
 
     def ranges(self, path: Path, size: int) -> Iterable[tuple[int, int | None]]:
-        """Where files are cut: ranges of bytes that begin with a document. Finding them reads a large file once."""
+        """Returns byte ranges that begin with a document, if files are cut. A large file is read once to find them."""
         if self.split is None or size <= sources.RANGE_BYTES or not is_plain_utf8(path):
             return [(0, None)]
         starts = [0]
@@ -97,7 +99,7 @@ class TextFolder(PathSource):
                 for place, _ in cut(stream, self.split):
                     if place - starts[-1] >= sources.RANGE_BYTES:
                         starts.append(place)
-        except OSError:  # the reader will list it
+        except OSError:  # reported when the documents are read
             return [(0, None)]
         return zip(starts, [*starts[1:], None], strict=True)
 
@@ -143,11 +145,11 @@ def _read_file(
     decode: Callable[[bytes], str],
     advice: str = "",
 ) -> Document | Skipped:
-    """One file as one document.
+    """Reads a file as one document.
 
     Args:
-      decode: turns its bytes into text or raises a UnicodeError, LookupError or SyntaxError.
-      advice: follows the message for a file that is too large.
+      decode: decodes the bytes to text, or raises UnicodeError, LookupError or SyntaxError.
+      advice: is appended to the message for a file that is too large.
     """
     most = sources.MAX_BYTES
     try:
@@ -166,6 +168,6 @@ def _read_file(
 
 
 def _decode_python(content: bytes) -> str:
-    """Honours the coding line of PEP 263 and a byte order mark."""
+    """Decodes Python source in the encoding of its PEP 263 declaration or byte order mark."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     return content.decode(encoding)

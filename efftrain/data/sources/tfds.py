@@ -1,4 +1,4 @@
-"""Documents from a TensorFlow Datasets name or directory, read without TensorFlow."""
+"""Reads documents from a TensorFlow Datasets (TFDS) dataset, by name or directory, without TensorFlow."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from efftrain.data.sources.base import Piece, as_document, check_local
 from efftrain.data.sources.metadata import metadata
 from efftrain.errors import CorpusError
 
-_RECORDS = 4096  # of one piece, where records are read by number
-_BLOCK = 256  # records that are read together
+_RECORDS = 4096  # number of records in a piece of a format with random access
+_BLOCK = 256  # number of records that are read together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tfds:
-    """A split of a prepared TFDS dataset, by name (``lm1b``, ``wiki40b/en``) or by directory.
+    """Reads a split of a prepared TFDS dataset, by name (``lm1b``, ``wiki40b/en``) or by directory.
 
-    ArrayRecord and Parquet are read by record number, TFRecord from one end of a shard to the other. A document is
-    named ``dataset/split:number`` in each of them, and the other scalar features of its record become its ``meta``.
+    ArrayRecord and Parquet are read with random access, and TFRecord sequentially, a shard at a time. The id of a
+    document is ``dataset/split:number`` in every format; all other scalar features of its record become its ``meta``.
     Nothing is downloaded.
 
     Attributes:
       name_or_directory: a directory with ``dataset_info.json``, or a name that ``tfds.builder`` knows.
       split: a split or a slice of one (``train[:10%]``).
-      text_feature: the feature that holds the text; by default the only text feature there is.
-      data_dir: where named datasets were prepared; by default TFDS's own.
+      text_feature: the feature that contains the text. None: the only text feature of the dataset.
+      data_dir: the directory in which named datasets were prepared. None: the default of TFDS.
     """
 
     kind: ClassVar[str] = "text"
@@ -49,7 +49,10 @@ class Tfds:
         yield from ((path.name, path) for path in sorted(folder.iterdir()) if path.is_file())
 
     def pieces(self) -> Iterator[Piece]:
-        """A shard or 4,096 records of one; ``start`` and ``stop`` count the records of the split."""
+        """Yields pieces of 4,096 records of a shard, or whole shards for TFRecord.
+
+        ``start`` and ``stop`` of a piece count the records of the split.
+        """
         builder = self._builder()
         self._text_feature(builder.info.features)
         step = None if _kind(builder) == "tfrecord" else _RECORDS
@@ -79,7 +82,10 @@ class Tfds:
             yield Skipped(f"{name}:{lost[0]}", name, UNREADABLE, detail)
 
     def _random_access(self, builder: Any, piece: Piece) -> Iterator[tuple[int, Any]]:
-        """Of a block with damage, each record by itself. Where a shard was cut, ArrayRecord gives empty records."""
+        """Yields (number, record or error), reading blocks of records.
+
+        The records of a damaged block are read one by one. ArrayRecord returns empty records for a truncated shard.
+        """
         rows = builder.as_data_source(self.split)
         cut = ValueError("the shard is cut or damaged: the record is empty")
         cut_gives_empty = _kind(builder) == "array_record"
@@ -87,19 +93,22 @@ class Tfds:
             numbers = range(start, min(start + _BLOCK, piece.stop))
             try:
                 block = rows.__getitems__(list(numbers))
-            except Exception:  # protobuf and TFDS raise classes of their own for a damaged record
+            except Exception:  # protobuf and TFDS raise their own classes for a damaged record
                 block = [_record_or_error(rows, number) for number in numbers]
             for number, row in zip(numbers, block, strict=True):
                 empty = cut_gives_empty and isinstance(row, dict) and all(value is None for value in row.values())
                 yield number, cut if empty else row
 
     def _tfrecords(self, builder: Any, piece: Piece) -> Iterator[tuple[int, Any]]:
-        """Grain's reader notices a cut inside a record; one between two records shows in their number alone."""
+        """Yields (number, record or error), reading a shard sequentially.
+
+        Grain's reader detects a cut within a record; a cut between two records shows only in the number of records.
+        """
         import grain
 
         ((_, path),) = piece.files
         _, first, skip, _ = next(shard for shard in self._shards(builder) if shard[0] == path)
-        number = first - skip  # of the first record in the file, negative where the slice begins behind it
+        number = first - skip  # number of the first record in the file; negative if the slice begins after it
         try:
             for record in grain.experimental.TFRecordIterDataset(str(path)):
                 if number >= piece.stop:
@@ -109,7 +118,7 @@ class Tfds:
                 number += 1
             if number < piece.stop:
                 raise ValueError(f"the shard ends here, and the dataset's metadata count {piece.stop - number} more")
-        except Exception as error:  # as above
+        except Exception as error:  # protobuf and TFDS raise their own classes for a damaged record
             yield from ((left, error) for left in range(max(number, piece.start), piece.stop))
 
     def _shards(self, builder: Any) -> Iterator[tuple[Path, int, int, int]]:
@@ -142,7 +151,7 @@ class Tfds:
         return builder
 
     def _named_builder(self, tfds: Any) -> Any:
-        _ = tfds.text.C4  # registers the text datasets, which are otherwise not found without TensorFlow
+        _ = tfds.text.C4  # registers the text datasets, which TFDS does not find without TensorFlow otherwise
         try:
             builder = tfds.builder(self.name_or_directory, data_dir=self.data_dir)
         except (tfds.core.DatasetNotFoundError, ValueError) as error:
@@ -189,7 +198,7 @@ def _record_or_error(rows: Any, number: int) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A scalar feature as Python's own kind; anything else as it is."""
+    """Converts a scalar feature to a Python value, and invalid UTF-8 to None; returns anything else unchanged."""
     if isinstance(value, bytes):
         try:
             return value.decode()

@@ -1,6 +1,6 @@
-"""The machinery of a build in stages: items, engines, the documents between two stages, what each removed.
+"""Runs a build in stages: items, engines, the documents that are passed between stages, and records of removals.
 
-It may import ``data.storage`` and ``data.documents``; it knows no particular stage.
+This package may import ``data.storage`` and ``data.documents``, and contains no particular stage.
 """
 
 from efftrain.moved import old_names

@@ -1,17 +1,18 @@
-"""What was removed and why, as a Parquet table that can be opened beside the corpus."""
+"""Records which documents were removed and why, as a Parquet table beside the corpus."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-EXCERPT = 200  # characters of the removed text that are kept
+EXCERPT = 200  # number of characters of a removed text that are recorded
 
 
 class ExclusionLog:
-    """Rows of ``removed.parquet``, written as they come.
+    """Writes the rows of ``removed.parquet`` incrementally.
 
-    id, source, rule, score, bytes, excerpt; for duplicates the survivor; for near duplicates the estimated similarity
-    beside the exact one, which is the score, the bands in which both agree, the cluster, its size, and for some a diff.
+    Each row has id, source, rule, score, bytes and excerpt. A duplicate also has its survivor, the document that is
+    kept. A near duplicate also has the estimated similarity (the exact one is the score), the number of bands in which
+    both agree, the cluster and its size, and for some documents a diff.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +51,18 @@ class ExclusionLog:
         survivor: str | None = None,
         **near_duplicate: Any,
     ) -> None:
-        """``text`` is what the excerpt is taken from, or the message of the reader."""
+        """Adds a row.
+
+        Args:
+          id: the id of the document.
+          source: name of its source.
+          rule: the rule or stage that removed it.
+          n_bytes: size of the text in bytes.
+          text: the removed text, of which an excerpt is recorded, or the message of a reader.
+          score: the score that the rule gave.
+          survivor: id of the document that is kept, for duplicates.
+          **near_duplicate: the further columns for near duplicates.
+        """
         row = {"id": clean(id), "source": clean(source), "rule": rule, "score": score, "survivor": survivor}
         self._rows.append(row | {"bytes": n_bytes, "excerpt": clean(text[:EXCERPT])} | near_duplicate)
         if len(self._rows) >= 4096:
@@ -66,7 +78,7 @@ class ExclusionLog:
 
 
 def join_tables(parts: Iterable[Path], out: Path) -> None:
-    """Writes the rows of all parts, which have the same columns, into one Parquet file."""
+    """Writes the rows of all parts, which have the same columns, to one Parquet file."""
     import pyarrow.parquet as pq
 
     parts = list(parts)
@@ -78,5 +90,5 @@ def join_tables(parts: Iterable[Path], out: Path) -> None:
 
 
 def clean(text: str) -> str:
-    """Half a surrogate pair, as in the name of a badly encoded file, cannot be written and becomes a question mark."""
+    """Replaces unpaired surrogates, as in the name of a badly encoded file, which cannot be written, by "?"."""
     return text.encode(errors="replace").decode()

@@ -1,4 +1,4 @@
-"""How many documents came in, where they were lost, and how many are left."""
+"""Counts the documents that were read, removed by each rule and kept, in total and per source."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from efftrain.errors import CorpusError
 
 
 class Funnel:
-    """Documents and bytes: seen, dropped by each rule, kept; and of each rule the first document that it dropped."""
+    """Counts of documents and bytes seen, dropped by each rule and kept, with the first document of each rule."""
 
     def __init__(self):
         self._seen, self._dropped, self._examples = [0, 0], {}, {}
@@ -19,18 +19,18 @@ class Funnel:
         self._seen = [self._seen[0] + 1, self._seen[1] + n_bytes]
 
     def drop(self, rule: str, n_bytes: int, example: str) -> None:
-        """``example`` says which document it is, and of what it consists or what is wrong with it."""
+        """Counts a dropped document; ``example`` describes it by its id and its content or error."""
         documents, size = self._dropped.get(rule, (0, 0))
         self._dropped[rule] = documents + 1, size + n_bytes
         self._examples.setdefault(rule, example)
 
     def cut(self, rule: str, n_bytes: int) -> None:
-        """Text that went out of documents which stay; negative where an edit made them longer."""
+        """Counts bytes that were removed from a kept document; negative if an edit made it longer."""
         documents, size = self._dropped.get(rule, (0, 0))
         self._dropped[rule] = documents, size + n_bytes
 
     def add(self, counts: Mapping[str, Any]) -> None:
-        """Adds what ``to_json`` of another gave."""
+        """Adds the counts of another funnel, given as the result of its ``to_json``."""
         self._seen = [a + b for a, b in zip(self._seen, counts["seen"], strict=True)]
         for rule, (documents, n_bytes) in counts["dropped"].items():
             before = self._dropped.get(rule, (0, 0))
@@ -42,7 +42,7 @@ class Funnel:
         return {"seen": self._seen, "dropped": dropped, "examples": self._examples}
 
     def check_something_left(self, n_documents: int, rules: Collection[str]) -> None:
-        """Raises CorpusError where no document is left; ``rules`` are those of the configuration."""
+        """Raises CorpusError if no document is left; ``rules`` are the names of the configured rules."""
         if n_documents:
             return
         if not self._seen[0]:
@@ -55,7 +55,7 @@ class Funnel:
         )
 
     def rows(self, order: Sequence[str] = ()) -> list[dict]:
-        """Seen, dropped, kept. What ``order`` does not name comes first: what could not be read."""
+        """Returns rows for seen, each dropping rule and kept. Rules not in ``order`` (unreadable items) come first."""
         place = {name: i for i, name in enumerate(order)}
         kept = [seen - sum(d[i] for d in self._dropped.values()) for i, seen in enumerate(self._seen)]
         dropped = sorted(self._dropped.items(), key=lambda item: place.get(item[0], -1))
@@ -65,7 +65,7 @@ class Funnel:
 
 
 class FilterStatistics:
-    """One funnel a source."""
+    """A funnel for each source."""
 
     def __init__(self):
         self._of: dict[str, Funnel] = {}
@@ -80,7 +80,7 @@ class FilterStatistics:
         self._of.setdefault(clean(source), Funnel()).cut(rule, n_bytes)
 
     def add(self, counts: Mapping[str, Any]) -> None:
-        """Adds what ``to_json`` of another gave."""
+        """Adds other counts, given as the result of ``to_json``."""
         for source, count in counts.items():
             self._of.setdefault(source, Funnel()).add(count)
 
@@ -91,6 +91,7 @@ class FilterStatistics:
         return {source: funnel.rows(order) for source, funnel in self._of.items()}
 
     def total(self) -> Funnel:
+        """Returns the sum of all sources."""
         total = Funnel()
         for funnel in self._of.values():
             total.add(funnel.to_json())
@@ -98,13 +99,13 @@ class FilterStatistics:
 
 
 def example(id: str, text: str) -> str:
-    """Names a document and shows its beginning on one line: an example of what a rule drops."""
+    """Describes a document by its id and its beginning, on one line, as an example of what a rule drops."""
     shown = " ".join(text[:400].split())
     return f"{id} ({shown[:80]}{'...' if len(shown) > 80 else ''})"
 
 
 def funnel_table(title: str, funnel: list[dict[str, Any]], splits: dict[str, dict[str, int]]) -> Table:
-    """The rows of a funnel, then the splits with their tokens."""
+    """Returns a table of the rows of a funnel, followed by the splits with their tokens."""
     seen = max(funnel[0]["documents"], 1)
     table = Table(title=title, title_justify="left")
     for name in ("stage", "documents", "share", "bytes", "tokens"):

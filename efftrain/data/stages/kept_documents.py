@@ -1,7 +1,7 @@
-"""The documents that the first stage kept, as files that all later stages read.
+"""Reads the documents that the first stage kept and that all later stages work on.
 
-A piece has NNNNNN.records, its documents one after the other (see ``spool``), and NNNNNN.index.npy, (documents,) of
-``INDEX``. Nothing is mapped or left open between two calls but by a ``Reader``, which closes what it opened.
+A piece consists of NNNNNN.records, its concatenated documents (see ``spool``), and NNNNNN.index.npy, (documents,) of
+``INDEX``. No file stays mapped or open between two calls, except in a ``Reader``, which closes its file.
 """
 
 import functools
@@ -17,18 +17,18 @@ from efftrain.data.stages.stage import stem
 
 INDEX = np.dtype(
     [
-        ("offset", "<u8"),  # of the record in its file
-        ("size", "<u8"),  # of the record
-        ("n_bytes", "<u8"),  # of the text
-        ("order", "<u8"),  # hash of the id that decides the place in the corpus
+        ("offset", "<u8"),  # position of the record in its file
+        ("size", "<u8"),  # bytes of the record
+        ("n_bytes", "<u8"),  # bytes of the text
+        ("order", "<u8"),  # hash of the id, which determines the order of the corpus
         ("group", "<u8"),  # hash of the package
         ("source", "<u8"),  # hash of the source
-        ("digest_high", "<u8"),  # of the normalised text
+        ("digest_high", "<u8"),  # halves of the digest of the normalised text
         ("digest_low", "<u8"),
-        ("quality", "<f4"),  # of two duplicates the one with the larger is kept
+        ("quality", "<f4"),  # the larger, the better: decides which of two near duplicates is kept
     ]
 )
-_INDICES = 64  # pieces whose index a reader holds
+_INDICES = 64  # number of pieces whose index a reader caches
 
 
 def index_entry(
@@ -42,8 +42,18 @@ def index_entry(
     split_seed: int,
     quality: float,
 ) -> tuple:
-    """A row of ``INDEX`` for a document whose record of ``size`` bytes begins at ``offset``; the digest is
-    ``dedup.exact.text_digest``."""
+    """Returns the row of ``INDEX`` for a document.
+
+    Args:
+      document: the document.
+      text: its text after all edits.
+      digest: ``dedup.exact.text_digest`` of the text.
+      offset: position of its record in the file.
+      size: number of bytes of its record.
+      seed: seed of the order of the documents.
+      split_seed: seed of the choice of packages for the splits.
+      quality: score that decides which of two near duplicates is kept; higher is better.
+    """
     return (
         offset,
         size,
@@ -58,10 +68,10 @@ def index_entry(
 
 
 class KeptDocuments:
-    """Documents numbered from 0 through all pieces.
+    """The documents of all pieces, numbered consecutively from 0.
 
     Attributes:
-      folder: of the files.
+      folder: the folder of the files.
       starts: (pieces + 1,) int64, the number of the first document of each piece.
     """
 
@@ -77,11 +87,11 @@ class KeptDocuments:
         return len(self.starts) - 1
 
     def index(self, piece: int) -> np.ndarray:
-        """(documents of the piece,) of INDEX."""
+        """Returns the index of a piece, (documents of the piece,) of ``INDEX``."""
         return np.load(self.folder / f"{stem(piece)}.index.npy")
 
     def column(self, name: str) -> np.ndarray:
-        """A field of INDEX for all documents."""
+        """Returns a field of ``INDEX`` for all documents."""
         columns = [self.index(piece)[name] for piece in range(self.n_pieces)]
         return np.concatenate([np.empty(0, INDEX[name]), *columns])
 
@@ -104,9 +114,9 @@ class KeptDocuments:
 
 
 class Reader:
-    """Single documents of ``KeptDocuments`` by their number; neighbours are fastest. A context manager.
+    """A context manager that reads single documents of ``KeptDocuments`` by number; consecutive ones are fastest.
 
-    One file and the indices of some pieces are held.
+    It keeps one file open, and caches the indices of some pieces.
     """
 
     def __init__(self, kept: KeptDocuments):
@@ -123,7 +133,7 @@ class Reader:
             self._open = None
 
     def entry(self, number: int) -> np.void:
-        """One row of INDEX."""
+        """Returns the row of ``INDEX`` of a document."""
         piece = self._kept.piece_of(number)
         return self._index(piece)[number - self._kept.starts[piece]]
 
@@ -137,5 +147,5 @@ class Reader:
         return self._open[1].read(int(entry["size"]))
 
     def text(self, number: int) -> bytes:
-        """The text of one document in UTF-8."""
+        """Returns the text of a document in UTF-8."""
         return unpack_record(self.record(number))[3]

@@ -1,4 +1,4 @@
-"""The documents that later stages remove: each leaves the evidence, and the corpus knows who is left."""
+"""Records the documents that a stage removes, with evidence, and keeps track of the documents that are left."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from efftrain.data.stages.stage import stem
 
 
 class Removal:
-    """What one item of a stage removes: ``NNNNNN.removed.parquet`` and ``NNNNNN.gone.npy``."""
+    """Writes the removals of one item of a stage to ``NNNNNN.removed.parquet`` and ``NNNNNN.gone.npy``."""
 
     def __init__(self, folder: Path, number: int):
         self._path = folder / stem(number)
@@ -22,7 +22,7 @@ class Removal:
         self._funnels, self._gone = FilterStatistics(), []
 
     def add(self, number: int, record: bytes, rule: str, **evidence: Any) -> None:
-        """Removes document ``number``, whose record is given; ``evidence`` as for ``ExclusionLog.add``."""
+        """Removes document ``number`` with the given record; ``evidence`` is passed to ``ExclusionLog.add``."""
         id, source, _, utf8 = unpack_record(record)
         text = utf8.decode()
         self._gone.append(number)
@@ -30,23 +30,24 @@ class Removal:
         self._evidence.add(id=id, source=source, rule=rule, n_bytes=len(utf8), text=text, **evidence)
 
     def cut(self, record: bytes, rule: str, n_bytes: int) -> None:
-        """Counts bytes that the text of a document lost which stays."""
+        """Counts bytes that were removed from the text of a kept document."""
         self._funnels.cut(unpack_record(record)[1], rule, n_bytes)
 
     def close(self) -> dict[str, Any]:
-        """The item's summary."""
+        """Closes the files and returns the summary of the item."""
         self._evidence.close()
         np.save(f"{self._path}.gone.npy", np.array(self._gone, np.int64))
         return {"removed": len(self._gone), "sources": self._funnels.to_json()}
 
 
 class Survivors:
-    """Which of the documents that were read are still there.
+    """Keeps track of the documents that have not been removed.
 
     Attributes:
-      alive: (documents,) bool.
-      funnels: what was seen and dropped so far.
-      evidence: the Parquet files that say why.
+      kept: the documents that the first stage kept.
+      alive: (documents,) bool, True for documents that have not been removed since.
+      funnels: counts of the documents seen and dropped so far.
+      evidence: the Parquet files with the reasons of the removals.
     """
 
     def __init__(self, kept: KeptDocuments, read: Sequence[dict[str, Any]]):
@@ -57,7 +58,7 @@ class Survivors:
             self.funnels.add(summary["sources"])
 
     def apply(self, folder: Path, summaries: Sequence[dict[str, Any]]) -> int:
-        """Takes over what the items of a stage removed; returns how many documents that were."""
+        """Applies the removals of all items of a stage; returns the number of removed documents."""
         for number, summary in enumerate(summaries):
             self.funnels.add(summary["sources"])
             if summary["removed"]:
@@ -66,7 +67,7 @@ class Survivors:
         return sum(summary["removed"] for summary in summaries)
 
     def save(self, path: Path) -> Path:
-        """The mask as a file that items can map."""
+        """Saves ``alive`` to a file that items can memory-map; returns the path."""
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, self.alive)
         return path

@@ -1,4 +1,4 @@
-"""Documents as records between two stages, and a sort that needs no more memory for a larger corpus."""
+"""Serialises documents as records between stages, and sorts records in bounded memory."""
 
 import contextlib
 import hashlib
@@ -11,17 +11,17 @@ from efftrain.data.documents import Document
 
 _LENGTHS = struct.Struct("<IIIQ")  # id, source, meta, text
 _KEYED = struct.Struct("<QQ")  # key, payload length
-_BITS = 6  # 64 open files at a time: far below the limit of any system
+_BITS = 6  # 64 files are open at a time, far below the limit of any system
 
 
 def stable_hash(text: str, salt: str) -> int:
-    """64 bits that are the same on every machine and in every process."""
+    """Returns a 64-bit hash that is the same on every machine and in every process."""
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, key=salt.encode()[:64])
     return int.from_bytes(digest.digest(), "little")
 
 
 def pack_document(document: Document, utf8: bytes) -> bytes:
-    """One record; ``utf8`` is the document's text, which the caller has encoded already."""
+    """Serialises a document as a record; ``utf8`` is the encoded text, which replaces the text of the document."""
     meta = json.dumps(document.meta, sort_keys=True)
     parts = [
         document.id.encode(errors="replace"),
@@ -33,14 +33,14 @@ def pack_document(document: Document, utf8: bytes) -> bytes:
 
 
 def replace_text(record: bytes, utf8: bytes) -> bytes:
-    """The record with another text."""
+    """Returns the record with another text."""
     n_id, n_source, n_meta, _ = _LENGTHS.unpack_from(record)
     end = _LENGTHS.size + n_id + n_source + n_meta
     return _LENGTHS.pack(n_id, n_source, n_meta, len(utf8)) + record[_LENGTHS.size : end] + utf8
 
 
 def unpack_record(record: bytes) -> tuple[str, str, str, bytes]:
-    """(id, source, meta as JSON, text in UTF-8)."""
+    """Returns (id, source, meta as JSON, text in UTF-8) of a record."""
     n_id, n_source, n_meta, _ = _LENGTHS.unpack_from(record)
     a = _LENGTHS.size
     b, c = a + n_id, a + n_id + n_source
@@ -48,10 +48,10 @@ def unpack_record(record: bytes) -> tuple[str, str, str, bytes]:
 
 
 class ExternalSort:
-    """Payloads in the order of 64-bit keys, equal keys in the order of arrival.
+    """Sorts payloads by 64-bit keys on disk, in bounded memory. The sort is stable.
 
-    They are dealt to files by the top bits of their key; a file that fits into memory is sorted there, a larger one
-    is dealt again by the next bits. A context manager: files that were not read to their end are closed.
+    Payloads are distributed to files by the top bits of their keys. A file that fits into memory is sorted there; a
+    larger one is distributed again by the next bits. Use it as a context manager, which closes all files.
     """
 
     def __init__(self, folder: Path, *, memory: int = 32 << 20, depth: int = 0):
@@ -65,7 +65,7 @@ class ExternalSort:
 
     def __exit__(self, *exception: object) -> None:
         for file in self._files:
-            with contextlib.suppress(OSError):  # what is left in a buffer has no room on a full disk
+            with contextlib.suppress(OSError):  # flushing the buffer fails on a full disk
                 file.close()
 
     def add(self, key: int, payload: bytes) -> None:
@@ -73,7 +73,7 @@ class ExternalSort:
         self._files[place].write(_KEYED.pack(key, len(payload)) + payload)
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yields the payloads in order and deletes what was read. Can be iterated once."""
+        """Yields the payloads in order and deletes each file after it is read. It can be iterated only once."""
         for file in self._files:
             file.close()
         for path in self._paths:

@@ -1,7 +1,7 @@
-"""A build in stages of independent items. What an item leaves on disk is all that later stages know of it.
+"""Runs the stages of a build, each consisting of independent items whose results are files.
 
-An item is done when its summary is there, which is written last and renamed into place. A build that is run again goes
-on with the items that are not done; in which process, on which machine and in which order items ran changes nothing.
+An item is done when its summary exists, which is written last and renamed into place. A resumed build runs only the
+items that are not done. The result does not depend on the process, the machine or the order in which items run.
 """
 
 import functools
@@ -24,28 +24,35 @@ from efftrain.recipe import import_script
 
 
 class StageTask(Protocol):
-    """A frozen dataclass that can be pickled."""
+    """The interface of the work of a stage: a frozen dataclass that can be pickled."""
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
-        """Does item ``number``, writes files whose names begin with ``stem(number)`` into the folder, and returns
-        a summary of JSON values."""
+        """Processes item ``number`` and returns a summary of JSON values.
+
+        The files that it writes to ``folder`` have names that begin with ``stem(number)``.
+        """
 
 
 class Engine(Protocol):
-    """Runs items somewhere. All workers must see the folder of the corpus."""
+    """The interface of an engine, which runs items. All workers must have access to the folder of the corpus.
+
+    Attributes:
+      budget: memory in bytes that the workers of a machine may use together.
+      n_workers: number of workers that share the budget.
+    """
 
     budget: int
     n_workers: int
 
     def run(self, stage: "Stage", numbers: Sequence[int]) -> Iterator[int]:
-        """Yields the number of each item when it is done."""
+        """Runs the items and yields the number of each when it is done."""
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A task and the folder of its results."""
+    """A named task with the folder of its results."""
 
     name: str
     folder: Path
@@ -71,7 +78,11 @@ class Stage:
 
     @staticmethod
     def load(folder: Path) -> "Stage":
-        """The stage as ``save`` left it. A worker outlives a stage, and a folder has the stages of several builds."""
+        """Loads the stage that ``save`` wrote.
+
+        A cached stage is reused only if the file is unchanged: a worker outlives a stage, and successive builds use the
+        same folder.
+        """
         status = (folder / "task.pickle").stat()
         return _load(folder, status.st_mtime_ns, status.st_ino)
 
@@ -84,7 +95,15 @@ class Stage:
 
 
 def run_stage(engine: Engine, work: Path, name: str, task: StageTask, n_items: int, title: str) -> list[dict[str, Any]]:
-    """Does the items that are not done yet.
+    """Runs the items of a stage that are not done yet.
+
+    Args:
+      engine: runs the items.
+      work: the folder of intermediate files; results are written to its subfolder ``name``.
+      name: name of the stage.
+      task: the work of the stage.
+      n_items: number of items.
+      title: the text of the progress display.
 
     Returns:
       The summaries of all items, in the order of their numbers.
@@ -105,7 +124,7 @@ def stem(number: int) -> str:
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """What an item left; None where it is not done, or its summary is damaged: it is then done again."""
+    """Returns the summary of an item; None if it is missing or damaged, so that the item is run (again)."""
     try:
         return json.loads(path.read_bytes().decode())
     except (FileNotFoundError, ValueError):
@@ -113,7 +132,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def write_summary(path: Path, value: Any) -> None:
-    """The file is whole or not there."""
+    """Writes a summary atomically."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(value))
     partial.replace(path)
@@ -121,7 +140,7 @@ def write_summary(path: Path, value: Any) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, modified_ns: int, inode: int) -> Stage:
-    """The two numbers tell the tasks apart that stood in one folder, one after the other."""
+    """Loads a stage; the two numbers distinguish tasks that were saved in the same folder one after the other."""
     scripts, task = pickle.loads((folder / "task.pickle").read_bytes())
     for name, (path, digest) in scripts.items():
         _import(name, Path(path), digest)
@@ -129,7 +148,7 @@ def _load(folder: Path, modified_ns: int, inode: int) -> Stage:
 
 
 def _import(name: str, path: Path, digest: str) -> None:
-    """Imports a script, so that what it defines can be unpickled; again where it has changed since."""
+    """Imports a script, so that its classes can be unpickled; imports it again if it has changed since."""
     if file_digest(path) != digest:
         raise CorpusError(f"{path} was changed while the corpus was built; run the same command again")
     if name not in sys.modules or _imported.get(name, digest) != digest:
@@ -137,4 +156,4 @@ def _import(name: str, path: Path, digest: str) -> None:
     _imported[name] = digest
 
 
-_imported: dict[str, str] = {}  # module -> digest of the scripts that tasks in this process were made of
+_imported: dict[str, str] = {}  # module -> digest, for the scripts that define the tasks in this process

@@ -1,4 +1,4 @@
-"""What lies on disk: shards, the folder of a corpus, tokenizers, packed tokens, teacher caches.
+"""Stores data on disk: shards, the folder of a corpus, tokenizers, packed tokens, teacher caches.
 
-It may import ``data.documents`` and ``data.batching`` alone.
+This package may import only ``data.documents`` and ``data.batching``.
 """

@@ -1,4 +1,4 @@
-"""Documents to ids, in bounded memory whatever the length of a document."""
+"""Encodes documents as token ids, in bounded memory whatever the length of a document."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,22 +24,22 @@ def encode_documents(
     observe: Callable[[str, "Encoding"], None] | None = None,
     on_changed: Callable[[int], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields for each text the int32 ids of the end of text and of its tokens. Batches run on all cores.
+    """Yields the int32 ids of each text: the end-of-text token, then the tokens of the text. Uses all cores.
 
     A text of more than ``long_texts.PART_CHARS`` characters is encoded in parts, see ``long_texts.cut_text``.
 
     Args:
-      tokenizer: of ``load_tokenizer`` or ``train_tokenizer``.
-      texts: of the documents.
+      tokenizer: a tokenizer from ``load_tokenizer`` or ``train_tokenizer``.
+      texts: the texts of the documents.
       end_of_text: the token between documents. None: the one that ``find_end_of_text`` finds.
-      observe: called with each part of a text and its encoding, which has the offsets of the tokens only then.
-      on_changed: called with the number of a text, counted from 0 and the last one that was read, whose tokens may
-        differ from those of the uncut text.
+      observe: called with each part of a text and its encoding. Encodings have token offsets only if it is given.
+      on_changed: called with the index of a text if its tokens may differ from those of the undivided text. The text is
+        the last one that was read from ``texts``.
     """
     begin = np.array([tokenizer.token_to_id(find_end_of_text(tokenizer, end_of_text))], np.int32)
     encoder = text_encoder(tokenizer)
     encode = encoder.encode_batch if observe else encoder.encode_batch_fast
-    n_parts: deque[int] = deque()  # of each text that is not complete yet
+    n_parts: deque[int] = deque()  # number of parts of each text that is not complete yet
 
     def parts() -> Iterator[str]:
         for number, text in enumerate(texts):

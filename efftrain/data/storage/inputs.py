@@ -1,7 +1,7 @@
-"""What a corpus is made of, by content: digests of the files of its sources.
+"""Computes fingerprints of the sources of a corpus: digests of the contents of their files.
 
-Reading them all takes as long as the disk does, so a file that the operating system has not seen change (size, times
-of content and of the entry, inode) since it was last digested is not read again.
+Reading all files takes time, so that a source is not read again if the operating system reports no change of its files
+since their digest was computed (size, modification time, change time, inode).
 """
 
 import hashlib
@@ -16,23 +16,23 @@ from typing import Any
 from efftrain.data.storage.shards import file_digest
 from efftrain.progress import Progress
 
-_BLOCK = 4096  # files that are given to the threads together
-_SETTLED_NS = 2_000_000_000  # a file that changed this short before it was read may change again within one tick
+_BLOCK = 4096  # number of files that are submitted to the threads together
+_SETTLED_NS = 2_000_000_000  # a file that changed this recently may change again without a new time stamp
 
 Files = Iterable[tuple[str, Path]]
 
 
 def fingerprints(named: Sequence[tuple[str, Files]], known: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-    """A fingerprint of each source.
+    """Computes the fingerprint of each source.
 
     Args:
-      named: for each source a name, for the progress, and (label, path) of its files in order.
-      known: what this function returned before for the same sources, if it did.
+      named: for each source a name, which is shown as progress, and (label, path) of its files in order.
+      known: earlier results of this function for the same sources, which are reused if the files have not changed.
 
     Returns:
-      For each source ``files``, ``bytes``, and ``blake2b`` of labels and contents. ``status`` stands for what the
-      operating system says of the files; it is empty where a file was changed a moment ago or cannot be read. An
-      unreadable file counts by its label; the reader will list it.
+      For each source the number of ``files`` and ``bytes``, and ``blake2b`` of labels and contents. ``status`` is a
+      digest of the properties that the operating system reports for the files; it is empty if a file has changed very
+      recently or cannot be read. An unreadable file contributes only its label; it is reported when it is read.
     """
     result = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -48,7 +48,7 @@ def fingerprints(named: Sequence[tuple[str, Files]], known: Sequence[Mapping[str
 
 
 def without_status(inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The part of fingerprints that says what the inputs are."""
+    """Returns fingerprints without ``status``, which does not describe the contents of the inputs."""
     return [{key: value for key, value in item.items() if key != "status"} for item in inputs]
 
 

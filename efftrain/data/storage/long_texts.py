@@ -1,7 +1,7 @@
-"""Long texts in parts, so that a tokenizer's memory and time are bounded whatever a document is.
+"""Divides long texts into parts, so that the memory and time of a tokenizer are bounded for any document.
 
-The ``tokenizers`` library takes more than 100 bytes of memory for each byte of a text that it encodes, and training
-takes time that grows with the square of the longest word.
+The ``tokenizers`` library needs more than 100 bytes of memory for each byte of a text that it encodes, and the time to
+train a tokenizer is quadratic in the length of the longest word.
 """
 
 import re
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PART_CHARS = 1 << 18
-_WINDOW = 256  # characters on each side of a cut whose tokens are compared
+_WINDOW = 256  # number of characters on each side of a cut whose tokens are compared
 _RUN = 1024
 _WORD_OR_SPACE = re.compile(r"[^\W_]|\s")
 
-# Where to cut, best first: between the character before and the one after. The first two are cuts of every
-# pre-tokenizer in use, the last one also of GPT-2's.
+# Conditions on the characters before and after a cut, best first. At the first two, every pre-tokenizer in use also
+# splits; at the last one, that of GPT-2 does.
 _CUTS: tuple[Callable[[str, str], bool], ...] = (
     lambda before, after: after == " " and not before.isspace(),
     lambda before, after: before.isalnum() and not after.isalnum(),
@@ -26,14 +26,15 @@ _CUTS: tuple[Callable[[str, str], bool], ...] = (
 
 
 def cut_text(tokenizer: "Tokenizer", text: str, size: int = PART_CHARS) -> tuple[list[tuple[int, int]], bool]:
-    """Cuts a text into parts of at most ``size`` characters, where the tokenizer itself cuts.
+    """Divides a text into parts of at most ``size`` characters, where the tokenizer itself splits.
 
-    Each cut is before a space, or else at another border of a word. Whether the tokens around it are those of the uncut
-    text is tried out; for a tokenizer that puts a space before every text, the space at the cut is left out instead.
+    Each cut is before a space, or else at another word boundary. The tokens around the cut are compared with those of
+    the undivided text. If they differ, the space at the cut is omitted, which suits tokenizers that add a space before
+    every text.
 
     Returns:
-      (start, stop) of each part, and whether the tokens may differ from those of the whole: because there was no
-      place to cut, as in a line without spaces, or because the tokenizer does not work word by word.
+      (start, stop) of each part, and whether the tokens may differ from those of the undivided text, because there was
+      no word boundary, as in a line without spaces, or because the tokenizer does not work word by word.
     """
     parts, start, changed = [], 0, False
     while len(text) - start > size:
@@ -45,7 +46,7 @@ def cut_text(tokenizer: "Tokenizer", text: str, size: int = PART_CHARS) -> tuple
 
 
 def without_long_runs(text: str) -> Iterator[str]:
-    """Pieces of a text, none longer than ``PART_CHARS``, in which no word of byte-level BPE has 2,048 characters."""
+    """Yields the text in pieces of at most ``PART_CHARS`` characters, in which no word has 2,048 characters or more."""
     begin = 0
     for start in range(0, len(text), _RUN):
         chunk = text[start : start + _RUN]
@@ -62,7 +63,7 @@ def without_long_runs(text: str) -> Iterator[str]:
 
 
 def _place_to_cut(text: str, low: int, high: int) -> tuple[int, bool]:
-    """The last good place from ``low`` to ``high``; ``high`` and False where there is none."""
+    """Returns the last position after ``low`` and up to ``high`` of the best kind of cut, or (``high``, False)."""
     for cuts in _CUTS:
         for place in range(high, low, -1):
             if cuts(text[place - 1], text[place]):
@@ -71,7 +72,7 @@ def _place_to_cut(text: str, low: int, high: int) -> tuple[int, bool]:
 
 
 def _same_tokens(tokenizer: "Tokenizer", text: str, place: int, skipped: int) -> bool:
-    """Whether the text around a place has the tokens of its two halves, with ``skipped`` spaces at the cut left out."""
+    """Returns whether the text around a cut has the same tokens as its halves without ``skipped`` spaces at the cut."""
     if skipped and text[place] != " ":
         return False
     before, after = text[place - _WINDOW : place], text[place : place + _WINDOW]

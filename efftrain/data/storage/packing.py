@@ -1,4 +1,4 @@
-"""Documents to one stream of tokens in blocks of fixed size, and back to rows of a batch."""
+"""Packs documents into one stream of tokens in blocks of fixed size, and reads rows of a batch from the stream."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Written:
-    """The token stream of a split.
+    """Description of the token stream of a split that was written.
 
     Attributes:
-      tokens: in the stream, without the padding of the last block.
-      shards: that hold it.
-      cut: ids of the documents that were encoded in parts and may have other tokens than as a whole.
+      tokens: number of tokens in the stream, without the padding of the last block.
+      shards: the shards that contain the stream.
+      cut: ids of the documents that were encoded in parts and may have different tokens for this reason.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class Written:
 
 
 def bytes_path(corpus: Path, split: str) -> Path:
-    """The bytes per token of a split, where the tokenizer's entries do not tell them: (vocabulary,) float64."""
+    """Returns the file with the bytes per token of a split, (vocabulary,) float64. Byte-level tokenizers need none."""
     return corpus / f"token_bytes-{split}.npy"
 
 
@@ -47,7 +47,17 @@ def write_tokens(
     block: int,
     shard_bytes: int,
 ) -> Written:
-    """Writes a split's token stream to ``corpus/tokens``, and ``bytes_path`` where it is needed."""
+    """Writes the token stream of a split to ``corpus/tokens``, and ``bytes_path`` if the tokenizer needs it.
+
+    Args:
+      corpus: the folder of the corpus.
+      split: name of the split.
+      tokenizer: a tokenizer from ``load_tokenizer`` or ``train_tokenizer``.
+      documents: the documents of the split, in order.
+      end_of_text: the token between documents. None: the one that ``find_end_of_text`` finds.
+      block: number of tokens per record.
+      shard_bytes: size in bytes at which a new shard is begun.
+    """
     vocabulary = vocabulary_size(tokenizer)
     dtype = token_dtype(vocabulary)
     serialize = Serializer(token_features(block, dtype))
@@ -82,7 +92,7 @@ def write_tokens(
 
 
 def blocks(documents: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Cuts the concatenation of the documents into arrays of ``size``; the last one may be shorter."""
+    """Yields the concatenation of the documents in arrays of ``size`` tokens; the last one may be shorter."""
     held: list[np.ndarray] = []
     n_held = 0
     for document in documents:
@@ -99,17 +109,20 @@ def blocks(documents: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def row(stream: np.ndarray, length: int, *, end_of_text_id: int) -> dict[str, np.ndarray]:
-    """One training row from a piece of the token stream.
+    """Makes one training row from a part of the token stream.
 
     Args:
-      stream: (up to length + 1,) int32 consecutive tokens; fewer at the end of the stream.
-      length: tokens per row.
-      end_of_text_id: the token before each document.
+      stream: (length + 1,) int32 consecutive tokens, or fewer at the end of the stream.
+      length: number of tokens per row.
+      end_of_text_id: id of the token before each document.
 
     Returns:
-      tokens (length,) int32; targets (length,) int32: the next token; segments (length,) int32: 1, 2, ... a document
-      or the rest of one, 0 for padding, whose tokens are 0; positions (length,) int32 from 0 in each segment; mask
-      (length,) bool: False where there is no next token.
+      A dict of arrays:
+        tokens: (length,) int32, 0 for padding.
+        targets: (length,) int32, the next token at each position.
+        segments: (length,) int32, numbers from 1 for the documents or parts of documents in the row, 0 for padding.
+        positions: (length,) int32, counted from 0 in each segment.
+        mask: (length,) bool, False where there is no next token.
     """
     n_tokens = min(len(stream), length)
     n_targets = max(len(stream) - 1, 0)
@@ -118,7 +131,7 @@ def row(stream: np.ndarray, length: int, *, end_of_text_id: int) -> dict[str, np
     targets[:n_targets] = stream[1:]
     index = np.arange(length, dtype=np.int32)
     begins = tokens == end_of_text_id
-    begins[0] = True  # what goes on from the row before is a segment of its own
+    begins[0] = True  # the rest of a document from the previous row is a segment of its own
     real = index < n_tokens
     segments = np.where(real, np.cumsum(begins, dtype=np.int32), np.int32(0))
     starts = np.maximum.accumulate(np.where(begins, index, 0))
@@ -132,5 +145,5 @@ def row(stream: np.ndarray, length: int, *, end_of_text_id: int) -> dict[str, np
 
 
 def padding(length: int) -> dict[str, np.ndarray]:
-    """A row in which nothing counts: all arrays of ``row`` are 0 and False."""
+    """Returns a row of padding: the arrays of ``row``, all of which are 0 or False."""
     return row(np.empty(0, np.int32), length, end_of_text_id=0)

@@ -1,4 +1,4 @@
-"""ArrayRecord shards that are complete or not there, and the TFDS metadata that makes a folder of them a dataset."""
+"""Writes ArrayRecord shards atomically, and the TFDS metadata that makes a folder of shards a dataset."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ VERSION = "1.0.0"
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard. ``n_bytes`` counts the records, not the file."""
+    """A finished shard. ``n_bytes`` is the size of its records, not of the file."""
 
     name: str
     n_records: int
@@ -20,9 +20,10 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes records into shards of about ``shard_bytes``. A shard gets its name only when it is complete.
+    """Writes records to shards of about ``shard_bytes`` bytes.
 
-    Names carry the number of shards, which is known at the end; until then a shard is called ``*.incomplete``.
+    The name of a shard contains the number of shards, which is known only at the end. Until ``finish`` is called, a
+    shard is named ``*.incomplete``.
     """
 
     def __init__(self, folder: Path, dataset: str, split: str, *, shard_bytes: int):
@@ -36,7 +37,7 @@ class ShardWriter:
         if self._writer is None:
             from array_record.python.array_record_module import ArrayRecordWriter
 
-            # group_size 1: what is read at random must not be decompressed with its neighbours.
+            # group_size:1 because records are read at random, and a group is decompressed as a whole.
             self._writer = ArrayRecordWriter(str(self._incomplete(len(self._sizes))), "group_size:1")
             self._n_records = self._n_bytes = 0
         self._writer.write(record)
@@ -46,7 +47,7 @@ class ShardWriter:
             self._close_shard()
 
     def finish(self) -> list[Shard]:
-        """Closes the last shard, puts all of them on the disk and gives them their names."""
+        """Closes the last shard, flushes all shards to disk and gives them their final names."""
         if self._writer is not None:
             self._close_shard()
         shards = []
@@ -67,21 +68,21 @@ class ShardWriter:
 
 
 def text_features() -> Any:
-    """The TFDS features of a corpus's documents; ``meta`` is JSON."""
+    """Returns the TFDS features of the documents of a corpus; ``meta`` is JSON."""
     from tensorflow_datasets import features
 
     return features.FeaturesDict({name: features.Text() for name in ("text", "id", "source", "meta")})
 
 
 def token_features(block: int, dtype: Any) -> Any:
-    """The TFDS features of a block of packed tokens, stored as raw bytes so that reading is a copy."""
+    """Returns the TFDS features of a block of packed tokens, stored as raw bytes, so that reading is a copy."""
     from tensorflow_datasets import features
 
     return features.FeaturesDict({"tokens": features.Tensor(shape=(block,), dtype=dtype, encoding="bytes")})
 
 
 class Serializer:
-    """Records of a TFDS dataset whose bytes depend on the values alone.
+    """Serialises records of a TFDS dataset deterministically: their bytes depend only on the values.
 
     ``features.serialize_example`` orders the fields of a record by hashes that change from process to process.
     """
@@ -99,7 +100,7 @@ class Serializer:
 def write_metadata(
     folder: Path, dataset: str, features: Any, shards: Mapping[str, list[Shard]], description: str
 ) -> None:
-    """Makes ``tfds.builder_from_directory(folder)`` work. Splits without a shard are left out."""
+    """Writes the metadata for ``tfds.builder_from_directory(folder)``. Splits without a shard are omitted."""
     import tensorflow_datasets as tfds
 
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -124,7 +125,7 @@ def write_metadata(
 
 
 def file_digest(path: Path) -> str:
-    """blake2b of a file's content, 32 hexadecimal digits."""
+    """Returns the blake2b digest of the content of a file, 32 hexadecimal digits."""
     state = hashlib.blake2b(digest_size=16)
     with path.open("rb", buffering=0) as stream:
         buffer = bytearray(1 << 20)
@@ -135,7 +136,7 @@ def file_digest(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Puts a file, or a folder's entries, on the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,10 +1,10 @@
-"""The folder of a corpus: built beside its place, renamed when it is whole, checked when it is opened.
+"""Manages the folder of a corpus: it is built under another name, renamed when complete, and checked when opened.
 
 DIR/manifest.json     inputs, parameters, code and library versions, funnel, size and checksum of every file
 DIR/text/             TFDS dataset of the documents (text, id, source, meta), in shuffled order
 DIR/tokens/           TFDS dataset of fixed-size blocks: the same documents as one stream of tokens
-DIR/tokenizer.json    byte-level BPE, or the one that was given
-DIR/token_bytes-*.npy bytes of text per token in a split, where the tokenizer's entries do not tell them
+DIR/tokenizer.json    byte-level BPE, or the tokenizer that was configured
+DIR/token_bytes-*.npy bytes of text per token in a split, if the tokenizer is not byte-level
 DIR/scores.parquet    every document that was read, with the score of each rule
 DIR/removed.parquet   every document that was removed: rule, score, survivor, excerpt
 """
@@ -33,15 +33,15 @@ from efftrain.progress import console
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_OWN = ("pid", "plan.json", "inputs.json")  # in an unfinished folder; earlier versions left their process there
+_OWN = ("pid", "plan.json", "inputs.json")  # files of an unfinished folder; earlier versions wrote pid
 _LIBRARIES = ("tensorflow-datasets", "array-record", "tokenizers", "pyarrow", "numpy")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads ``manifest.json``.
+    """Reads the ``manifest.json`` of a corpus.
 
     Raises:
-      CorpusError: the folder is missing, unfinished, not a corpus, or of another format.
+      CorpusError: the folder is missing, unfinished or not a corpus, or has another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -64,12 +64,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], *, contents: bool, hint: str | None = None) -> None:
-    """Compares every file with the manifest: its size and, with ``contents``, its checksum (about 1 GB/s per core).
+    """Compares every file with the manifest: its size and, with ``contents``, its checksum.
 
-    ``hint`` says what to do; by default to build a corpus again.
+    Args:
+      folder: the folder of the files.
+      manifest: the content of ``manifest.json``.
+      contents: compare checksums, which reads all files.
+      hint: the end of an error message, which says what to do. None: to build the corpus again.
 
     Raises:
-      CorpusError: a file is missing, truncated, altered or replaced; the message names it.
+      CorpusError: a file is missing, truncated, altered or replaced; the message names the file.
     """
     hint = hint or rebuild_hint(folder)
     for name, recorded in manifest["files"].items():
@@ -95,13 +99,18 @@ def rebuild_hint(folder: Path) -> str:
 
 
 def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """True where ``out`` holds what is wanted; False where it is free or may be overwritten.
+    """Returns whether ``out`` already contains the wanted corpus.
 
     Args:
-      wanted: the parts of the manifest that decide: ``parameters``, ``inputs`` and ``code``.
+      out: the folder of the corpus.
+      wanted: the parts of the manifest that must agree: ``parameters``, ``inputs`` and ``code``.
+      overwrite: return False for an existing corpus, so that it is built again.
+
+    Returns:
+      True if ``out`` contains the wanted corpus; False if it is missing, empty or may be overwritten.
 
     Raises:
-      CorpusError: ``out`` holds something else. Nothing is touched.
+      CorpusError: ``out`` contains something else. Nothing is changed.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -124,9 +133,9 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
 
 
 def known_inputs(out: Path) -> list[dict[str, Any]]:
-    """What ``inputs.fingerprints`` returned for an interrupted build of ``out`` or, else, for the corpus there."""
+    """Returns the result of ``inputs.fingerprints`` for an interrupted build of ``out``, or for the existing corpus."""
     for path in (unfinished_path(out) / "inputs.json", out / MANIFEST):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # then all files are read again
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # without it, all files are read again
             content = json.loads(path.read_text())
             return content["inputs"]
     return []
@@ -134,13 +143,18 @@ def known_inputs(out: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]] = ()) -> Iterator[Path]:
-    """Gives ``out.incomplete`` to build in, and renames it to ``out`` when the block ends without an error.
+    """Context manager that yields ``out.incomplete`` to build in, and renames it to ``out`` at the end of the block.
 
-    The folder is fresh, or that of an interrupted build with the same plan, of the same versions of Python and
-    libraries. ``inputs`` are kept in it for ``known_inputs``.
+    The folder is empty, or that of an interrupted build with the same plan and the same versions of Python and
+    libraries. If the block raises, it is kept for the next attempt.
+
+    Args:
+      out: the folder of the corpus.
+      plan: JSON values that identify the build.
+      inputs: fingerprints that are stored in the folder for ``known_inputs``.
 
     Raises:
-      InUseError: another process is building it.
+      InUseError: another process is building this corpus.
       CorpusError: the disk is full, or the folder cannot be written.
     """
     folder = unfinished_path(out)
@@ -156,7 +170,7 @@ def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, A
                 (folder / name).unlink(missing_ok=True)
             _replace(folder, out)
     except Exception as error:
-        # The writers in C++ and Rust raise errors of their own that carry only the message.
+        # The writers in C++ and Rust raise their own errors, which have only a message.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise CorpusError(
                 f"the disk of {out} is full; free space or choose another folder (the unfinished {folder} can be "
@@ -166,7 +180,7 @@ def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, A
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds format, versions and the checksum of every file in the folder, and writes ``manifest.json``."""
+    """Writes ``manifest.json``: the content, the format, versions, and the checksum of every file in the folder."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (*_OWN, MANIFEST))
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
@@ -191,7 +205,7 @@ def _lock(out: Path) -> Lock:
 
 
 def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Makes the folder; keeps one that is left from a build with the same plan."""
+    """Creates the folder, or keeps that of an interrupted build with the same plan."""
     content = json.dumps({**plan, "environment": _environment() | {"commit": None}}, sort_keys=True)
     if folder.exists():
         same = (folder / "plan.json").is_file() and (folder / "plan.json").read_text() == content

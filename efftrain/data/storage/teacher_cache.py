@@ -1,16 +1,16 @@
-"""A teacher's next-token distributions for the rows of a corpus, kept on disk: the format, and its reader.
+"""Stores the next-token distributions of a teacher for the rows of a corpus: the format of the cache and its reader.
 
-DIR/manifest.json              what it was made of (``CachePlan``), by which run, bytes per token, size and checksum of
-                               every file
-DIR/SPLIT-00000.array_record   the first ``shard_rows`` records; then the others
+DIR/manifest.json              the plan (``CachePlan``), the run of the teacher, bytes per token, and the size and
+                               checksum of every file
+DIR/SPLIT-00000.array_record   the first ``shard_rows`` records; further files have the others
 
-A record is one row of ``loader.PackedRows``. It begins with the digest of that row (``row_digest``); behind it, for all
-positions of the row, little-endian, and with ID for uint16 (uint32 for a vocabulary above 65,536 entries):
+A record is for one row of ``loader.PackedRows``. It consists of the digest of the row (``row_digest``) and the arrays
+below for all positions, in little-endian order; ID is uint16, or uint32 for a vocabulary above 65,536 entries:
 
-top_k     ID[length, k]   float16[length, k]         the k largest probabilities as logarithms, largest first
-sampled   uint8[length]   ID[total]   uint8[total]   how many tokens were drawn at each position; which; how often
+top_k     ID[length, k]   float16[length, k]         tokens and logarithms of the k largest probabilities, descending
+sampled   uint8[length]   ID[total]   uint8[total]   number of distinct tokens drawn at each position; tokens; counts
 
-Position t tells what follows the tokens up to t, as ``targets[t]`` does. Padding has no probabilities.
+Position t has the distribution of the token after position t, which is ``targets[t]``. Padding has no probabilities.
 """
 
 import json
@@ -31,11 +31,11 @@ from efftrain.errors import ConfigError, CorpusError
 if TYPE_CHECKING:
     from efftrain.data.corpus import Corpus
 
-FORMAT = "teacher-cache-1"  # a corpus has a number: neither is taken for the other
+FORMAT = "teacher-cache-1"
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
-    """Writes a shard, which has its name when it is complete and on the disk."""
+    """Writes a shard atomically: it gets its name when it is complete and flushed to disk."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     incomplete = path.with_name(f"{path.name}.incomplete")
@@ -48,12 +48,12 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
 
 
 def describe(plan: CachePlan, folder: Path, *, n_tokens: int) -> dict[str, Any]:
-    """What the manifest says of a folder in which all shards are.
+    """Returns the manifest of a complete folder of shards, except the files and the run.
 
     Args:
-      plan: of the cache.
-      folder: of the shards.
-      n_tokens: that its rows hold.
+      plan: the plan of the cache.
+      folder: the folder of the shards.
+      n_tokens: number of tokens in its rows.
     """
     n_bytes = sum((folder / name).stat().st_size for name, _ in plan.shards())
     width = plan.n
@@ -65,13 +65,14 @@ def describe(plan: CachePlan, folder: Path, *, n_tokens: int) -> dict[str, Any]:
 
 
 class TeacherCache:
-    """An opened cache. Reading is thread-safe; nothing is held in memory.
+    """An opened teacher cache. Reading is thread-safe, and no records are held in memory.
 
     Attributes:
-      path: the folder.
-      plan: what it was made of.
-      width: entries of each position of ``read``'s arrays: the most that any has.
-      manifest: with ``bytes_per_token``, and ``made_by``: run and step of the teacher.
+      path: the folder of the cache.
+      plan: the parameters that determine its content.
+      width: number of entries per position in the arrays of ``read``: the largest number that any position has.
+      manifest: the content of ``manifest.json``, such as ``bytes_per_token`` and ``made_by``: run and step of the
+        teacher.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]):
@@ -80,14 +81,14 @@ class TeacherCache:
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> "TeacherCache":
-        """Opens a folder that ``efftrain teacher`` made, and checks it.
+        """Opens and checks a cache that ``efftrain teacher`` wrote.
 
         Args:
-          path: the folder.
-          verify: compare the checksum of every file; sizes are compared in any case. See ``corpus.open``.
+          path: the folder of the cache.
+          verify: compare the checksum of every file. If False, only the sizes are compared. See ``corpus.open``.
 
         Raises:
-          CorpusError: there is no cache, it is of another format, or a file is missing, truncated or altered.
+          CorpusError: there is no cache, it has another format, or a file is missing, truncated or altered.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -105,7 +106,7 @@ class TeacherCache:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Stands for the content, wherever the folder lies."""
+        """Digest of the content of the cache. It does not depend on the path."""
         return digest({"plan": asdict(self.plan), "files": self.manifest["files"]})
 
     @cached_property
@@ -113,21 +114,21 @@ class TeacherCache:
         return _records(self.plan, self.path)
 
     def read(self, number: int, row: Mapping[str, np.ndarray], *, width: int | None = None) -> Arrays:
-        """What the teacher says of a row.
+        """Returns the next-token distributions of the teacher for a row.
 
         Args:
-          number: of the row in its split.
-          row: its arrays, see ``packing.row``.
-          width: entries of each position. None: ``self.width``; more are filled up.
+          number: index of the row in its split.
+          row: the arrays of the row, see ``packing.row``.
+          width: number of entries per position. None: ``self.width``; a larger number adds unused entries.
 
         Returns:
-          teacher_ids (length, width) int32 and teacher_probs (length, width) float32. Kind "top_k": the largest
-          probabilities, first the largest; what a position lacks to 1 is the mass of all other tokens. Kind "sampled":
-          the share of the draws that each token has; they sum to 1. What is not used is token 0 of probability 0, and
-          so is all of padding.
+          teacher_ids (length, width) int32 and teacher_probs (length, width) float32. For kind "top_k", these are the
+          largest probabilities in descending order; the difference of their sum to 1 is the mass of all other tokens.
+          For kind "sampled", they are the share of each token among the samples, and sum to 1. Unused entries, and all
+          entries of padding, are token 0 with probability 0.
 
         Raises:
-          CorpusError: the cache was made from another row, or the record is damaged.
+          CorpusError: the cache was made for another row, or the record is damaged.
         """
         try:
             made_from, taught = decode(self.plan, self._shards[number], width or self.width)
@@ -143,11 +144,11 @@ class TeacherCache:
         return taught
 
     def check_corpus(self, corpus: "Corpus", split: str, length: int) -> None:
-        """Whether the cache is about these rows.
+        """Checks that the cache was made for the rows of a corpus.
 
         Raises:
-          CorpusError: it was made from another corpus.
-          ConfigError: it was made for another split or length.
+          CorpusError: the cache was made for another corpus.
+          ConfigError: the cache was made for another split or length.
         """
         if self.plan.corpus != corpus.token_fingerprint:
             raise CorpusError(
@@ -166,10 +167,10 @@ class TeacherCache:
             )
 
     def check_teacher(self, teacher: str) -> None:
-        """Whether it was made by the model of this ``train.inputs.model_digest``.
+        """Checks that the cache was made by the model with this ``train.inputs.model_digest``.
 
         Raises:
-          ConfigError: by another one.
+          ConfigError: the cache was made by another model.
         """
         if self.plan.teacher != teacher:
             raise ConfigError(
@@ -185,10 +186,10 @@ class TeacherCache:
 
 
 def read_cache_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a cache.
+    """Reads the manifest of a cache.
 
     Raises:
-      CorpusError: it is damaged, of another format, or of something else.
+      CorpusError: the manifest is damaged, has another format, or is not that of a cache.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -216,7 +217,7 @@ def _command(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What spares ArrayRecord opening every file at once."""
+    """The description of a shard with which ArrayRecord does not have to open every file at the start."""
 
     filename: str
     skip: int

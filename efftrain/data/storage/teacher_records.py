@@ -1,4 +1,4 @@
-"""The records of a teacher cache: a teacher's next-token distributions for one row, encoded in bytes."""
+"""Encodes and decodes the records of a teacher cache: a teacher's next-token distributions for one row, as bytes."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,30 +14,36 @@ if TYPE_CHECKING:
     pass
 
 
+# the format of a corpus is a number, so that the two are never confused
+SHARD_ROWS, MOST_SHARDS = 256, 256  # an interrupted build loses less than a shard; a reader keeps all shards open
 DIGEST_BYTES = 16
-SHARD_ROWS, MOST_SHARDS = 256, 256  # an interrupted build loses less than a shard; a reader keeps each of them open
-MOST_SAMPLES = 255  # counts are stored in a byte
+
+
+MOST_SAMPLES = 255  # counts are stored in one byte
+
 
 Kind = Literal["top_k", "sampled"]
+
+
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """What decides the content of a cache, wherever it lies.
+    """The parameters that determine the content of a cache, independently of its path.
 
     Attributes:
-      kind: "top_k": the largest probabilities of each position, the rest is one number; "sampled": draws from the
-        whole distribution (Anshumann et al. 2025, Sparse Logit Sampling), an unbiased estimate of it.
-      n: how many probabilities, or draws with replacement, of each position.
-      seed: of the draws.
-      vocab_size: entries of the tokenizer; the distributions are over these.
+      kind: "top_k": the largest probabilities at each position, the remaining mass being one number; "sampled": samples
+        from the whole distribution (Anshumann et al. 2025, Sparse Logit Sampling), an unbiased estimate of it.
+      n: number of probabilities, or of samples with replacement, at each position.
+      seed: seed of the samples; None for "top_k".
+      vocab_size: number of entries of the tokenizer, over which the distributions are defined.
       teacher: ``train.inputs.model_digest`` of the model.
-      corpus: ``Corpus.token_fingerprint``.
-      tokenizer: checksum of the corpus's ``tokenizer.json``.
-      split: of the corpus.
-      length: tokens of a row.
-      rows: the first so many of the split.
+      corpus: ``Corpus.token_fingerprint`` of the corpus.
+      tokenizer: checksum of the ``tokenizer.json`` of the corpus.
+      split: the split of the corpus.
+      length: number of tokens per row.
+      rows: number of rows at the beginning of the split.
     """
 
     kind: Kind
@@ -62,7 +68,7 @@ class CachePlan:
         return max(SHARD_ROWS, -(-self.rows // MOST_SHARDS))
 
     def shards(self) -> list[tuple[str, range]]:
-        """The name of each shard, and the numbers of its rows."""
+        """Returns the name of each shard and the numbers of its rows."""
         starts = range(0, self.rows, self.shard_rows)
         rows = [range(start, min(start + self.shard_rows, self.rows)) for start in starts]
         return [(f"{self.split}-{number:05d}.array_record", r) for number, r in enumerate(rows)]
@@ -73,19 +79,19 @@ class CachePlan:
 
 
 def row_digest(row: Mapping[str, np.ndarray]) -> bytes:
-    """16 bytes that stand for what a model reads of a row: its length, tokens and segments."""
+    """Returns a 16-byte digest of what a model reads of a row: its length, tokens and segments."""
     read = np.stack([row["tokens"], row["segments"]]).astype("<i4")
     return hashlib.blake2b(read.tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
 def encode_top_k(plan: CachePlan, row: Mapping[str, np.ndarray], ids_tk: np.ndarray, log_probs_tk: np.ndarray) -> bytes:
-    """A record of kind "top_k".
+    """Encodes a record of kind "top_k".
 
     Args:
-      plan: of the cache.
-      row: see ``packing.row``.
-      ids_tk: (length, k) integers, of falling probability.
-      log_probs_tk: (length, k) float.
+      plan: the plan of the cache.
+      row: the row, see ``packing.row``.
+      ids_tk: (length, k) integers, the tokens in order of descending probability.
+      log_probs_tk: (length, k) float, the logarithms of their probabilities.
     """
     valid_t1 = row["segments"][:, None] > 0
     ids_tk = np.where(valid_t1, ids_tk, 0).astype(plan.id_dtype)
@@ -94,18 +100,18 @@ def encode_top_k(plan: CachePlan, row: Mapping[str, np.ndarray], ids_tk: np.ndar
 
 
 def encode_sampled(plan: CachePlan, row: Mapping[str, np.ndarray], draws_tn: np.ndarray) -> bytes:
-    """A record of kind "sampled".
+    """Encodes a record of kind "sampled".
 
     Args:
-      plan: of the cache.
-      row: see ``packing.row``.
-      draws_tn: (length, n) integers, the tokens that were drawn, in any order.
+      plan: the plan of the cache.
+      row: the row, see ``packing.row``.
+      draws_tn: (length, n) integers, the sampled tokens in any order.
     """
     valid_t = row["segments"] > 0
     sorted_rn = np.sort(draws_tn[valid_t], axis=1)
     first_rn = np.ones(sorted_rn.shape, bool)
     first_rn[:, 1:] = sorted_rn[:, 1:] != sorted_rn[:, :-1]
-    starts = np.flatnonzero(first_rn)  # of each run of equal tokens; no run goes on in the next position
+    starts = np.flatnonzero(first_rn)  # starts of runs of equal tokens; a run never continues in the next position
     counts = np.diff(starts, append=sorted_rn.size).astype(np.uint8)
     n_entries_t = np.zeros(plan.length, np.uint8)
     n_entries_t[valid_t] = first_rn.sum(axis=1)
@@ -114,18 +120,18 @@ def encode_sampled(plan: CachePlan, row: Mapping[str, np.ndarray], draws_tn: np.
 
 
 def decode(plan: CachePlan, record: bytes, width: int) -> tuple[bytes, Arrays]:
-    """A record of either kind.
+    """Decodes a record of either kind.
 
     Args:
-      plan: of the cache.
-      record: what ``encode_top_k`` or ``encode_sampled`` made.
-      width: entries of each position of the result, at least as many as any position has.
+      plan: the plan of the cache.
+      record: the result of ``encode_top_k`` or ``encode_sampled``.
+      width: number of entries per position in the result, at least the largest number that any position has.
 
     Returns:
-      The digest of the row, and its arrays as ``TeacherCache.read`` gives them.
+      The digest of the row, and its arrays as ``TeacherCache.read`` returns them.
 
     Raises:
-      ValueError: the record has another size than its content says.
+      ValueError: the size of the record does not match its content.
     """
     body, id_bytes = memoryview(record)[DIGEST_BYTES:], plan.id_dtype.itemsize
     taught = no_teacher(plan.length, width)
@@ -134,7 +140,7 @@ def decode(plan: CachePlan, record: bytes, width: int) -> tuple[bytes, Arrays]:
         shape = plan.length, plan.n
         taught["teacher_ids"][:, : plan.n] = np.frombuffer(body[:split], plan.id_dtype).reshape(shape)
         probs_tk = np.exp(np.frombuffer(body[split:], "<f2").reshape(shape).astype(np.float32))
-        # What was rounded up must not make more of it than there is.
+        # Rounding to float16 must not make the sum of the probabilities exceed 1.
         taught["teacher_probs"][:, : plan.n] = probs_tk / np.maximum(probs_tk.sum(axis=1, keepdims=True), 1)
     else:
         used_tw = np.arange(width) < np.frombuffer(body[: plan.length], np.uint8)[:, None]
@@ -146,6 +152,6 @@ def decode(plan: CachePlan, record: bytes, width: int) -> tuple[bytes, Arrays]:
 
 
 def no_teacher(length: int, width: int) -> Arrays:
-    """The arrays of a row of padding."""
+    """Returns the arrays of a teacher for a row of padding."""
     shape = length, width
     return {"teacher_ids": np.zeros(shape, np.int32), "teacher_probs": np.zeros(shape, np.float32)}

@@ -1,9 +1,10 @@
-"""How many bytes of text each token stands for, for bits per byte, and how much of a text its tokens give back.
+"""Computes the bytes of text per token, for bits per byte, and the share of a text that decoding its tokens restores.
 
-A byte-level BPE writes each byte as one character of its entries, so that their lengths are the bytes. Of any other
-tokenizer the bytes are counted in the text, when the tokens of a split are written: each token stands for the text up
-to its end from the end of the token before. An entry gets its mean over the split, so that all tokens of the split
-together have exactly the bytes of its documents, and those of some rows nearly the bytes of their text.
+A byte-level BPE represents each byte as one character of an entry, so that the length of an entry is its number of
+bytes. For any other tokenizer, bytes are counted in the text when the tokens of a split are written: a token covers the
+text from the end of the previous token to its own end. Each entry gets its mean over the split, so that all tokens of
+the split together have exactly as many bytes as its documents, and the tokens of a few rows nearly as many as their
+text.
 """
 
 import json
@@ -20,14 +21,17 @@ from efftrain.data.storage.tokenizer import find_end_of_text, text_encoder, toke
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-_DOCUMENTS, _CHARS = 200, 5000  # of a sample that is decoded again
+_DOCUMENTS, _CHARS = 200, 5000  # number of documents, and of characters of each, that are encoded and decoded
 
 
 def byte_level_lengths(tokenizer: "Tokenizer") -> np.ndarray | None:
-    """(vocabulary,) int32: the bytes of text of each token, 0 for special tokens. None: it is not lossless byte-level.
+    """Returns the bytes of text per token of a lossless byte-level tokenizer, or None for any other tokenizer.
 
-    Lossless are a BPE with an entry for every byte, byte-level pre-tokenization and decoding, and nothing that changes
-    a text before.
+    A tokenizer is lossless if it is a BPE with an entry for every byte, with byte-level pre-tokenization and decoding,
+    and without a normalizer or another step that changes the text.
+
+    Returns:
+      (vocabulary,) int32, 0 for special tokens; or None.
     """
     from tokenizers import pre_tokenizers
 
@@ -48,12 +52,12 @@ def byte_level_lengths(tokenizer: "Tokenizer") -> np.ndarray | None:
     for token, number in entries.items():
         lengths[number] = len(token)
     for number, token in added.items():
-        lengths[number] = 0 if token.special else len(token.content.encode())  # as it stands in the text
+        lengths[number] = 0 if token.special else len(token.content.encode())  # added tokens are not byte-level
     return lengths
 
 
 class ByteCounter:
-    """Counts the bytes of text that the tokens of a split stand for; ``observe`` is for ``encode_documents``."""
+    """Counts the bytes of text that the tokens of a split cover. Pass ``observe`` to ``encode_documents``."""
 
     def __init__(self, vocabulary: int):
         self._bytes_v, self._tokens_v = np.zeros(vocabulary), np.zeros(vocabulary)
@@ -61,20 +65,20 @@ class ByteCounter:
     def observe(self, text: str, encoding: "Encoding") -> None:
         ids = np.array(encoding.ids, np.int64)
         if not len(ids):
-            return  # a text of characters that the tokenizer drops
+            return  # the tokenizer drops all characters of this text
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
         bytes_before = np.concatenate([[0], np.cumsum(sizes)])
         ends = np.maximum.accumulate(np.array(encoding.offsets, np.int64)[:, 1])
-        ends[-1] = len(text)  # what is dropped at the end belongs to the last token
+        ends[-1] = len(text)  # text that is dropped at the end belongs to the last token
         spans = np.diff(bytes_before[ends], prepend=0)
         self._bytes_v += np.bincount(ids, spans, len(self._bytes_v))
         self._tokens_v += np.bincount(ids, minlength=len(self._tokens_v))
 
     def table(self, n_bytes: int) -> np.ndarray:
-        """(vocabulary,) float64 bytes per token, which sum up to ``n_bytes`` over all tokens that were observed.
+        """Returns the bytes per token, (vocabulary,) float64, which sum to ``n_bytes`` over all observed tokens.
 
-        An entry that does not occur has 0 bytes.
+        Entries that do not occur have 0 bytes.
         """
         mean_v = self._bytes_v / np.maximum(self._tokens_v, 1)
         return mean_v * (n_bytes / self._bytes_v.sum() if self._bytes_v.any() else 1.0)
@@ -82,12 +86,12 @@ class ByteCounter:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What decoding gives back of a sample of documents.
+    """The result of encoding and decoding a sample of documents.
 
     Attributes:
-      documents: in the sample; of long ones the beginning.
-      changed: those that do not come back as they are.
-      lost: share of their bytes whose characters do not come back: they are dropped, replaced or unknown.
+      documents: number of documents in the sample, of which only the beginnings are used.
+      changed: number of documents that decoding does not restore exactly.
+      lost: share of the bytes in the sample whose characters are dropped, replaced or unknown to the tokenizer.
     """
 
     documents: int
@@ -96,7 +100,7 @@ class RoundTrip:
 
 
 def describe_tokenizer(tokenizer: "Tokenizer", end_of_text: str | None, texts: Iterable[str]) -> dict[str, Any]:
-    """What a corpus's manifest says of its tokenizer: ``lossless`` and ``lost`` are of a sample of the texts."""
+    """Returns the entry of a tokenizer in a manifest; ``lossless`` and ``lost`` describe a sample of the texts."""
     vocabulary, end_of_text = vocabulary_size(tokenizer), find_end_of_text(tokenizer, end_of_text)
     found = round_trip(tokenizer, texts)
     return {
@@ -110,7 +114,7 @@ def describe_tokenizer(tokenizer: "Tokenizer", end_of_text: str | None, texts: I
 
 
 def round_trip(tokenizer: "Tokenizer", texts: Iterable[str]) -> RoundTrip:
-    """Encodes and decodes the beginnings of the first texts."""
+    """Encodes and decodes the beginnings of the first texts, and compares them with the originals."""
     encoder, unknown = text_encoder(tokenizer), _unknown(tokenizer)
     n_documents = n_changed = n_bytes = n_lost = 0
     for text in (text[:_CHARS] for text in islice(texts, _DOCUMENTS)):
@@ -125,7 +129,7 @@ def round_trip(tokenizer: "Tokenizer", texts: Iterable[str]) -> RoundTrip:
 
 
 def _keeps_bytes(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a pre-tokenizer gives all bytes of a text to the model and adds none: byte-level, after splits."""
+    """Returns whether a pre-tokenizer passes exactly the bytes of a text to the model: splits, then byte-level."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     *splits, last = (step or {"type": None} for step in steps)
     cuts_only = all(
@@ -136,7 +140,7 @@ def _keeps_bytes(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _unknown(tokenizer: "Tokenizer") -> int | None:
-    """The id of text that the tokenizer does not know; None where it has none."""
+    """Returns the id of the unknown token, or None."""
     model = json.loads(tokenizer.to_str())["model"]
     if model.get("unk_id") is not None:
         return model["unk_id"]

@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level BPE is trained, or any of the ``tokenizers`` library is loaded and made fit for a corpus."""
+"""Trains a byte-level BPE tokenizer, or prepares any tokenizer of the ``tokenizers`` library for a corpus."""
 
 import json
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from efftrain.errors import ConfigError, CorpusError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that are trained here, where its id is 0
+END_OF_TEXT = "<|endoftext|>"  # in tokenizers that are trained here, where its id is 0
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 
-# The tokens that end a document in public tokenizers; where one has several of them the first in this order is taken.
-# Ends of a turn of a conversation, such as <|im_end|>, are not among them.
+# The tokens that end a document in public tokenizers. If a tokenizer has several of them, the first in this order is
+# used. Tokens that end a turn of a conversation, such as <|im_end|>, are not included.
 KNOWN_ENDS_OF_TEXT = (
     END_OF_TEXT,  # GPT-2, GPT-NeoX, OLMo, Qwen, Falcon, Phi
     "<|end_of_text|>",  # Llama 3
@@ -28,7 +28,7 @@ KNOWN_ENDS_OF_TEXT = (
     "[EOS]",
     "[SEP]",  # BERT
 )
-_MARK = "end_of_text"  # in the entry of an added token in tokenizer.json; the library ignores what it does not know
+_MARK = "end_of_text"  # key in the entry of an added token in tokenizer.json; the library ignores unknown keys
 
 
 def check_vocabulary(size: int) -> None:
@@ -39,12 +39,12 @@ def check_vocabulary(size: int) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "Tokenizer":
-    """Trains a byte-level BPE, which has an entry for every byte, so that nothing is unknown.
+    """Trains a byte-level BPE, which has an entry for every byte, so that no text is unknown.
 
     Args:
-      texts: the sample; it is counted into words at once and not kept. A word longer than some kilobytes counts as
-        several, because the time of training grows with the square of a word's length.
-      vocabulary: entries including the 256 bytes and the end of text. A small sample may give fewer.
+      texts: the sample; its words are counted immediately, and the texts are not kept. A word of more than a few
+        kilobytes is divided, because the training time is quadratic in the length of a word.
+      vocabulary: number of entries, including the 256 bytes and the end of text. A small sample may give fewer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -63,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "Tokenizer":
 
 
 def load_tokenizer(path: Path, end_of_text: str | None = None) -> "Tokenizer":
-    """Loads a ``tokenizer.json`` for the encoding of whole documents: nothing is truncated, padded or left to chance.
+    """Loads a ``tokenizer.json`` to encode whole documents: without truncation, padding or dropout.
 
     Args:
       path: the file.
@@ -71,7 +71,7 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> "Tokenizer":
 
     Raises:
       CorpusError: there is no such file, or it is not a tokenizer.
-      ConfigError: it has no end of text.
+      ConfigError: the tokenizer has no end-of-text token.
     """
     from tokenizers import Tokenizer
 
@@ -88,7 +88,7 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> "Tokenizer":
 
 
 def find_end_of_text(tokenizer: "Tokenizer", name: str | None = None) -> str:
-    """The token between documents: ``name``, or else the first of ``KNOWN_ENDS_OF_TEXT``, special tokens first.
+    """Returns the token between documents: ``name``, or the first of ``KNOWN_ENDS_OF_TEXT``, special tokens first.
 
     Raises:
       ConfigError: there is no such token; the message lists the special tokens.
@@ -104,24 +104,24 @@ def find_end_of_text(tokenizer: "Tokenizer", name: str | None = None) -> str:
 
 
 def marked_end_of_text(path: Path) -> str | None:
-    """The end of text that a ``tokenizer.json`` marks, because it is not the one that would be found."""
+    """Returns the end-of-text token that a ``tokenizer.json`` marks, or None if it is the one that would be found."""
     added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", ())
     return next((token["content"] for token in added if token.get(_MARK)), None)
 
 
 def special_tokens(tokenizer: "Tokenizer") -> list[str]:
-    """The added tokens that are special, in the order of their ids."""
+    """Returns the added tokens that are special, in the order of their ids."""
     added = sorted(tokenizer.get_added_tokens_decoder().items())
     return [token.content for _, token in added if token.special]
 
 
 def vocabulary_size(tokenizer: "Tokenizer") -> int:
-    """One more than the largest id: a tokenizer may leave numbers out."""
+    """Returns the largest id plus one; a tokenizer may have unused ids."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def first_difference(one: "Tokenizer", other: "Tokenizer") -> str | None:
-    """What the first entry is in which two tokenizers differ, for an error message; None where they are the same."""
+    """Describes the first difference between two tokenizers for an error message; None if they are equal."""
     mine, theirs = ({number: token for token, number in t.get_vocab().items()} for t in (one, other))
     for number in range(max(vocabulary_size(one), vocabulary_size(other))):
         if mine.get(number) != theirs.get(number):
@@ -132,11 +132,11 @@ def first_difference(one: "Tokenizer", other: "Tokenizer") -> str | None:
 
 
 def text_encoder(tokenizer: "Tokenizer") -> "Tokenizer":
-    """A tokenizer that encodes text alike, and in which no text becomes a special token that it only spells.
+    """Returns an equivalent tokenizer that never encodes text as a special token, even if the text spells one.
 
-    ``encode_special_tokens`` keeps the library from finding special tokens in a text, not a model from having them
-    among its own entries: Unigram, WordPiece and WordLevel do find ``</s>`` there. A cut after the first character of
-    each, as the last step of pre-tokenization, hides them.
+    ``encode_special_tokens`` prevents the library from finding special tokens in a text, but the model may have them
+    among its own entries: Unigram, WordPiece and WordLevel then find ``</s>``. A split after the first character of
+    each special token, as the last step of pre-tokenization, prevents this.
     """
     import re
 
@@ -157,17 +157,17 @@ def text_encoder(tokenizer: "Tokenizer") -> "Tokenizer":
 
 
 def token_dtype(vocabulary: int) -> type:
-    """The smallest unsigned type that holds every id."""
+    """Returns the smallest unsigned integer type for the ids of a vocabulary: uint16 or uint32."""
     return np.uint16 if vocabulary <= 1 << 16 else np.uint32
 
 
 def tokenizer_json(tokenizer: "Tokenizer", end_of_text: str | None = None) -> str:
-    """The file's content, readable and the same for the same tokenizer.
+    """Returns the content of ``tokenizer.json``, indented and deterministic.
 
     Args:
-      tokenizer: as ``load_tokenizer`` and ``train_tokenizer`` give it.
-      end_of_text: the token between documents, marked in the file where it is not the one that would be found. None:
-        the one that is found.
+      tokenizer: a tokenizer from ``load_tokenizer`` or ``train_tokenizer``.
+      end_of_text: the token between documents, which is marked in the file if it is not the one that would be found.
+        None: no token is marked.
     """
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     if end_of_text is not None and _known_end_of_text(tokenizer) != end_of_text:
@@ -183,8 +183,8 @@ def _known_end_of_text(tokenizer: "Tokenizer") -> str | None:
 
 def _prepared(tokenizer: "Tokenizer", end_of_text: str) -> "Tokenizer":
     if end_of_text not in special_tokens(tokenizer):
-        tokenizer.add_special_tokens([end_of_text])  # it keeps its id
-    # A text that spells the end of text must not become it: it would cut the document and lose its bytes.
+        tokenizer.add_special_tokens([end_of_text])  # an existing token keeps its id
+    # Text that spells the end-of-text token must not be encoded as it, which would divide the document and lose bytes.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

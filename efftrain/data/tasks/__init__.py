@@ -1,4 +1,4 @@
-"""Examples of a task: read from files or synthesised, and packed into rows.
+"""Provides the examples of a task: reads them from files or synthesises them, and packs them into rows.
 
-It may import ``data.storage`` and ``data.sources``.
+This package may import ``data.storage`` and ``data.sources``.
 """

@@ -1,7 +1,7 @@
-"""What a model of a task reads: questions before their labels, labels before questions, prompts before completions.
+"""Encodes the examples of a task for a model: questions with labels, labels with questions, prompts with completions.
 
-The ids of a task are the tokenizer's, behind them one that asks for the answer, behind it one for each label. A
-question is ``<|endoftext|> text <answer>``, and the label's id is what follows.
+The ids of a task are those of the tokenizer, then one id that asks for the answer, then one id per label. A question is
+``<|endoftext|> text <answer>``, and is followed by the id of its label.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,17 +27,17 @@ from efftrain.errors import RunError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ALWAYS = -1  # the word of a token that is never left out
+ALWAYS = -1  # the word number of a token that word dropout never removes
 
 
 @dataclass(frozen=True)
 class TaskIds:
-    """Numbers of everything that a model of a task reads and says.
+    """The ids of everything that a model of a task reads and predicts: tokens, the answer token and labels.
 
     Attributes:
-      tokenizer: of the text.
-      labels: in the order of their ids; none where answers are texts.
-      end_of_text: the tokenizer's token before and after texts. None: the one that ``find_end_of_text`` finds.
+      tokenizer: the tokenizer of the text.
+      labels: the labels in the order of their ids; empty if answers are texts.
+      end_of_text: the token of the tokenizer before and after texts. None: the one that ``find_end_of_text`` finds.
     """
 
     tokenizer: "Tokenizer"
@@ -54,7 +54,7 @@ class TaskIds:
 
     @cached_property
     def answer(self) -> int:
-        """What asks for the answer."""
+        """The id of the token that asks for the answer."""
         return vocabulary_size(self.tokenizer)
 
     @property
@@ -63,11 +63,11 @@ class TaskIds:
 
     @property
     def size(self) -> int:
-        """The model's vocabulary."""
+        """The vocabulary size of the model."""
         return self.first_label + len(self.labels)
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each text its tokens, and the number of the word that each belongs to; (n,) int32 both."""
+        """Returns for each text its tokens, and the number of the word that each token belongs to, both (n,) int32."""
         found = self._encoder.encode_batch(list(texts), add_special_tokens=False)
         return [(np.array(e.ids, np.int32), np.array(e.word_ids, np.int32)) for e in found]
 
@@ -76,20 +76,20 @@ class TaskIds:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokenizer and the labels."""
+        """Digest of the tokenizer and the labels."""
         return digest({"tokenizer": tokenizer_json(self.tokenizer), "labels": self.labels})
 
     def write(self, folder: Path) -> None:
-        """``tokenizer.json`` and ``labels.txt``."""
+        """Writes ``tokenizer.json`` and ``labels.txt`` to a folder."""
         (folder / "tokenizer.json").write_text(tokenizer_json(self.tokenizer, self.end_of_text), encoding="utf-8")
         (folder / "labels.txt").write_text("".join(f"{label}\n" for label in self.labels), encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> "TaskIds":
-        """What ``write`` left in a run.
+        """Reads the files that ``write`` wrote to the folder of a run.
 
         Raises:
-          RunError: it is not there.
+          RunError: the folder has no ``labels.txt``.
         """
         if not (folder / "labels.txt").exists():
             raise RunError(f"{folder} holds no labels.txt; give the run of a model of a task")
@@ -100,16 +100,16 @@ class TaskIds:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One segment of a row.
+    """One encoded example, which becomes a segment of a row.
 
     Attributes:
-      sequence: (n,) int32 ids; all but the last are read, all but the first are targets.
-      words: (n,) int32, the word that an id belongs to, or ``ALWAYS``.
-      counted: (n,) bool, whether an id is a target of the loss on text.
-      label: the number of its label, which follows its last token. -1: not known.
-      asks: its last token asks for a label.
-      weight: of the loss on its text, over all of its tokens.
-      teacher: (labels,) float32 logits of a teacher there. None: there is none.
+      sequence: (n,) int32 ids; all except the last are inputs, all except the first are targets.
+      words: (n,) int32, the number of the word that an id belongs to, or ``ALWAYS``.
+      counted: (n,) bool, True for ids that are targets of the loss on text.
+      label: the number of the label that follows the last input token; -1 if it is unknown.
+      asks: whether the last input token asks for a label.
+      weight: weight of the loss on the text, summed over its tokens.
+      teacher: (labels,) float32, the logits of a teacher for the label. None: no teacher.
     """
 
     sequence: np.ndarray
@@ -121,18 +121,20 @@ class Item:
     teacher: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Tokens of a row that it takes."""
+        """The number of tokens that the item takes in a row."""
         return len(self.sequence) - 1
 
 
 def questions(
     ids: TaskIds, texts: Sequence[str], labels: Sequence[int] | None = None, teacher: np.ndarray | None = None
 ) -> list[Item]:
-    """``<|endoftext|> text <answer>``, then the label.
+    """Encodes questions as ``<|endoftext|> text <answer>``, each followed by its label.
 
     Args:
-      labels: numbers of labels, -1 where there is none. None: none has one.
-      teacher: (n, labels) logits of a teacher.
+      ids: the ids of the task.
+      texts: the questions.
+      labels: the number of the label of each question, -1 if it is unknown. None: all labels are unknown.
+      teacher: (n, labels) logits of a teacher. None: no teacher.
     """
     found = []
     for i, (tokens, words) in enumerate(ids.encode(texts)):
@@ -144,10 +146,13 @@ def questions(
 
 
 def conditionals(ids: TaskIds, texts: Sequence[str], labels: Sequence[int], *, weight: float = 10.0) -> list[Item]:
-    """``<|endoftext|> <label> text <|endoftext|>``: what a model learns to make up questions from.
+    """Encodes examples as ``<|endoftext|> <label> text <|endoftext|>``, which teach a model to generate questions.
 
     Args:
-      weight: beside the text of a question, which is there to be answered.
+      ids: the ids of the task.
+      texts: the questions.
+      labels: the number of the label of each question.
+      weight: weight of the loss on each text, relative to 1 for the text of a question from ``questions``.
     """
     found = []
     for text, label in zip(ids.encode(texts), labels, strict=True):
@@ -157,7 +162,10 @@ def conditionals(ids: TaskIds, texts: Sequence[str], labels: Sequence[int], *, w
 
 
 def completions(ids: TaskIds, examples: Sequence[Example]) -> list[Item]:
-    """``<|endoftext|> prompt <answer> completion <|endoftext|>``; the completion counts alone, no word is left out."""
+    """Encodes examples as ``<|endoftext|> prompt <answer> completion <|endoftext|>``.
+
+    Only the completion is a target of the loss, and word dropout removes no word.
+    """
     prompts = ids.encode([e.text for e in examples])
     answers = ids.encode([e.answer for e in examples])
     return [
@@ -180,11 +188,11 @@ def _item(
 
 
 def leave_out(item: Item, share: float, random: np.random.Generator) -> Item:
-    """Without some words, each left out with a chance of ``share``; one of them stays at least."""
+    """Applies word dropout: removes each word of an item with probability ``share``, but keeps at least one word."""
     n = int(item.words.max(initial=ALWAYS)) + 1
     if not share or n < 2:
         return item
     stays = random.random(n) >= share
     stays[random.integers(n)] = True
-    kept = np.append(stays, True)[item.words]  # ALWAYS is the last one
+    kept = np.append(stays, True)[item.words]  # the index ALWAYS selects the appended True
     return replace(item, sequence=item.sequence[kept], words=item.words[kept], counted=item.counted[kept])

@@ -1,4 +1,4 @@
-"""Rows of a task: each example a segment, several in a row, so that short questions waste no padding."""
+"""Packs the examples of a task into rows, several segments per row, so that short questions need little padding."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,20 @@ Row = dict[str, np.ndarray]
 
 
 def examples_per_row(items: Sequence[Item], length: int) -> int:
-    """Room for answers in a row: half as much again as fit on average."""
+    """Returns the number of slots for items in a row: 1.5 times the number of items that fit on average."""
     return max(1, int(1.5 * length / np.mean([len(item) for item in items])))
 
 
 def pack(items: Sequence[Item], length: int, per_row: int) -> list[list[int]]:
-    """Which items stand in each row, in order: a row ends where the next one has no room.
+    """Assigns items to rows, in order; a new row begins when the next item does not fit.
+
+    Args:
+      items: the items.
+      length: number of tokens per row.
+      per_row: largest number of items per row.
+
+    Returns:
+      The indices of the items in each row.
 
     Raises:
       ConfigError: an item is longer than a row.
@@ -40,13 +48,22 @@ def pack(items: Sequence[Item], length: int, per_row: int) -> list[list[int]]:
 
 
 def fill(items: Sequence[Item], length: int, per_row: int, n_labels: int) -> Row:
-    """The arrays of one row.
+    """Returns the arrays of one row.
+
+    Args:
+      items: the items of the row.
+      length: number of tokens per row.
+      per_row: number of slots for items.
+      n_labels: number of labels of the task.
 
     Returns:
-      tokens, targets, segments, positions (length,) int32 and mask (length,) bool as in ``packing.row``, where mask is
-      True for targets of the loss on text; weights (length,) float32: those of an item are its own together;
-      answers (per_row,) int32: the place of each item's last token, -1 where none asks; labels (per_row,) int32, -1
-      where there is none; teacher_logits (per_row, n_labels) float32, where the items have any.
+      A dict of arrays:
+        tokens, targets, segments, positions: (length,) int32, see ``packing.row``.
+        mask: (length,) bool, True for targets of the loss on text.
+        weights: (length,) float32, which sum to ``Item.weight`` over the targets of each item.
+        answers: (per_row,) int32, the index of the last token of each item, -1 if it does not ask for a label.
+        labels: (per_row,) int32, the label of each item, -1 if there is none.
+        teacher_logits: (per_row, n_labels) float32, only if some items have logits.
     """
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
     row |= {"mask": np.zeros(length, bool), "weights": np.zeros(length, np.float32)}
@@ -70,18 +87,18 @@ def fill(items: Sequence[Item], length: int, per_row: int, n_labels: int) -> Row
 
 
 class TaskBatches:
-    """Endless batches of a task: in each epoch every item once, in another order.
+    """An endless iterator over batches of a task. Each epoch has every item once, in a new order.
 
-    The batches depend on the arguments alone; process p of P takes the rows [p*B/P, (p+1)*B/P) of each.
+    The batches depend only on the arguments. Of each batch of B rows, process p of P gets rows [p*B/P, (p+1)*B/P).
 
     Args:
-      items: what is trained on; all with a teacher's logits, or none.
-      length: tokens of a row.
-      batch_size: rows of a batch, over all processes.
-      seed: of the order, and of the words that are left out.
-      n_labels: of the task.
-      word_dropout: chance of a word to be left out.
-      part: which part of each batch this process gets: (number, of how many).
+      items: the training items. Either all questions have the logits of a teacher, or none.
+      length: number of tokens per row.
+      batch_size: number of rows per batch, over all processes.
+      seed: seed of the order and of word dropout.
+      n_labels: number of labels of the task.
+      word_dropout: probability with which each word is removed.
+      part: (number of this process, number of processes), which selects its part of each batch.
     """
 
     def __init__(
@@ -108,7 +125,7 @@ class TaskBatches:
         self._items, self._length, self._batch_size, self._seed = items, length, batch_size, seed
         self._n_labels, self._word_dropout, self._part = n_labels, word_dropout, part
         self._per_row = examples_per_row(items, length)
-        pack(items, length, self._per_row)  # all of them have room, also where no word is left out
+        pack(items, length, self._per_row)  # raises if an item does not fit when no word is removed
         self._taught = any(item.teacher is not None for item in items)
         settings = {"length": length, "batch": batch_size, "seed": seed, "words": word_dropout, "labels": n_labels}
         self._identity = digest(settings | {"items": _fingerprint(items)})
@@ -130,10 +147,11 @@ class TaskBatches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def get_state(self) -> dict[str, Any]:
+        """Returns the position as JSON values: epoch, row in the epoch, and the identity of the data."""
         return {"epoch": self._epoch, "row": self._row, "data": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where ``get_state`` was called.
+        """Resumes at a position from ``get_state``.
 
         Raises:
           RunError: the state belongs to other examples, or another seed, length or batch size.

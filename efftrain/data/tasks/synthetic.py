@@ -1,4 +1,4 @@
-"""Small tasks of our own making, for where there are no data: a shop's questions, amounts in words."""
+"""Generates small synthetic tasks for use without real data: questions to a shop, and amounts in words."""
 
 import csv
 from collections.abc import Callable, Iterable
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Intents that share their words: what is asked is told by how they stand together. {o}: opening, {i}: item, {p}: place.
+# Intents share most words, so that only their combination tells them apart. {o}: opening, {i}: item, {p}: place,
+# {t}: time.
 INTENTS: dict[str, tuple[str, ...]] = {
     "where_is_order": ("{o} where is my {i}", "{o} my {i} has not come to {p} yet", "{o} track the {i} I ordered"),
     "late_order": ("{o} my {i} is late", "{o} the {i} should have come {t}", "{o} still waiting for a {i} since {t}"),
@@ -32,7 +33,7 @@ WORDS = {
     "t": ("yesterday", "last week", "Monday", "two weeks ago", "the weekend", "March", "this morning", "Friday"),
 }  # fmt: skip
 ENDINGS = ("", "", "?", ".", " thanks", ", what now?", " please", "!!")
-TYPOS, OTHER_WORDS = 0.04, 0.1  # chance of a letter to go wrong; of a question to speak in another intent's words first
+TYPOS, OTHER_WORDS = 0.04, 0.1  # probability of a typo per letter; of beginning with the words of another intent
 
 ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
         "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")  # fmt: skip
@@ -41,7 +42,10 @@ ASKING = ("it costs {}", "that is {} in all", "we owe them {}", "{} please", "th
 
 
 def write_questions(folder: Path, *, n_labelled: int = 1500, n_unlabelled: int = 300, n_test: int = 300) -> None:
-    """``labelled.csv``, ``unlabelled.csv`` and ``test.csv`` of a shop's questions (text, label); always the same."""
+    """Writes ``labelled.csv``, ``unlabelled.csv`` and ``test.csv`` with questions to a shop (text, label).
+
+    The files are the same in each call.
+    """
     drawn = _distinct(_question, n_labelled + n_unlabelled + n_test)
     _write(folder / "labelled.csv", ("text", "label"), drawn[:n_labelled])
     _write(folder / "test.csv", ("text", "label"), drawn[n_labelled : n_labelled + n_test])
@@ -49,7 +53,10 @@ def write_questions(folder: Path, *, n_labelled: int = 1500, n_unlabelled: int =
 
 
 def write_amounts(folder: Path, *, n_labelled: int = 1500, n_unlabelled: int = 300, n_test: int = 300) -> None:
-    """The same of amounts in words (prompt) to figures (completion): ``we owe them two pounds ten`` to ``2.10``."""
+    """Writes the same files with amounts in words (prompt) and figures (completion).
+
+    An example is ``we owe them two pounds ten`` with the completion ``2.10``.
+    """
     drawn = _distinct(_amount, n_labelled + n_unlabelled + n_test)
     _write(folder / "labelled.csv", ("prompt", "completion"), drawn[:n_labelled])
     _write(folder / "test.csv", ("prompt", "completion"), drawn[n_labelled : n_labelled + n_test])
@@ -57,7 +64,7 @@ def write_amounts(folder: Path, *, n_labelled: int = 1500, n_unlabelled: int = 3
 
 
 def in_words(number: int) -> str:
-    """0 to 999: ``three hundred and five``."""
+    """Returns a number from 0 to 999 in words, such as ``three hundred and five``."""
     if number < 20:
         return ONES[number]
     if number < 100:

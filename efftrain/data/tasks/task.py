@@ -1,6 +1,6 @@
-"""Examples of a task from CSV or JSON lines: questions with labels, or prompts with completions.
+"""Reads the examples of a task from CSV or JSON Lines: questions with labels, or prompts with completions.
 
-Whatever is wrong with a file is said with its line, and nothing is left out without being counted.
+Errors in a file are reported with their line, and every example that is dropped is counted.
 """
 
 import csv
@@ -21,19 +21,19 @@ from efftrain.errors import ConfigError, CorpusError
 
 _END_OF_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)?")
 
-WRITTEN_TYPE = "efftrain.data.task:Example"  # in fingerprints of tasks, wherever the class is by now
+WRITTEN_TYPE = "efftrain.data.task:Example"  # part of fingerprints of tasks, so that it stays if the class is moved
 
-Record = tuple[int, dict[str, Any]]  # the line at which it begins, and its fields
+Record = tuple[int, dict[str, Any]]  # the line at which the record begins, and its fields
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example.
+    """One example of a task.
 
     Attributes:
       text: the question, or the prompt.
-      answer: its label, or the completion. None: nobody said.
-      line: where it began in its file.
+      answer: the label, or the completion. None: unknown.
+      line: the line of the file at which the example begins.
     """
 
     text: str
@@ -43,19 +43,19 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFiles:
-    """Where a task's examples are: ``.csv`` with a header, or ``.jsonl``, in UTF-8.
+    """The files with the examples of a task: ``.csv`` with a header, or ``.jsonl``, in UTF-8.
 
-    Blank lines at the end of a file mean nothing. Lines end in "\\n" or "\\r\\n"; in a text they end in "\\n".
+    Blank lines at the end of a file are ignored. Lines may end in "\\n" or "\\r\\n"; in the examples they end in "\\n".
 
     Attributes:
-      labelled: what is trained on, and validated on.
-      test: what is scored once, at the end.
+      labelled: the examples for training and validation.
+      test: the examples that are scored once, at the end.
       unlabelled: texts without answers. None: there are none.
       text: the column of questions or prompts.
       label: the column of labels or completions.
-      generates: an answer is a text of its own and not one of some labels.
-      validation: share of the labelled examples, of each label, that is not trained on.
-      seed: of the choice of these.
+      generates: whether answers are free texts rather than labels from a fixed set.
+      validation: share of the labelled examples of each label that is used for validation, between 0 and 1.
+      seed: seed of the choice of the validation examples.
     """
 
     labelled: Path
@@ -74,13 +74,13 @@ class TaskFiles:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples, checked and divided.
+    """The examples of a task, checked and divided into splits.
 
     Attributes:
-      labels: sorted; none where answers are texts of their own.
+      labels: the labels in sorted order; empty if answers are free texts.
       train, validation, test: examples with answers.
-      unlabelled: examples without.
-      removed: what was left out and how often.
+      unlabelled: examples without answers.
+      removed: the number of examples that were dropped, by reason.
     """
 
     labels: tuple[str, ...]
@@ -92,28 +92,29 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """Of all examples and their parts."""
+        """Digest of all examples and of their division into splits."""
         parts = (self.train, self.validation, self.test, self.unlabelled)
         return json_digest([[asdict(example) | {"type": WRITTEN_TYPE} for example in part] for part in parts])
 
     def texts(self, part: Literal["train", "validation", "test", "unlabelled"]) -> list[str]:
+        """Returns the questions or prompts of a split."""
         return [example.text for example in getattr(self, part)]
 
     def numbers(self, examples: Iterable[Example]) -> np.ndarray:
-        """(n,) int32: which of the labels each example has, -1 where it has none."""
+        """Returns the index of the label of each example, (n,) int32, or -1 if it has none."""
         number = {label: i for i, label in enumerate(self.labels)}
         return np.array([-1 if e.answer is None else number[e.answer] for e in examples], np.int32)
 
 
 def open_task(files: TaskFiles) -> Task:
-    """Reads a task's files.
+    """Reads and checks the files of a task, and divides the labelled examples into training and validation.
 
-    Texts of the test file are removed from the others, and of texts that come several times the first one stays; both
-    are counted. Texts are the same where they differ in case and white space alone.
+    Texts of the test file are removed from the other files, and of repeated texts the first is kept; both are counted
+    in ``Task.removed``. Texts are equal if they differ only in case and white space.
 
     Raises:
-      CorpusError: a file is missing, not UTF-8, not CSV or JSON lines, lacks a column or a text; a label is unknown or
-        has too few examples.
+      CorpusError: a file is missing, not UTF-8, not CSV or JSON Lines, or lacks a column or a text; a label is unknown
+        or has too few examples.
     """
     labelled = read_examples(files.labelled, files.text, files.label)
     test = read_examples(files.test, files.text, files.label)
@@ -141,16 +142,17 @@ def open_task(files: TaskFiles) -> Task:
 
 
 def same_text(text: str) -> str:
-    """Equal for texts that differ in case and white space alone."""
+    """Returns a normalised text, which is equal for texts that differ only in case and white space."""
     return " ".join(text.casefold().split())
 
 
 def read_examples(path: Path, text: str, label: str, *, label_needed: bool = True) -> list[Example]:
-    """The examples of one file, in order.
+    """Reads the examples of one file, in order.
 
     Args:
-      text, label: the columns.
-      label_needed: every example has an answer; else the column may be missing.
+      path: the file.
+      text, label: the names of the columns.
+      label_needed: whether every example must have an answer. If False, the column may be missing or empty.
 
     Raises:
       CorpusError: see ``open_task``.
@@ -189,7 +191,7 @@ def _decoded(path: Path) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         raise CorpusError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save it as UTF-8") from None
     whole = content.rstrip()
-    return whole + _END_OF_LINE.match(content, len(whole))[0]  # spaces may belong to the last field
+    return whole + _END_OF_LINE.match(content, len(whole))[0]  # keeps spaces, which may belong to the last field
 
 
 def _csv_records(path: Path, content: str) -> Iterator[Record]:
@@ -239,7 +241,7 @@ def _check_labels(path: Path | None, examples: Sequence[Example], labels: tuple[
 
 
 def _without(examples: Sequence[Example], known: set[str], removed: Counter, name: str) -> list[Example]:
-    """Without known texts and repetitions."""
+    """Returns the examples without known and repeated texts, and counts those that are dropped in ``removed``."""
     kept: dict[str, Example] = {}
     for example in examples:
         text = same_text(example.text)
@@ -253,7 +255,7 @@ def _without(examples: Sequence[Example], known: set[str], removed: Counter, nam
 
 
 def _split(files: TaskFiles, examples: list[Example], labels: tuple[str, ...]) -> tuple[list[Example], list[Example]]:
-    """Training and validation, with the same share of each label."""
+    """Divides examples into training and validation, with the same share of each label."""
     groups: dict[str | None, list[int]] = {label: [] for label in labels or (None,)}
     for i, example in enumerate(examples):
         groups[example.answer if labels else None].append(i)

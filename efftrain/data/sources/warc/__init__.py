@@ -1,4 +1,4 @@
-"""Web archives: members, records, pages.
+"""Reads documents from web archives, in layers: compressed members, WARC records, pages.
 
-It may import the other sources.
+This package may import the other sources.
 """

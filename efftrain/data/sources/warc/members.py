@@ -1,7 +1,8 @@
-"""The unpacked bytes of a web archive, member by member, with a way past members that cannot be unpacked.
+"""Decompresses a web archive member by member, and continues after members that cannot be decompressed.
 
-A crawler packs each record as a gzip member or Zstandard frame of its own, so that a reader can begin at any of them.
-That is also what makes damage harmless: after a broken member the next one is looked for in the packed bytes.
+A crawler compresses each record as a gzip member or Zstandard frame of its own, so that a reader can begin at any of
+them. This also limits the loss from damage: after a broken member, the next one is searched for in the compressed
+bytes.
 """
 
 import zlib
@@ -10,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-_TRIAL_BYTES = 1 << 16  # packed bytes that must unpack where a member is supposed to begin
+_TRIAL_BYTES = 1 << 16  # compressed bytes that must decompress for a position to count as the beginning of a member
 _SEARCH_BYTES = 1 << 20
 _MAX_DICTIONARY = 64 << 20
 
 
 @dataclass(frozen=True)
 class MemberEnd:
-    """A member ended as it should, its checksum included.
+    """Event: a member ended regularly, with a valid checksum.
 
     Attributes:
-      packed: where the next one begins in the packed file.
+      packed: position in the compressed file at which the next member begins.
     """
 
     packed: int
@@ -28,12 +29,14 @@ class MemberEnd:
 
 @dataclass(frozen=True)
 class Damage:
-    """Packed bytes that could not be unpacked.
+    """Event: compressed bytes that could not be decompressed.
 
     Attributes:
-      packed: where reading goes on in the packed file: at the next member or, if there is none, at the file's end.
-      n_bytes: packed bytes from the first that could not be unpacked to ``packed``; at least 1 where reading goes on.
-      reason: a sentence without its full stop.
+      packed: position in the compressed file at which reading continues: the next member or, without one, the end of
+        the file.
+      n_bytes: number of compressed bytes from the first that could not be decompressed up to ``packed``; at least 1
+        unless ``cut`` is set.
+      reason: a sentence without a final full stop.
       cut: the file ends inside a member.
     """
 
@@ -47,7 +50,7 @@ Event = bytes | MemberEnd | Damage
 
 
 class Decompressor(Protocol):
-    """Unpacks one member; the interface of ``zlib.decompressobj``."""
+    """Decompresses one member; has the interface of ``zlib.decompressobj``."""
 
     eof: bool
     unused_data: bytes
@@ -56,11 +59,11 @@ class Decompressor(Protocol):
 
 
 class Gzip:
-    """Gzip members (RFC 1952). A member's checksum and length are checked at its end."""
+    """Gzip members (RFC 1952). The checksum and length of a member are verified at its end."""
 
     name = "gzip member"
     magic = b"\x1f\x8b\x08"
-    chunk = 1 << 13  # a byte unpacks to at most 1,032
+    chunk = 1 << 13  # small, because a byte can decompress to 1,032 bytes
 
     def decoder(self, head: bytes) -> Decompressor:
         return zlib.decompressobj(31)
@@ -70,14 +73,14 @@ class Gzip:
 
 
 class Zstd:
-    """Zstandard frames (RFC 8878). A skippable frame 0x184D2A5D holds the dictionary of those that follow.
+    """Zstandard frames (RFC 8878). A skippable frame 0x184D2A5D contains the dictionary of the frames after it.
 
     Source: Zstandard Compression for WARC Files 1.0, International Internet Preservation Consortium.
     """
 
     name = "Zstandard frame"
     magic = b"\x28\xb5\x2f\xfd"
-    chunk = 1 << 9  # 4 bytes unpack to as much as 128 kB
+    chunk = 1 << 9  # small, because 4 bytes can decompress to 128 kB
 
     def __init__(self):
         import zstandard
@@ -97,13 +100,13 @@ class Zstd:
     def _use_dictionary(self, content: bytes) -> None:
         import zstandard
 
-        if content.startswith(self.magic):  # the dictionary may be packed itself
+        if content.startswith(self.magic):  # the dictionary itself may be compressed
             content = zstandard.ZstdDecompressor().stream_reader(content).read(_MAX_DICTIONARY)
         self._decompressor = zstandard.ZstdDecompressor(dict_data=zstandard.ZstdCompressionDict(content))
 
 
 class _SkippableFrame:
-    """Unpacks to nothing, and hands its content to ``use`` at its end."""
+    """Decompressor of a skippable frame: returns no bytes, and passes the content of the frame to ``use``."""
 
     def __init__(self, use: Any):
         self.eof, self.unused_data = False, b""
@@ -129,7 +132,7 @@ class _SkippableFrame:
 
 
 def packing_of(path: Path, file: BinaryIO) -> Gzip | Zstd | None:
-    """How a file is packed, by its first bytes, and by its suffix where these are unknown. None: it is not packed."""
+    """Detects the compression of a file from its first bytes or else its suffix; None if it is not compressed."""
     head = file.read(5)
     if head.startswith(Gzip.magic):
         return Gzip()
@@ -141,10 +144,15 @@ def packing_of(path: Path, file: BinaryIO) -> Gzip | Zstd | None:
 
 
 def unpack(file: BinaryIO, packing: Gzip | Zstd | None, start: int = 0) -> Iterator[Event]:
-    """Yields what a file holds from the member that begins at the byte ``start``, in pieces of bounded size.
+    """Yields the decompressed bytes of a file in chunks of bounded size, with the ends of members and the damage.
 
-    The first piece of a member has at least 5 bytes, unless the member is shorter. Zeros between and after members
-    are padding. Raises OSError if the file itself cannot be read.
+    The first chunk of a member has at least 5 bytes, unless the member is shorter. Zeros between and after members
+    are skipped as padding. Raises OSError if the file itself cannot be read.
+
+    Args:
+      file: the compressed file.
+      packing: its compression; None yields the bytes as they are.
+      start: position of the first member to read.
     """
     file.seek(start)
     if packing is None:
@@ -162,11 +170,11 @@ def unpack(file: BinaryIO, packing: Gzip | Zstd | None, start: int = 0) -> Itera
 
 
 def _member(file: BinaryIO, packing: Gzip | Zstd, at: int, packed: bytes) -> Iterator[Event]:
-    """One member, or the damage in its place; returns the packed bytes that were read after it.
+    """Yields one member, or the damage in its place; returns the compressed bytes that were read after it.
 
     Args:
-      at: where the member begins in the file.
-      packed: its first bytes; the file is read on from there.
+      at: position in the file at which the member begins.
+      packed: the first bytes of the member; the rest is read from the file.
     """
     first, n_fed, n_unpacked = len(packed), 0, 0
     try:
@@ -204,14 +212,15 @@ def _member(file: BinaryIO, packing: Gzip | Zstd, at: int, packed: bytes) -> Ite
 
 
 def _salvaged(file: BinaryIO, packing: Gzip | Zstd, at: int, first: int, n_fed: int) -> tuple[bytes, int]:
-    """What the call that failed unpacked before its error, and the place of the byte that is in error.
+    """Returns what a failed call decompressed before its error, and the position of the erroneous byte.
 
-    The decoders keep nothing of a call that fails, so the member is unpacked again, the last piece byte by byte.
+    The decoders discard the output of a call that fails, so the member is decompressed again, its last chunk byte by
+    byte.
 
     Args:
-      at: where the member begins in the file.
-      first: bytes of its first piece.
-      n_fed: bytes of all pieces before the one that failed.
+      at: position in the file at which the member begins.
+      first: number of bytes of its first chunk.
+      n_fed: number of bytes of all chunks before the one that failed.
     """
     file.seek(at)
     decoder = packing.decoder(file.read(5))
@@ -231,7 +240,7 @@ def _salvaged(file: BinaryIO, packing: Gzip | Zstd, at: int, first: int, n_fed: 
 
 
 def _next_member(file: BinaryIO, packing: Gzip | Zstd, start: int) -> int | None:
-    """The first place from ``start`` on where a member begins, which is where its first bytes can be unpacked."""
+    """Returns the first position from ``start`` on at which the bytes can be decompressed as a member."""
     at, window = start, b""
     file.seek(at)
     while data := file.read(_SEARCH_BYTES):

@@ -1,4 +1,4 @@
-"""The text of a page as a server sent it: HTTP header, transfer and content encodings, character encoding."""
+"""Decodes the text of a page from an HTTP response: header, transfer and content encodings, character encoding."""
 
 import codecs
 import io
@@ -15,20 +15,20 @@ _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(;[^\n]*)?\r?\n")
 _LINE_END = re.compile(rb"(\r?\n)?")
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
 _META_CHARSET = re.compile(rb"<meta\b[^>]*?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
-_META_BYTES = 4096  # of the page in which its meta tag is looked for
+_META_BYTES = 4096  # first bytes of the page, in which its meta tag is searched for
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
-# Python's codecs of these names know fewer characters than the encodings that browsers mean by them.
+# Python's codecs of these names have fewer characters than the encodings that browsers use under the same names.
 _WIDER = {"gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"}
 
-# Text in another encoding is hardly ever valid in one of these, while any bytes are text in a single-byte encoding.
+# Text in another encoding is hardly ever valid in one of these, whereas any bytes are valid in a single-byte encoding.
 _MULTI_BYTE = {
     *("utf-8", "utf-16-le", "utf-16-be", "gb18030", "cp932", "cp949", "big5hkscs", "euc_jp", "iso2022_jp"),
 }
 
 
 class UnpackError(ValueError):
-    """The bytes of a page are not in the encoding that its header names, or no decoder for it is known."""
+    """Raised if the bytes of a page are not in the encoding that its header declares, or there is no decoder for it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Response:
 
 
 def parse_response(block: bytes) -> Response | None:
-    """The response in the block of a record; None where the block does not begin with an HTTP status line."""
+    """Parses the block of a record as an HTTP response; None if it does not begin with an HTTP status line."""
     status = _STATUS.match(block)
     if not status:
         return None
@@ -51,15 +51,17 @@ def parse_response(block: bytes) -> Response | None:
 
 
 def unpacked_body(response: Response, most: int, truncated: bool) -> bytes:
-    """The body without its transfer and content encodings.
+    """Returns the body of a response, with its transfer and content encodings decoded.
 
-    A body that was stored unpacked although its header names an encoding is taken as it is.
+    A body that was stored decoded although its header names an encoding is returned as it is.
 
     Args:
-      most: stop soon after this number of bytes; the caller sees by the length that the page is too large.
-      truncated: the record says that the body was cut when it was stored, so that what is there is wanted.
+      response: the HTTP response.
+      most: maximum size of a page in bytes. Decoding stops soon after it; the caller recognises a page that is too
+        large by the length of the result.
+      truncated: the record declares that the body was cut when it was stored; the part that exists is returned.
 
-    Raises UnpackError where the body cannot be unpacked.
+    Raises UnpackError if the body cannot be decoded.
     """
     body = response.body
     if response.fields.get("transfer-encoding", "").lower() == "chunked":
@@ -74,16 +76,18 @@ def unpacked_body(response: Response, most: int, truncated: bool) -> bytes:
 
 
 def decode_page(content: bytes, content_type: str) -> str:
-    """The text of a page, in the encoding that its bytes bear out.
+    """Decodes the text of a page, in the first encoding that fits its bytes.
 
-    First come a byte order mark and the multi-byte encodings that the header or the page's meta tag declare, or UTF-8,
-    if all bytes are valid in them; then UTF-8 with a few invalid bytes; then a single-byte encoding that was
-    declared; then Resiliparse's detection. Few invalid bytes become U+FFFD.
+    The encodings are tried in this order: that of a byte order mark; the multi-byte encodings that the header or the
+    meta tag of the page declare, and UTF-8, if all bytes are valid in them; UTF-8 with a few invalid bytes, which
+    become U+FFFD; the declared single-byte encodings; the encoding that Resiliparse detects, if necessary with a few
+    invalid bytes.
 
     Args:
-      content_type: the value of the HTTP field.
+      content: the decompressed bytes of the page.
+      content_type: the value of the HTTP field Content-Type.
 
-    Raises UnicodeError where none fits.
+    Raises UnicodeError if no encoding fits.
     """
     from resiliparse.parse.encoding import detect_encoding
 
@@ -92,7 +96,7 @@ def decode_page(content: bytes, content_type: str) -> str:
             return content.decode(name, "replace")
     declared = _declared_encodings(content, content_type)
     certain = [name for name in declared if name in _MULTI_BYTE]
-    if not content.isascii():  # UTF-16 and ISO-2022-JP may be ASCII bytes throughout
+    if not content.isascii():  # ASCII bytes may also be UTF-16 or ISO-2022-JP, which are tried first
         certain.append("utf-8")
     for name in certain:
         if (text := _strict(content, name)) is not None:
@@ -112,7 +116,7 @@ def _declared_encodings(content: bytes, content_type: str) -> list[str]:
     head = content[:_META_BYTES]
     header, meta = _CHARSET.search(content_type), _META_CHARSET.search(head)
     names = [_python_name(header[1]) if header else None, _python_name(meta[1].decode()) if meta else None]
-    # The tags of a page in UTF-16 have a zero in each character.
+    # The tags of a page in UTF-16 contain a zero byte in each character.
     return [name for name in names if name and not (name.startswith("utf-16") and b"\0" not in head)]
 
 
@@ -131,7 +135,7 @@ def _strict(content: bytes, encoding: str) -> str | None:
 
 
 def _lenient(content: bytes, encoding: str) -> str | None:
-    """The text with U+FFFD for its invalid bytes, if fewer than half of the characters outside ASCII are such."""
+    """Decodes with U+FFFD for invalid bytes; None unless these are fewer than half of the non-ASCII characters."""
     text = content.decode(encoding, "replace")
     n_invalid = text.count("\ufffd")
     n_outside = len(text) - len(text.encode("ascii", "ignore"))
@@ -143,7 +147,7 @@ def _without_chunks(body: bytes, truncated: bool) -> bytes:
     while at < len(body):
         size = _CHUNK_SIZE.match(body, at)
         if not size and not at:
-            return body  # stored without its chunks
+            return body  # it was stored without the chunk headers
         if not size:
             raise UnpackError(f"no chunk begins at byte {at:,} of the body")
         n_bytes = int(size[1], 16)
@@ -173,7 +177,7 @@ def _unpacked(body: bytes, encoding: str, most: int, truncated: bool) -> bytes:
 
 def _members(body: bytes, packing: Gzip | Zstd, most: int, truncated: bool) -> bytes:
     unpacked = bytearray()
-    whole = False  # of gzip; other bytes may follow it, as browsers have it
+    whole = False  # a gzip member is complete; like browsers, ignore what follows it
     for event in unpack(io.BytesIO(body), packing):
         if isinstance(event, Damage) and not whole and not (event.cut and truncated):
             raise UnpackError(event.reason.replace("file", "body"))
@@ -186,7 +190,7 @@ def _members(body: bytes, packing: Gzip | Zstd, most: int, truncated: bool) -> b
 
 
 def _inflated(body: bytes, most: int, truncated: bool) -> bytes:
-    """Deflate as the standard has it, in a zlib frame, or as some servers send it, without one."""
+    """Decodes deflate within a zlib frame, as the standard requires, or without one, as some servers send it."""
     try:
         decoder = zlib.decompressobj()
         unpacked = decoder.decompress(body, most + 1)
@@ -207,7 +211,7 @@ def _without_brotli(body: bytes, most: int, truncated: bool) -> bytes:
 
         decoder = brotli.Decompressor()
         unpacked = decoder.process(body, output_buffer_limit=most + 1)
-    except (ImportError, TypeError) as error:  # older ones cannot bound what they unpack
+    except (ImportError, TypeError) as error:  # TypeError: older versions have no limit of the output
         raise UnpackError(
             "the content encoding br needs the package brotli >= 1.2; pip install 'brotli>=1.2'"
         ) from error

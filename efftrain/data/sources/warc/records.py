@@ -1,8 +1,8 @@
-"""The records of a web archive, and the stretches of it that are no records.
+"""Reads the records of a web archive and reports the damaged parts between them.
 
-A record is taken only where it is whole: its block ends where its Content-Length says, and after it comes the next
-record, the end of its compressed member or the end of the file. What does not add up is passed over to the next place
-where a record begins, and reported with its number of bytes.
+A record is returned only if it is whole: its block ends where its Content-Length says, and is followed by the next
+record, the end of its compressed member or the end of the file. Otherwise, reading continues at the next record header,
+and the skipped part is reported with its number of bytes.
 """
 
 import re
@@ -22,8 +22,8 @@ _BLANK_LINE = re.compile(rb"\n\r?\n")
 _NEEDED = re.compile(rb"\n(WARC-Type|Content-Length)[ \t]*:", re.IGNORECASE)
 _LINE_ENDS = re.compile(rb"[\r\n]*")
 _FOLD = re.compile(r"\r?\n[ \t]+")
-_OVERHEAD = 64  # bytes that packing adds to what cannot be made smaller
-_TAIL = 16  # bytes after a block in which its end must show: two line ends and "WARC/", with some room
+_OVERHEAD = 64  # bytes that compression adds to incompressible data
+_TAIL = 16  # bytes after a block that must show its end: two line ends and "WARC/", with some margin
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Record:
     """A whole record.
 
     Attributes:
-      place: where it begins in the unpacked file.
-      fields: of its header, by names in lower case.
-      block: the bytes after the header; None where they are more than the limit of the reader.
+      place: position in the uncompressed file at which the record begins.
+      fields: the header fields, by names in lower case.
+      block: the bytes after the header; None if they exceed the limit of the reader.
     """
 
     place: int
@@ -43,15 +43,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Lost:
-    """A stretch of an archive that holds no whole record.
+    """A part of an archive without a whole record.
 
     Attributes:
-      place: where it begins in the unpacked file.
-      n_bytes: unpacked bytes that belong to no record, plus packed bytes that could not be unpacked.
-      reason: a sentence without its full stop.
-      url: of the record that is lost; empty where it is not known.
-      rest: nobody knows how many records are lost, because nothing could be read to the end of the file, or because a
-        member is damaged that holds more than this record.
+      place: position in the uncompressed file at which the part begins.
+      n_bytes: number of uncompressed bytes that belong to no record, plus compressed bytes that could not be
+        decompressed.
+      reason: a sentence without a final full stop.
+      url: the URL of the lost record; empty if it is not known.
+      rest: the number of lost records is unknown, because nothing could be read up to the end of the file, or because
+        the damaged member contains more than this record.
     """
 
     place: int
@@ -62,11 +63,12 @@ class Lost:
 
 
 def records(path: Path, most: int) -> Iterator[Record | Lost]:
-    """Yields the records of a file in their order, and what lies between them where the file is damaged.
+    """Yields the records of a file in order, and a ``Lost`` for each damaged part between them.
 
     Args:
-      path: a plain, gzip or Zstandard file, with a member for each record, one for all, or members cut anywhere.
-      most: bytes of the largest block that is held in memory.
+      path: a plain, gzip or Zstandard file, with one member per record, one member for all records, or members that
+        are divided anywhere.
+      most: number of bytes of the largest block that is held in memory; the ``block`` of a larger record is None.
 
     Raises OSError if the file itself cannot be read.
     """
@@ -75,12 +77,12 @@ def records(path: Path, most: int) -> Iterator[Record | Lost]:
 
 
 def target(fields: dict[str, str]) -> str:
-    """The URL of a record, empty where its header has none; some writers put it in angle brackets."""
+    """Returns the URL of a record, or an empty string; removes the angle brackets that some writers add."""
     return fields.get("warc-target-uri", "").removeprefix("<").removesuffix(">").replace(" ", "%20")
 
 
 def header_fields(header: bytes) -> dict[str, str]:
-    """The fields of a WARC or HTTP header by name in lower case; of several with one name the first."""
+    """Parses the fields of a WARC or HTTP header, by names in lower case; of several fields of a name, the first."""
     try:
         text = header.decode()
     except UnicodeDecodeError:
@@ -96,22 +98,22 @@ def header_fields(header: bytes) -> dict[str, str]:
 @dataclass(frozen=True)
 class _Header:
     fields: dict[str, str]
-    size: int  # of the header itself
-    length: int  # of the block, as the header says
+    size: int  # bytes of the header itself
+    length: int  # bytes of the block, as the header declares
 
 
 @dataclass
 class _Loss:
-    """A ``Lost`` that still grows."""
+    """A ``Lost`` whose end has not been found yet."""
 
     place: int
     reason: str
     url: str = ""
-    missing: int = 0  # bytes of the record's block that did not come
+    missing: int = 0  # bytes of the block that could not be read
     n_bytes: int = 0
     damaged: bool = False
-    within_record: bool = False  # the damage is no longer than what is missing of the record
-    among_others: bool = False  # whole records were read from the member that is damaged
+    within_record: bool = False  # the damage is no longer than the missing part of the record
+    among_others: bool = False  # whole records were read from the damaged member
 
     def add(self, damage: Damage, among_others: bool) -> None:
         self.n_bytes += damage.n_bytes
@@ -132,36 +134,36 @@ class _Stop(Enum):
 
 
 class _Reader:
-    """Holds the unpacked bytes from the current record on, up to a place at which every record must end."""
+    """Reads records from a buffer of decompressed bytes that ends at a stop, a position at which every record ends."""
 
     def __init__(self, file: BinaryIO, packing: Gzip | Zstd | None, most: int):
         self._file, self._packing, self._most = file, packing, most
-        self._end = file.seek(0, 2) if packing is None else None  # of the unpacked file, once it is known
-        self._members = deque([(0, 0)])  # where members begin, unpacked and packed, from the current one on
+        self._end = file.seek(0, 2) if packing is None else None  # size of the uncompressed file, once it is known
+        self._members = deque([(0, 0)])  # (uncompressed, compressed) positions of members, from the current one on
         self._begin(0, 0)
 
     def _begin(self, at: int, packed: int) -> None:
         self._events: Iterator[Event] = unpack(self._file, self._packing, packed)
-        self._held: Event | None = None  # an event that comes after the stop
+        self._held: Event | None = None  # an event after the stop
         self._data, self._at = bytearray(), at
         self._stop: _Stop | Damage | None = None
 
     def records(self) -> Iterator[Record | Lost]:
         loss: _Loss | None = None
-        newest = -1  # where the last whole record began
+        newest = -1  # position of the last whole record
         while True:
             line_ends = self._drop_line_ends()
             if not self._data and self._stop is _Stop.END:
                 break
             if not self._data:
-                member = self._members[-1][0]  # where the latest one begins
+                member = self._members[-1][0]  # position of the latest member
                 if loss and (loss.damaged or member == self._at):
                     yield loss.lost()
                     loss = None
                 if isinstance(self._stop, Damage):
                     loss = loss or _Loss(self._at, "")
                     loss.add(self._stop, newest >= member)
-                    self._at += self._stop.n_bytes  # so that no two things in a file have one place
+                    self._at += self._stop.n_bytes  # so that no two items of a file have the same position
                     self._members.append((self._at, self._stop.packed))
                 self._stop = None
             elif isinstance(header := self._header(0), str):
@@ -187,7 +189,7 @@ class _Reader:
             yield Lost(self._at, 0, "the file ends without the two line ends that close a record", rest=True)
 
     def _record(self, header: _Header) -> Record | _Loss:
-        """The record at the beginning of the data, which moves on only where the record is whole."""
+        """Returns the record at the beginning of the data, which is consumed only if the record is whole."""
         place, size = self._at, header.size + header.length
         reason = f"no record follows where its Content-Length of {header.length:,} ends"
         loss = _Loss(place, reason, target(header.fields))
@@ -214,9 +216,9 @@ class _Reader:
         return loss
 
     def _ends_at(self, n: int) -> bool:
-        """Whether a record may end after ``n`` bytes: with its member, before another record or with its line ends.
+        """Returns whether a record may end after ``n`` bytes: with its member, before a record or with its line ends.
 
-        Bytes that are no record may follow the two line ends of one that is whole.
+        After the two line ends of a whole record, bytes that are not a record may follow.
         """
         self._fill(n + _TAIL)
         if len(self._data) < n:
@@ -229,12 +231,12 @@ class _Reader:
         if rest and b"WARC/".startswith(rest[:5]):
             return True
         self._fill(n + MAX_HEADER)
-        if isinstance(self._stop, Damage):  # what comes before it may be damaged too
+        if isinstance(self._stop, Damage):  # the bytes before it may be damaged too
             return False
         return not rest or tail.startswith(b"\r\n\r\n")
 
     def _header(self, start: int) -> _Header | str:
-        """The header that begins in the data at ``start``, or what is wrong with it."""
+        """Returns the header that begins in the data at ``start``, or the reason why it is invalid."""
         self._fill(start + MAX_HEADER)
         version = _VERSION.match(self._data, start)
         if not version:
@@ -254,7 +256,7 @@ class _Reader:
         return _Header(fields, end.end() - start, int(length))
 
     def _drop_to_header(self, start: int) -> int:
-        """Drops the data up to the next header after ``start``, or all up to the stop; returns the number of bytes."""
+        """Drops the data up to the next header after ``start``, or up to the stop; returns the number of bytes."""
         n_bytes = 0
         while True:
             version = _VERSION.search(self._data, start)
@@ -265,13 +267,13 @@ class _Reader:
                 self._drop(start)
                 return n_bytes + start
             else:
-                dropped = max(start, len(self._data) - _TAIL)  # a version line may only have begun
+                dropped = max(start, len(self._data) - _TAIL)  # keeps a version line that is still incomplete
                 self._drop(dropped)
                 start, n_bytes = 0, n_bytes + dropped
                 self._fill(len(self._data) + MAX_HEADER)
 
     def _pass_over(self, n_bytes: int) -> int:
-        """Drops bytes without holding them; returns how many of them did not come before the stop."""
+        """Drops bytes without holding them; returns how many of them are missing because the stop came first."""
         while n_bytes:
             self._fill(1)
             if not self._data:
@@ -294,7 +296,7 @@ class _Reader:
             self._members.popleft()
 
     def _fill(self, n_bytes: int) -> None:
-        """Holds ``n_bytes`` of data, or fewer where the stop comes first."""
+        """Reads until ``n_bytes`` of data are held, or until the stop."""
         while len(self._data) < n_bytes and self._stop is None:
             event = self._held or next(self._events, _Stop.END)
             self._held = None

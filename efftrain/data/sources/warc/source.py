@@ -1,4 +1,4 @@
-"""Documents from web archives: WARC files with HTML, and WET files with the text that a crawler extracted."""
+"""Reads documents from web archives: WARC files with HTML, and WET files with the text that a crawler extracted."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ _HTML = ("text/html", "application/xhtml+xml")
 
 @dataclass(frozen=True, kw_only=True)
 class Warc(PathSource):
-    """The pages of a file or a folder of ``.warc[.gz|.zst]`` or ``.wet[.gz|.zst]`` files. Needs the extra ``warc``.
+    """Reads the pages of a ``.warc[.gz|.zst]`` or ``.wet[.gz|.zst]`` file, or of all such files below a folder.
 
-    A response with status 200 and HTML is a document: Resiliparse extracts the text (Bevendorff et al. 2018), as for
-    DCLM (Li et al. 2024). A ``conversion`` record is the text itself. Other responses are skipped; other kinds of
-    records are no documents. A document is named ``file@byte``, by where its record begins in the unpacked file; its
-    ``meta`` has the URL and, as the package, the host, so that a site stays in one split.
+    Needs the extra ``warc``. A response with status 200 and HTML becomes a document, whose text is extracted with
+    Resiliparse (Bevendorff et al. 2018), as for DCLM (Li et al. 2024). A ``conversion`` record contains the text
+    itself. Other responses are reported as skipped; other types of records are ignored. The id of a document is
+    ``file@byte``, the position of its record in the uncompressed file. Its ``meta`` has the URL and, as the package,
+    the host, so that a site stays in one split.
 
-    A damaged record is skipped as ``bad_record``, with the number of bytes that were passed over to the next place
-    where a record begins. Where nothing follows, or where a compressed member of several records is damaged, nobody
-    knows how much is lost, and it is ``unreadable``.
+    A damaged record is skipped as ``bad_record``, with the number of bytes up to the next record. If no record follows,
+    or if a compressed member with several records is damaged, the number of lost records is unknown, and the part is
+    reported as ``unreadable``.
 
     Attributes:
-      main_content: leave out navigation, footers and the like.
+      main_content: extract the main content alone, without navigation, footers and the like.
     """
 
     kind: ClassVar[str] = "web"
@@ -120,7 +121,7 @@ def _media_type(content_type: str) -> str:
 def _host(url: str) -> str:
     try:
         return urlsplit(url).hostname or ""
-    except ValueError:  # an open bracket, for one
+    except ValueError:  # for example, an unclosed bracket
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Where the items of a stage run: ``Local`` processes of this machine, or ``Beam``."""
+"""Provides engines that run the items of a stage: ``Local`` in processes of this machine, ``Beam`` on Apache Beam."""
 
 from efftrain.data.stages.engines.beam import Beam
 from efftrain.data.stages.engines.local import Local

@@ -1,4 +1,4 @@
-"""Items of a stage on Apache Beam (extra ``beam``): Dataflow, Flink, Spark, or in this process for tests."""
+"""Runs the items of a stage on Apache Beam (extra ``beam``): on Dataflow, Flink, Spark, or in this process."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from efftrain.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Beam:
-    """A pipeline for each stage, whose elements are items: blocks of some thousand documents, never single ones.
+    """An engine that runs each stage as a Beam pipeline. Its elements are items of many documents, never single ones.
 
-    The items read and write files, so the folder of the corpus must be on a file system that all workers see under the
+    Items read and write files, so that the folder of the corpus must be on a file system that all workers see under the
     same path.
 
     Attributes:
-      options: flags of Beam. The default runs in this process; Beam's own default would download a runner.
-      budget: bytes that a worker may use to sort.
-      n_workers: that share the budget of one machine.
+      options: command-line flags of Beam. The default runs in this process; Beam's own default would download a runner.
+      budget: memory in bytes that the workers of a machine may use to sort.
+      n_workers: number of workers that share the budget of a machine.
     """
 
     options: tuple[str, ...] = ("--runner=FnApiRunner",)
@@ -33,7 +33,7 @@ class Beam:
             raise ConfigError("the engine Beam needs: pip install 'efftrain[beam]'") from error
 
     def run(self, stage: Stage, numbers: Sequence[int]) -> Iterator[int]:
-        """Yields the numbers when the pipeline has ended: Beam reports no single element."""
+        """Runs the items and yields all numbers at the end of the pipeline, because Beam does not report elements."""
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -41,13 +41,13 @@ class Beam:
             _ = (
                 pipeline
                 | beam.Create(list(numbers))
-                | beam.Reshuffle()  # or the runner fuses the stage into one element
+                | beam.Reshuffle()  # prevents that the runner fuses the stage into one element
                 | beam.Map(_run, folder=str(stage.folder.absolute()))
             )
         yield from numbers
 
     def close(self) -> None:
-        """Each pipeline has ended with its stage."""
+        """Does nothing, because each pipeline ends with its stage."""
 
 
 def _run(number: int, folder: str) -> int:

@@ -1,4 +1,4 @@
-"""Items of a stage on the cores of this machine."""
+"""Runs the items of a stage on the cores of this machine."""
 
 import functools
 import os
@@ -14,16 +14,19 @@ from pathlib import Path
 from efftrain.data.stages.stage import Stage
 from efftrain.errors import ConfigError, CorpusError
 
-WORKER_BYTES = 1 << 30  # what one process may need: a document of 64 MB with its words, rules and shingles
+WORKER_BYTES = 1 << 30  # memory that a process may need, for a document of 64 MB with its words, rules and shingles
 
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """Processes that are started afresh (spawn: a fork would copy locks of the tokenizer's threads).
+    """An engine that runs items in processes of this machine.
+
+    Processes are spawned, because a fork would copy locks of the tokenizer's threads.
 
     Attributes:
-      processes: None for one per core, as far as ``memory`` allows.
-      memory: bytes for all processes together; None for three quarters of what is free at the start.
+      processes: number of processes. None: one per core, as far as ``memory`` allows.
+      memory: memory in bytes for all processes together. None: three quarters of the memory that is available at the
+        start.
     """
 
     processes: int | None = None
@@ -50,7 +53,7 @@ class Local:
         return ProcessPoolExecutor(self.n_workers, get_context("spawn"), _begin_worker)
 
     def run(self, stage: Stage, numbers: Sequence[int]) -> Iterator[int]:
-        """Yields the number of each item when it is done, in any order."""
+        """Runs the items and yields the number of each when it is done, in any order."""
         if self.n_workers == 1 or len(numbers) == 1:
             for number in numbers:
                 stage.run_item(number)
@@ -62,7 +65,7 @@ class Local:
                 future.result()
                 yield futures[future]
         except BrokenProcessPool as error:
-            self.close()  # the next build gets processes of its own
+            self.close()  # the next build starts new processes
             raise CorpusError(
                 f"a worker of stage {stage.name!r} died, most likely for want of memory; run the same command again "
                 f"with fewer processes than {self.n_workers} to go on from here"
@@ -77,16 +80,16 @@ class Local:
 
 
 def run_item(folder: Path, number: int) -> None:
-    """Does one item of the stage that ``run_stage`` saved in the folder."""
+    """Runs one item of the stage that ``run_stage`` saved in the folder."""
     Stage.load(folder).run_item(number)
 
 
 def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes; the parent says what is to be said
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes, and only the parent shows a message
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker waits for its next item for ever, also when its parent was killed."""
+    """Ends this worker with its parent; otherwise it would wait for items for ever after the parent was killed."""
     connection.wait([parent_process().sentinel])
     os._exit(1)
