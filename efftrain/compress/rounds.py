@@ -25,8 +25,6 @@ from efftrain.train.config import Training
 from efftrain.train.run.directory import load_model_config, read_json
 
 SHAPES = "shapes.json"
-
-
 TRIAL = 0.1  # share of the tokens of ``recover`` that each shape of a search is trained on
 
 

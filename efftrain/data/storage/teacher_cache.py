@@ -31,7 +31,7 @@ from efftrain.errors import ConfigError, CorpusError
 if TYPE_CHECKING:
     from efftrain.data.corpus import Corpus
 
-FORMAT = "teacher-cache-1"
+FORMAT = "teacher-cache-1"  # the format of a corpus is a number, so that the two are never confused
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:

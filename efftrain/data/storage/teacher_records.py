@@ -3,28 +3,18 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from efftrain.data.storage.tokenizer import token_dtype
 from efftrain.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
-
-# the format of a corpus is a number, so that the two are never confused
 SHARD_ROWS, MOST_SHARDS = 256, 256  # an interrupted build loses less than a shard; a reader keeps all shards open
 DIGEST_BYTES = 16
-
-
 MOST_SAMPLES = 255  # counts are stored in one byte
 
-
 Kind = Literal["top_k", "sampled"]
-
-
 Arrays = dict[str, np.ndarray]
 
 
