@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from efftrain import data
-from efftrain.data.build.reading import OnError
 from efftrain.data.dedup.minhash import MinHash
+from efftrain.data.pipeline.reading import OnError
 from efftrain.data.splits import SplitByPackage
 from efftrain.data.stages.engines import Local
 from efftrain.progress import console

@@ -43,7 +43,7 @@ _FOLDERS = {
     "data data.report": "inspect",
     "data data.loading": "loader mixture",
     "data data.tasks": "made_up_task:synthetic task task_items:items task_rows:rows",
-    "data data.build": "pipeline reading rule_scores writing",
+    "data data.pipeline": "pipeline:build reading rule_scores writing",
     "data.report data.report": "alarms:alerts",
     "data data.sources.warc": "warc_members:members warc_page:page warc_records:records warc_source:source",
     "measure measure.compiled": "aot aot_table aot_traffic aot_warnings hlo hlo_products hlo_text replica_groups",

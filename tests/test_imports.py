@@ -18,3 +18,13 @@ def run(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_no_folder_hides_a_function_of_the_corpus_room():
+    """A module that is imported becomes an attribute of its package, in place of what the package offers by that name."""
+    program = (
+        "import importlib, pkgutil, types\nfrom efftrain import data\n"
+        "for module in pkgutil.walk_packages(data.__path__, 'efftrain.data.'): importlib.import_module(module.name)\n"
+        "print(*(name for name in data.__all__ if isinstance(getattr(data, name), types.ModuleType)))"
+    )
+    assert run(program) == ""

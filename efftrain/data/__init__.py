@@ -15,7 +15,7 @@ _HOMES = {
     "Corpus": "corpus",
     "CorpusConfig": "corpus",
     "open": "corpus",
-    "build": "build.pipeline",
+    "build": "pipeline.build",
     "Document": "documents",
     "Skipped": "documents",
     "Verdict": "documents",

@@ -127,7 +127,7 @@ def test_an_unreadable_piece_is_read_again(folder, tmp_path, monkeypatch):
         patch.setattr(data.JsonLines, "documents", broken)
         with pytest.raises(CorpusError, match="Input/output error"):
             build(config_for(folder), tmp_path / "out")
-        patch.setattr("efftrain.data.build.writing._tokenizer", interrupt)
+        patch.setattr("efftrain.data.pipeline.writing._tokenizer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(config_for(folder), tmp_path / "out", max_unreadable=1)
     corpus = build(config_for(folder), tmp_path / "out")

@@ -15,8 +15,8 @@ import pytest
 
 from efftrain import data
 from efftrain.config import difference, from_json, to_json
-from efftrain.data.build import pipeline
 from efftrain.data.documents import Text
+from efftrain.data.pipeline import build as pipeline
 from efftrain.data.rules import Generated, LongLine, TooShort
 from efftrain.data.splits import SPLITS, SplitByPackage
 from efftrain.data.stages.engines import Local

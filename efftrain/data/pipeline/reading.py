@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from efftrain.data.build.rule_scores import Known, RuleScores, read_scores, score_names
 from efftrain.data.dedup.exact import text_digest
 from efftrain.data.documents import UNREADABLE, Document, Skipped, Text
+from efftrain.data.pipeline.rule_scores import Known, RuleScores, read_scores, score_names
 from efftrain.data.rules import Edit, Judgement, Rule, RuleFailed, RuleSet, flatten, judge
 from efftrain.data.sources.base import Piece, Source
 from efftrain.data.stages.exclusion_log import ExclusionLog, clean

@@ -2,3 +2,7 @@
 
 This package may import every other folder of ``data`` except ``loading`` and ``tasks``.
 """
+
+from efftrain.moved import old_names
+
+__getattr__ = old_names(__name__)

@@ -16,14 +16,14 @@ import numpy as np
 from efftrain.code_identity import code_identity
 from efftrain.config import to_json
 from efftrain.data import corpus as corpora
-from efftrain.data.build.reading import EDITED, EMPTY, FAILED, OnError, Read, list_pieces, source_labels
-from efftrain.data.build.rule_scores import score_names
-from efftrain.data.build.writing import write_corpus
 from efftrain.data.corpus import Corpus, CorpusConfig
 from efftrain.data.decontamination.stages import CONTAMINATED, decontaminate
 from efftrain.data.dedup.exact_duplicates import EXACT_DUPLICATE, remove_exact_duplicates
 from efftrain.data.dedup.lines import REPEATED, remove_repeated_lines
 from efftrain.data.dedup.near_duplicates import NEAR_DUPLICATE, remove_near_duplicates
+from efftrain.data.pipeline.reading import EDITED, EMPTY, FAILED, OnError, Read, list_pieces, source_labels
+from efftrain.data.pipeline.rule_scores import score_names
+from efftrain.data.pipeline.writing import write_corpus
 from efftrain.data.report.alerts import alarms
 from efftrain.data.rules import flatten, prefers_high, scoring
 from efftrain.data.splits import N_BUCKETS, assign_buckets, bucket
