@@ -21,7 +21,7 @@ def run(program: str) -> str:
 
 
 def test_no_folder_hides_a_function_of_the_corpus_room():
-    """A module that is imported becomes an attribute of its package, in place of what the package offers by that name."""
+    """An imported module becomes an attribute of its package, in place of what the package offers by that name."""
     program = (
         "import importlib, pkgutil, types\nfrom efftrain import data\n"
         "for module in pkgutil.walk_packages(data.__path__, 'efftrain.data.'): importlib.import_module(module.name)\n"
