@@ -125,7 +125,7 @@ def document_counts(positions: np.ndarray, offsets: np.ndarray) -> tuple[np.ndar
 
     Args:
       positions: (n-grams,) int64, the result of ``hits`` for the block.
-      offsets: (documents + 1,) int64, as in ``contamination``.
+      offsets: (documents + 1,) int64, as in ``decontamination.stages``.
 
     Returns:
       Distinct positions in the index, and the number of documents for each. Add them up over the blocks of the training
