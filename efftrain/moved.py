@@ -7,6 +7,7 @@ with a ``DeprecationWarning``. A present module or folder with the name of an ol
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import types
 import warnings
@@ -91,7 +92,7 @@ def old_names(module: str) -> Callable[[str], Any]:
     """Returns the ``__getattr__`` of a module or folder that has the name of an old module."""
 
     def get(name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or _is_module(f"{module}.{name}"):  # which ``from package import module`` imports
             raise AttributeError(name)
         now = vars(importlib.import_module(MODULES[module]))
         found = now.get(name, now.get(NAMES.get(name)))
@@ -110,6 +111,13 @@ def old_names(module: str) -> Callable[[str], Any]:
         return found
 
     return get
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # it would be within a module, which is no package
+        return False
 
 
 class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -126,6 +127,13 @@ def test_an_old_name_says_what_it_is_called_now():
         from efftrain.models.decode import nothing  # noqa: F401
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("efftrain.models.nowhere")
+
+
+def test_a_folder_with_the_name_of_an_old_module_has_its_modules():
+    """``build`` is a function of the old module, and a module of the folder in its place."""
+    program = "from efftrain.data.pipeline import build\nfrom efftrain.data import pipeline\nprint(build.__name__)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "efftrain.data.pipeline.build\n"
 
 
 def test_a_class_keeps_its_name_where_it_moves(monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from efftrain import data
-from efftrain.data.loading.loader import _identity
+from efftrain.data.loading.loader import Batch, _identity
 from efftrain.data.loading.mixture import mixture_table
 from efftrain.data.storage import store
 from efftrain.data.storage.packing import row
@@ -87,7 +87,7 @@ def with_part(config: data.LoaderConfig, **changes) -> data.LoaderConfig:
     return replace(config, corpora=(replace(config.corpora[0], **changes),))
 
 
-def global_batches(config, n, process_count=1) -> list[data.loader.Batch]:
+def global_batches(config, n, process_count=1) -> list[Batch]:
     loaders = [data.batches(config, p, process_count) for p in range(process_count)]
     rounds = [[next(loader) for loader in loaders] for _ in range(n)]
     return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in rounds]
