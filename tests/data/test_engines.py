@@ -118,7 +118,7 @@ def test_a_killed_build_goes_on_with_the_piece_where_it_stopped(config, referenc
 import json, os, sys
 from efftrain import data
 from efftrain.config import from_json
-from efftrain.data import sources
+from efftrain.data.sources import base as sources
 from efftrain.data.stages.engines import Local
 sources.PIECE_BYTES, sources.RANGE_BYTES = 1000, 200_000
 if __name__ == "__main__":

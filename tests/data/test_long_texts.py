@@ -110,10 +110,7 @@ def test_texts_for_training_are_whole_where_words_are_short():
 MEMORY = """
 import resource, sys
 from efftrain.data.storage.tokenizer import train_tokenizer
-try:
-    from efftrain.data.storage.encoding import encode_documents
-except ImportError:
-    from efftrain.data.storage.tokenizer import encode_documents
+from efftrain.data.storage.encoding import encode_documents
 line = "some words of a long document, 1234 and counting\\n"
 tokenizer = train_tokenizer([line] * 100, 300)
 text = line * ({n_bytes} // len(line))

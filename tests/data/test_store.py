@@ -273,7 +273,7 @@ module, stage = sys.argv[3].split(":")
 def slow(*args, **kwargs):
     print("here", flush=True)
     time.sleep(60)
-setattr(importlib.import_module("efftrain.data." + module), stage, slow)
+setattr(importlib.import_module("efftrain.data.pipeline." + module), stage, slow)
 data.build(from_json(json.loads(sys.argv[1])), sys.argv[2])
 """
 
