@@ -89,7 +89,7 @@ def test_two_processes_that_share_the_parameters_leave_one_scorecard(command, tm
     assert figures["bpb"]["value"] == pytest.approx(read_metrics(tmp_path / "run", "validation")[-1]["bpb"])
     assert figures["parameters_total"]["value"] == count_parameters(efftrain.load(tmp_path / "run")).total
     assert "sparsity" not in figures
-    assert said[1] == ""
+    assert [line for line in said[1].splitlines() if not line.startswith("[Gloo]")] == []  # the first one speaks
 
 
 def test_a_killed_run_continues_to_the_same_metrics(command, unbroken, tmp_path):
