@@ -3,9 +3,13 @@
 Set in the environment: before JAX starts, and for the subprocesses of tests too.
 """
 
+import gc
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 FAKE_DEVICES = "--xla_force_host_platform_device_count"
 
@@ -22,3 +26,12 @@ os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
 cache = Path(tempfile.gettempdir()) / f"efftrain-test-cache-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # operations outside of jit are many and small
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_go_with_their_module():
+    """A worker that keeps every compiled program holds gigabytes in the end, and its garbage takes long to collect."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
