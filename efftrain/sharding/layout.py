@@ -5,13 +5,15 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from rich.filesize import decimal
 from rich.table import Table
 
 from efftrain.errors import ConfigError
-from efftrain.sharding.rules import DEFAULT_RULES, Axes, ShardingRules
+from efftrain.sharding.rules import DEFAULT_RULES, Axes, ShardingRules, without_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,17 @@ def _spec(name: str, x: Any, metadata: dict[str, Any] | None, mesh: Mesh, rules:
             "one name or None for each dimension"
         )
     return rules.resolve(metadata["axes"], x.shape, mesh, units=metadata.get("units"), name=name)
+
+
+def copy_to(array: Array, sharding: Sharding) -> Array:
+    """Copies an array to a sharding. Donating the copy leaves the array as it is.
+
+    ``jax.device_put(..., may_alias=False)`` does not promise that: where it replicates an array of one device, the copy
+    on that device is the array itself (jax 0.10.2).
+    """
+    with without_mesh():  # the array may be on other devices than the mesh
+        own = jnp.copy(array)
+    return jax.device_put(own, sharding)
 
 
 def is_variable(leaf: Any) -> bool:

@@ -15,6 +15,7 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import abstract_decoder
 from efftrain.models.zeros import zeros_share
 from efftrain.progress import console
+from efftrain.sharding.layout import copy_to
 from efftrain.sharding.rules import ShardingRules, without_mesh
 from efftrain.train.batches import Batches
 from efftrain.train.branch import branch_from, continue_data, show_learning_rates
@@ -69,7 +70,7 @@ def start_from(model: nnx.Module, state: TrainState) -> TrainState:
         if shapes[0] != shapes[1]:
             raise RunError("the initial model has other variables than the one to be trained; build both alike")
         # A copy, because the step donates its state and the caller keeps the model.
-        return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding, may_alias=False), new, old)
+        return jax.tree.map(lambda a, b: copy_to(a, b.sharding), new, old)
 
     params = place(params, state.params)
     ema = state.ema and jax.tree.map(jnp.copy, params)

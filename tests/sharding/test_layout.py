@@ -8,12 +8,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from efftrain.errors import ConfigError
-from efftrain.sharding.layout import layout, layout_table, state_shardings, with_shardings
+from efftrain.sharding.layout import copy_to, layout, layout_table, state_shardings, with_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
+from efftrain.sharding.rules import DEFAULT_RULES, use
 
 
 class Small(nnx.Module):
@@ -154,3 +155,16 @@ def test_an_error_names_the_parameter(abstract):
     mesh = make_mesh(MeshConfig(fsdp=1, tensor=8))
     with pytest.raises(ConfigError, match=r"^query: dimension 2 \(heads\) has size 12, in 4 pieces of 3"):
         state_shardings(abstract, mesh)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "fsdp")], ids=["replicated", "split"])
+@pytest.mark.parametrize("where", ["one device", "the mesh"])
+def test_donating_a_copy_leaves_the_array(mesh, spec, where):
+    there = NamedSharding(mesh, spec)
+    array = jnp.ones((2, 16)) if where == "one device" else jax.device_put(jnp.ones((2, 16)), there)
+    with use(mesh, DEFAULT_RULES):
+        copy = copy_to(array, there)
+        jax.jit(lambda x: x + 1, donate_argnums=0, out_shardings=there)(copy)
+    assert copy.is_deleted()
+    assert not array.is_deleted()
+    assert copy.sharding == there

@@ -15,7 +15,7 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.depth.routed_depth import causally_routed
 from efftrain.models.quantization import matrices
-from efftrain.sharding.layout import state_shardings, with_shardings
+from efftrain.sharding.layout import copy_to, state_shardings, with_shardings
 from efftrain.sharding.rules import ShardingRules
 from efftrain.train.objectives.objective import AUXILIARY, Batch, Metrics, Objective
 
@@ -39,7 +39,7 @@ class Teacher:
     def of(model: Decoder, **options: Any) -> "Teacher":
         """Makes a teacher from a model in memory, which stays unchanged."""
         held = nnx.state(model)
-        copies = partial(jax.tree.map, lambda old, new: jax.device_put(old, new.sharding, may_alias=False), held)
+        copies = partial(jax.tree.map, lambda old, new: copy_to(old, new.sharding), held)
         return Teacher(config=model.config, restore=copies, **options)
 
     def abstract_model(self) -> Decoder:
