@@ -28,7 +28,7 @@ Part = tuple[int, str]  # number of the layer, and first word of the matrices' n
 
 @dataclass(frozen=True)
 class ChosenFormats:
-    """The rules that were chosen, for a model with every layer in its pattern, and the measurements behind them.
+    """The rules that were chosen, for a model with every layer in its pattern, and the measurements that led to them.
 
     Attributes:
       rules: one rule for each format that is used.

@@ -8,7 +8,7 @@ from efftrain.data.documents import Text
 from efftrain.data.rules.base import AtLeast
 from efftrain.errors import ConfigError
 
-# py3langid is slow, because it loops over the bytes in Python; so many characters are enough to decide.
+# py3langid loops over the bytes in Python, which is slow; this many characters are enough to decide.
 MAX_CHARS = 2000
 
 
