@@ -18,6 +18,7 @@ SCRIPT_PREFIX = "efftrain_script_"  # start of the module names that ``recipe.im
 # A name that earlier versions wrote -> the present name of the class.
 RENAMED = {
     "Calibration": "DepthCalibration",
+    "Compression": "OldCompression",
     "NofM": "SemiStructured",
     "Regrow": "RigL",
     "RepeatedLines": "LineDeduplication",

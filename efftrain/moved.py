@@ -25,7 +25,7 @@ _FOLDERS = {
     "compress compress.layerwise": "observe:calibration pieces:layerwise_model second_order",
     "compress compress.pruning": "one_shot sparsify sparsity_schedules sparsity_state",
     "compress compress.task": "task task_run task_teach task_texts",
-    "compress compress": "text:corpus_rows",
+    "compress compress": "options:old_options text:corpus_rows",
     "data data.sources": (
         "arrow_source:arrow columns compressed cutting huggingface_source:huggingface json_source:json "
         "metadata parquet_source:parquet sources:base text_source:text tfds_source:tfds"
@@ -81,10 +81,14 @@ def _modules() -> dict[str, str]:
 
 MODULES = _modules()
 NAMES = RENAMED | {
+    "By": "CountedMetric",
     "Fitted": "TrainResult",
     "Pieces": "LayerwiseModel",
     "Probe": "ExitProbe",
+    "SlimReport": "StructuredPruneReport",
     "Taught": "TeacherObjective",
+    "Way": "Axis",
+    "slim": "structured_prune",
 }
 
 

@@ -366,7 +366,7 @@ def compare_starts(config: Config, out: Path, seeds: tuple[int, ...]) -> dict[st
     keep = spread_layers(max(whole.n_layers // 2, 1), whole.n_layers)
     half = shaped(whole, replace(Shape.of(whole), n_layers=len(keep)), keep)
     share = count_parameters(abstract_decoder(half)).total / count_parameters(abstract_decoder(whole)).total
-    shape = candidates(whole, share, way="width", by="parameters", length=config.training.length)[0]
+    shape = candidates(whole, share, axis="width", metric="parameters", length=config.training.length)[0]
     narrow = shaped(whole, shape, range(whole.n_layers))
     training = replace(config.training, steps=max(round(START_STEPS * config.training.steps), 1))
     ways: dict[str, tuple[ModelConfig, Any]] = {

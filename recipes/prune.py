@@ -2,8 +2,8 @@
 
     python data/python.py --out corpora/python
     python recipes/prune.py cpu                  # a dense run, and from its middle on half of its weights
-    efftrain compress runs/prune/sparse          # stored without its zeros
-    efftrain compress runs/prune/dense-seed0 --slim 0.33 --recover 400000       # a smaller, faster model
+    efftrain compress quantize runs/prune/sparse # stored without its zeros
+    efftrain compress structured runs/prune/dense-seed0 --ratio 0.33 --recovery-tokens 400000  # smaller, faster
     python recipes/prune.py cpu --compare        # 2:4, magnitude, Wanda, SparseGPT, width, depth, rounds; three seeds
 
 The dense run stands beside the other, as dense-seedN; both share their first half. Zeros bring fewer bytes on disk and
@@ -30,9 +30,12 @@ from flax import nnx
 
 import efftrain
 from efftrain.code_identity import code_identity
+from efftrain.compress.commands.compression import AnyPrune
+from efftrain.compress.commands.prune import Prune
+from efftrain.compress.commands.recovery_training import RecoveryTraining
+from efftrain.compress.commands.structured_prune import StructuredPrune
 from efftrain.compress.corpus_rows import CorpusRows
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
-from efftrain.compress.options import Compression
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.pruning.sparsify import Sparsity
 from efftrain.compress.pruning.sparsity_schedules import Gradual
@@ -211,15 +214,16 @@ def prune_at_once(config: Config, dense: Path) -> dict[str, float]:
     return found
 
 
-def cuts(config: Config) -> dict[str, Compression]:
+def cuts(config: Config) -> dict[str, AnyPrune]:
     """What is done to a dense run, which is trained for a tenth of its tokens behind that."""
     tokens = round(RECOVERY * config.training.tokens)
+    once, twice, thrice = (RecoveryTraining(tokens=tokens, rounds=rounds) for rounds in (1, 2, 3))
     return {
-        "magnitude": Compression(sparsity="0.5", method="magnitude", recover=tokens),
-        "magnitude-3rounds": Compression(sparsity="0.5", method="magnitude", recover=tokens, rounds=3),
-        "width33": Compression(slim=0.33, recover=tokens),
-        "depth28": Compression(slim=0.28, way="depth", recover=tokens),  # two of the six layers of cpu
-        "width50-2rounds": Compression(slim=0.5, recover=tokens, rounds=2),
+        "magnitude": Prune(sparsity="0.5", method="magnitude", recovery=once),
+        "magnitude-3rounds": Prune(sparsity="0.5", method="magnitude", recovery=thrice),
+        "width33": StructuredPrune(ratio=0.33, recovery=once),
+        "depth28": StructuredPrune(ratio=0.28, axis="depth", recovery=once),  # two of the six layers of cpu
+        "width50-2rounds": StructuredPrune(ratio=0.5, recovery=twice),
     }
 
 

@@ -2,7 +2,7 @@
 
     python data/python.py --out corpora/python
     python recipes/qat.py cpu                    # a float run, and from its last tenth on 4 bits
-    efftrain compress runs/qat/int4              # stored in 4 bits, bit by bit what was trained
+    efftrain compress quantize runs/qat/int4     # stored in 4 bits, bit by bit what was trained
     python recipes/qat.py cpu --compare          # beside rounding, GPTQ, AWQ, 8 bits, quantised caches; three seeds
     python recipes/qat.py v5e-64 --corpus corpora/python    # on every worker of a TPU slice
 
@@ -278,15 +278,15 @@ def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Measurement
     """Bits per byte of the float run's model after each conversion, and of the trained ones after theirs."""
     weights = config.model.quantization.rules[0].weights
     ways: dict[str, tuple[str, Quantization | None, Method]] = {
-        "float": ("float", None, "nearest"),
-        "int8": ("float", quantization(int8), "nearest"),
-        "int8, int8 activations": ("float", quantization(int8, int8), "nearest"),
-        "int8 cache": ("float", Quantization(cache=int8), "nearest"),
-        "int4 cache": ("float", Quantization(cache=Integer(bits=4)), "nearest"),
-        "int4": ("float", quantization(weights), "nearest"),
+        "float": ("float", None, "rtn"),
+        "int8": ("float", quantization(int8), "rtn"),
+        "int8, int8 activations": ("float", quantization(int8, int8), "rtn"),
+        "int8 cache": ("float", Quantization(cache=int8), "rtn"),
+        "int4 cache": ("float", Quantization(cache=Integer(bits=4)), "rtn"),
+        "int4": ("float", quantization(weights), "rtn"),
         "int4, gptq": ("float", quantization(weights), "gptq"),
         "int4, awq": ("float", quantization(weights), "awq"),
-        **{f"trained {name}": (name, None, "nearest") for name in ("int4", "int4-fixed-steps")},
+        **{f"trained {name}": (name, None, "rtn") for name in ("int4", "int4-fixed-steps")},
     }
     text = CorpusRows(config.corpus, config.training.length)
     evaluate, found = text.reporting(EVALUATED_ROWS).evaluator(), {}
@@ -294,7 +294,7 @@ def convert_and_evaluate(config: Config, out: Path, seed: int, kept: Measurement
 
         def measure(run: str = run, wanted: Quantization | None = wanted, method: Method = method) -> float:
             pieces = LayerwiseModel.read(out / f"{run}-seed{seed}")
-            calibration = text.calibration(128) if method != "nearest" else None
+            calibration = text.calibration(128) if method != "rtn" else None
             model = convert(pieces, wanted or pieces.config.quantization, method=method, calibration=calibration)[0]
             return evaluate(model)["bpb"]
 

@@ -52,6 +52,8 @@ def recipe(tmp_path):
         (["--help"], "doctor"),
         (["doctor", "--help"], "--mesh.fsdp"),
         (["teacher", "--help"], "--top-k"),
+        (["compress", "--help"], "structured"),
+        (["compress", "structured", "--help"], "--recovery-tokens"),
         (["corpus", "--help"], "inspect"),
         (["corpus", "report", "--help"], "--out"),
         (["corpus", "inspect", "--help"], "--rule"),

@@ -24,7 +24,7 @@ from efftrain.compress.pruning.scores import Magnitude
 from efftrain.compress.pruning.sparsify import Sparsity
 from efftrain.compress.pruning.sparsity_schedules import OneShot
 from efftrain.compress.quantization.convert import convert
-from efftrain.compress.structured.cut import Shape, slim
+from efftrain.compress.structured.cut import Shape, structured_prune
 from efftrain.compress.structured.importance import importance
 from efftrain.errors import ConfigError
 from efftrain.models.config import BlockConfig, Dense, DepthConfig, Full, LayerDropout, ModelConfig, llama
@@ -53,7 +53,7 @@ class Config:
     training: Training
     exits: EarlyExitLoss | None = None
     sparsity: Sparsity | None = None
-    slim: bool = False
+    structured: bool = False
     distill: Distill | None = None
 
 
@@ -108,7 +108,7 @@ def half_of_the_weights(config: Config) -> Config:
 
 def cut_in_width(config: Config) -> Config:
     """Half of the hidden channels and of the units sliced out of another model, before the first step."""
-    return dataclasses.replace(config, slim=True)
+    return dataclasses.replace(config, structured=True)
 
 
 def taught(config: Config) -> Config:
@@ -168,14 +168,14 @@ def triples(names: list[str], apart: list[set[str]]) -> list[tuple[str, ...]]:
     return found
 
 
-def slimmed(config: ModelConfig) -> Decoder:
+def made_smaller(config: ModelConfig) -> Decoder:
     """Of a new model, by what it does on the rows."""
     rows = Rows().batch
     pieces = LayerwiseModel.of(Decoder(config, rngs=nnx.Rngs(1)))
     dense = any(isinstance(block.mlp, Dense) for block in config.pattern)
     shape = dataclasses.replace(Shape.of(config), d_model=8, ffn=0.5 if dense else 1.0)
     found = importance(pieces, CalibrationRows(rows["tokens"], rows["segments"], rows["positions"]))
-    return slim(pieces, shape, found)[0]
+    return structured_prune(pieces, shape, found)[0]
 
 
 def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective | TeacherObjective]:
@@ -223,7 +223,7 @@ def test_every_pair_is_tried():
 @pytest.mark.parametrize("name", sorted(NOT_CUT))
 def test_what_cannot_be_cut_is_refused(name: str):
     with pytest.raises(ConfigError, match=r"prun|cut"):
-        slimmed(TECHNIQUES[name](BASE).model)
+        made_smaller(TECHNIQUES[name](BASE).model)
 
 
 @pytest.mark.parametrize("names", triples(list(TECHNIQUES), REFUSED), ids=" + ".join)
@@ -232,8 +232,8 @@ def test_techniques_work_together(names: tuple[str, ...], tmp_path: Path):
     for name in names:
         config = TECHNIQUES[name](config)
     initial = None
-    if config.slim:
-        smaller = slimmed(config.model)
+    if config.structured:
+        smaller = made_smaller(config.model)
         initial, config = lambda: smaller, dataclasses.replace(config, model=smaller.config)
     build, objective = program(config)
     fitted = fit(

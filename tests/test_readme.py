@@ -13,7 +13,7 @@ import pytest
 
 from efftrain.cli.aot import aot
 from efftrain.cli.calibrate_depth import calibrate_depth
-from efftrain.cli.compress import compress
+from efftrain.cli.compress import prune, quantize, structured
 from efftrain.cli.corpus import inspect, report
 from efftrain.cli.doctor import doctor
 from efftrain.cli.main import main
@@ -32,7 +32,9 @@ WITHIN_MAIN = {"run", "build", "model", "corpus", "batches", "training", "object
 VERBS = {
     "doctor": doctor,
     "aot": aot,
-    "compress": compress,
+    "compress quantize": quantize,
+    "compress prune": prune,
+    "compress structured": structured,
     "teacher": teacher,
     "calibrate-depth": calibrate_depth,
     "corpus report": report,

@@ -1,84 +1,177 @@
-"""``efftrain compress``."""
+"""``efftrain compress``: quantize, prune, structured. Only the last one makes a model faster on every device."""
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
+from efftrain.errors import ConfigError
 
-def compress(
+if TYPE_CHECKING:
+    from efftrain.compress.commands.compression import Compression
+    from efftrain.compress.commands.recovery_training import RecoveryTraining
+
+
+def quantize(
     run: Path,
     /,
     *,
-    quantize: str | None = None,
+    weights: str | None = None,
     activations: str | None = None,
     cache: str | None = None,
     layers: str = "blocks/.*",
-    method: Literal["nearest", "gptq", "awq", "magnitude", "wanda", "sparsegpt"] | None = None,
+    method: Literal["rtn", "gptq", "awq"] = "rtn",
     budget: float | None = None,
     rows: int = 128,
-    sparsity: str | None = None,
-    slim: float | None = None,
-    way: Literal["width", "depth", "any"] = "width",
-    by: Literal["parameters", "flops", "latency"] = "parameters",
-    search: int | None = None,
-    recover: int = 0,
-    rounds: int = 1,
-    distill: bool = False,
     out: Path | None = None,
     corpus: Path | None = None,
 ) -> None:
-    """Make a smaller model from that of a run, in a run directory of its own: fewer bits, weights, or a smaller shape.
+    """Store a run's model in fewer bits (post-training quantisation), in a run directory of its own.
 
-    Such as: efftrain compress runs/dense --quantize int4:g32 --method gptq; --sparsity 0.5; --slim 0.33 --recover
-    400000. When interrupted, the same command continues. Only --slim makes a model faster: JAX has no sparse products,
-    neither for single zeros nor for 2:4.
+    Such as: efftrain compress quantize runs/dense --weights int4:g32 --method gptq. Without formats, the model is
+    stored as it was trained (QAT), or without its zeros. When interrupted, the same command continues.
 
     Args:
       run: the directory of a training run.
-      quantize: number format of the weights: int8, int4:g32, fp8, ternary:g32, where g32 means that 32 numbers share a
+      weights: number format of the weights: int8, int4:g32, fp8, ternary:g32, where g32 means that 32 numbers share a
         scale (by default all those of an output). By default the format that the run was trained for. With a budget:
         several, such as int8,int4:g32.
       activations: number format of the inputs of the weights, such as int8, with one scale per token; by default float.
       cache: number format of keys and values in decoding, such as int8; by default float.
       layers: a regular expression for the names of matrices, such as blocks/.*/mlp/.* or blocks/.*|embedding.
-      method: to quantise: round to nearest (nearest, the default), or use the inputs on calibration text (gptq, awq).
-        To prune: by size (magnitude), by size and inputs (wanda), or with compensation in the remaining weights
-        (sparsegpt, the default).
+      method: round to nearest (rtn), or use the inputs on calibration text (gptq, awq).
       budget: bytes of the blocks' matrices as a share of float32; each layer gets the format that it can bear.
       rows: rows of calibration text, or of each trial of a budget.
-      sparsity: weights that become zero: a share, such as 0.5, or 2:4. Fewer bytes on disk, no speed.
-      slim: share to cut off by structured pruning, such as 0.33: the least important units, heads and channels. Faster.
-      way: cut width (better quality) or depth (better latency); any: a search over both.
-      by: slim is a share of the parameters, of training FLOPs, or of the time to decode one row.
-      search: number of shapes to try, each trained with a tenth of the tokens of recover.
-      recover: tokens of training after the cut; a twentieth to a tenth of what the run was trained on.
-      rounds: number of rounds in which to cut and train, for 50 % and more.
-      distill: in that training, learn from the original run instead of the text.
       out: the new run directory; by default the run's name with these options.
-      corpus: corpus for calibration and training; by default that of the run.
+      corpus: corpus for calibration and evaluation; by default that of the run.
     """
-    from efftrain.compress.options import Compression
-    from efftrain.compress.run import compress as compress_run
-    from efftrain.measure.scorecard.scorecard import table
+    from efftrain.compress.commands.quantize import Quantize
 
-    options = Compression(
-        quantize=quantize,
+    options = Quantize(
+        weights=weights,
         activations=activations,
         cache=cache,
         layers=layers,
         method=method,
         budget=budget,
         rows=rows,
-        sparsity=sparsity,
-        slim=slim,
-        way=way,
-        by=by,
-        search=search,
-        recover=recover,
-        rounds=rounds,
-        distill=distill,
     )
-    card = compress_run(run, options, out=out, corpus=corpus)
+    _compress(run, options, out, corpus)
+
+
+def prune(
+    run: Path,
+    /,
+    *,
+    sparsity: str,
+    method: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt",
+    weights: str | None = None,
+    activations: str | None = None,
+    layers: str = "blocks/.*",
+    rows: int = 128,
+    recovery_tokens: int | None = None,
+    rounds: int = 1,
+    distill: bool = False,
+    out: Path | None = None,
+    corpus: Path | None = None,
+) -> None:
+    """Set weights of a run's model to zero (unstructured or n:m pruning), in a run directory of its own.
+
+    Such as: efftrain compress prune runs/dense --sparsity 0.5. This makes no model faster: JAX has no sparse products,
+    neither for single zeros nor for 2:4. When interrupted, the same command continues.
+
+    Args:
+      run: the directory of a training run.
+      sparsity: weights that become zero: a share, such as 0.5, or 2:4. Fewer bytes on disk, no speed.
+      method: by size (magnitude), by size and inputs (wanda), or with compensation in the remaining weights
+        (sparsegpt).
+      weights: with sparsegpt, quantise the remaining weights too: int8, int4:g32, fp8, ternary:g32; by default float.
+      activations: with sparsegpt, number format of the inputs of the weights, such as int8; by default float.
+      layers: a regular expression for the names of matrices, such as blocks/.*/mlp/.*.
+      rows: rows of calibration text.
+      recovery_tokens: tokens of training after pruning (healing); zeros stay zero. By default none.
+      rounds: number of rounds in which to prune and train.
+      distill: in that training, learn from the original run instead of the text.
+      out: the new run directory; by default the run's name with these options.
+      corpus: corpus for calibration and training; by default that of the run.
+    """
+    from efftrain.compress.commands.prune import Prune
+
+    options = Prune(
+        sparsity=sparsity,
+        method=method,
+        weights=weights,
+        activations=activations,
+        layers=layers,
+        rows=rows,
+        recovery=_recovery(recovery_tokens, rounds, distill),
+    )
+    _compress(run, options, out, corpus)
+
+
+def structured(
+    run: Path,
+    /,
+    *,
+    ratio: float,
+    axis: Literal["width", "depth", "any"] = "width",
+    metric: Literal["parameters", "flops", "latency"] = "parameters",
+    search: int | None = None,
+    rows: int = 128,
+    recovery_tokens: int | None = None,
+    rounds: int = 1,
+    distill: bool = False,
+    out: Path | None = None,
+    corpus: Path | None = None,
+) -> None:
+    """Make a run's model smaller and faster (structured pruning), in a run directory of its own.
+
+    Such as: efftrain compress structured runs/dense --ratio 0.33 --recovery-tokens 400000. The least important units,
+    heads, channels or layers go. When interrupted, the same command continues.
+
+    Args:
+      run: the directory of a training run.
+      ratio: share to remove, such as 0.33.
+      axis: prune width (better quality) or depth (better latency); any: a search over both.
+      metric: ratio is a share of the parameters, of training FLOPs, or of the time to decode one row.
+      search: number of shapes to try, each trained with a tenth of the recovery tokens.
+      rows: rows of calibration text, or of each trial of a search.
+      recovery_tokens: tokens of training after pruning (healing); a twentieth to a tenth of what the run was trained
+        on. By default none.
+      rounds: number of rounds in which to prune and train, for 50 % and more.
+      distill: in that training, learn from the original run instead of the text.
+      out: the new run directory; by default the run's name with these options.
+      corpus: corpus for calibration and training; by default that of the run.
+    """
+    from efftrain.compress.commands.structured_prune import StructuredPrune
+
+    options = StructuredPrune(
+        ratio=ratio,
+        axis=axis,
+        metric=metric,
+        search=search,
+        rows=rows,
+        recovery=_recovery(recovery_tokens, rounds, distill),
+    )
+    _compress(run, options, out, corpus)
+
+
+def _recovery(tokens: int | None, rounds: int, distill: bool) -> "RecoveryTraining | None":
+    from efftrain.compress.commands.recovery_training import RecoveryTraining
+
+    if tokens is not None:
+        return RecoveryTraining(tokens=tokens, rounds=rounds, distill=distill)
+    if distill:
+        raise ConfigError("--distill says how recovery trains; add --recovery-tokens with a number of tokens")
+    if rounds != 1:
+        raise ConfigError("--rounds needs training between them; add --recovery-tokens with a number of tokens")
+    return None
+
+
+def _compress(run: Path, options: "Compression", out: Path | None, corpus: Path | None) -> None:
+    from efftrain.compress.run import compress
+    from efftrain.measure.scorecard.scorecard import table
+
+    card = compress(run, options, out=out, corpus=corpus)
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table([card]))

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import efftrain
 from efftrain.cli.aot import aot
 from efftrain.cli.calibrate_depth import calibrate_depth
-from efftrain.cli.compress import compress
+from efftrain.cli.compress import prune, quantize, structured
 from efftrain.cli.corpus import inspect, report
 from efftrain.cli.doctor import doctor
 from efftrain.cli.teacher import teacher
+from efftrain.compress.old_options import check_words
 from efftrain.errors import ConfigError
 from efftrain.progress import write_in_any_locale
 from efftrain.recipe import exit_cleanly, use_compilation_cache
@@ -36,10 +37,17 @@ def main(args: Sequence[str] | None = None) -> None:
 
     import tyro
 
-    verbs = [tyro.conf.subcommand(f.__name__, constructor=f) for f in (report, inspect)]
+    functions = (report, inspect, quantize, prune, structured)
+    of = {f.__name__: tyro.conf.subcommand(f.__name__, constructor=f) for f in functions}
 
-    def corpus(verb: Annotated[Any, verbs[0]] | Annotated[Any, verbs[1]]) -> None:
+    def corpus(command: Annotated[Any, of["report"]] | Annotated[Any, of["inspect"]]) -> None:
         """Look at what a corpus was made of and what was removed from it."""
+
+    def compress(
+        command: Annotated[Any, of["quantize"]] | Annotated[Any, of["prune"]] | Annotated[Any, of["structured"]],
+    ) -> None:
+        """Make a smaller model from that of a run, in a run directory of its own: fewer bits, weights, or a smaller
+        shape. Only structured makes a model faster on every device."""
 
     own, recipe_arguments = _split_train(arguments)
 
@@ -62,6 +70,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
     use_compilation_cache()
     with exit_cleanly():
+        if own[:1] == ["compress"]:
+            check_words(own[1:])
         tyro.extras.subcommand_cli_from_dict(
             {
                 "doctor": doctor,

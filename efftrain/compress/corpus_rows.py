@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+import efftrain
 from efftrain.compress.layerwise.calibration import CalibrationRows
 from efftrain.errors import ConfigError
 from efftrain.measure.quality.held_out import HeldOut, choosing, reporting
+from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 
 
@@ -25,6 +28,13 @@ class CorpusRows:
     def reporting(self, rows: int | None = None, *, chosen: int = 0) -> HeldOut:
         """The rows on which a result is reported; see ``measure.quality.held_out.reporting``."""
         return reporting(self.corpus, self.length, rows, chosen=chosen)
+
+    def before_and_after(self, run: Path, model: Decoder, rows: int) -> dict[str, Any]:
+        """Bits per byte of a run and of the model made from it, on ``rows`` validation rows, as JSON for the report."""
+        held_out = self.choosing(rows)
+        evaluate = held_out.evaluator()
+        bpb = {name: evaluate(of)["bpb"] for name, of in (("bpb_before", efftrain.load(run)), ("bpb", model))}
+        return {"split": held_out.split, "rows": rows} | bpb
 
     def calibration(self, rows: int) -> CalibrationRows:
         """The first ``rows`` rows of the training split, for calibration; prints a warning if it has fewer.

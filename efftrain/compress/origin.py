@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from efftrain.class_names import current_name
 from efftrain.code_identity import code_identity
+from efftrain.compress.commands.compression import Compression
 from efftrain.compress.corpus_rows import CorpusRows
-from efftrain.compress.options import Compression
+from efftrain.compress.old_options import OldCompression
 from efftrain.config import from_json, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.measure.measurements import other_origin, write_json
@@ -43,6 +45,8 @@ def origin(run: Path, options: Compression, text: CorpusRows, *, rooms: tuple[st
 
 def made_otherwise(before: dict[str, Any], made_from: dict[str, Any]) -> str | None:
     """As ``other_origin``: how a record differs from ``made_from``; entries that only the record has are ignored."""
+    if _of_old_command(before):
+        return "the options of an earlier version of efftrain compress"
     before = before | {"options": _completed(before.get("options"))}
     return other_origin({name: before.get(name) for name in made_from}, made_from)
 
@@ -75,6 +79,8 @@ def rounds_are_done(
         raise RunError(f"{stages} was made by an earlier version or is not of this command; choose another --out")
     before, finished = read_json(stages / FILE_NAME), (out / SCORECARD).exists()
     reason = made_otherwise(before, made_from)
+    if _of_old_command(before):
+        raise RunError(f"{stages} was made with {reason}; choose another --out, or delete it and {out}")
     if reason and made_otherwise(before | {"code": made_from["code"]}, made_from) is None:
         if finished:
             raise RunError(f"{out} was made with {reason}; choose another --out, or delete it and {stages}")
@@ -85,6 +91,11 @@ def rounds_are_done(
             shutil.rmtree(folder, ignore_errors=True)
         write_json(stages / FILE_NAME, made_from)
     return finished and reason is None  # if something else differs, the stage that it concerns raises the error
+
+
+def _of_old_command(record: dict[str, Any]) -> bool:
+    options = record.get("options")
+    return isinstance(options, dict) and current_name(str(options.get("type"))) == OldCompression.__name__
 
 
 def _completed(options: Any) -> Any:

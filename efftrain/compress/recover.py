@@ -121,7 +121,7 @@ def recovery_training(run: Path, tokens: int, *, sparse: bool, number: int = 1, 
     steps = tokens // (before.batch_size * before.length)
     if steps < 1:
         raise ConfigError(
-            f"--recover leaves {tokens} tokens for a round or a trial, and a step has "
+            f"--recovery-tokens leaves {tokens} tokens for a round or a trial, and a step has "
             f"{before.batch_size * before.length}; give more, or fewer --rounds"
         )
     return replace(

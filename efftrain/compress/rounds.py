@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from efftrain import data
+from efftrain.compress.commands.compression import AnyPrune
+from efftrain.compress.commands.prune import Prune
+from efftrain.compress.commands.recovery_training import RecoveryTraining
+from efftrain.compress.commands.structured_prune import StructuredPrune
 from efftrain.compress.corpus_rows import CorpusRows
-from efftrain.compress.options import Compression
 from efftrain.compress.origin import CUT, made_otherwise, origin, rounds_are_done
 from efftrain.compress.recover import recover, recovery_training
-from efftrain.compress.stage import make_stage, shapes_of_size
-from efftrain.compress.structured.shape import Shape
+from efftrain.compress.stage import make_stage
 from efftrain.config import from_json, to_json
 from efftrain.errors import RunError
 from efftrain.experiment.experiment import reported
@@ -25,31 +27,37 @@ from efftrain.train.config import Training
 from efftrain.train.run.directory import load_model_config, read_json
 
 SHAPES = "shapes.json"
-TRIAL = 0.1  # share of the tokens of ``recover`` that each shape of a search is trained on
+TRIAL = 0.1  # share of the tokens of recovery training that each shape of a search is trained on
 
 
 def compress_in_rounds(
-    run: Path, options: Compression, text: CorpusRows, out: Path, evaluated_rows: int | None
+    run: Path,
+    options: AnyPrune,
+    recovery: RecoveryTraining,
+    text: CorpusRows,
+    out: Path,
+    evaluated_rows: int | None,
 ) -> Scorecard:
     """Prunes and trains, once per round."""
-    stages, tokens = out.with_name(f"{out.name}.stages"), options.recover // options.rounds
-    trained, sparse = run, options.sparsity is not None
-    teacher = run if options.distill else None
+    stages, tokens = out.with_name(f"{out.name}.stages"), recovery.tokens // recovery.rounds
+    trained, sparse = run, isinstance(options, Prune)
+    search = options.search if isinstance(options, StructuredPrune) else None
+    teacher = run if recovery.distill else None
     # Too few tokens or a split that is too short must fail before anything is computed.
     data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)
-    recovery_training(trained, tokens if options.search is None else round(TRIAL * tokens), sparse=sparse)
-    training = recovery_training(trained, tokens, sparse=sparse, number=options.rounds)
+    recovery_training(trained, tokens if search is None else round(TRIAL * tokens), sparse=sparse)
+    training = recovery_training(trained, tokens, sparse=sparse, number=recovery.rounds)
     report = partial(reported, run=out, corpus=text.corpus, rows=evaluated_rows, chosen=options.chosen_on)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):
         console.print(f"{out} is converted already; nothing to do", markup=False)
         return report(Scorecard.read(out / SCORECARD), training=training)
-    for number in range(1, options.rounds + 1):
-        cut, once, shape = stages / f"{number}-cut", _round(options, number), None
-        if options.search is not None:
+    for number in range(1, recovery.rounds + 1):
+        cut, once = stages / f"{number}-cut", options.in_round(number)
+        if isinstance(options, StructuredPrune) and search is not None:
             trial = recovery_training(trained, round(TRIAL * tokens), sparse=sparse, number=number)
-            shape = best_shape(run, options, once, text, stages / f"{number}-search", trial, teacher)
-        make_stage(run, once, text, cut, shape)
-        last = number == options.rounds
+            once = in_best_shape(run, options, number, text, stages / f"{number}-search", trial, teacher)
+        make_stage(run, once, text, cut)
+        last = number == recovery.rounds
         run = out if last else stages / f"{number}-recovered"
         rows = evaluated_rows if last else options.rows
         training = recovery_training(trained, tokens, sparse=sparse, number=number, last=last)
@@ -57,28 +65,30 @@ def compress_in_rounds(
     return report(card, training=training)
 
 
-def _round(options: Compression, number: int) -> Compression:
-    """The options of one round: every round removes the same share of what the rounds before it left."""
-    way = "width" if options.search is not None else options.way  # with a search, the shape decides what is cut
-    once = replace(options, recover=0, rounds=1, search=None, way=way, distill=False)
-    if options.rounds == 1:
-        return once
-    if options.slim is not None:
-        return replace(once, slim=1 - (1 - options.slim) ** (1 / options.rounds))
-    # The sparsity of a round includes the zeros of the rounds before it.
-    return replace(once, sparsity=str(1 - (1 - options.structure.sparsity) ** (number / options.rounds)))
-
-
-def best_shape(
+def in_best_shape(
     run: Path,
-    options: Compression,
-    once: Compression,
+    options: StructuredPrune,
+    number: int,
     text: CorpusRows,
     folder: Path,
     training: Training,
     teacher: Path | None,
-) -> Shape:
-    """The shape whose model has the lowest bits per byte on the validation rows after a short training."""
+) -> StructuredPrune:
+    """The pruning of a round to the shape whose model has the lowest bits per byte after a short training.
+
+    Args:
+      run: run directory of the model that is pruned in this round.
+      options: the command, with ``search``.
+      number: number of the round, from 1.
+      text: the corpus; the shape is chosen on its first validation rows.
+      folder: where the trials are kept.
+      training: training of each trial.
+      teacher: run directory of the teacher. None: trials train on the text.
+
+    Raises:
+      RunError: ``folder`` holds trials of something else, or no trial has finite bits per byte.
+    """
+    once = options.in_round(number)
     made_from = origin(run, options, text, rooms=CUT)
     before = read_json(folder / SHAPES) if (folder / SHAPES).exists() else {}
     reason = made_otherwise(before, made_from) if before else None
@@ -87,13 +97,13 @@ def best_shape(
     if before and not reason:  # read again, because shapes by latency would differ with each measurement
         shapes = [from_json(shape) for shape in before["shapes"]]
     else:
-        shapes = shapes_of_size(load_model_config(run), once, options.way, text)[: options.search]
+        shapes = once.shapes(load_model_config(run), options.axis, text.length)[: options.search]
         write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]})
     bpb = []
     for i, shape in enumerate(shapes):
         console.print(f"shape {i + 1} of {len(shapes)} that were found: {shape}", markup=False)
         cut = folder / f"{i + 1}-cut"
-        make_stage(run, once, text, cut, shape)
+        make_stage(run, replace(once, shape=shape), text, cut)
         card = recover(
             cut,
             training,
@@ -108,4 +118,4 @@ def best_shape(
         raise RunError(f"no shape of {folder} has finite bits per byte after its training; cut off less")
     figures = {"bpb": bpb, "split": CHOICES, "rows": options.rows}
     write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]} | figures)
-    return shapes[int(np.nanargmin(bpb))]
+    return replace(once, shape=shapes[int(np.nanargmin(bpb))])

@@ -4,8 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import efftrain
+from efftrain.compress.commands.compression import Compression
+from efftrain.compress.commands.prune import Prune
+from efftrain.compress.commands.recovery_training import RecoveryTraining
+from efftrain.compress.commands.structured_prune import StructuredPrune
 from efftrain.compress.corpus_rows import CorpusRows
-from efftrain.compress.options import Compression
 from efftrain.compress.origin import FILE_NAME
 from efftrain.compress.rounds import compress_in_rounds
 from efftrain.compress.stage import make_stage
@@ -40,7 +43,7 @@ def compress(
 
     Args:
       run: directory of the run of a float model.
-      options: what to do with the model.
+      options: the command: how the model is quantised or pruned.
       out: the new run directory. None: the directory of ``run`` with the options appended to its name.
       corpus: the corpus for calibration, training and evaluation. None: the corpus of the run.
       evaluated_rows: number of rows of the test split for the score; see ``measure.quality.held_out``. None: all.
@@ -62,8 +65,7 @@ def compress(
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
     text = CorpusRows(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
     check_tokenizer(run, text.corpus)
-    if options.slim is not None or options.recover:  # fail before a stage is written
-        _check_input(run, options)
+    _check_model(run, options)  # fails before a stage is written
     if options.chosen_on:  # a split that is too short fails here, before anything is computed
         text.choosing(options.rows).batches()
     text.reporting(evaluated_rows, chosen=options.chosen_on)
@@ -75,8 +77,9 @@ def compress(
 
 
 def _compress(run: Path, options: Compression, text: CorpusRows, out: Path, evaluated_rows: int | None) -> Scorecard:
-    if options.recover:
-        return compress_in_rounds(run, options, text, out, evaluated_rows)
+    match options:
+        case Prune(recovery=RecoveryTraining() as recovery) | StructuredPrune(recovery=RecoveryTraining() as recovery):
+            return compress_in_rounds(run, options, recovery, text, out, evaluated_rows)
     model = make_stage(run, options, text, out, evaluated_rows=evaluated_rows)
     if (out / SCORECARD).exists():
         return Scorecard.read(out / SCORECARD)
@@ -85,14 +88,16 @@ def _compress(run: Path, options: Compression, text: CorpusRows, out: Path, eval
     return card
 
 
-def _check_input(run: Path, options: Compression) -> None:
-    """Raises an error if the model has values that are not finite, or zeros whose pattern a cut would break."""
-    share = zeros_share(efftrain.load(run))
-    if share and options.slim is not None:
-        raise ConfigError(
-            f"{run} was pruned ({share:.0%} of the weights of its blocks are zero), and --slim would break the pattern "
-            "of its zeros; cut the dense run first, and prune its smaller model with --sparsity"
-        )
+def _check_model(run: Path, options: Compression) -> None:
+    """Raises an error if a model to be trained has values that are not finite, or a model to be cut has zeros."""
+    match options:
+        case Prune(recovery=RecoveryTraining()):
+            efftrain.load(run)
+        case StructuredPrune() if share := zeros_share(efftrain.load(run)):
+            raise ConfigError(
+                f"{run} was pruned ({share:.0%} of the weights of its blocks are zero), and structured pruning would "
+                "break the pattern of its zeros; make the dense run smaller first, and prune the smaller model"
+            )
 
 
 def _score(out: Path, model: Decoder, held_out: HeldOut) -> Scorecard:

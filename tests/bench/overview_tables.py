@@ -101,12 +101,12 @@ def techniques() -> str:
         (
             "[4 bits, GPTQ](recipes/quantization.md)",
             f"{costs('int4, gptq')} more bits, no training",
-            "efftrain compress RUN --quantize int4:g32 --method gptq",
+            "efftrain compress quantize RUN --weights int4:g32 --method gptq",
         ),
         (
             "[8 bits, both sides](recipes/quantization.md)",
             f"decodes {int8_speeds()} times as fast (batch 1, 8); {costs('int8, int8 activations')} more bits",
-            "efftrain compress RUN --quantize int8 --activations int8",
+            "efftrain compress quantize RUN --weights int8 --activations int8",
         ),
         (
             "[Sparse training](recipes/pruning.md)",
@@ -116,7 +116,7 @@ def techniques() -> str:
         (
             "[Structured pruning](recipes/pruning.md)",
             f"a third fewer parameters: {cut_cost()} more bits; reads {cut_speeds()} times as fast (batch 1, 8)",
-            "efftrain compress RUN --slim 0.33 --recover 400000",
+            "efftrain compress structured RUN --ratio 0.33 --recovery-tokens 400000",
         ),
         (
             "[Distillation](recipes/distillation.md)",

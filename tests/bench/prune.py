@@ -101,10 +101,12 @@ def at_once(model: ModelConfig) -> dict[str, float]:
 
 
 def latency(model: ModelConfig, rounds: int) -> dict[str, dict[str, float]]:
-    shapes = {way: candidates(model, 0.67, way=way, by="parameters", length=256)[0] for way in ("width", "depth")}
+    shapes = {
+        axis: candidates(model, 0.67, axis=axis, metric="parameters", length=256)[0] for axis in ("width", "depth")
+    }
     configs = {"whole": model}
-    for way, shape in shapes.items():
-        configs[way] = shaped(model, shape, tuple(range(shape.n_layers)))
+    for axis, shape in shapes.items():
+        configs[axis] = shaped(model, shape, tuple(range(shape.n_layers)))
     decoders = {name: Decoder(config, rngs=nnx.Rngs(0)) for name, config in configs.items()}
     times: dict[str, dict[str, list[float]]] = {name: {} for name in decoders}
     for _ in range(rounds):
@@ -116,8 +118,8 @@ def latency(model: ModelConfig, rounds: int) -> dict[str, dict[str, float]]:
     found = {name: {f: statistics.median(v) for f, v in figures.items()} for name, figures in times.items()}
     for name, decoder in decoders.items():
         found[name]["parameters"] = count_parameters(decoder).total
-    for way in shapes:
-        found[f"speedup, {way}"] = {f: found["whole"][f] / found[way][f] for f in times[way]}
+    for axis in shapes:
+        found[f"speedup, {axis}"] = {f: found["whole"][f] / found[axis][f] for f in times[axis]}
     return found
 
 

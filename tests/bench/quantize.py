@@ -33,7 +33,7 @@ from flax import nnx
 
 import efftrain
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
-from efftrain.compress.quantization.convert import convert
+from efftrain.compress.quantization.convert import Method, convert
 from efftrain.measure.cost.latency import draw
 from efftrain.measure.cost.memory import host_peak_bytes
 from efftrain.measure.cost.parameters import stored_bytes
@@ -66,6 +66,7 @@ SIZES = {
         llama(vocab_size=4096, d_model=4096, n_layers=16, n_heads=32, d_ff=11008, max_length=256, dtype="bfloat16"),
     ),
 }
+METHODS: dict[str, Method] = {"nearest": "rtn", "gptq": "gptq", "awq": "awq"}  # by their names in the results
 
 
 def weights(format: AnyFormat, activations: AnyFormat | None = None) -> Quantization:
@@ -170,11 +171,11 @@ def conversion(model: ModelConfig) -> dict[str, float]:
     """Seconds for each 100M parameters of the blocks; compiling included, which a larger model has once as well."""
     plain, found = Decoder(model, rngs=nnx.Rngs(0)), {}
     in_blocks = sum(v.size for path, v in nnx.to_flat_state(nnx.state(plain, nnx.Param)) if path[0] == "blocks")
-    for method in ("nearest", "gptq", "awq"):
+    for name, method in METHODS.items():
         start = time.perf_counter()
         converted, _ = convert(LayerwiseModel.of(plain), weights(INT4), method=method, calibration=random_text())
         jax.block_until_ready(nnx.state(converted))
-        found[method] = (time.perf_counter() - start) * 1e8 / in_blocks
+        found[name] = (time.perf_counter() - start) * 1e8 / in_blocks
     return found
 
 
@@ -194,8 +195,8 @@ def memory(model: ModelConfig) -> dict[str, dict[str, float]]:
             on_disk = sum(f.stat().st_size for f in run.checkpoints.rglob("*") if f.is_file())
             found[name] = {"checkpoint_bytes": on_disk, "stored_bytes": stored_bytes(each)}
             found[name] |= in_new_process("load", run.path)
-        for method in ("nearest", "gptq"):
-            found[f"converting, {method}"] = in_new_process(method, Path(folder) / "float32")
+        for name in ("nearest", "gptq"):
+            found[f"converting, {name}"] = in_new_process(METHODS[name], Path(folder) / "float32")
     return found
 
 
@@ -218,7 +219,7 @@ def report_memory(what: str, run: Path) -> None:
     if what == "load":
         model = efftrain.load(run)
     else:
-        text = random_text() if what != "nearest" else None
+        text = random_text() if what != "rtn" else None
         model = convert(LayerwiseModel.read(run), weights(INT4), method=what, calibration=text)[0]
     jax.block_until_ready(nnx.state(model))
     gc.collect()
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--run", type=Path, help="of a process that this script starts")
-    parser.add_argument("--do", choices=("load", "nearest", "gptq"))
+    parser.add_argument("--do", choices=("load", "rtn", "gptq"))
     options = parser.parse_args()
     if options.do:
         report_memory(options.do, options.run)

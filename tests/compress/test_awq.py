@@ -45,13 +45,13 @@ def test_outputs_of_a_block_with_outliers_change_less_than_by_rounding(seed):
         return np.asarray(attended), forward(layer, x, held_out)
 
     before, errors = outputs(layer), {}
-    for method in ("nearest", "awq"):
+    for method in ("rtn", "awq"):
         quantization = Quantization(rules=(QuantizationRule(weights=INT4),))
         found, _ = convert(LayerwiseModel.of(model), quantization, method=method, calibration=text(seed=seed))
         after = outputs(found.layers()[0])
         errors[method] = [np.square(a - b).mean() for a, b in zip(after, before, strict=True)]
-    assert errors["awq"][0] < 0.8 * errors["nearest"][0]
-    assert errors["awq"][1] < 0.8 * errors["nearest"][1]
+    assert errors["awq"][0] < 0.8 * errors["rtn"][0]
+    assert errors["awq"][1] < 0.8 * errors["rtn"][1]
 
 
 def test_errors_are_those_of_the_attentions_output_on_tokens_that_are_no_padding():

@@ -16,7 +16,7 @@ from efftrain.compress.layerwise.calibration import CalibrationRows, Calibration
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.quantization.convert import convert
-from efftrain.compress.structured.cut import slim
+from efftrain.compress.structured.cut import structured_prune
 from efftrain.compress.structured.importance import importance
 from efftrain.compress.structured.shape import Shape
 from efftrain.models.moe import MoE
@@ -72,7 +72,7 @@ METHODS = {
     "sparsegpt": lambda model, text: prune(
         LayerwiseModel.of(model), Unstructured(), method="sparsegpt", calibration=text
     ),
-    "slim": lambda model, text: slim(
+    "structured": lambda model, text: structured_prune(
         LayerwiseModel.of(model), replace(Shape.of(model.config), ffn=0.5), importance(LayerwiseModel.of(model), text)
     ),
 }
@@ -107,7 +107,7 @@ def test_experts_that_no_token_of_the_text_reached_are_named():
     assert not set(idle) <= set(range(12)) - set(chosen.tolist())  # padding is routed to some of them
     _, converted = METHODS["gptq"](model, text)
     _, pruned = METHODS["wanda"](model, text)
-    for report, how, method in ((converted, "nearest", "gptq"), (pruned, "magnitude", "wanda")):
+    for report, how, method in ((converted, "rtn", "gptq"), (pruned, "magnitude", "wanda")):
         assert report.idle_experts == {"blocks/0/mlp": idle}
         row = next(m for m in report.matrices if m.name == "blocks/0/mlp/gate")
         assert row.method == how
@@ -116,7 +116,7 @@ def test_experts_that_no_token_of_the_text_reached_are_named():
         assert row.why.endswith(f"; no token of the calibration reached the experts {names}")
         assert "reached" not in next(m for m in report.matrices if m.name == "blocks/0/attention/out").why
     pieces = LayerwiseModel.of(model)
-    _, cut = slim(pieces, Shape.of(model.config), importance(pieces, text))
+    _, cut = structured_prune(pieces, Shape.of(model.config), importance(pieces, text))
     assert cut.layers[0].idle_experts == idle
 
 

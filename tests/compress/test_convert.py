@@ -102,11 +102,11 @@ def test_methods_that_look_at_text_change_outputs_less(method):
     """Output errors of single products on the calibration's text, and of the model on other text."""
     model, text = build(config(pattern=(MHA,), n_repeats=3, max_length=32)), calibration(48)
     errors = {}
-    for how in ("nearest", method):
+    for how in ("rtn", method):
         found, report = convert(LayerwiseModel.of(model), weights(Integer(bits=4)), method=how, calibration=text)
         difference = np.abs(logits(found, tokens(16, 16, seed=9)) - logits(model, tokens(16, 16, seed=9))).mean()
         errors[how] = difference, {m.name: m.output_error for m in report.matrices if m.method == how}
-    assert errors[method][0] < errors["nearest"][0]
+    assert errors[method][0] < errors["rtn"][0]
     assert len(errors[method][1]) == 3 * 7
     assert max(error for name, error in errors[method][1].items()) < 0.3
 
@@ -146,7 +146,7 @@ def test_the_report_says_what_a_method_was_not_for():
     rows = {m.name: m for m in report.matrices}
     assert (rows["blocks/0/mlp/up"].method, rows["blocks/0/mlp/up"].why) == ("gptq", "")
     assert (rows["blocks/1/mlp/gate"].method, rows["blocks/1/mlp/gate"].why) == (
-        "nearest",
+        "rtn",
         "gptq is for dense products",
     )
     assert rows["blocks/1/mlp/shared/up"].method == "gptq"
@@ -185,7 +185,7 @@ def test_no_more_is_held_than_the_float_model_and_two_layers():
     [
         ({"quantization": replace(weights(INT8), stored=True)}, {}, "is converted already; convert the one"),
         ({}, {"method": "gptq"}, "'gptq' needs calibration text; give a corpus"),
-        ({}, {"method": "magic"}, "the method is 'magic'; use one of nearest, gptq, awq"),
+        ({}, {"method": "magic"}, "the method is 'magic'; use one of rtn, gptq, awq"),
         ({}, {"quantization": weights(INT8, "nothing")}, "matches no matrix"),
     ],
 )

@@ -12,9 +12,12 @@ from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
 import efftrain
 from efftrain import data
+from efftrain.compress.commands.prune import Prune
+from efftrain.compress.commands.quantize import Quantize
+from efftrain.compress.commands.recovery_training import RecoveryTraining
+from efftrain.compress.commands.structured_prune import StructuredPrune
 from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
 from efftrain.compress.distillation.distill import teacher_run
-from efftrain.compress.options import Compression
 from efftrain.compress.run import compress
 from efftrain.config import finite_json, from_json, to_json
 from efftrain.data.rules.score_table import ScoreTable
@@ -40,14 +43,15 @@ def upcycled(run: Path) -> None:
     recipe.main(replace(config, upcycle=run, out=run.parent / "moe"))
 
 
+TWO_ROUNDS = RecoveryTraining(tokens=4096, rounds=2)
 COMMANDS = {
     "upcycle": upcycled,
-    "int8": lambda run: compress(run, Compression(quantize="int8")),
-    "gptq": lambda run: compress(run, Compression(quantize="int8", method="gptq", rows=2)),
-    "budget": lambda run: compress(run, Compression(quantize="int8,int4:g4", budget=0.2, rows=2)),
-    "magnitude": lambda run: compress(run, Compression(sparsity="0.5", method="magnitude")),
-    "slim": lambda run: compress(run, Compression(slim=0.3, rows=2)),
-    "rounds": lambda run: compress(run, Compression(slim=0.3, recover=4096, rounds=2, rows=2)),
+    "int8": lambda run: compress(run, Quantize(weights="int8")),
+    "gptq": lambda run: compress(run, Quantize(weights="int8", method="gptq", rows=2)),
+    "budget": lambda run: compress(run, Quantize(weights="int8,int4:g4", budget=0.2, rows=2)),
+    "magnitude": lambda run: compress(run, Prune(sparsity="0.5", method="magnitude")),
+    "structured": lambda run: compress(run, StructuredPrune(ratio=0.3, rows=2)),
+    "rounds": lambda run: compress(run, StructuredPrune(ratio=0.3, rows=2, recovery=TWO_ROUNDS)),
     "teacher": lambda run: build_cache(run, CacheOptions(rows=2)),
     "calibrate-depth": lambda run: calibrate(run, DepthCalibration(rows=6, risk=0.9, error=0.5)),
     "load": efftrain.load,

@@ -12,8 +12,10 @@ import pytest
 from tiny_models import PLAIN, build, config
 from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
+from efftrain.compress.commands.quantize import Quantize
+from efftrain.compress.commands.recovery_training import RecoveryTraining
+from efftrain.compress.commands.structured_prune import StructuredPrune
 from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
-from efftrain.compress.options import Compression
 from efftrain.compress.run import compress
 from efftrain.compress.task.task_run import general_ids
 from efftrain.data.tasks.task import Example, Task
@@ -26,6 +28,7 @@ from efftrain.train.objectives.objective import next_token_loss
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.start import check_start
 
+RECOVERED = StructuredPrune(ratio=0.3, recovery=RecoveryTraining(tokens=999))
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=2, max_length=32)
 TRAINING = Training(steps=41, batch_size=8, length=LENGTH)
 
@@ -62,8 +65,8 @@ def test_every_command_refuses_it(run, corpus, other, tmp_path):
         "branch": lambda: train(out, other.path, branch=f"{run}@40"),
         "finetune": lambda: train(out, other.path, finetune=run),
         "initial": lambda: train(out, other.path, source=run),
-        "compress": lambda: compress(run, Compression(quantize="int8"), out=out, corpus=other.path),
-        "recover": lambda: compress(run, Compression(slim=0.3, recover=999), out=out, corpus=other.path),
+        "compress": lambda: compress(run, Quantize(weights="int8"), out=out, corpus=other.path),
+        "recover": lambda: compress(run, RECOVERED, out=out, corpus=other.path),
         "teacher": lambda: build_cache(run, CacheOptions(rows=2), out=out, corpus=other.path),
         "calibrate": lambda: calibrate(run, DepthCalibration(rows=6, risk=0.9, error=0.5), corpus=other.path),
         "task": lambda: general_ids(run, task(), other.path / "tokenizer.json"),

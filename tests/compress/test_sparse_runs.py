@@ -4,8 +4,9 @@ import pytest
 from tiny_models import PLAIN, build, config
 from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
+from efftrain.compress.commands.recovery_training import RecoveryTraining
+from efftrain.compress.commands.structured_prune import StructuredPrune
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
-from efftrain.compress.options import Compression
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.run import compress
 from efftrain.errors import ConfigError
@@ -24,12 +25,12 @@ def sparse(tmp_path_factory):
     return write_run(folder / "2of4", model, write_corpus(folder / "text"), TRAINING)
 
 
-@pytest.mark.parametrize("recover", [0, 4096])
-def test_a_structured_cut_of_a_sparse_run_is_refused_with_the_order_to_use(sparse, recover):
+@pytest.mark.parametrize("recovery", [None, RecoveryTraining(tokens=4096)])
+def test_a_structured_cut_of_a_sparse_run_is_refused_with_the_order_to_use(sparse, recovery):
     def files() -> list:
         return sorted(sparse.parent.rglob("*"))
 
     before = files()
-    with pytest.raises(ConfigError, match=r"was pruned \(50% of .*; cut the dense run first, and prune its smaller"):
-        compress(sparse, Compression(slim=0.3, recover=recover, rows=2))
+    with pytest.raises(ConfigError, match=r"was pruned \(50% of .*; make the dense run smaller first, and prune"):
+        compress(sparse, StructuredPrune(ratio=0.3, recovery=recovery, rows=2))
     assert files() == before

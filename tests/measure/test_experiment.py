@@ -10,7 +10,7 @@ from lock_holder import Holder
 
 import efftrain
 from efftrain import data
-from efftrain.compress.options import Compression
+from efftrain.compress.commands.prune import Prune
 from efftrain.compress.run import compress
 from efftrain.config import to_json
 from efftrain.data.splits import SplitByPackage
@@ -101,12 +101,12 @@ def test_what_needs_the_validation_split_says_so_before_the_work(only_train, tmp
         compare({"only": config}, lambda config: pytest.fail("trained"), out=tmp_path, seeds=(0,))
     leave_run(config)
     with pytest.raises(ConfigError, match="has no split 'validation'"):
-        compress(tmp_path / "run", Compression(sparsity="0.5", method="magnitude"))
+        compress(tmp_path / "run", Prune(sparsity="0.5", method="magnitude"))
 
 
 def test_two_processes_do_not_make_one_compressed_run(build_corpus, tmp_path):
     leave_run(experiment(build_corpus(validation=0.3, test=0), tmp_path / "run"))
-    out, options = tmp_path / "small", Compression(sparsity="0.5", method="magnitude")
+    out, options = tmp_path / "small", Prune(sparsity="0.5", method="magnitude")
     holder = Holder(beside(out), out)
     with pytest.raises(InUseError, match=rf"small is in use by process {holder.pid} on \S+; wait for it or choose"):
         compress(tmp_path / "run", options, out=out)

@@ -11,7 +11,7 @@ from tiny_runs import LENGTH, VOCABULARY, write_run
 
 import efftrain
 from efftrain import data
-from efftrain.compress.options import Compression
+from efftrain.compress.commands.quantize import Quantize
 from efftrain.compress.run import compress
 from efftrain.data.splits import SplitByPackage
 from efftrain.errors import CorpusError
@@ -110,7 +110,7 @@ def test_a_test_split_reports_whatever_was_chosen(corpus):
 @pytest.fixture(scope="module")
 def compressed(run) -> tuple[Path, Scorecard]:
     """With a choice, of formats, on 8 rows."""
-    options = Compression(quantize="int8,int4:g4", budget=0.27, rows=8)
+    options = Quantize(weights="int8,int4:g4", budget=0.27, rows=8)
     return run.with_name("mixed"), compress(run, options, out=run.with_name("mixed"))
 
 

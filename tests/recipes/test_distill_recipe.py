@@ -111,7 +111,8 @@ def test_a_student_that_was_stopped_goes_on_as_if_it_was_not(command, student):
 def test_what_is_cut_learns_from_what_it_was(student):
     """The run teaches what is left of it, in every round; the same command again does nothing."""
     teacher, out = student.with_name("teacher"), student.with_name("cut")
-    arguments = [teacher, "--slim", "0.3", "--recover", "512", "--rounds", "2", "--distill", "--rows", "16"]
+    flags = "--ratio 0.3 --recovery-tokens 512 --rounds 2 --distill --rows 16"
+    arguments = ["structured", teacher, *flags.split()]
     code, output = compress(*arguments, "--out", out)
     assert code == 0, output
     assert read_metrics(out)[-1]["loss/teacher"] > 0
@@ -120,15 +121,12 @@ def test_what_is_cut_learns_from_what_it_was(student):
     stamp = (out / "scorecard.json").stat().st_mtime_ns
     cut = out.with_name("cut.stages") / "1-cut" / "compression.json"
     before = json.loads(cut.read_text())
-    del before["options"]["distill"]  # as written before there was such an option
+    del before["options"]["search"]  # as written before there was such an option
     cut.write_text(json.dumps(before))
     code, output = compress(*arguments, "--out", out)
     assert code == 0, output
     assert "is converted already" in output
     assert (out / "scorecard.json").stat().st_mtime_ns >= stamp
-    code, output = compress(teacher, "--sparsity", "0.5", "--distill")
-    assert code == 2
-    assert "--distill says how --recover trains" in output
 
 
 def test_students_begin_with_parts_of_their_teacher(command, student):

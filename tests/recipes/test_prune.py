@@ -65,18 +65,18 @@ def test_half_of_the_weights_are_gone_and_what_is_stored_is_smaller(sparse, dens
     assert [row["step"] for row in read_metrics(sparse)] == list(range(11, STEPS + 1))  # behind the dense run's 10
     assert zeros_share(efftrain.load(sparse)) == figures(sparse)["sparsity"] == 0.5
     assert "sparsity" not in figures(dense)
-    code, output = compress(sparse)
+    code, output = compress("quantize", sparse)
     assert code == 0, output
     out = sparse.with_name("sparse-stored")
     np.testing.assert_array_equal(logits(efftrain.load(out)), logits(efftrain.load(sparse)))
-    code, output = compress(dense)
+    code, output = compress("quantize", dense)
     assert code == 2
     assert "was not trained for a quantisation and has no zeros; say what to do" in output
 
 
 def test_a_dense_run_is_pruned_at_once_and_stays_as_it_is(dense, tmp_path):
     before = fingerprint(dense)
-    code, output = compress(dense, "--sparsity", "0.5", "--rows", "8", "--out", tmp_path / "half")
+    code, output = compress("prune", dense, "--sparsity", "0.5", "--rows", "8", "--out", tmp_path / "half")
     assert code == 0, output
     model, report = efftrain.load(tmp_path / "half"), json.loads((tmp_path / "half" / "compression.json").read_text())
     assert zeros_share(model) == figures(tmp_path / "half")["sparsity"] == 0.5
@@ -86,8 +86,8 @@ def test_a_dense_run_is_pruned_at_once_and_stays_as_it_is(dense, tmp_path):
     assert report["calibration"] == {"rows": 8, "rows_asked": 8, "tokens": 8 * length}
     assert {m["damping"] for m in report["matrices"]} == {DAMPING}
     assert report["bpb"] != report["bpb_before"]
-    arguments = ("--sparsity", "2:4", "--method", "sparsegpt", "--quantize", "int4:g8", "--rows", "8")
-    code, output = compress(dense, *arguments, "--out", tmp_path / "both")
+    arguments = ("--sparsity", "2:4", "--method", "sparsegpt", "--weights", "int4:g8", "--rows", "8")
+    code, output = compress("prune", dense, *arguments, "--out", tmp_path / "both")
     assert code == 0, output
     assert efftrain.load(tmp_path / "both").config.quantization.stored
     report = json.loads((tmp_path / "both" / "compression.json").read_text())
@@ -96,18 +96,18 @@ def test_a_dense_run_is_pruned_at_once_and_stays_as_it_is(dense, tmp_path):
 
 
 def test_a_cut_model_is_smaller_and_its_training_goes_on_when_it_was_killed(dense, tmp_path):
-    before, out = fingerprint(dense), tmp_path / "slim"
-    arguments = ("--slim", "0.3", "--recover", 64 * 40, "--rows", "8", "--out", out)
-    process = start([sys.executable, "-m", "efftrain.cli", "compress", str(dense), *map(str, arguments)])
+    before, out = fingerprint(dense), tmp_path / "smaller"
+    arguments = ("--ratio", "0.3", "--recovery-tokens", 64 * 40, "--rows", "8", "--out", out)
+    process = start([sys.executable, "-m", "efftrain.cli", "compress", "structured", str(dense), *map(str, arguments)])
     while process.poll() is None and not (out / "checkpoints" / "10").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    cut = fingerprint(tmp_path / "slim.stages" / "1-cut")
-    code, output = compress(dense, *arguments)
+    cut = fingerprint(tmp_path / "smaller.stages" / "1-cut")
+    code, output = compress("structured", dense, *arguments)
     assert code == 0, output
     assert "continuing from step" in output or "is trained already" in output
-    assert fingerprint(tmp_path / "slim.stages" / "1-cut") == cut
+    assert fingerprint(tmp_path / "smaller.stages" / "1-cut") == cut
     assert fingerprint(dense) == before
     rows = read_metrics(out)
     assert [row["step"] for row in rows] == list(range(1, 41))
@@ -116,20 +116,22 @@ def test_a_cut_model_is_smaller_and_its_training_goes_on_when_it_was_killed(dens
     model, whole = efftrain.load(out), efftrain.load(dense)
     assert count_parameters(model).total <= 0.7 * count_parameters(whole).total
     assert model.config.n_layers == whole.config.n_layers
-    report = json.loads((tmp_path / "slim.stages" / "1-cut" / "compression.json").read_text())
-    assert report["slim"]["after"]["parameters"] == count_parameters(model).total
-    code, output = compress(dense, *arguments)
+    report = json.loads((tmp_path / "smaller.stages" / "1-cut" / "compression.json").read_text())
+    assert report["structured"]["after"]["parameters"] == count_parameters(model).total
+    code, output = compress("structured", dense, *arguments)
     assert code == 0
     assert "nothing to do" in output
-    code, output = compress(dense, *arguments[:2], "--recover", 64 * 20, "--rows", "8", "--out", out)
+    fewer = ("--ratio", "0.3", "--recovery-tokens", 64 * 20, "--rows", "8", "--out", out)
+    code, output = compress("structured", dense, *fewer)
     assert code == 2
     assert "holds a run with another configuration" in " ".join(output.split())
 
 
 def test_rounds_reach_the_target_in_equal_shares(dense, tmp_path):
     out = tmp_path / "rounds"
-    arguments = ("--sparsity", "0.5", "--method", "magnitude", "--rounds", "2", "--recover", 64 * 10, "--rows", "8")
-    code, output = compress(dense, *arguments, "--out", out)
+    recovery = ("--recovery-tokens", 64 * 10, "--rounds", "2")
+    arguments = ("--sparsity", "0.5", "--method", "magnitude", *recovery, "--rows", "8")
+    code, output = compress("prune", dense, *arguments, "--out", out)
     assert code == 0, output
     stages = tmp_path / "rounds.stages"
     shares = [zeros_share(efftrain.load(stages / name)) for name in ("1-cut", "1-recovered", "2-cut")]
@@ -154,8 +156,9 @@ def test_a_recovered_run_of_a_fork_loads(dense, tmp_path):
         "@dataclass(frozen=True, kw_only=True)\nclass Odd(Dense):\n    pass\n"
     )
     before = fingerprint(run)
-    arguments = ("--slim", "0.3", "--recover", 64 * 10, "--rounds", "2", "--rows", "8", "--out", tmp_path / "out")
-    code, output = compress(run, *arguments)
+    recovery = ("--recovery-tokens", 64 * 10, "--rounds", "2")
+    arguments = ("--ratio", "0.3", *recovery, "--rows", "8", "--out", tmp_path / "out")
+    code, output = compress("structured", run, *arguments)
     assert code == 0, output
     assert type(efftrain.load(tmp_path / "out").config.pattern[0].mlp).__name__ == "Odd"
     assert fingerprint(run) == before
@@ -166,15 +169,15 @@ def test_a_recovered_run_of_a_fork_loads(dense, tmp_path):
 
 def test_a_search_takes_the_shape_that_is_best_after_a_short_training(dense, tmp_path):
     out = tmp_path / "best"
-    arguments = ("--slim", "0.3", "--way", "any", "--search", "2", "--recover", 64 * 20, "--rows", "8")
-    code, output = compress(dense, *arguments, "--out", out)
+    arguments = ("--ratio", "0.3", "--axis", "any", "--search", "2", "--recovery-tokens", 64 * 20, "--rows", "8")
+    code, output = compress("structured", dense, *arguments, "--out", out)
     assert code == 0, output
     folder = tmp_path / "best.stages" / "1-search"
     found = json.loads((folder / "shapes.json").read_text())
     assert [figures(folder / str(i))["bpb"] for i in (1, 2)] == found["bpb"]
     assert [len(read_metrics(folder / str(i))) for i in (1, 2)] == [2, 2]
     best = found["shapes"][int(np.argmin(found["bpb"]))]
-    code, output = compress(dense, *arguments, "--out", out)  # again: nothing is cut or trained
+    code, output = compress("structured", dense, *arguments, "--out", out)  # again: nothing is cut or trained
     assert code == 0, output
     assert json.loads((folder / "shapes.json").read_text()) == found
     config = efftrain.load(out).config
@@ -186,28 +189,25 @@ def test_bad_input_is_one_sentence(dense, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     before = sorted(p.name for p in dense.parent.iterdir())
     cases = {
-        ("--sparsity", "1.5"): "sparsity is 1.5; it is the share that goes",
-        ("--sparsity", "half"): "--sparsity is 'half'; give a share such as 0.5, or 2:4",
-        ("--sparsity", "3:5", "--method", "magnitude"): "groups of 5 do not divide its 16 inputs",
-        ("--sparsity", "0.5", "--method", "gptq"): "it is one of magnitude, wanda, sparsegpt with --sparsity",
-        ("--method", "wanda"): "it is one of nearest, gptq, awq without --sparsity",
-        ("--slim", "1.2"): "--slim is 1.2; give the share to cut off",
-        ("--slim", "0.99"): "keep is",
-        ("--slim", "0.3", "--quantize", "int8"): "--slim cuts and does nothing else",
-        ("--way", "depth"): "add --slim",
-        ("--slim", "0.3", "--way", "any"): "add --search 4 and --recover",
-        ("--slim", "0.3", "--search", "2", "--recover", "500"): "--recover leaves 50 tokens for a round or a trial",
-        ("--sparsity", "0.5", "--cache", "int8"): "neither --cache nor --budget",
-        ("--sparsity", "0.5", "--quantize", "int8", "--layers", "blocks/.*|embedding"): "only blocks are quantised",
-        ("--slim", "0.3", "--search", "4"): "give 2 shapes or more, and the tokens of --recover",
-        ("--slim", "0.3", "--rounds", "2"): "--rounds needs training between them",
-        ("--slim", "0.3", "--recover", "10"): "--recover leaves 10 tokens for a round or a trial, and a step has 64",
-        ("--quantize", "int8", "--recover", "640"): "--recover trains what --slim or --sparsity cut",
-        ("--slim", "0.3", "--recover", "640", "--out", tmp_path / "mine"): "was not made by this command",
-        ("--sparsity", "0.5", "--out", tmp_path / "mine"): "exists and is not a converted model",
+        ("prune", "--sparsity", "1.5"): "sparsity is 1.5; it is the share that goes",
+        ("prune", "--sparsity", "3:5", "--method", "magnitude"): "groups of 5 do not divide its 16 inputs",
+        ("prune", "--sparsity", "0.5", "--weights", "int8", "--layers", "blocks/.*|embedding"): (
+            "only blocks are quantised"
+        ),
+        ("prune", "--sparsity", "0.5", "--out", tmp_path / "mine"): "exists and is not a converted model",
+        ("structured", "--ratio", "0.99"): "keep is",
+        ("structured", "--ratio", "0.3", "--search", "2", "--recovery-tokens", "500"): (
+            "--recovery-tokens leaves 50 tokens for a round or a trial"
+        ),
+        ("structured", "--ratio", "0.3", "--recovery-tokens", "10"): (
+            "--recovery-tokens leaves 10 tokens for a round or a trial, and a step has 64"
+        ),
+        ("structured", "--ratio", "0.3", "--recovery-tokens", "640", "--out", tmp_path / "mine"): (
+            "was not made by this command"
+        ),
     }
-    for arguments, message in cases.items():
-        code, output = compress(dense, *arguments)
+    for (command, *arguments), message in cases.items():
+        code, output = compress(command, dense, *arguments)
         assert (code, "Traceback" in output) == (2, False), output
         assert message in " ".join(output.split()), output
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"

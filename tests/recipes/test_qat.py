@@ -59,7 +59,7 @@ def test_the_float_run_stands_beside_and_both_share_their_beginning(trained):
 
 def test_what_was_trained_is_what_is_stored(trained, corpus):
     """In a directory of its own, by the name of the options, to the bit; the second time nothing is done."""
-    code, output = compress(trained)
+    code, output = compress("quantize", trained)
     assert code == 0, output
     out = trained.with_name("int4-stored")
     model = efftrain.load(out)
@@ -75,11 +75,11 @@ def test_what_was_trained_is_what_is_stored(trained, corpus):
     report = json.loads((out / "compression.json").read_text())
     assert {m["name"] for m in report["matrices"] if m["method"] == "none"} == {"embedding"}
     stamp = (out / "scorecard.json").stat().st_mtime_ns
-    code, output = compress(trained)
+    code, output = compress("quantize", trained)
     assert code == 0
     assert "is converted already" in output
     assert (out / "scorecard.json").stat().st_mtime_ns == stamp
-    code, output = compress(out)
+    code, output = compress("quantize", out)
     assert code == 2
     assert f"error: the model of {out} is converted already; convert the one it was made from" in output
 
@@ -87,8 +87,8 @@ def test_what_was_trained_is_what_is_stored(trained, corpus):
 def test_a_budget_gives_layers_formats_of_their_own(trained):
     plain = trained.with_name("float-seed0")
     out = trained.with_name("mixed")
-    arguments = ("--quantize", "int8,int4:g8", "--budget", "0.23", "--rows", "8", "--out", out)
-    code, output = compress(plain, *arguments)
+    arguments = ("--weights", "int8,int4:g8", "--budget", "0.23", "--rows", "8", "--out", out)
+    code, output = compress("quantize", plain, *arguments)
     assert code == 0, output
     report = json.loads((out / "compression.json").read_text())
     formats = {m["format"] for m in report["matrices"] if m["method"] != "none"}
@@ -106,8 +106,8 @@ def test_a_budget_gives_layers_formats_of_their_own(trained):
 def test_a_conversion_that_was_killed_is_not_one(trained, tmp_path):
     """Killed at different times: the new directory is there whole, or not at all, and the command can be repeated."""
     plain, out = trained.with_name("float-seed0"), tmp_path / "killed"
-    arguments = ("--quantize", "int4:g8", "--method", "gptq", "--rows", "8", "--out", out, "--cache", "int8")
-    command = [sys.executable, "-m", "efftrain.cli", "compress", str(plain), *map(str, arguments)]
+    arguments = ("--weights", "int4:g8", "--method", "gptq", "--rows", "8", "--out", out, "--cache", "int8")
+    command = [sys.executable, "-m", "efftrain.cli", "compress", "quantize", str(plain), *map(str, arguments)]
     seen = set()
     for _ in range(3):
         process = start(command)
@@ -132,11 +132,11 @@ def test_a_folder_of_the_users_is_not_taken_for_a_half_written_one(trained, tmp_
     theirs.mkdir()
     empty.mkdir()
     (theirs / "thesis.txt").write_text("years of work")
-    code, output = compress(plain, "--quantize", "int8", "--out", tmp_path / "a")
+    code, output = compress("quantize", plain, "--weights", "int8", "--out", tmp_path / "a")
     assert (code, "Traceback" in output) == (2, False), output
     assert "a.incomplete" in output
     assert (theirs / "thesis.txt").read_text() == "years of work"
-    code, output = compress(plain, "--quantize", "int8", "--out", tmp_path / "b")
+    code, output = compress("quantize", plain, "--weights", "int8", "--out", tmp_path / "b")
     assert code == 0, output
     assert not empty.exists()
 
@@ -146,20 +146,16 @@ def test_bad_input_is_one_sentence(trained, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     cases = {
-        (plain,): "was not trained for a quantisation and has no zeros; say what to do, such as --quantize int8",
-        (plain, "--quantize", "int3"): "'int3' is no number format; use one of int8, int4, ternary, fp8",
-        (plain, "--quantize", "int8", "--layers", "nothing"): "matches no matrix; they are blocks/0/attention/key",
-        (plain, "--quantize", "int4:g32"): "the group of 32 does not divide 16 inputs; use a divisor",
-        (plain, "--layers", "head"): "--layers is given and not what to do with them",
-        (plain, "--quantize", "int8", "--budget", "0.2"): "--budget chooses between formats; give several",
-        (plain, "--quantize", "int8,int4"): "give one format, or a --budget to choose by",
+        (plain,): "was not trained for a quantisation and has no zeros; say what to do, such as --weights int8",
+        (plain, "--weights", "int3"): "'int3' is no number format; use one of int8, int4, ternary, fp8",
+        (plain, "--weights", "int8", "--layers", "nothing"): "matches no matrix; they are blocks/0/attention/key",
+        (plain, "--weights", "int4:g32"): "the group of 32 does not divide 16 inputs; use a divisor",
         (plain, "--cache", "int8:g4"): "the cache has one scale for each token and head",
-        (plain, "--quantize", "int8", "--rows", "0"): "--rows is 0; give at least 1",
-        (plain, "--quantize", "int8", "--out", tmp_path / "mine"): "exists and is not a converted model",
-        (tmp_path / "nowhere", "--quantize", "int8"): "so it is not a run; give the --out of a training run",
+        (plain, "--weights", "int8", "--out", tmp_path / "mine"): "exists and is not a converted model",
+        (tmp_path / "nowhere", "--weights", "int8"): "so it is not a run; give the --out of a training run",
     }
     for arguments, message in cases.items():
-        code, output = compress(*arguments)
+        code, output = compress("quantize", *arguments)
         assert (code, "Traceback" in output) == (2, False), output
         assert message in " ".join(output.split()), output
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
@@ -167,18 +163,17 @@ def test_bad_input_is_one_sentence(trained, tmp_path):
 
 
 def test_trained_rules_are_kept_where_options_leave_them_open(trained, tmp_path):
-    from efftrain.compress.options import Compression
-    from efftrain.compress.stage import rules_of
+    from efftrain.compress.commands.formats import ALL_BLOCKS, rules_of
 
     config = efftrain.load(trained).config
     assert config.quantization.rules[0].learned_step
-    (rule,) = rules_of(Compression(activations="int8"), config)
+    (rule,) = rules_of(config, weights=None, activations="int8", layers=ALL_BLOCKS)
     assert rule.weights == config.quantization.rules[0].weights
     assert rule.activations.bits == 8
     learned = replace(config.quantization.rules[0], learned_step=True)
     config = config.replace(quantization=Quantization(rules=(learned,)))
-    assert rules_of(Compression(quantize="int4:g8"), config) == (learned,)
-    assert not rules_of(Compression(quantize="int8"), config)[0].learned_step
+    assert rules_of(config, weights="int4:g8", activations=None, layers=ALL_BLOCKS) == (learned,)
+    assert not rules_of(config, weights="int8", activations=None, layers=ALL_BLOCKS)[0].learned_step
 
 
 def test_a_run_from_the_beginning_and_one_behind_the_end(trained, command, tmp_path):

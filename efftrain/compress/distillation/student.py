@@ -7,7 +7,7 @@ from flax import nnx
 
 from efftrain.compress.layerwise.calibration import CalibrationRows
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
-from efftrain.compress.structured.cut import slim
+from efftrain.compress.structured.cut import structured_prune
 from efftrain.compress.structured.importance import importance
 from efftrain.compress.structured.shape import Shape, shaped
 from efftrain.errors import ConfigError
@@ -47,7 +47,7 @@ def cut_from(teacher: LayerwiseModel, student: ModelConfig, calibration: Calibra
     Raises:
       ConfigError: a model of this configuration cannot be cut out of this teacher.
     """
-    model, _ = slim(teacher, shape_within(student, teacher.config), importance(teacher, calibration))
+    model, _ = structured_prune(teacher, shape_within(student, teacher.config), importance(teacher, calibration))
     if not same_parameters(model.config, student):
         raise ConfigError(
             "model is not of a shape that can be cut out of its teacher (the same vocabulary, head size and kinds of "

@@ -97,7 +97,7 @@ class _Product:
         if len(flat) != len(valid_n):
             raise ConfigError(
                 f"{self.path} reads {len(flat)} vectors for {len(valid_n)} tokens, so that padding cannot be left out; "
-                "use a method that reads no calibration text (nearest, magnitude)"
+                "use a method that reads no calibration text (rtn, magnitude)"
             )
         self.total += self.statistic(jnp.where(valid_n[:, None], flat, 0))
         return self.linear(x)

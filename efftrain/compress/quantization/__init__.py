@@ -1,4 +1,4 @@
-"""Post-training quantisation: rounding to nearest, GPTQ, AWQ, and mixed precision under a budget of bytes.
+"""Post-training quantisation: round to nearest (RTN), GPTQ, AWQ, and mixed precision under a budget of bytes.
 
 It may import ``compress.layerwise``.
 """

@@ -29,7 +29,7 @@ from efftrain.ops.masks import count_zeros
 from efftrain.ops.number_formats import format_name
 from efftrain.ops.quantize import QuantizedArray
 
-Method = Literal["nearest", "gptq", "awq"]
+Method = Literal["rtn", "gptq", "awq"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def convert(
     pieces: LayerwiseModel,
     quantization: Quantization,
     *,
-    method: Method = "nearest",
+    method: Method = "rtn",
     calibration: CalibrationRows | None = None,
     unrolled: bool = False,
     each_layer: Callable[[int], None] = lambda number: None,
@@ -103,7 +103,7 @@ def convert(
       pieces: the model, taken apart; its list of layers is empty afterwards.
       quantization: rules of the new model; its field ``stored`` is ignored, since the result is always stored
         quantised.
-      method: "nearest" rounds to the nearest value (RTN). "gptq" and "awq" also use the inputs on the calibration text,
+      method: "rtn" rounds to the nearest value. "gptq" and "awq" also use the inputs on the calibration text,
         computed by the layers that are already converted; they apply to dense products of plain blocks, and all other
         matrices are rounded.
       calibration: the text that "gptq" and "awq" need.
@@ -121,7 +121,7 @@ def convert(
         raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(Method))}")
     if pieces.config.quantization.stored:
         raise ConfigError("the model is converted already; convert the one it was made from")
-    if method != "nearest" and calibration is None:
+    if method != "rtn" and calibration is None:
         raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
     config = pieces.unrolled() if unrolled else pieces.config
     config = config.replace(quantization=dataclasses.replace(quantization, stored=True))
@@ -131,7 +131,7 @@ def convert(
     all_idle: dict[str, tuple[int, ...]] = {}
     outer = pieces.outer
     give_rules(outer, quantization)
-    observe = method != "nearest"
+    observe = method != "rtn"
     n_positions, states = len(config.pattern), []
     for number, layer, inputs in pieces.walk("convert", calibration if observe else None):
         give_rules(layer, quantization, f"blocks/{number % n_positions}/")
@@ -156,7 +156,7 @@ def convert(
     for name, module, attribute in list(matrices(outer)):
         if not name.startswith("blocks/"):
             why = f"{method} is for the products of blocks" if observe else ""
-            rows.append(_convert(name, module, attribute, "nearest", why, None))
+            rows.append(_convert(name, module, attribute, "rtn", why, None))
     size = calibration.size if observe and calibration is not None else None
     return assemble(config, outer, states), ConversionReport(tuple(rows), size, all_idle)
 
@@ -165,18 +165,18 @@ def _how(
     name: str, variable: nnx.Variable, method: Method, plain: bool, observed: Set[str], factors: Mapping[str, Array]
 ) -> tuple[str, str]:
     """The method by which a matrix is converted, and the reason if it is not the requested one."""
-    if method == "nearest":
+    if method == "rtn":
         return method, ""
     if not plain:
-        return "nearest", f"{method} is for plain blocks"
+        return "rtn", f"{method} is for plain blocks"
     if name not in observed:
-        return "nearest", f"{method} is for dense products"
+        return "rtn", f"{method} is for dense products"
     rule = rule_of(variable)
     if rule is not None and rule.learned_step:
-        return "nearest", "its steps were learned"
+        return "rtn", "its steps were learned"
     if method == "awq" and name not in factors:
         why = "its inputs cannot be scaled: nothing before it, or a product beside it that stays as it is"
-        return (method, f"clipped alone; {why}") if is_clipped(name) else ("nearest", why)
+        return (method, f"clipped alone; {why}") if is_clipped(name) else ("rtn", why)
     return method, ""
 
 

@@ -76,7 +76,7 @@ def choose_formats(
     for (larger, smaller), (more, less) in zip(itertools.pairwise(formats), itertools.pairwise(shares), strict=True):
         if more == less:
             names = f"{format_name(larger)} and {format_name(smaller)}"
-            raise ConfigError(f"--quantize: {names} take as many bytes; leave one of them out")
+            raise ConfigError(f"--weights: {names} take as many bytes; leave one of them out")
     if budget < shares[-1]:
         raise ConfigError(
             f"--budget {budget} is below {shares[-1]:.4f}, the share of {format_name(formats[-1])} everywhere; "
@@ -108,7 +108,7 @@ def _costs(values: "_Values", bpb: Callable[[Decoder], float], kept: Measurement
     base = kept.cell("first format", lambda: bpb(values.model(first)))
     if base is None:
         raise ConfigError(
-            f"--quantize: the model has no finite bits per byte in {format_name(formats[0])}, the largest format; add "
+            f"--weights: the model has no finite bits per byte in {format_name(formats[0])}, the largest format; add "
             "one that it bears"
         )
     with Progress("sensitivity", len(parts) * (len(formats) - 1), unit="trials") as progress:

@@ -57,7 +57,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class SlimReport:
+class StructuredPruneReport:
     """What structured pruning kept of a model, and the size of the model before and after.
 
     Attributes:
@@ -81,7 +81,9 @@ class SlimReport:
         return dataclasses.asdict(self)
 
 
-def slim(pieces: LayerwiseModel, shape: Shape, importance: Importance) -> tuple[Decoder, SlimReport]:
+def structured_prune(
+    pieces: LayerwiseModel, shape: Shape, importance: Importance
+) -> tuple[Decoder, StructuredPruneReport]:
     """Structured pruning: keeps the most important parts of a model, in their original order.
 
     Layers are removed as one contiguous block, the one with the least influence. If hidden channels are removed, a norm
@@ -124,7 +126,7 @@ def slim(pieces: LayerwiseModel, shape: Shape, importance: Importance) -> tuple[
     model = assemble(new, outer, states)
     _check_shapes(model, new)
     length = importance.length
-    report = SlimReport(
+    report = StructuredPruneReport(
         hidden=tuple(hidden.tolist()),
         layers=tuple(cuts),
         dropped=tuple(sorted(set(range(config.n_layers)) - set(kept))),

@@ -14,31 +14,31 @@ from efftrain.models.config import BlockConfig, Dense, ModelConfig
 from efftrain.models.decoder import abstract_decoder
 from efftrain.models.moe import MoE
 
-By = Literal["parameters", "flops"]
+CountedMetric = Literal["parameters", "flops"]
 Term = tuple[float, tuple[tuple[str | None, int], ...]]  # a factor, and the logical name and size of each axis
 
 
 class Count:
     """Counts the parameters, or the model FLOPs per training token, of any smaller shape of a model.
 
-    Every matrix is counted by its logical axes, in the way in which ``slim`` slices them.
+    Every matrix is counted by its logical axes, in the way in which ``structured_prune`` slices them.
 
     Args:
       config: configuration of the whole model.
-      by: what is counted: "parameters" or "flops".
+      metric: what is counted: "parameters" or "flops".
       length: tokens of a row, for FLOPs.
     """
 
-    def __init__(self, config: ModelConfig, by: By, length: int):
-        self.config, self.by, self.length, self.multiple = config, by, length, multiple_of(config)
+    def __init__(self, config: ModelConfig, metric: CountedMetric, length: int):
+        self.config, self.metric, self.length, self.multiple = config, metric, length, multiple_of(config)
         abstract = abstract_decoder(config)
-        free = set() if by == "parameters" else embedding_paths(abstract) | {HEAD}
+        free = set() if metric == "parameters" else embedding_paths(abstract) | {HEAD}
         self.outer: list[Term] = []
         self.blocks: list[list[Term]] = [[] for _ in config.pattern]
         for path, variable in parameters(abstract):
-            if path[:-1] not in free and (term := _term(variable, by)) is not None:
+            if path[:-1] not in free and (term := _term(variable, metric)) is not None:
                 (self.blocks[path[1]] if path[0] == "blocks" else self.outer).append(term)
-        if by == "flops":
+        if metric == "flops":
             self.outer.append((head_flops(abstract) / config.d_model, (("embed", config.d_model),)))
 
     def of(self, shape: Shape) -> float:
@@ -72,10 +72,10 @@ class Count:
             block = cut_block(block, whole, self.multiple)
             sizes = _sizes(block, d_model, np.array(units, float), np.array(choices, float)[:, None])
             layers[i] = _sum(terms, sizes)
-            if self.by == "flops":
+            if self.metric == "flops":
                 keys = mean_visible_keys(self.length, block.attention.window)
                 layers[i] += attention_flops(block.attention, keys)
-        factor = FORWARD_AND_BACKWARD if self.by == "flops" else 1
+        factor = FORWARD_AND_BACKWARD if self.metric == "flops" else 1
         return factor * _sum(self.outer, {"embed": d_model, "norm": d_model}), factor * layers
 
     def total(self, outer: float, layers: np.ndarray, n_layers: int) -> np.ndarray:
@@ -88,11 +88,11 @@ class Count:
         return outer + np.tensordot(counts, layers, 1).max(0)
 
 
-def _term(variable: nnx.Variable, by: By) -> Term | None:
+def _term(variable: nnx.Variable, metric: CountedMetric) -> Term | None:
     """The term of one variable: its count is the factor times the product of the sizes. None: nothing is counted."""
     metadata = variable.get_metadata()
     axes = [pair for pair in zip(metadata["axes"], variable.shape, strict=True) if pair[0] != "layers"]
-    if by == "parameters":
+    if metric == "parameters":
         return 1.0, tuple(axes)
     if len(axes) < 2:
         return None
@@ -103,7 +103,7 @@ def _term(variable: nnx.Variable, by: By) -> Term | None:
 
 
 def _sizes(block: BlockConfig, d_model: int, units: np.ndarray, choices: np.ndarray) -> dict[str, int | np.ndarray]:
-    """The size of each logical axis that ``slim`` cuts, after the cut."""
+    """The size of each logical axis that ``structured_prune`` cuts, after the cut."""
     attention = block.attention
     sizes = {"embed": d_model, "norm": d_model}
     sizes |= {"heads": attention.n_heads * attention.d_head, "kv_heads": attention.n_kv_heads * attention.d_head}

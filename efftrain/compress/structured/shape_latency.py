@@ -4,7 +4,7 @@ import numpy as np
 from flax import nnx
 
 from efftrain.compress.structured.shape import Shape, shaped
-from efftrain.compress.structured.shapes import Way, candidates
+from efftrain.compress.structured.shapes import Axis, candidates
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.latency import measure_latency
 from efftrain.models.config import ModelConfig
@@ -14,7 +14,7 @@ from efftrain.progress import Progress
 SHARES = np.arange(0.95, 0.2, -0.05)  # shares of the parameters that are tried
 
 
-def fast_shapes(config: ModelConfig, keep: float, *, way: Way, length: int) -> list[Shape]:
+def fast_shapes(config: ModelConfig, keep: float, *, axis: Axis, length: int) -> list[Shape]:
     """Finds the largest shapes that decode a token in ``keep`` of the model's time: one for width, one for depth.
 
     The time is measured for one row on this machine, so that nothing else should run on it.
@@ -22,21 +22,21 @@ def fast_shapes(config: ModelConfig, keep: float, *, way: Way, length: int) -> l
     Args:
       config: configuration of the whole model.
       keep: the share of the time per token, between 0 and 1.
-      way: "width" or "depth" for one of the two shapes, "any" for both.
+      axis: "width" or "depth" for one of the two shapes, "any" for both.
       length: tokens of a row; see ``candidates``.
 
     Raises:
       ConfigError: no shape is so fast.
     """
-    ways = ("width", "depth") if way == "any" and config.n_layers > 2 else ("width",) if way == "any" else (way,)
-    for one in ways:
-        candidates(config, float(SHARES[0]), way=one, by="parameters", length=length)  # fail before measuring
+    axes = ("width", "depth") if axis == "any" and config.n_layers > 2 else ("width",) if axis == "any" else (axis,)
+    for one in axes:
+        candidates(config, float(SHARES[0]), axis=one, metric="parameters", length=length)  # fail before measuring
     whole, found = decode_s(config), []
-    with Progress("latency", len(ways) * len(SHARES), unit="shapes") as progress:
-        for one in ways:
+    with Progress("latency", len(axes) * len(SHARES), unit="shapes") as progress:
+        for one in axes:
             for share in SHARES:
                 try:
-                    shape = candidates(config, float(share), way=one, by="parameters", length=length)[0]
+                    shape = candidates(config, float(share), axis=one, metric="parameters", length=length)[0]
                 except ConfigError:
                     break  # there is no smaller shape
                 progress.advance()
@@ -45,7 +45,7 @@ def fast_shapes(config: ModelConfig, keep: float, *, way: Way, length: int) -> l
                     found.append(shape)
                     break
     if not found:
-        raise ConfigError(f"--slim by latency: no shape draws a token in {keep:.0%} of the time; cut off less")
+        raise ConfigError(f"no shape decodes a token in {keep:.0%} of the time; give a --ratio below {1 - keep:g}")
     return found
 
 

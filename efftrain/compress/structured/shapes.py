@@ -8,12 +8,12 @@ import numpy as np
 
 from efftrain.compress.structured.importance import check_prunable
 from efftrain.compress.structured.shape import Shape, head_parts, multiple_of, part
-from efftrain.compress.structured.shape_count import By, Count
+from efftrain.compress.structured.shape_count import Count, CountedMetric
 from efftrain.errors import ConfigError
 from efftrain.models.config import Dense, ModelConfig
 from efftrain.models.moe import MoE
 
-Way = Literal["width", "depth", "any"]
+Axis = Literal["width", "depth", "any"]
 NEAR = 0.96  # smallest share of the target count that still counts as near it
 LEAST_FFN = 0.25  # smallest share of the FFN units that is tried
 # How much a cut of each kind hurts, as a factor of the share that is cut. The order of units, channels and heads is
@@ -37,7 +37,7 @@ class _Shares(NamedTuple):
     ffn: Sequence[float]
 
 
-def candidates(config: ModelConfig, keep: float, *, way: Way, by: By, length: int) -> list[Shape]:
+def candidates(config: ModelConfig, keep: float, *, axis: Axis, metric: CountedMetric, length: int) -> list[Shape]:
     """Finds shapes that have a given share of a model's parameters or FLOPs; the best guess comes first.
 
     All shapes have at most ``keep`` of the model's count, and at least ``NEAR`` of that target; if there is no such
@@ -48,38 +48,38 @@ def candidates(config: ModelConfig, keep: float, *, way: Way, by: By, length: in
     Args:
       config: configuration of the whole model.
       keep: the share of the count that is kept, between 0 and 1.
-      way: "width" keeps all layers, "depth" removes only layers; "any" gives the best shape of each, then mixtures.
-      by: what is counted: "parameters" or "flops".
+      axis: "width" keeps all layers, "depth" removes only layers; "any" gives the best shape of each, then mixtures.
+      metric: what is counted: "parameters" or "flops".
       length: tokens of a row, for FLOPs.
 
     Raises:
       ConfigError: no shape is so small, or the model cannot be pruned.
     """
     check_prunable(config)
-    for name, value, values in (("way", way, get_args(Way)), ("by", by, get_args(By))):
+    for name, value, values in (("axis", axis, get_args(Axis)), ("metric", metric, get_args(CountedMetric))):
         if value not in values:
             raise ConfigError(f"{name} is {value!r}; use one of {', '.join(values)}")
     if not 0 < keep < 1:
         raise ConfigError(f"keep is {keep}; give a share between 0 and 1")
-    if way == "depth" and config.n_layers < 3:
-        raise ConfigError(f"way is 'depth' and the model has {config.n_layers} layers, all of which stay; use 'width'")
-    count = Count(config, by, length)
+    if axis == "depth" and config.n_layers < 3:
+        raise ConfigError(f"axis is 'depth' and the model has {config.n_layers} layers, all of which stay; use 'width'")
+    count = Count(config, metric, length)
     whole = count.of(Shape.of(config))
     target, shares, all_layers = keep * whole, _shares(config), [config.n_layers]
     only_layers, fewer = _Shares([config.d_model], [1.0], [1.0], [1.0]), range(2, config.n_layers)
     tried = {"width": (shares, all_layers), "depth": (only_layers, fewer), "any": (shares, fewer or all_layers)}
-    found = {name: _search(count, target, *what) for name, what in tried.items() if way in (name, "any")}
-    picked = found[way]
-    if way == "any":
+    found = {name: _search(count, target, *what) for name, what in tried.items() if axis in (name, "any")}
+    picked = found[axis]
+    if axis == "any":
         mixtures = [f for f in found["any"] if not f.far]
         picked = sorted([*found["width"][:1], *found["depth"][:1], *mixtures], key=lambda f: f.far)
     else:
         picked = [f for f in picked if not f.far]
-    picked = picked or found[way][:1]  # the nearest
+    picked = picked or found[axis][:1]  # the nearest
     if not picked:
-        least = count.of(_smallest(*tried[way])) / whole
+        least = count.of(_smallest(*tried[axis])) / whole
         raise ConfigError(
-            f"keep is {keep}, and way {way!r} leaves at least {least:.3f} of the {by}; keep more (--slim below "
+            f"keep is {keep}, and axis {axis!r} leaves at least {least:.3f} of the {metric}; keep more (--ratio below "
             f"{1 - least:.3f})"
         )
     shapes: dict[tuple[int, int], Shape] = {}

@@ -13,7 +13,7 @@ from tiny_models import LOCAL, PLAIN, build, config, tokens
 
 from efftrain.compress.layerwise.calibration import CalibrationRows, forward
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
-from efftrain.compress.structured.cut import kept_layers, largest, slim
+from efftrain.compress.structured.cut import kept_layers, largest, structured_prune
 from efftrain.compress.structured.importance import _observe, importance
 from efftrain.compress.structured.shape import Shape, head_parts, shaped
 from efftrain.compress.structured.shape_count import Count
@@ -76,9 +76,9 @@ def whole(model_config, **changes) -> Shape:
     return replace(Shape.of(model_config), **changes)
 
 
-def slimmed(model, text: CalibrationRows | None = None, **changes):
+def smaller_model(model, text: CalibrationRows | None = None, **changes):
     pieces = LayerwiseModel.of(model)
-    return slim(pieces, whole(model.config, **changes), importance(pieces, text or calibration()))
+    return structured_prune(pieces, whole(model.config, **changes), importance(pieces, text or calibration()))
 
 
 def test_importance_is_the_formula_on_tokens_that_are_no_padding():
@@ -169,7 +169,7 @@ def zeroed(model, report):
 @pytest.mark.parametrize("name", ["two kinds, scan", "tied, layers left out", "experts", "one KV head"])
 def test_slicing_is_zeroing(name):
     model = build(MODELS[name])
-    smaller, report = slimmed(model, ffn=0.5, heads=0.5)
+    smaller, report = smaller_model(model, ffn=0.5, heads=0.5)
     expected = logits(zeroed(model, report), tokens())
     np.testing.assert_allclose(logits(smaller, tokens()), expected, rtol=1e-5, atol=1e-5)
     assert np.abs(expected - logits(model, tokens())).max() > 1e-2
@@ -180,7 +180,7 @@ def test_slicing_is_zeroing(name):
 def test_with_one_kv_head_the_query_heads_that_do_least_go():
     """By the formula, head by head; key and value stay as they are."""
     model, text = build(config(pattern=(ONE_GROUP,), n_repeats=1)), calibration()
-    smaller, report = slimmed(model, heads=0.75)
+    smaller, report = smaller_model(model, heads=0.75)
     (layer,) = LayerwiseModel.of(model).layers
     layer.attention.out.kernel[...] = jnp.eye(16)
     read = layer.attention_norm(np.asarray(model.embedding(text.tokens)))
@@ -192,7 +192,7 @@ def test_with_one_kv_head_the_query_heads_that_do_least_go():
     for name in ("key", "value"):
         whole_kernel = getattr(model.blocks[0].attention, name).kernel[...]
         np.testing.assert_array_equal(getattr(smaller.blocks[0].attention, name).kernel[...], whole_kernel)
-    found = candidates(model.config, 0.4, way="width", by="flops", length=16)
+    found = candidates(model.config, 0.4, axis="width", metric="flops", length=16)
     assert min(shape.heads for shape in found) < 1
 
 
@@ -230,7 +230,7 @@ def test_a_share_cuts_or_is_refused_with_one_that_does(name):
 def test_experts_that_no_token_goes_to_are_not_missed():
     model = build(config(pattern=(PLAIN, ROUTED), n_repeats=2))
     model.blocks[1].mlp.bias[...] = jnp.array([[0, -1e3, 0, -1e3], [-1e3, 0, -1e3, 0]], jnp.float32)
-    smaller, report = slimmed(model, experts=0.5)
+    smaller, report = smaller_model(model, experts=0.5)
     assert [cut.experts for cut in report.layers] == [None, (0, 2), None, (1, 3)]
     np.testing.assert_allclose(logits(smaller, tokens()), logits(model, tokens()), rtol=1e-5, atol=1e-5)
     mlp = smaller.blocks[1].mlp
@@ -248,7 +248,7 @@ def test_what_is_large_stays_and_what_is_dead_goes():
     stack.attention.value.kernel[...] = stack.attention.value.kernel[...].at[..., :4].set(0)  # group 0
     for norm in (stack.attention_norm, stack.mlp_norm, model.norm):
         norm.scale[...] = norm.scale[...].at[..., [0, 15]].set(0)
-    _, report = slimmed(model, ffn=16 / 24, heads=0.5, d_model=8)
+    _, report = smaller_model(model, ffn=16 / 24, heads=0.5, d_model=8)
     (cut,) = report.layers
     assert cut.heads == (1,)
     assert large in cut.ffn
@@ -274,7 +274,7 @@ def test_channels_that_carry_nothing_are_not_missed():
         ]  # fmt: skip
     for variable in columns:
         variable[...] = variable[...].at[..., empty].set(0)
-    smaller, report = slimmed(model, d_model=8)
+    smaller, report = smaller_model(model, d_model=8)
     assert set(report.hidden) == set(range(16)) - set(empty)
     np.testing.assert_allclose(logits(smaller, tokens()), logits(model, tokens()), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
@@ -289,7 +289,7 @@ def test_layers_that_do_nothing_are_not_missed(scan):
         stack = model.blocks[position]
         for kernel in (stack.attention.out.kernel, stack.mlp.down.kernel):
             kernel[...] = kernel[...].at[repeat].set(0)
-    smaller, report = slimmed(model, n_layers=4)
+    smaller, report = smaller_model(model, n_layers=4)
     assert report.dropped == (3, 4)
     assert [cut.layer for cut in report.layers] == [0, 1, 2, 5]
     assert (len(smaller.config.pattern), smaller.config.n_repeats, smaller.config.scan) == (2, 2, scan)
@@ -326,7 +326,7 @@ def test_the_pattern_is_the_shortest(pattern, kept, period):
 @pytest.mark.parametrize("name", ["two kinds, scan", "experts"])
 def test_a_smaller_model_draws_what_its_whole_rows_say(name):
     model = build(MODELS[name])
-    smaller, report = slimmed(model, d_model=8, ffn=0.5, heads=0.5, n_layers=model.config.n_layers - 1)
+    smaller, report = smaller_model(model, d_model=8, ffn=0.5, heads=0.5, n_layers=model.config.n_layers - 1)
     assert smaller.config == shaped(model.config, whole(model.config, d_model=8, ffn=0.5, heads=0.5,
         n_layers=model.config.n_layers - 1), [cut.layer for cut in report.layers])  # fmt: skip
     prompts = tokens(2, 6)
@@ -337,7 +337,7 @@ def test_a_smaller_model_draws_what_its_whole_rows_say(name):
 
 def test_the_report_says_what_was_kept_and_what_it_saves():
     model = build(MODELS["experts"])
-    smaller, report = slimmed(model, d_model=8, ffn=0.5, heads=0.5, experts=0.5, n_layers=3)
+    smaller, report = smaller_model(model, d_model=8, ffn=0.5, heads=0.5, experts=0.5, n_layers=3)
     for size, of in ((report.before, model), (report.after, smaller)):
         assert size.parameters == count_parameters(of).total
         assert size.bytes == stored_bytes(of)
@@ -349,7 +349,7 @@ def test_the_report_says_what_was_kept_and_what_it_saves():
 
 def test_a_bfloat16_model_is_measured_and_cut():
     model = build(config(pattern=(PLAIN,), dtype="bfloat16"))
-    smaller, _ = slimmed(model, d_model=8, ffn=0.5)
+    smaller, _ = smaller_model(model, d_model=8, ffn=0.5)
     assert np.isfinite(logits(smaller, tokens())).all()
 
 
@@ -394,7 +394,7 @@ REFUSED = [
 def test_shapes_that_do_not_fit_are_refused(changes, shape, message):
     model = build(config(**changes))
     with pytest.raises(ConfigError, match=message):
-        slimmed(model, **shape)
+        smaller_model(model, **shape)
 
 
 @pytest.mark.parametrize(
@@ -425,12 +425,12 @@ def test_models_that_cannot_be_pruned_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         importance(pieces, calibration())
     with pytest.raises(ConfigError, match=message):
-        candidates(model_config, 0.7, way="width", by="parameters", length=16)
+        candidates(model_config, 0.7, axis="width", metric="parameters", length=16)
 
 
-def exact(model_config, shape: Shape, kept, by: str) -> float:
+def exact(model_config, shape: Shape, kept, metric: str) -> float:
     abstract = abstract_decoder(shaped(model_config, shape, kept))
-    return count_parameters(abstract).total if by == "parameters" else training_flops(abstract, 32)
+    return count_parameters(abstract).total if metric == "parameters" else training_flops(abstract, 32)
 
 
 TOY = llama(vocab_size=64, d_model=64, n_layers=6, n_heads=8, n_kv_heads=4, d_ff=176, max_length=64)
@@ -444,44 +444,44 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize("by", ["parameters", "flops"])
+@pytest.mark.parametrize("metric", ["parameters", "flops"])
 @pytest.mark.parametrize("name", COUNTED)
-def test_counts_are_those_of_the_models(name, by):
+def test_counts_are_those_of_the_models(name, metric):
     model_config = COUNTED[name]
-    count = Count(model_config, by, 32)
+    count = Count(model_config, metric, 32)
     experts = 0.5 if "experts" in name else 1.0
     for n_layers in (6, 5):
         shape = Shape(d_model=40, ffn=0.55, heads=0.5, experts=experts, n_layers=n_layers)
         n_dropped = 6 - n_layers
         all_kept = [(*range(first), *range(first + n_dropped, 6)) for first in range(1, 6 - n_dropped)]
-        assert count.of(shape) == pytest.approx(max(exact(model_config, shape, k, by) for k in all_kept), rel=1e-12)
+        assert count.of(shape) == pytest.approx(max(exact(model_config, shape, k, metric) for k in all_kept), rel=1e-12)
 
 
-@pytest.mark.parametrize("way", ["width", "depth", "any"])
-@pytest.mark.parametrize("by", ["parameters", "flops"])
+@pytest.mark.parametrize("axis", ["width", "depth", "any"])
+@pytest.mark.parametrize("metric", ["parameters", "flops"])
 @pytest.mark.parametrize("name", ["llama", "local and experts"])
-def test_candidates_have_the_share_that_is_asked_for(name, by, way):
+def test_candidates_have_the_share_that_is_asked_for(name, metric, axis):
     model_config = COUNTED[name]
-    target = 0.67 * exact(model_config, Shape.of(model_config), range(6), by)
-    shapes = candidates(model_config, 0.67, way=way, by=by, length=32)
+    target = 0.67 * exact(model_config, Shape.of(model_config), range(6), metric)
+    shapes = candidates(model_config, 0.67, axis=axis, metric=metric, length=32)
     assert len({(s.n_layers, s.d_model) for s in shapes}) == len(shapes)
     for shape in shapes[:3]:
         kept = (*range(1), *range(7 - shape.n_layers, 6))
-        found = exact(model_config, shape, kept, by)
+        found = exact(model_config, shape, kept, metric)
         assert found <= target
         only_layers = shape == whole(model_config, n_layers=shape.n_layers)
-        assert only_layers == (way == "depth") or way == "any"
-        assert only_layers or Count(model_config, by, 32).of(shape) >= 0.96 * target
+        assert only_layers == (axis == "depth") or axis == "any"
+        assert only_layers or Count(model_config, metric, 32).of(shape) >= 0.96 * target
         new = shaped(model_config, shape, kept)
         assert new.d_model % 8 == 0
         assert all(b.mlp.d_ff % 8 == 0 or shape.ffn == 1 for b in new.pattern if isinstance(b.mlp, Dense))
-        assert shape.n_layers == 6 or way != "width"
-    if way == "depth":  # one layer more would be too many
+        assert shape.n_layers == 6 or axis != "width"
+    if axis == "depth":  # one layer more would be too many
         more = replace(shapes[0], n_layers=shapes[0].n_layers + 1)
-        assert Count(model_config, by, 32).of(more) > target
-    if way == "width":
+        assert Count(model_config, metric, 32).of(more) > target
+    if axis == "width":
         assert (shapes[0].ffn < 1 or shapes[0].experts < 1) and shapes[0].heads == 1  # noqa: PT018
-    if way == "any":
+    if axis == "any":
         assert {6} < {s.n_layers for s in shapes}
 
 
@@ -490,28 +490,28 @@ def test_candidates_have_the_share_that_is_asked_for(name, by, way):
     [
         (
             {"keep": 0.01},
-            r"keep is 0\.01, and way 'width' leaves at least 0\.\d+ of the parameters; keep more \(--slim",
+            r"keep is 0\.01, and axis 'width' leaves at least 0\.\d+ of the parameters; keep more \(--ratio",
         ),
-        ({"keep": 0.01, "way": "any"}, r"keep is 0\.01, and way 'any' leaves at least"),
-        ({"keep": 0.2, "way": "depth"}, r"way 'depth' leaves at least 0\.\d+"),
+        ({"keep": 0.01, "axis": "any"}, r"keep is 0\.01, and axis 'any' leaves at least"),
+        ({"keep": 0.2, "axis": "depth"}, r"axis 'depth' leaves at least 0\.\d+"),
         ({"keep": 1.0}, "keep is 1.0; give a share between 0 and 1"),
-        ({"way": "height"}, "way is 'height'; use one of width, depth, any"),
-        ({"by": "bytes"}, "by is 'bytes'; use one of parameters, flops"),
+        ({"axis": "height"}, "axis is 'height'; use one of width, depth, any"),
+        ({"metric": "bytes"}, "metric is 'bytes'; use one of parameters, flops"),
         (
-            {"config": TOY.replace(n_repeats=2), "way": "depth"},
+            {"config": TOY.replace(n_repeats=2), "axis": "depth"},
             "the model has 2 layers, all of which stay; use 'width'",
         ),
     ],
 )
 def test_targets_out_of_reach_are_refused(changes, message):
-    arguments = {"config": TOY, "keep": 0.7, "way": "width", "by": "parameters", "length": 32}
+    arguments = {"config": TOY, "keep": 0.7, "axis": "width", "metric": "parameters", "length": 32}
     with pytest.raises(ConfigError, match=message):
         candidates(**arguments | changes)
 
 
 def test_sizes_of_a_wide_model_are_multiples_of_64():
     wide = llama(vocab_size=32000, d_model=2048, n_layers=32, n_heads=16, n_kv_heads=8, d_ff=8192, max_length=2048)
-    shapes = candidates(wide, 0.5, way="any", by="parameters", length=2048)
+    shapes = candidates(wide, 0.5, axis="any", metric="parameters", length=2048)
     new = [shaped(wide, s, range(s.n_layers)) for s in shapes]
     assert len(new) > 3
     assert all(c.d_model % 64 == 0 and c.pattern[0].mlp.d_ff % 64 == 0 and len(c.pattern) == 1 for c in new)

@@ -1,0 +1,60 @@
+"""Number formats on the command line, and the quantisation rules that they stand for."""
+
+from dataclasses import replace
+
+from efftrain.errors import ConfigError
+from efftrain.models.config import ModelConfig
+from efftrain.models.quantization import QuantizationRule
+from efftrain.ops.number_formats import AnyFormat, parse_format
+from efftrain.progress import console
+
+ALL_BLOCKS = "blocks/.*"
+
+
+def parse(text: str | None) -> AnyFormat | None:
+    """Parses the name of a number format; None if there is no name."""
+    return parse_format(text) if text else None
+
+
+def rules_of(
+    config: ModelConfig, *, weights: str | None, activations: str | None, layers: str
+) -> tuple[QuantizationRule, ...]:
+    """The quantisation rules for the formats on the command line; without a format, those the run was trained for.
+
+    Args:
+      config: configuration of the model that is quantised.
+      weights: name of the number format of the matrices. None: as the run was trained.
+      activations: name of the number format of the inputs of the matrices. None: float.
+      layers: a regular expression for the names of the matrices; see ``QuantizationRule``.
+
+    Raises:
+      ConfigError: ``layers`` is given for a run whose rules have layers of their own.
+    """
+    weights, activations = parse(weights), parse(activations)
+    trained = config.quantization.rules
+    if weights is None and activations is None:
+        return trained
+    if weights is None and trained:
+        if layers != ALL_BLOCKS:
+            raise ConfigError("the run has layers of its own that it was trained for; leave --layers out")
+        return tuple(replace(rule, activations=activations) for rule in trained)
+    rule = QuantizationRule(layers=layers, weights=weights, activations=activations)
+    if any(r.learned_step for r in trained):
+        if (same := replace(rule, learned_step=True)) in trained:
+            return (same,)
+        console.print(
+            "warning: the run has learned its steps for other rules; scales are made anew (kept without --weights)",
+            style="yellow",
+        )
+    return (rule,)
+
+
+def check_rows(rows: int) -> None:
+    """Raises ConfigError unless there is at least one row."""
+    if rows < 1:
+        raise ConfigError(f"--rows is {rows}; give at least 1")
+
+
+def suffix(*words: str | None) -> str:
+    """Joins the words of a run's default name with hyphens and leaves out empty ones."""
+    return "-".join(word for word in words if word).replace(":", "").replace(",", "-")
