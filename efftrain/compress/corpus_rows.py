@@ -14,6 +14,12 @@ from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 
 
+def check_rows(rows: int) -> None:
+    """Raises ConfigError unless there is at least one row."""
+    if rows < 1:
+        raise ConfigError(f"--rows is {rows}; give at least 1")
+
+
 @dataclass(frozen=True)
 class CorpusRows:
     """A corpus, read in rows of ``length`` tokens."""

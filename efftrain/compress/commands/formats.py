@@ -47,14 +47,3 @@ def rules_of(
             style="yellow",
         )
     return (rule,)
-
-
-def check_rows(rows: int) -> None:
-    """Raises ConfigError unless there is at least one row."""
-    if rows < 1:
-        raise ConfigError(f"--rows is {rows}; give at least 1")
-
-
-def suffix(*words: str | None) -> str:
-    """Joins the words of a run's default name with hyphens and leaves out empty ones."""
-    return "-".join(word for word in words if word).replace(":", "").replace(",", "-")

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from efftrain.compress.commands.formats import ALL_BLOCKS, check_rows, parse, rules_of, suffix
+from efftrain.compress.commands.formats import ALL_BLOCKS, parse, rules_of
 from efftrain.compress.commands.recovery_training import RecoveryTraining
-from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.commands.run_name import suffix
+from efftrain.compress.corpus_rows import CorpusRows, check_rows
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import PruneMethod, prune
 from efftrain.errors import ConfigError

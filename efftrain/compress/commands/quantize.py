@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import efftrain
-from efftrain.compress.commands.formats import ALL_BLOCKS, check_rows, parse, rules_of, suffix
-from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.commands.formats import ALL_BLOCKS, parse, rules_of
+from efftrain.compress.commands.run_name import suffix
+from efftrain.compress.corpus_rows import CorpusRows, check_rows
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.quantization.convert import Method, convert
 from efftrain.compress.quantization.mixed_precision import ChosenFormats, choose_formats
@@ -74,7 +75,7 @@ class Quantize:
     def name(self) -> str:
         """The suffix that the default name of the new run adds to the name of the old one."""
         words = [self.weights, self.activations and f"a-{self.activations}", self.cache and f"kv-{self.cache}"]
-        words += ["" if self.method == "rtn" else self.method, self.budget and f"{self.budget}x"]
+        words += ["" if self.method == "rtn" else self.method, f"{self.budget}x" if self.budget else ""]
         return suffix(*words) or "stored"
 
     def apply(self, run: Path, text: CorpusRows, kept: Measurements) -> tuple[Decoder, dict[str, Any]]:

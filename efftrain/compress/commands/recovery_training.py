@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from efftrain.compress.commands.run_name import suffix
 from efftrain.errors import ConfigError
 
 
@@ -28,5 +29,5 @@ class RecoveryTraining:
     @property
     def name(self) -> str:
         """The part of a run's default name that says how it was trained after pruning, such as r400000-2rounds."""
-        words = [f"r{self.tokens}", f"{self.rounds}rounds" if self.rounds > 1 else "", "distilled" * self.distill]
-        return "-".join(word for word in words if word)
+        rounds = f"{self.rounds}rounds" if self.rounds > 1 else ""
+        return suffix(f"r{self.tokens}", rounds, "distilled" if self.distill else "")

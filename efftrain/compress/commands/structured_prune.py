@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from efftrain.compress.commands.formats import check_rows, suffix
 from efftrain.compress.commands.recovery_training import RecoveryTraining
-from efftrain.compress.corpus_rows import CorpusRows
+from efftrain.compress.commands.run_name import suffix
+from efftrain.compress.corpus_rows import CorpusRows, check_rows
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.structured.cut import structured_prune
 from efftrain.compress.structured.importance import importance
@@ -70,7 +70,7 @@ class StructuredPrune:
     def name(self) -> str:
         """The suffix that the default name of the new run adds to the name of the old one."""
         words = [f"structured{self.ratio}", "" if self.axis == "width" else self.axis]
-        words += ["" if self.metric == "parameters" else self.metric, self.search and f"search{self.search}"]
+        words += ["" if self.metric == "parameters" else self.metric, f"search{self.search}" if self.search else ""]
         return suffix(*words, self.recovery and self.recovery.name)
 
     def in_round(self, number: int) -> "StructuredPrune":
