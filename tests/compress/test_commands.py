@@ -20,7 +20,7 @@ REFUSED = [
     (Quantize, {"method": "wanda"}, "--method is wanda; quantize knows rtn, gptq, awq"),
     (Quantize, {"weights": "int3"}, "'int3' is no number format"),
     (Quantize, {"weights": "int8", "activations": "int3"}, "'int3' is no number format"),
-    (Quantize, {"cache": "int8:g4"}, "the cache has one scale for each token and head"),
+    (Quantize, {"cache": "int8:g4"}, "quantization: the cache has one scale for each token and head"),
     (Quantize, SEVERAL | {"budget": 1.5}, "--budget is 1.5; give a share between 0 and 1"),
     (Quantize, {"weights": "int8", "budget": 0.2}, "--budget chooses between formats; give several"),
     (Quantize, {"budget": 0.2}, "--budget chooses between formats; give several"),
