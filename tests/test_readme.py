@@ -190,7 +190,9 @@ def check_verb(words):
         at = words.index(recipe)
         check_script(recipe, [word for word in words[at + 1 :] if word != "--max-restarts" and not word.isdigit()])
         return
-    assert verb, f"efftrain has no verb {words[0]}"
+    if len(words) == 1 and any(verb.startswith(f"{words[0]} ") for verb in VERBS):
+        return  # all of its subcommands
+    assert verb, f"efftrain has no verb {' '.join(words[:2])}"
     known = {f"--{parameter.replace('_', '-')}" for parameter in signature(VERBS[verb]).parameters}
     assert set(flags(words)) <= known | {"--help"}, f"efftrain {verb} has no {set(flags(words)) - known}"
 
