@@ -25,7 +25,8 @@ import numpy as np
 import efftrain
 from efftrain import data
 from efftrain.measure.cost.latency import measure_latency
-from efftrain.measure.depth.calibrate_depth import FILE_NAME, DepthCalibration, calibrate, read_calibration
+from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate
+from efftrain.measure.depth.depth_calibration import FILE_NAME, read_calibration
 from efftrain.measure.depth.speculation import measure_speculation
 from efftrain.models.cache import empty_cache
 from efftrain.models.decoder import Decoder

@@ -12,7 +12,8 @@ import efftrain
 from efftrain import code_identity
 from efftrain.errors import RunError
 from efftrain.measure.depth import calibrate_depth
-from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate, read_calibration
+from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate
+from efftrain.measure.depth.depth_calibration import read_calibration
 from efftrain.models.depth.routed_depth import MixtureOfDepths
 
 ROUTED = replace(PLAIN, depth=MixtureOfDepths(capacity=0.5))

@@ -15,7 +15,7 @@ from efftrain import data
 from efftrain.config import from_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.measure.cost.parameters import count_parameters
-from efftrain.measure.depth.calibrate_depth import Calibrated, read_calibration
+from efftrain.measure.depth.depth_calibration import Calibrated, read_calibration
 from efftrain.models.decoder import abstract_decoder
 from efftrain.models.decoding.generate import generate
 from efftrain.models.depth.early_exit import ConfidenceExit, exit_states

@@ -4,7 +4,6 @@ It chooses the drafts of self-speculation and the confidence thresholds of early
 of token. The result is ``depth.json`` (and ``depth_probe.npz``) in the run, which is only valid for the measured model.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from efftrain import data
 from efftrain.code_identity import code_identity
 from efftrain.config import to_json
 from efftrain.errors import ConfigError, CorpusError, RunError
+from efftrain.measure.depth.depth_calibration import FILE_NAME, PROBE_NAME, write_probe
 from efftrain.measure.depth.depth_report import add_to_scorecard, flops_at, report_depth, rows_to_report, whole_rows
 from efftrain.measure.depth.exit_curves import (
     QUANTILES,
@@ -47,7 +47,6 @@ from efftrain.train.run.directory import read_json
 from efftrain.train.run.environment import environment
 from efftrain.train.run.tokenizers import check_tokenizer
 
-FILE_NAME, PROBE_NAME = "depth.json", "depth_probe.npz"
 ROOMS = ("data", "measure", "models", "ops")  # packages whose code decides what is measured
 NEVER = 2.0  # a threshold that no confidence reaches
 QUALITY_LOSS = 0.01  # relative increase of the bits per byte that the point ``within_quality_loss`` may cost
@@ -94,82 +93,6 @@ class DepthCalibration:
     @property
     def tuning_rows(self) -> int:
         return max(self.rows // 3, 1)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A calibration that was read from a run, valid for the model of that run.
-
-    Attributes:
-      values: content of ``depth.json``.
-      probe: the probe of the rule "probe"; None for a model of routed depth.
-    """
-
-    values: Mapping[str, Any]
-    probe: ExitProbe | None
-
-    def speculation(self) -> SelfSpeculation:
-        """The fastest self-speculation of those that gave the same tokens as plain decoding.
-
-        Raises:
-          ConfigError: the model cannot draft for itself, or no draft was faster than plain decoding.
-        """
-        self._check_not_routed()
-        best = self.values["self_speculation"]
-        if best["exit_layer"] is None:
-            raise ConfigError(
-                "depth.json has no draft that beats plain decoding and keeps its tokens; decode with all layers"
-            )
-        return SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])
-
-    def exit(self, rule: str = "similarity") -> ConfidenceExit:
-        """The early exit with the threshold that leaves out the most layers within the risk of the calibration.
-
-        Args:
-          rule: one of ``exit_curves.RULES``.
-
-        Raises:
-          ConfigError: there is no such rule, or none of its thresholds is within the risk.
-        """
-        self._check_not_routed()
-        found = self.values["confidence_exit"].get(rule)
-        if not found:
-            raise ConfigError(f"depth.json knows no rule {rule!r}; use one of {', '.join(RULES)}")
-        if found["threshold"] is None:
-            raise ConfigError(
-                f"depth.json has no threshold of rule {rule!r} within its risk; calibrate with a larger --risk or more "
-                "--rows, or decode with all layers"
-            )
-        return ConfidenceExit(rule=rule, threshold=found["threshold"])
-
-    def _check_not_routed(self) -> None:
-        if "routed_depth" in self.values:
-            raise ConfigError(
-                "depth.json is of a model of routed depth, which saves its layers by itself; decode it as it is"
-            )
-
-
-def read_calibration(run: Path | str, model: Decoder) -> Calibrated:
-    """Reads the calibration of a run; the version of the package that made it does not matter.
-
-    Args:
-      run: run directory.
-      model: the model of the run; the calibration must be of this model.
-
-    Raises:
-      RunError: there is no calibration, or it is of another model.
-    """
-    path = Path(run) / FILE_NAME
-    if not path.exists():
-        raise RunError(f"there is no {path}; make it with: efftrain calibrate-depth {run}")
-    values = read_json(path)
-    if values.get("model") != model_digest(model):
-        raise RunError(f"{path} was measured on another model; measure this one with: efftrain calibrate-depth {run}")
-    probe = path.with_name(PROBE_NAME)
-    if not probe.exists():
-        return Calibrated(values, None)
-    with np.load(probe) as arrays:
-        return Calibrated(values, ExitProbe(jnp.asarray(arrays["kernel_ed"]), jnp.asarray(arrays["bias_e"])))
 
 
 def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = None) -> dict[str, Any]:
@@ -221,7 +144,7 @@ def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = Non
             found["confidence_exit"], probe = _exits(model, tuning, free, text, options, kept)
             report |= report_depth(model, report_on, others, report_text, found, probe, options.n_new, kept)
             found["seconds"] = _seconds(model, others, found["confidence_exit"], probe, options, kept)
-            _write_probe(run / PROBE_NAME, probe)
+            write_probe(run / PROBE_NAME, probe)
             found["chosen_rule"] = _best_rule(model, found["confidence_exit"])
         result = kept.values | found | {"report": report, "environment": environment()}
         write_json(run / FILE_NAME, result)
@@ -349,12 +272,6 @@ def _choose(points: list[dict], options: DepthCalibration) -> dict[str, Any]:
 
 def _without_losses(point: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in point.items() if k != "document_losses"}
-
-
-def _write_probe(path: Path, probe: ExitProbe) -> None:
-    temporary = path.with_name(f"writing-{path.name}")
-    np.savez(temporary, kernel_ed=np.asarray(probe.kernel_ed), bias_e=np.asarray(probe.bias_e))
-    os.replace(temporary, path)
 
 
 def _best_rule(model: Decoder, exits: Mapping[str, Any]) -> str:
