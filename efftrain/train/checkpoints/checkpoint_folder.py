@@ -9,6 +9,7 @@ from efftrain.errors import RunError
 from efftrain.lock import Lock, beside
 from efftrain.progress import console
 from efftrain.sharding import hosts
+from efftrain.train.checkpoints.checkpoint_errors import first_line
 
 
 def check_writable(directory: epath.Path) -> None:
@@ -102,7 +103,3 @@ def vanished(directory: Path | epath.Path, steps: Sequence[int]) -> bool:
         markup=False,
     )
     return True
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,8 +1,6 @@
 """Checkpoints of state, data iterator and configuration together, written in the background by Orbax."""
 
-import contextlib
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,14 @@ from efftrain.config import digest
 from efftrain.errors import RunError
 from efftrain.progress import console
 from efftrain.sharding import hosts
-from efftrain.train.checkpoints.checkpoint_folder import check_writable, first_line, lock_folder, vanished
+from efftrain.train.checkpoints.checkpoint_errors import (
+    all_or_none,
+    first_line,
+    ignore_late_callbacks,
+    reading_errors,
+    writing_errors,
+)
+from efftrain.train.checkpoints.checkpoint_folder import check_writable, lock_folder, vanished
 from efftrain.train.checkpoints.fingerprints import fingerprints
 from efftrain.train.checkpoints.finite import check_finite
 from efftrain.train.checkpoints.flat_state import check_same, check_unaltered, flatten, unflatten
@@ -101,7 +106,7 @@ class Checkpoints:
             return
         flat = squeeze(flatten(state)) if squeezed else flatten(state)
         data = {"iterator": data_state, "iterator_digest": digest(data_state), "fingerprints": fingerprints(flat)}
-        with self._writing():
+        with writing_errors(self.directory):
             self._manager.wait_until_finished()  # the save would wait too
             if vanished(self.directory, self.steps()):
                 self._manager.reload()
@@ -121,7 +126,7 @@ class Checkpoints:
         Raises:
           RunError: a checkpoint could not be written, or was moved or deleted immediately.
         """
-        with self._writing():
+        with writing_errors(self.directory):
             self._manager.wait_until_finished()
         newest = self.directory / str(max(self.steps(), default=""))
         if not hosts.from_first(newest.exists):
@@ -136,7 +141,7 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         """Waits for the saves that were started, and closes the folder."""
         try:
-            with self._writing():
+            with writing_errors(self.directory):
                 self._manager.close()
         finally:
             if self._lock is not None:
@@ -205,7 +210,7 @@ class Checkpoints:
         step, array = found
         for name in (first, *rest):
             if name not in array:
-                with self._reading(step):
+                with reading_errors(self.directory / str(step)):
                     array = self._read_model(step, {name: variables[name]})
             check_finite(array[name], name, variables, self.directory / str(step))
             yield name, array.pop(name)
@@ -250,7 +255,7 @@ class Checkpoints:
         abstract = flatten(abstract_state)
         place = {n: n if same or not n.startswith(ours) else theirs + n.removeprefix(ours) for n in abstract}
         place = {n: p for n, p in place.items() if p in saved or not any(word in n for word in new)}
-        with self._reading(step):
+        with reading_errors(self.directory / str(step)):
             arrays, data_state = self._read(step, {p: abstract[n] for n, p in place.items()})
         return {n: arrays[p] for n, p in place.items()}, data_state
 
@@ -263,7 +268,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax has no single class for a file that is missing, short or altered
                 damaged.append(str(step))
-                _ignore_late_callbacks()
+                ignore_late_callbacks()
                 console.print(
                     f"warning: checkpoint {self.directory / str(step)} is damaged ({first_line(error)}); trying the "
                     "one before",
@@ -284,7 +289,7 @@ class Checkpoints:
         return self._shapes[step]
 
     def _read(self, step: int, wanted: dict[str, Any], *, partial: bool = False) -> tuple[dict[str, Any], Any]:
-        with _all_or_none():
+        with all_or_none():
             restored = self._restore(step, wanted, partial=partial)
         data = restored["data"]
         check_unaltered(restored["state"], data["fingerprints"], data["iterator"], data["iterator_digest"])
@@ -317,56 +322,3 @@ class Checkpoints:
                 (epath.Path(self.directory) / str(step)).rename(target)
         self._shapes.pop(step, None)
         self._manager.reload()
-
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Turns errors while reading a checkpoint, where there is no other to fall back to, into a RunError."""
-        try:
-            yield
-        except RunError:
-            raise
-        except Exception as error:  # as in _newest_complete
-            _ignore_late_callbacks()
-            raise RunError(
-                f"checkpoint {self.directory / str(step)} is damaged or was removed ({first_line(error)}); use "
-                "another one, or wait for the run to end"
-            ) from error
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns file system errors, which Orbax wraps in several ways and often raises a save later, into RunErrors."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            _ignore_late_callbacks()
-            raise RunError(
-                f"cannot write a checkpoint to {self.directory} ({first_line(error)}); free the disk, then the same "
-                "command continues from the newest complete checkpoint"
-            ) from error
-
-
-@contextlib.contextmanager
-def _all_or_none() -> Iterator[None]:
-    """Makes an error on one process an error on all, because they compute together what follows."""
-    problem = None
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    said = hosts.exchange("" if problem is None else first_line(problem))
-    if problem is not None:
-        raise problem
-    for number, sentence in enumerate(said):
-        if sentence:
-            raise ValueError(f"process {number}: {sentence}")
-
-
-def _ignore_late_callbacks() -> None:
-    """Hides tracebacks: when one file fails, Orbax closes its event loop, and every other file then prints one."""
-    before = sys.unraisablehook
-
-    def hook(report: Any) -> None:
-        if str(report.exc_value) != "Event loop is closed":
-            before(report)
-
-    sys.unraisablehook = hook
