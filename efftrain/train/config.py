@@ -107,6 +107,11 @@ class Training:
                 raise ConfigError("training.branch and training.finetune are both set; set only one of them")
 
     @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """First and last step of the profiler trace; None if there is none."""
+        return None if self.profile is None else parse_steps(self.profile, self.steps)
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that the whole run reads."""
         return self.steps * self.batch_size * self.length

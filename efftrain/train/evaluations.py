@@ -36,12 +36,13 @@ class Evaluations:
         """Returns whether an evaluation of this saved step is due but not written. All processes must call it."""
         return self.due(step) and not hosts.from_first(lambda: self._written(step))
 
-    def write(self, step: int, model: nnx.Module, recorder: MetricLogger, interruption: Interruption) -> bool:
+    def run(self, step: int, model: nnx.Module, logger: MetricLogger, interruption: Interruption) -> bool:
         """Evaluates and writes the figures; returns False, with nothing written, if a signal ended the evaluation."""
-        with recorder.phase("evaluation"):
+        logger.flush()
+        with logger.phase("evaluation"):
             found = interruption.until_asked(lambda: self._evaluate(model))
         if found is not None:
-            recorder.write_evaluation(step, found)
+            logger.write_evaluation(step, found)
         return found is not None
 
     def _written(self, step: int) -> bool:

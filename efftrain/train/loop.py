@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from flax import nnx
@@ -24,18 +24,17 @@ from efftrain.train.evaluations import Evaluate, Evaluations
 from efftrain.train.metrics.metric_logger import MetricLogger, read_figures
 from efftrain.train.metrics.metric_sink import MetricSink
 from efftrain.train.metrics.metrics_log import keep_lost_rows, read_metrics
-from efftrain.train.metrics.profile import Profiler, parse_steps
+from efftrain.train.metrics.profile import Profiler
 from efftrain.train.metrics.timing import Timing
 from efftrain.train.objectives.objective import Objective
 from efftrain.train.objectives.teacher import TeacherObjective
 from efftrain.train.program import Wrap, make_program
 from efftrain.train.run.directory import Run, load
+from efftrain.train.saver import Saver
 from efftrain.train.start import restore_or_start, with_warning_of_zeros
 from efftrain.train.state import TrainState, merge_model
 from efftrain.train.supervision.interruption import Interruption, with_votes
 from efftrain.train.supervision.supervise import report_checkpoint
-
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: everything is saved, the same command continues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +95,11 @@ def fit(
       SystemExit: with code 75 after SIGTERM or Ctrl-C, once everything is saved. With several processes, all save the
         same step, whichever of them got the signal; if one process is lost, the others end (``sharding.peers``).
     """
-    for name in ("branch", "finetune"):
-        if getattr(config, name) is not None and initial is not None:
-            raise ConfigError(f"training.{name} is set and the run starts from a model; set only one of them")
-    if config.finetune is not None:
-        initial = partial(load, config.finetune)
-    if initial is not None and wrap is None:
-        initial = with_warning_of_zeros(initial)
+    initial = _initial(config, initial, wrap)
     config, mesh = branched(config, run), make_mesh(config.mesh, devices)
-    evaluations = Evaluations(evaluate, steps=config.steps, every=config.eval_every, run=run)
     program = make_program(build, objective, config, wrap)
-    if hosts.process_count() > 1:
-        program = replace(program, step=with_votes(program.step))
-
+    program = replace(program, step=with_votes(program.step))
+    evaluations = Evaluations(evaluate, steps=config.steps, every=config.eval_every, run=run)
     with (
         Peers(),
         use(mesh, rules),
@@ -118,77 +109,75 @@ def fit(
         state = restore_or_start(program, checkpoints, batches, mesh, rules, initial, config)
         start = int(state.step)
         report_checkpoint(start)
-        # The restored step has no evaluation: a signal or a crash came between its checkpoint and its evaluation.
-        owed = start in checkpoints.steps() and evaluations.missing(start)
-        if start == config.steps and not owed:
+        # A signal or a crash may have come between the checkpoint of the restored step and its evaluation.
+        due = start in checkpoints.steps() and evaluations.missing(start)
+        if start == config.steps and not due:
             console.print(f"{run.path} is trained already ({start} steps); nothing to do", markup=False)
-            return _fitted(program.graph, state, run)
-        if hosts.process_index() == 0:
-            keep_lost_rows(run.path, after_step=start, expected=2 * config.checkpoint_every)
-        if start < config.steps:
-            run.begin(start + 1)
-        frozen = program.frozen(mesh, rules)
+            return _result(program.graph, state, run)
+        _begin(run, config, start)
+        frozen, compiled = program.frozen(mesh, rules), None
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
-        compiled = None
-        chosen = config.profile and parse_steps(config.profile, config.steps)
         with (
             MetricLogger(
                 run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps, sinks=sinks
-            ) as recorder,
+            ) as logger,
             config.watchdog.watch(timing, run.path),
-            Profiler(chosen, run.path / "profile", recorder, start=start) as profiler,
+            Profiler(config.profiled_steps, run.path / "profile", logger, start=start) as profiler,
         ):
+            saver = Saver(checkpoints, batches, run, logger)
+            if due:
+                due = not evaluations.run(start, merge_model(program.graph, state), logger, interruption)
+                if (asked_by := interruption.asked_anywhere()) and (due or start < config.steps):
+                    saver.save_and_exit(start, state, asked_by)
 
-            def save(number: int, *, wait: bool) -> None:
-                with recorder.phase("checkpoint"):
-                    checkpoints.save(number, state, batches.get_state(), run.config)
-                    if wait:
-                        checkpoints.wait()
-
-            def end(number: int, asked_by: str) -> NoReturn:
-                report_checkpoint(number)
-                console.print(f"{asked_by}: saved step {number}; the same command continues from there")
-                raise SystemExit(EXIT_INTERRUPTED)
-
-            if owed:
-                owed = not evaluations.write(start, merge_model(program.graph, state), recorder, interruption)
-                if (asked_by := interruption.asked_anywhere()) and (owed or start < config.steps):
-                    end(start, asked_by)
             for number in range(start + 1, config.steps + 1):
                 profiler.before(number)
-                with recorder.phase("input_wait"):
+                with logger.phase("input_wait"):
                     batch = place(next(batches), config, mesh, rules) | interruption.vote(mesh)
                 if compiled is None:
-                    compiled = recorder.compile(program.jit(state), state, batch, frozen)
+                    compiled = logger.compile(program.jit(state), state, batch, frozen)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
                     state, metrics = compiled(state, batch, frozen)
-                recorder.push(number, metrics)  # reads the metrics of the previous step, which does not wait
+                logger.push(number, metrics)  # reads the metrics of the previous step, which does not wait
                 profiler.after(number)
 
-                last = number == config.steps
-                owed = evaluations.due(number)
-                # Read once, because a signal may come between two lines. With several processes: what all of them know.
-                told = owed or hosts.process_count() == 1
-                asked_by = interruption.asked_anywhere() if told else recorder.asked_before(number)
-                save_now = last or asked_by or number % config.checkpoint_every == 0
-                if owed or save_now:
-                    recorder.flush()
-                if save_now:
-                    save(number, wait=bool(last or asked_by))  # first: a failing evaluation must not lose the run
+                last, due = number == config.steps, evaluations.due(number)
+                asked_by = interruption.asked_by(number, logger, together=due)
+                if last or asked_by or number % config.checkpoint_every == 0:  # first: an evaluation may fail
+                    saver.save(number, state, wait=bool(last or asked_by))
                 if last:
-                    recorder.write_figures()
-                if owed and not asked_by:
-                    owed = not evaluations.write(number, merge_model(program.graph, state), recorder, interruption)
-                    if asked_by := interruption.asked_anywhere():
-                        save(number, wait=True)
-                if asked_by and (owed or not last):
-                    end(number, asked_by)
+                    logger.write_figures()
+                if due and not asked_by:
+                    due = not evaluations.run(number, merge_model(program.graph, state), logger, interruption)
+                    asked_by = interruption.asked_anywhere()
+                if asked_by and (due or not last):  # otherwise the run is complete
+                    saver.save_and_exit(number, state, asked_by)
             if start < config.steps:
-                recorder.write_figures()
-    return _fitted(program.graph, state, run)
+                logger.write_figures()
+    return _result(program.graph, state, run)
 
 
-def _fitted(graph: nnx.GraphDef, state: TrainState, run: Run) -> TrainResult:
+def _initial(
+    config: Training, initial: Callable[[], nnx.Module] | None, wrap: Wrap | None
+) -> Callable[[], nnx.Module] | None:
+    """Returns the function that returns the model from which a new run starts, also for ``training.finetune``."""
+    for name in ("branch", "finetune"):
+        if getattr(config, name) is not None and initial is not None:
+            raise ConfigError(f"training.{name} is set and the run starts from a model; set only one of them")
+    if config.finetune is not None:
+        initial = partial(load, config.finetune)
+    return with_warning_of_zeros(initial) if initial is not None and wrap is None else initial
+
+
+def _begin(run: Run, config: Training, start: int) -> None:
+    """Prepares the run directory for the steps after ``start``."""
+    if hosts.process_index() == 0:
+        keep_lost_rows(run.path, after_step=start, expected=2 * config.checkpoint_every)
+    if start < config.steps:
+        run.begin(start + 1)
+
+
+def _result(graph: nnx.GraphDef, state: TrainState, run: Run) -> TrainResult:
     def kept() -> dict[str, Any]:
         rows = [row for row in read_metrics(run.path, "validation") if row["step"] == int(state.step)]
         return {"figures": read_figures(run), "evaluation": rows[-1] if rows else None}

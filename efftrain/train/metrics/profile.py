@@ -41,13 +41,13 @@ class Profiler:
     Args:
       chosen: first and last step. None: no trace.
       directory: where the trace is written.
-      recorder: counts the time for starting and writing the trace apart from the steps.
+      logger: counts the time for starting and writing the trace apart from the steps.
       start: step that was restored.
     """
 
-    def __init__(self, chosen: tuple[int, int] | None, directory: Path, recorder: MetricLogger, *, start: int):
+    def __init__(self, chosen: tuple[int, int] | None, directory: Path, logger: MetricLogger, *, start: int):
         self._chosen = chosen if hosts.process_index() == 0 else None
-        self._directory, self._recorder, self._running = directory, recorder, False
+        self._directory, self._logger, self._running = directory, logger, False
         if self._chosen and start >= self._chosen[1]:
             console.print(f"no profile: this run continues after step {self._chosen[1]}", markup=False)
 
@@ -61,8 +61,8 @@ class Profiler:
     def before(self, number: int) -> None:
         """Must be called before the step asks for its input; starts the trace if the step is a chosen one."""
         if self._chosen and not self._running and self._chosen[0] <= number <= self._chosen[1]:
-            self._recorder.flush()
-            with self._recorder.phase("profile"):
+            self._logger.flush()
+            with self._logger.phase("profile"):
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0
                 jax.profiler.start_trace(self._directory, profiler_options=options)
@@ -71,12 +71,12 @@ class Profiler:
     def after(self, number: int) -> None:
         """Must be called after the step was dispatched; waits for the last chosen step and ends the trace."""
         if self._running and number == self._chosen[1]:
-            self._recorder.flush()
+            self._logger.flush()
             self._stop(f"steps {self._chosen[0]} to {self._chosen[1]}")
 
     def _stop(self, what: str) -> None:
         self._running = False
-        with self._recorder.phase("profile"):
+        with self._logger.phase("profile"):
             jax.profiler.stop_trace()
         console.print(
             f"profile of {what}: {self._directory}; look at it with: pip install xprof && xprof --port 8791 "

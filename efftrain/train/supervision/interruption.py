@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efftrain.sharding import hosts
-from efftrain.train.metrics.metric_logger import VOTES
+from efftrain.train.metrics.metric_logger import VOTES, MetricLogger
 from efftrain.train.objectives.objective import Metrics
 from efftrain.train.state import TrainState
 from efftrain.train.step import Step
@@ -78,6 +78,21 @@ class Interruption:
         said = enumerate(hosts.exchange(self.asked or ""))
         return next((f"{name} on process {number}" for number, name in said if name), None)
 
+    def asked_by(self, step: int, logger: MetricLogger, *, together: bool) -> str | None:
+        """Returns the signal that asked to stop after this step, the same on all processes.
+
+        It is read once in a step, because a signal may come between two lines. With several processes, it is what the
+        votes in the metrics have told until the step before, so that they need not wait for each other.
+
+        Args:
+          step: number of the step that was just dispatched.
+          logger: has the votes of earlier steps.
+          together: ask all processes now, because they wait for each other anyway.
+        """
+        if together or hosts.process_count() == 1:
+            return self.asked_anywhere()
+        return logger.asked_before(step)
+
     def vote(self, mesh: Mesh) -> dict[str, jax.Array]:
         """Returns a part of the batch that says whether a signal asked this process to stop.
 
@@ -113,7 +128,12 @@ def end_if_asked() -> None:
 
 
 def with_votes(step: Step) -> Step:
-    """Wraps a step so that its metrics say which process was asked to stop, from the votes in its batch."""
+    """Wraps a step so that its metrics say which process was asked to stop, from the votes in its batch.
+
+    The step of a single process is returned unchanged.
+    """
+    if hosts.process_count() == 1:
+        return step
 
     def voting(
         state: TrainState, batch: Mapping[str, jax.Array], frozen: nnx.State | None = None
