@@ -19,7 +19,7 @@ from pathlib import Path
 from efftrain import data
 from efftrain.data.dedup.minhash import MinHash
 from efftrain.data.pipeline.reading import OnError
-from efftrain.data.splits import SplitByPackage
+from efftrain.data.splits import SplitByGroup
 from efftrain.data.stages.engines import Local
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
@@ -49,7 +49,7 @@ class Config:
     standard_library_only: bool = False
     vocabulary: int = 4096
     tokenizer: Path | None = None
-    split: SplitByPackage = field(default_factory=SplitByPackage)
+    split: SplitByGroup = field(default_factory=SplitByGroup)
     near_duplicates: MinHash | None = field(default_factory=MinHash)
     processes: int | None = None
     max_unreadable: int = 0

@@ -1,4 +1,4 @@
-"""Names of configuration classes in files, which stay the same when a class moves to another module.
+"""Names of configuration classes and fields in files, also those that earlier versions wrote.
 
 A class of this package is written as ``Dense``, one of a script as ``recipe.py:Block``, and one of another package as
 ``module:Class``. Earlier versions wrote the package's own classes as ``efftrain.models.config:Dense``; both can be
@@ -22,7 +22,15 @@ RENAMED = {
     "NofM": "SemiStructured",
     "Regrow": "RigL",
     "RepeatedLines": "LineDeduplication",
+    "SplitByPackage": "SplitByGroup",
     "Zeros": "FrozenMask",
+}
+# Class, in its present name -> its fields: the name that earlier versions wrote -> the present name. It holds for
+# subclasses too. A flag with an old name answers with the present one.
+RENAMED_FIELDS: dict[str, dict[str, str]] = {
+    "Columns": {"package_column": "group_column"},
+    "JsonLines": {"package_field": "group_field"},
+    "TextFolder": {"package_by_folder": "group_by_folder"},
 }
 
 _PACKAGE = Path(__file__).parent
@@ -67,6 +75,16 @@ def find_class(written: str, script: types.ModuleType | None) -> type:
             f"config.json names {written}, which cannot be imported; install or restore the code that defines it"
         ) from error
     return found
+
+
+def renamed_fields(cls: type) -> dict[str, str]:
+    """Returns name that an earlier version wrote -> present name, for the renamed fields of a class and its bases."""
+    return {
+        old: new
+        for base in reversed(cls.__mro__)
+        for old, new in RENAMED_FIELDS.get(base.__name__, {}).items()
+        if old not in getattr(cls, "__dataclass_fields__", {})
+    }
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from efftrain.class_names import class_name, current_name, find_class
+from efftrain.class_names import class_name, current_name, find_class, renamed_fields
 from efftrain.errors import ConfigError
 
 NOT_FINITE = ("inf", "-inf", "nan")
@@ -76,7 +76,8 @@ def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any
             raise ConfigError(f"config.json names {value['type']}, which is not a dataclass")
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)}
-        given = {k: v for k, v in value.items() if k != "type"}
+        renamed = renamed_fields(cls)
+        given = {renamed.get(k, k): v for k, v in value.items() if k != "type"}
         if unknown := sorted(given.keys() - names):
             raise ConfigError(
                 f"{value['type']} has no field {unknown[0]!r}; it was written by another version of efftrain"
@@ -103,6 +104,14 @@ def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any
     return float(value) if isinstance(value, str) and value in NOT_FINITE and float in kinds else value
 
 
+def _with_present_fields(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        renamed = renamed_fields(find_class(value["type"], None))
+    except (AttributeError, ConfigError, KeyError, TypeError):  # no object, or one of a class that is not known here
+        return value
+    return {renamed.get(name, name): item for name, item in value.items()}
+
+
 def finite_json(value: Any) -> Any:
     """Returns the JSON values with null for every float that is not finite, which JSON cannot represent."""
     if isinstance(value, Mapping):
@@ -126,9 +135,10 @@ def json_digest(value: Any) -> str:
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
     """Returns the fields in which two JSON values differ, as ``path: old -> new``, for error messages.
 
-    Two names of the same class, written by different versions (``class_names``), are not a difference.
+    Two names of the same class or field, written by different versions (``class_names``), are not a difference.
     """
     if isinstance(old, dict) and isinstance(new, dict):
+        old, new = _with_present_fields(old), _with_present_fields(new)
         keys = [*old, *(k for k in new if k not in old)]
         return [line for k in keys for line in difference(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

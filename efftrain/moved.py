@@ -93,21 +93,22 @@ NAMES = RENAMED | {
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """Returns the ``__getattr__`` of a module or folder that has the name of an old module."""
+    """Returns the ``__getattr__`` of a module or folder that has the name of an old module, or had renamed classes."""
+    where = MODULES.get(module, module)
 
     def get(name: str) -> Any:
         if name.startswith("__") or _is_module(f"{module}.{name}"):  # which ``from package import module`` imports
             raise AttributeError(name)
-        now = vars(importlib.import_module(MODULES[module]))
+        now = vars(importlib.import_module(where))
         found = now.get(name, now.get(NAMES.get(name)))
         if found is None:
             try:
                 found = find_class(name, None)  # a configuration that moved to another place than its old module
             except ConfigError:
-                raise AttributeError(f"module {module!r}, now {MODULES[module]}, has no attribute {name!r}") from None
-        where = getattr(found, "__module__", MODULES[module])
+                raise AttributeError(f"module {module!r}, now {where}, has no attribute {name!r}") from None
+        home = getattr(found, "__module__", where)
         warnings.warn(
-            f"{module}.{name} is now {where}.{getattr(found, '__name__', name)}; import it from there, the old name "
+            f"{module}.{name} is now {home}.{getattr(found, '__name__', name)}; import it from there, the old name "
             "goes with the next version",
             DeprecationWarning,
             stacklevel=2,

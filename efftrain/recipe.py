@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from efftrain.class_names import SCRIPT_PREFIX
+from efftrain.class_names import SCRIPT_PREFIX, renamed_fields
 from efftrain.errors import ConfigError, EfftrainError, Interrupted, exit_code
 from efftrain.progress import console, print_error, write_in_any_locale
 
@@ -102,6 +102,8 @@ def flag_hint(config: Any, flag: str) -> str | None:
     if name.removeprefix("no_") in fields or name in ("help", "h"):
         return None
     prefix = "--" + "".join(f"{group}." for group in groups)
+    if now := renamed_fields(type(config)).get(name.removeprefix("no_")):
+        return f"{flag} is now called {prefix}{now}".replace("_", "-")
     flags = ", ".join(prefix + field for field in fields).replace("_", "-")
     found = getattr(type(config), name, None)
     if isinstance(found, property):

@@ -11,6 +11,8 @@ Heavy packages are imported lazily: TFDS, Grain, pyarrow and tokenizers are impo
 
 import importlib
 
+from efftrain.class_names import RENAMED
+
 _HOMES = {
     "Corpus": "corpus",
     "CorpusConfig": "corpus",
@@ -19,7 +21,7 @@ _HOMES = {
     "Document": "documents",
     "Skipped": "documents",
     "Verdict": "documents",
-    "SplitByPackage": "splits",
+    "SplitByGroup": "splits",
     "Decontaminate": "decontamination.decontaminate",
     "EvaluationSet": "decontamination.decontaminate",
     "MinHash": "dedup.minhash",
@@ -51,9 +53,10 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    home = _HOMES.get(RENAMED.get(name, name))
+    if home is None:
         raise AttributeError(f"module 'efftrain.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"efftrain.data.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"efftrain.data.{home}"), name)
 
 
 def __dir__() -> list[str]:

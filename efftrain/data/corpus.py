@@ -17,7 +17,7 @@ from efftrain.data.dedup.minhash import MinHash
 from efftrain.data.documents import Document
 from efftrain.data.rules import Edit, Rule, RuleSet, default_rules
 from efftrain.data.sources.base import Source
-from efftrain.data.splits import SplitByPackage
+from efftrain.data.splits import SplitByGroup
 from efftrain.data.stages.filter_statistics import funnel_table
 from efftrain.data.storage.packing import bytes_path
 from efftrain.data.storage.store import check_files, read_manifest
@@ -78,7 +78,7 @@ class CorpusConfig:
     tokenizer: Path | None = None
     end_of_text: str | None = None
     tokenizer_sample: int = 32 << 20
-    split: SplitByPackage = field(default_factory=SplitByPackage)
+    split: SplitByGroup = field(default_factory=SplitByGroup)
     seed: int = 0
     block: int = 8192
     shard_bytes: int = 64 << 20

@@ -8,6 +8,11 @@ from itertools import count
 
 import numpy as np
 
+GROUP = "group"
+"""The key of ``Document.meta`` that names the group of a document."""
+OLD_GROUP = "package"
+"""The same key as earlier versions wrote it."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -18,7 +23,7 @@ class Document:
       text: the text. Its lines end in "\n" (not "\r\n" or "\r") and it has no leading byte order mark, whatever the
         format that it was read from, so that rules, comparisons and tokenizers need not handle either.
       source: name of the source that the document was read from.
-      meta: JSON values. ``meta["package"]`` names the group of documents that must stay together in one split.
+      meta: JSON values. ``meta["group"]`` names the group of documents that must stay together in one split.
     """
 
     id: str
@@ -30,9 +35,9 @@ class Document:
         object.__setattr__(self, "text", clean_lines(self.text))
 
     @property
-    def package(self) -> str:
-        """The group that is assigned to one split as a whole; a document without a package is a group of its own."""
-        return self.meta.get("package", self.id)
+    def group(self) -> str:
+        """The group that is assigned to one split as a whole; a document without one is a group of its own."""
+        return self.meta.get(GROUP, self.meta.get(OLD_GROUP, self.id))
 
 
 UNREADABLE = "unreadable"

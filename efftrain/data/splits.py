@@ -5,23 +5,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from efftrain.errors import ConfigError, CorpusError
+from efftrain.moved import old_names
+
+__getattr__ = old_names(__name__)  # of ``SplitByGroup``
 
 SPLITS = ("train", "validation", "test")
 N_BUCKETS = 1 << 16  # groups are hashed into buckets, so that memory does not grow with the number of groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitByPackage:
-    """Assigns whole packages to validation and test, until each has its share of the bytes.
+class SplitByGroup:
+    """Assigns whole groups to validation and test, until each has its share of the bytes.
 
-    Packages are taken in the order of a hash of their names. A package that would fill more than a quarter of a
-    held-out split stays in train as long as smaller ones are available: if one package dominated the split, bits per
-    byte would describe that package.
+    Groups are taken in the order of a hash of their names. A group that would fill more than a quarter of a
+    held-out split stays in train as long as smaller ones are available: if one group dominated the split, bits per
+    byte would describe that group.
 
     Attributes:
       validation: share of the bytes in the validation split, between 0 and 1; 0 omits the split.
       test: share of the bytes in the test split, between 0 and 1; 0 omits the split.
-      seed: seed of the hash; another seed selects other packages.
+      seed: seed of the hash; another seed selects other groups.
     """
 
     validation: float = 0.05
@@ -46,7 +49,7 @@ def bucket(groups: np.ndarray) -> np.ndarray:
     return (groups >> np.uint64(48)).astype(np.int64)
 
 
-def assign_buckets(config: SplitByPackage, sizes: np.ndarray) -> np.ndarray:
+def assign_buckets(config: SplitByGroup, sizes: np.ndarray) -> np.ndarray:
     """Chooses the split of each bucket.
 
     Args:

@@ -76,7 +76,7 @@ class Synthetic(data.FileSource):
         for number in range(piece.start, piece.stop):
             rng = random.Random(number - 5 if number % 10 == 9 else number)
             text = "\n".join(f"{line}  # {rng.randrange(10**6)}" for line in rng.choices(lines, k=215))
-            yield Document(f"doc{number}", text, "synthetic", {"package": f"package{number % 500}"})
+            yield Document(f"doc{number}", text, "synthetic", {"group": f"group{number % 500}"})
 
 
 def main(config: Config) -> None:

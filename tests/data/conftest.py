@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from efftrain import data
-from efftrain.data.splits import SplitByPackage
+from efftrain.data.splits import SplitByGroup
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "über", "naïve", "数据", "return", "def", "class"]
 
 
-def _write_documents(folder: Path, n: int = 90, packages: int = 15, seed: int = 0) -> Path:
-    """n distinct texts in ``packages`` folders."""
+def _write_documents(folder: Path, n: int = 90, groups: int = 15, seed: int = 0) -> Path:
+    """n distinct texts in ``groups`` folders."""
     rng = np.random.default_rng(seed)
     for number in range(n):
         words = rng.choice(WORDS, size=int(rng.integers(20, 200)))
-        path = folder / f"p{number % packages:02d}" / f"doc{number:03d}.txt"
+        path = folder / f"p{number % groups:02d}" / f"doc{number:03d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"document {number}\n" + " ".join(words) + "\n", encoding="utf-8")
     return folder
@@ -24,12 +24,12 @@ def _write_documents(folder: Path, n: int = 90, packages: int = 15, seed: int = 
 
 def _config_for(folder: Path, **changes) -> data.CorpusConfig:
     fields = {
-        "sources": (data.TextFolder(path=folder, package_by_folder=True),),
+        "sources": (data.TextFolder(path=folder, group_by_folder=True),),
         "rules": (),
         "vocabulary": 300,
         "block": 64,
         "shard_bytes": 10_000,
-        "split": SplitByPackage(validation=0.15, test=0.15),
+        "split": SplitByGroup(validation=0.15, test=0.15),
     }
     return data.CorpusConfig(**(fields | changes))
 

@@ -105,7 +105,7 @@ def test_scalar_columns_become_metadata(tmp_path, kind):
         "id": "i",
     }
     assert two.meta == {"ok": False, "kind": "b", "long": "x", "broken": "fine"}
-    assert (one.package, two.package) == (one.id, two.id)
+    assert (one.group, two.group) == (one.id, two.id)
     json.dumps([one.meta, two.meta], allow_nan=False)
 
 
@@ -113,10 +113,10 @@ def test_scalar_columns_become_metadata(tmp_path, kind):
 def test_a_null_id_is_the_row_and_a_null_package_the_document_itself(tmp_path, kind):
     cls, name, write = FORMATS[kind]
     write(pa.table({"text": ["a", "b", "c"], "key": ["k", None, ""], "repo": ["r", None, ""]}), tmp_path / name)
-    items = read(cls(path=tmp_path, id_column="key", package_column="repo"))
+    items = read(cls(path=tmp_path, id_column="key", group_column="repo"))
     assert [item.id for item in items] == ["k", f"{name}:1", f"{name}:2"]
-    assert [item.package for item in items] == ["r", f"{name}:1", f"{name}:2"]
-    assert [item.meta for item in items] == [{"package": "r"}, {}, {}]
+    assert [item.group for item in items] == ["r", f"{name}:1", f"{name}:2"]
+    assert [item.meta for item in items] == [{"group": "r"}, {}, {}]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -153,7 +153,7 @@ def test_a_column_that_no_file_has_is_an_error_before_anything_is_read(tmp_path,
     cls, name, write = FORMATS[kind]
     for first in "ab":
         write(pa.table({"body": ["other"], "key": ["k"]}), tmp_path / f"{first}{name[1:]}")
-    for wrong in ({"column": "text"}, {"column": "body", "id_column": "id"}, {"column": "body", "package_column": "x"}):
+    for wrong in ({"column": "text"}, {"column": "body", "id_column": "id"}, {"column": "body", "group_column": "x"}):
         with pytest.raises(CorpusError, match=r"/ax?\.\w+ has no column '\w+'; it has body, key"):
             list(cls(path=tmp_path, **wrong).pieces())
 

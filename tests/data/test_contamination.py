@@ -49,7 +49,7 @@ def corpus(texts, tmp_path_factory):
         sources=(write(folder / "texts.jsonl", texts),),
         rules=(),
         vocabulary=300,
-        split=data.SplitByPackage(validation=0.2, test=0.2),
+        split=data.SplitByGroup(validation=0.2, test=0.2),
         decontaminate=Decontaminate(sets=(EvaluationSet(name="quiz", source=quiz),)),
     )
     return data.build(config, folder / "out", engine=Local(processes=1))
@@ -208,7 +208,7 @@ def built(folder: Path, training: dict[str, str], quizzes: dict[str, list[str]],
         rules=(),
         vocabulary=300,
         near_duplicates=None,
-        split=data.SplitByPackage(validation=0.0, test=0.0),
+        split=data.SplitByGroup(validation=0.0, test=0.0),
         decontaminate=Decontaminate(sets=sets, **settings),
     )
     return data.build(config, folder / "out", engine=Local(processes=1))

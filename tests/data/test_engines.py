@@ -53,7 +53,7 @@ def small_pieces(monkeypatch):
 
 @pytest.fixture
 def config(five_thousand, small_pieces):
-    source = data.JsonLines(path=five_thousand, id_field="id", package_field="package")
+    source = data.JsonLines(path=five_thousand, id_field="id", group_field="package")
     return data.CorpusConfig(
         sources=(source,), rules=(TooShort(limit=10),), near_duplicates=MinHash(), vocabulary=300, shard_bytes=200_000
     )
@@ -62,7 +62,7 @@ def config(five_thousand, small_pieces):
 @pytest.fixture(scope="module")
 def reference(five_thousand, tmp_path_factory):
     """Built in this process, and in one piece."""
-    source = data.JsonLines(path=five_thousand, id_field="id", package_field="package")
+    source = data.JsonLines(path=five_thousand, id_field="id", group_field="package")
     config = data.CorpusConfig(
         sources=(source,), rules=(TooShort(limit=10),), near_duplicates=MinHash(), vocabulary=300, shard_bytes=200_000
     )

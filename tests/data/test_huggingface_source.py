@@ -34,8 +34,8 @@ def rows(n: int, first: int = 0) -> list[dict]:
 
 def test_rows_of_all_files_in_their_order(tmp_path):
     folder = save(tmp_path / "set", [rows(5), [*rows(2, 5), {"text": None, "key": 7, "repo": ""}]])
-    items = read(HuggingFaceDataset(path=folder, id_column="key", package_column="repo"))
-    assert [(item.id, item.text, item.package) for item in items[:-1]] == [
+    items = read(HuggingFaceDataset(path=folder, id_column="key", group_column="repo"))
+    assert [(item.id, item.text, item.group) for item in items[:-1]] == [
         (str(i), f"naïve {i}\0", f"r{i % 3}") for i in range(7)
     ]
     assert (items[-1].rule, items[-1].id) == ("bad_record", "data-00001-of-00002.arrow:2")

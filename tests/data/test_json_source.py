@@ -59,22 +59,22 @@ def test_the_other_fields_become_metadata(tmp_path):
     kept = {"url", "language_score", "date", "n", "ok", "edge"}
     (item,) = read(write(tmp_path / "a.jsonl", [row]))
     assert item.meta == {name: row[name] for name in (*kept, "id", "repo")}
-    assert item.package == item.id == "a.jsonl@0"
-    (item,) = read(JsonLines(path=tmp_path, id_field="id", package_field="repo"))
-    assert item.meta == {name: row[name] for name in kept} | {"package": "r"}
-    (item,) = read(JsonLines(path=tmp_path, package_field="package"))
-    assert item.package == "not asked for"
+    assert item.group == item.id == "a.jsonl@0"
+    (item,) = read(JsonLines(path=tmp_path, id_field="id", group_field="repo"))
+    assert item.meta == {name: row[name] for name in kept} | {"group": "r"}
+    (item,) = read(JsonLines(path=tmp_path, group_field="package"))
+    assert item.group == "not asked for"
     assert json.loads(json.dumps(item.meta, allow_nan=False)) == item.meta
 
 
 @pytest.mark.parametrize("missing", [{}, {"id": None, "repo": None}, {"id": "", "repo": ""}])
 def test_a_missing_id_is_the_place_and_a_missing_package_the_document_itself(tmp_path, missing):
     write(tmp_path / "a.jsonl", [{"text": "a"} | missing, {"text": "b", "id": 0, "repo": 0}, {"text": "c"} | missing])
-    items = read(JsonLines(path=tmp_path, id_field="id", package_field="repo"))
+    items = read(JsonLines(path=tmp_path, id_field="id", group_field="repo"))
     places = [item.id for item in read(JsonLines(path=tmp_path))]
     assert [item.id for item in items] == [places[0], "0", places[2]]
-    assert [item.package for item in items] == [places[0], "0", places[2]]
-    assert all("None" not in (item.id, item.package) for item in items)
+    assert [item.group for item in items] == [places[0], "0", places[2]]
+    assert all("None" not in (item.id, item.group) for item in items)
 
 
 def test_a_path_with_dots_finds_a_field_inside(tmp_path):
@@ -84,9 +84,9 @@ def test_a_path_with_dots_finds_a_field_inside(tmp_path):
         {"data": "no object"},
     ]
     write(tmp_path / "a.jsonl", rows)
-    source = JsonLines(path=tmp_path, text_field="data.text", id_field="data.key", package_field="meta.repo.name")
+    source = JsonLines(path=tmp_path, text_field="data.text", id_field="data.key", group_field="meta.repo.name")
     one, two, bad = read(source)
-    assert (one.text, one.id, one.package, two.text) == ("inside", "7", "r", "its own name")
+    assert (one.text, one.id, one.group, two.text) == ("inside", "7", "r", "its own name")
     assert bad.detail == "there is no field 'data.text'; the fields are: data"
 
 

@@ -69,8 +69,8 @@ def test_python_files_are_read_once_with_their_own_encoding():
         "site-packages/numpy/bad.py": "undecodable",
         "site-packages/numpy/unknown.py": "undecodable",
     }
-    packages = {item.id: item.package for item in read(PythonFiles()) if isinstance(item, Document)}
-    assert set(packages.values()) == {"argparse", "json", "numpy"}
+    groups = {item.id: item.group for item in read(PythonFiles()) if isinstance(item, Document)}
+    assert set(groups.values()) == {"argparse", "json", "numpy"}
 
 
 @pytest.mark.usefixtures("python_folders")
@@ -91,10 +91,10 @@ def test_text_folder_counts_what_it_cannot_decode(tmp_path):
     (tmp_path / "two.txt").write_bytes("naïve".encode("latin-1"))
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "other.md").write_text("no")
-    source = TextFolder(path=tmp_path, package_by_folder=True)
+    source = TextFolder(path=tmp_path, group_by_folder=True)
     assert kept(source) == {"a/one.txt": "naïve\n"}
     assert skipped(source) == {"two.txt": "undecodable", "gone.txt": "unreadable"}
-    assert [d.package for d in read(source) if isinstance(d, Document)] == ["a"]
+    assert [d.group for d in read(source) if isinstance(d, Document)] == ["a"]
 
 
 def test_a_file_too_large_for_memory_is_skipped(tmp_path, monkeypatch):
@@ -118,9 +118,9 @@ def test_json_lines_in_every_compression(tmp_path, suffix):
     assert kept(source) == {f"{name}@{at[0]}": "one", f"{name}@{at[2]}": "t\0wo", f"{name}@{at[8]}": "last"}
     bad = {3: "bad_record", 4: "bad_record", 5: "bad_record", 6: "undecodable", 7: "bad_record"}
     assert skipped(source) == {f"{name}@{at[line]}": rule for line, rule in bad.items()}
-    named = JsonLines(path=tmp_path / name, id_field="n", package_field="repo")
+    named = JsonLines(path=tmp_path / name, id_field="n", group_field="repo")
     assert list(kept(named)) == ["1", "2", "6"]
-    assert [d.package for d in read(named) if isinstance(d, Document)] == ["r", "r", "q"]
+    assert [d.group for d in read(named) if isinstance(d, Document)] == ["r", "r", "q"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -154,7 +154,7 @@ def test_parquet(tmp_path):
     table = pa.table({"body": ["one", None, "three"], "name": ["a", "b", "c"], "repo": ["r", "r", "q"]})
     pq.write_table(table, tmp_path / "x.parquet")
     (tmp_path / "y.parquet").write_bytes(b"not parquet")
-    source = Parquet(path=tmp_path, column="body", id_column="name", package_column="repo")
+    source = Parquet(path=tmp_path, column="body", id_column="name", group_column="repo")
     assert kept(source) == {"a": "one", "c": "three"}
     assert skipped(source) == {"x.parquet:1": "bad_record", "y.parquet": "unreadable"}
     with pytest.raises(CorpusError, match="no column 'text'; it has body"):

@@ -18,7 +18,7 @@ from efftrain.config import difference, from_json, to_json
 from efftrain.data.documents import Text
 from efftrain.data.pipeline import build as pipeline
 from efftrain.data.rules import Generated, LongLine, TooShort
-from efftrain.data.splits import SPLITS, SplitByPackage
+from efftrain.data.splits import SPLITS, SplitByGroup
 from efftrain.data.stages.engines import Local
 from efftrain.data.storage.shards import file_digest
 from efftrain.data.storage.store import unfinished_path, write_manifest
@@ -53,9 +53,9 @@ def test_every_document_comes_back_unchanged(corpus, documents):
 
 
 def test_no_package_is_in_two_splits(corpus):
-    packages = {split: {d.package for d in corpus.documents(split)} for split in SPLITS}
-    assert all(packages.values())
-    assert sum(map(len, packages.values())) == len(set().union(*packages.values())) == 15
+    groups = {split: {d.group for d in corpus.documents(split)} for split in SPLITS}
+    assert all(groups.values())
+    assert sum(map(len, groups.values())) == len(set().union(*groups.values())) == 15
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -203,7 +203,7 @@ def test_manifests_that_cannot_be_used_are_refused(copy, tmp_path):
 
 
 def test_funnel_and_evidence_account_for_every_document(tmp_path, config_for, write_documents):
-    folder = write_documents(tmp_path / "text", n=40, packages=8)
+    folder = write_documents(tmp_path / "text", n=40, groups=8)
     (folder / "p00" / "bad.txt").write_bytes(b"\xff\xfd")
     (folder / "p01" / "short.txt").write_text("x")
     (folder / "p02" / "long.txt").write_text("word " * 1000)
@@ -245,12 +245,12 @@ def test_an_empty_result_names_the_rule(documents, tmp_path, config_for):
 
 
 def test_documents_are_dealt_singly_where_there_are_too_few_groups(tmp_path, config_for, write_documents, capfd):
-    folder = write_documents(tmp_path / "text", n=30, packages=2)
+    folder = write_documents(tmp_path / "text", n=30, groups=2)
     corpus = data.build(config_for(folder), tmp_path / "out")
     assert set(corpus.splits) == set(SPLITS)
     assert corpus.manifest["split_by"] == "document"
     assert "single documents were held out" in " ".join(capfd.readouterr().err.split())
-    no_test = SplitByPackage(validation=0.2, test=0)
+    no_test = SplitByGroup(validation=0.2, test=0)
     by_group = data.build(config_for(folder, split=no_test), tmp_path / "two")
     assert set(by_group.splits) == {"train", "validation"}
     assert by_group.manifest["split_by"] == "group"
@@ -333,7 +333,7 @@ def test_the_script_of_the_python_corpus(tmp_path, monkeypatch, write_documents)
 
     script = import_script(Path(__file__).parents[2] / "data" / "python.py")
     write_documents(tmp_path / "text")
-    small = data.TextFolder(path=tmp_path / "text", package_by_folder=True)
+    small = data.TextFolder(path=tmp_path / "text", group_by_folder=True)
     monkeypatch.setattr(data, "PythonFiles", lambda **_: small, raising=False)
     corpus = script.main(script.Config(out=tmp_path / "out", vocabulary=300))
     assert data.open(tmp_path / "out").n_tokens("train") == corpus.n_tokens("train")

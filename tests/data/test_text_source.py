@@ -106,9 +106,9 @@ def test_packed_files_and_folders_are_cut_too(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "one.txt.gz").write_bytes(gzip.compress(b"one\n\ntwo\n"))
     (tmp_path / "utf16.TXT").write_bytes("drei\n\nvier\n".encode("utf-16"))
-    source = TextFolder(path=tmp_path, package_by_folder=True, split=AtBlankLines(min_bytes=1))
+    source = TextFolder(path=tmp_path, group_by_folder=True, split=AtBlankLines(min_bytes=1))
     items = read(source)
-    assert [(item.id, item.text, item.package) for item in items] == [
+    assert [(item.id, item.text, item.group) for item in items] == [
         ("utf16.TXT@0", "drei", "utf16.TXT@0"),
         ("utf16.TXT@6", "vier", "utf16.TXT@6"),
         ("a/one.txt.gz@0", "one", "a"),

@@ -65,7 +65,7 @@ def test_pages_become_text_without_menu_and_script(tmp_path, compressed):
     documents = [item for item in items if isinstance(item, Document)]
     assert [item.text.strip() for item in documents[:4]] == [PROSE, PROSE, PROSE, ""]
     assert documents[4].text.startswith(PROSE)
-    assert [item.package for item in documents[:2]] == ["a.example", "b.example"]
+    assert [item.group for item in documents[:2]] == ["a.example", "b.example"]
     assert documents[0].meta["url"] == "https://a.example/1"
     unpacked = gzip.decompress(path.read_bytes()) if compressed else path.read_bytes()
     for item in items:  # the name leads to the record
@@ -117,7 +117,7 @@ def test_extracted_text_of_a_crawl_is_taken_as_it_is(tmp_path):
             )
             writer.write_record(record)
     text, broken = read(Warc(path=tmp_path / "x.wet.gz"))
-    assert (text.text, text.package) == ("naïve <b>\n", "a.example")
+    assert (text.text, text.group) == ("naïve <b>\n", "a.example")
     assert broken.rule == "undecodable"
 
 

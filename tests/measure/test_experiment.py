@@ -13,7 +13,7 @@ from efftrain import data
 from efftrain.compress.commands.prune import Prune
 from efftrain.compress.run import compress
 from efftrain.config import to_json
-from efftrain.data.splits import SplitByPackage
+from efftrain.data.splits import SplitByGroup
 from efftrain.errors import ConfigError, InUseError, RunError
 from efftrain.experiment import experiment as experiment_module
 from efftrain.experiment.compare import compare
@@ -38,7 +38,7 @@ def build_corpus(tmp_path_factory):
 
     def build(**split: float) -> Path:
         out = tmp_path_factory.mktemp("corpora") / "corpus"
-        source, by = data.TextFolder(path=texts), SplitByPackage(**split)
+        source, by = data.TextFolder(path=texts), SplitByGroup(**split)
         data.build(data.CorpusConfig(sources=(source,), rules=(), vocabulary=280, split=by, decontaminate=None), out)
         return out
 

@@ -13,7 +13,7 @@ import efftrain
 from efftrain import data
 from efftrain.compress.commands.quantize import Quantize
 from efftrain.compress.run import compress
-from efftrain.data.splits import SplitByPackage
+from efftrain.data.splits import SplitByGroup
 from efftrain.errors import CorpusError
 from efftrain.experiment.compare import Comparison
 from efftrain.experiment.experiment import reported
@@ -37,8 +37,8 @@ def planted(folder: Path, *, test: float = 0.25) -> data.Corpus:
             body = "".join(random.Random(i).choices(letters if str(i) in plain else digits, k=120))
             (folder / name / f"p{i:02}").mkdir(parents=True)
             (folder / name / f"p{i:02}" / "text.txt").write_text(f"{i:02} {body}")
-        source = data.TextFolder(path=folder / name, package_by_folder=True)
-        split = SplitByPackage(validation=0.25, test=test)
+        source = data.TextFolder(path=folder / name, group_by_folder=True)
+        split = SplitByGroup(validation=0.25, test=test)
         rules = {"rules": (), "deduplicate": False, "decontaminate": None}
         made = data.CorpusConfig(sources=(source,), vocabulary=VOCABULARY, block=64, split=split, **rules)
         return data.build(made, folder / f"{name}-corpus")

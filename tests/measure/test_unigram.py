@@ -15,7 +15,7 @@ def test_it_is_the_cross_entropy_by_counting(tmp_path):
         package.mkdir(exist_ok=True)
         text = "\n".join(f"value_{(i * j) % 7} = other[{j % 3}]" for j in range(30))
         (package / f"{i}.py").write_text(text)
-    source = data.TextFolder(path=tmp_path / "a", pattern="*.py", package_by_folder=True)
+    source = data.TextFolder(path=tmp_path / "a", pattern="*.py", group_by_folder=True)
     built = data.CorpusConfig(sources=(source,), rules=(), vocabulary=280, deduplicate=False, decontaminate=None)
     data.build(built, tmp_path / "c")
     corpus = data.open(tmp_path / "c")

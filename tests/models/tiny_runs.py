@@ -9,7 +9,7 @@ import numpy as np
 
 from efftrain import data
 from efftrain.config import to_json
-from efftrain.data.splits import SplitByPackage
+from efftrain.data.splits import SplitByGroup
 from efftrain.models.decoder import Decoder
 from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.state import split_model
@@ -39,7 +39,7 @@ def write_corpus(folder: Path, words: Sequence[str] = WORDS, tokenizer: Path | N
             vocabulary=VOCABULARY,
             tokenizer=tokenizer,
             block=64,
-            split=SplitByPackage(validation=0.2, test=0),
+            split=SplitByGroup(validation=0.2, test=0),
         ),
         folder / "corpus",
     )

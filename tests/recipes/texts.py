@@ -19,6 +19,6 @@ def build_corpus(folder: Path, *, seed: int = 0, **options: Any) -> Path:
             lines = [" ".join(draw.choices(WORDS, k=8)) for _ in range(30)]
             (folder / f"package{package}" / f"{i}.py").write_text("\n".join(lines) + "\n")
     out = folder.with_name(f"{folder.name}-corpus")
-    source = data.TextFolder(path=folder, pattern="*.py", package_by_folder=True)
+    source = data.TextFolder(path=folder, pattern="*.py", group_by_folder=True)
     data.build(data.CorpusConfig(sources=(source,), rules=(), **{"vocabulary": 300} | options), out)
     return out

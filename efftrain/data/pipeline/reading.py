@@ -44,7 +44,7 @@ class Read:
       rules: the rules and edits of the corpus.
       labels: for each source the name under which its documents are counted; None keeps the name from the source.
       qualify: prefix each id with the name of the source, because there are several sources.
-      seed, split_seed: seeds of the order of the documents and of the choice of packages.
+      seed, split_seed: seeds of the order of the documents and of the choice of groups.
       quality: the rule whose score decides which of two duplicates is kept, and a factor of 1 or -1 with which higher
         is better. None: no rule.
       on_error: what happens if a rule or a source raises: "stop" ends the build, "skip" drops the document or the rest

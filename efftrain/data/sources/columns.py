@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from efftrain.data.documents import Document, Skipped
 from efftrain.data.sources.base import PathSource, Piece, as_document
-from efftrain.data.sources.metadata import PACKAGE, as_name, metadata
+from efftrain.data.sources.metadata import RESERVED, as_name, metadata
 from efftrain.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ class Columns(PathSource):
     Attributes:
       column: the column that contains the text.
       id_column: the column that contains the id. None, or a missing or null value: the id is ``file:row``.
-      package_column: the column that names the group of documents that must stay in one split. None, or a missing or
+      group_column: the column that names the group of documents that must stay in one split. None, or a missing or
         null value: the document is a group of its own.
     """
 
     column: str = "text"
     id_column: str | None = None
-    package_column: str | None = None
+    group_column: str | None = None
 
     def schema(self, path: Path) -> "pa.Schema":
         """Returns the schema of a file. Raises OSError or ArrowException if the file cannot be read."""
@@ -55,7 +55,7 @@ class Columns(PathSource):
         if not _has(schema, self.column):
             raise LookupError(f"there is no column {self.column!r}; there are: {', '.join(schema.names)}")
         asked = [name for name in self._asked() if _has(schema, name)]
-        rest = [field.name for field in schema if _is_scalar(field.type) and field.name not in (*asked, PACKAGE)]
+        rest = [field.name for field in schema if _is_scalar(field.type) and field.name not in (*asked, *RESERVED)]
         return asked + rest
 
     def rows(self, name: str, first: int, batch: "pa.RecordBatch") -> Iterator[Document | Skipped]:
@@ -65,9 +65,9 @@ class Columns(PathSource):
         for start in range(0, len(batch), ROWS):
             piece = batch.slice(start, ROWS)
             texts = _column(piece, self.column)
-            ids, packages = (
+            ids, groups = (
                 _values(_column(piece, c)) if c and _has(batch.schema, c) else None
-                for c in (self.id_column, self.package_column)
+                for c in (self.id_column, self.group_column)
             )
             meta = {scalar: _values(piece.column(scalar)) for scalar in scalars}
             for row in range(len(piece)):
@@ -78,13 +78,13 @@ class Columns(PathSource):
                     yield Skipped(place, source, "undecodable", str(error), len(error.object))
                     continue
                 beside = {}
-                if meta or packages:
+                if meta or groups:
                     fields = ((key, column[row]) for key, column in meta.items())
-                    beside = metadata(fields, (), packages and packages[row])
+                    beside = metadata(fields, (), groups and groups[row])
                 yield as_document((ids and as_name(ids[row])) or place, source, text, beside, place)
 
     def _asked(self) -> list[str]:
-        return list(dict.fromkeys(c for c in (self.column, self.id_column, self.package_column) if c))
+        return list(dict.fromkeys(c for c in (self.column, self.id_column, self.group_column) if c))
 
     def _check_columns(self) -> None:
         """Checks that each configured column is in some file. Unreadable files are reported when they are read."""

@@ -35,13 +35,13 @@ class JsonLines(PathSource):
     Attributes:
       text_field: the field that contains the text.
       id_field: the field that contains the id. None, or a missing or null value: the id is ``file@byte``.
-      package_field: the field that names the group of documents that must stay in one split. None, or a missing or
+      group_field: the field that names the group of documents that must stay in one split. None, or a missing or
         null value: the document is a group of its own.
     """
 
     text_field: str = "text"
     id_field: str | None = None
-    package_field: str | None = None
+    group_field: str | None = None
 
     def files(self) -> Iterator[tuple[str, Path]]:
         kinds = (".jsonl", ".ndjson", ".json")
@@ -93,8 +93,8 @@ class JsonLines(PathSource):
         id = as_name(_field(row, self.id_field)) if self.id_field else None
         meta = {}
         if len(row) > 1:
-            package = _field(row, self.package_field) if self.package_field else None
-            meta = metadata(row.items(), (self.text_field, self.id_field, self.package_field), package)
+            group = _field(row, self.group_field) if self.group_field else None
+            meta = metadata(row.items(), (self.text_field, self.id_field, self.group_field), group)
         return Document(id or place, text, self.source, meta)
 
     def _no_text(self, row: dict[str, Any], found: Any) -> str:

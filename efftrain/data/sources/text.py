@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from efftrain.data.documents import UNREADABLE, Document, Skipped
+from efftrain.data.documents import GROUP, UNREADABLE, Document, Skipped
 from efftrain.data.sources import base as sources
 from efftrain.data.sources.base import FileSource, PathSource, Piece, check_folder, file_size, not_empty, walk
 from efftrain.data.sources.compressed import PACKED, is_plain_utf8, open_bytes, open_utf8
 from efftrain.data.sources.cutting import Cut, cut
-from efftrain.data.sources.metadata import PACKAGE
 
 _FIRST = 1 << 18  # bytes that are read at first, so that small files do not allocate a buffer for the largest one
 
@@ -26,7 +25,7 @@ _FIRST = 1 << 18  # bytes that are read at first, so that small files do not all
 class PythonFiles(FileSource):
     """Reads the ``.py`` files of the running interpreter: its standard library and every installed distribution.
 
-    An id is ``stdlib/json/decoder.py`` or ``site-packages/numpy/linalg/_linalg.py``, for example, with the package
+    An id is ``stdlib/json/decoder.py`` or ``site-packages/numpy/linalg/_linalg.py``, for example, with the group
     ``json`` or ``numpy``. Symbolic links are not followed, so that no file is read twice and no cycle is entered.
 
     Attributes:
@@ -46,7 +45,7 @@ class PythonFiles(FileSource):
     def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
         for name, path in piece.files:
             source, package = name.split("/")[:2]
-            meta = {PACKAGE: package.removesuffix(".py")}
+            meta = {GROUP: package.removesuffix(".py")}
             yield _read_file(path, name, source, meta, open_bytes, _decode_python)
 
     def _roots(self) -> list[tuple[str, Path]]:
@@ -72,12 +71,12 @@ class TextFolder(PathSource):
     Attributes:
       pattern: shell pattern of the names of files in a folder, without the suffix of a compressed file; it ignores
         case.
-      package_by_folder: use the first folder below ``path`` as the package of the documents in it.
+      group_by_folder: use the first folder below ``path`` as the group of the documents in it.
       split: where a file is cut into documents. None: each file is one document, of at most 64 MB.
     """
 
     pattern: str = "*.txt"
-    package_by_folder: bool = False
+    group_by_folder: bool = False
     split: Cut | None = None
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -106,7 +105,7 @@ class TextFolder(PathSource):
     def documents(self, piece: Piece) -> Iterator[Document | Skipped]:
         for name, path in piece.files:
             folder, _, rest = name.partition("/")
-            meta = {PACKAGE: folder} if rest and self.package_by_folder else {}
+            meta = {GROUP: folder} if rest and self.group_by_folder else {}
             if self.split is None:
                 advice = "; cut it into documents with split=AtBlankLines() or AtPattern(...)"
                 yield _read_file(path, name, self.source, meta, open_utf8, bytes.decode, advice)

@@ -21,7 +21,7 @@ INDEX = np.dtype(
         ("size", "<u8"),  # bytes of the record
         ("n_bytes", "<u8"),  # bytes of the text
         ("order", "<u8"),  # hash of the id, which determines the order of the corpus
-        ("group", "<u8"),  # hash of the package
+        ("group", "<u8"),  # hash of the name of the group
         ("source", "<u8"),  # hash of the source
         ("digest_high", "<u8"),  # halves of the digest of the normalised text
         ("digest_low", "<u8"),
@@ -51,7 +51,7 @@ def index_entry(
       offset: position of its record in the file.
       size: number of bytes of its record.
       seed: seed of the order of the documents.
-      split_seed: seed of the choice of packages for the splits.
+      split_seed: seed of the choice of groups for the splits.
       quality: score that decides which of two near duplicates is kept; higher is better.
     """
     return (
@@ -59,7 +59,7 @@ def index_entry(
         size,
         len(text.utf8),
         stable_hash(document.id, f"order {seed}"),
-        stable_hash(document.package, f"split {split_seed}"),
+        stable_hash(document.group, f"split {split_seed}"),
         stable_hash(document.source, "source"),
         int.from_bytes(digest[:8], "little"),
         int.from_bytes(digest[8:], "little"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
 
-from efftrain.data.documents import UNREADABLE, Document, Skipped
+from efftrain.data.documents import GROUP, UNREADABLE, Document, Skipped
 from efftrain.data.sources import base as sources
 from efftrain.data.sources.base import PathSource, Piece, as_document, named_files
 from efftrain.data.sources.warc.page import UnpackError, decode_page, parse_response, unpacked_body
@@ -25,7 +25,7 @@ class Warc(PathSource):
     Needs the extra ``warc``. A response with status 200 and HTML becomes a document, whose text is extracted with
     Resiliparse (Bevendorff et al. 2018), as for DCLM (Li et al. 2024). A ``conversion`` record contains the text
     itself. Other responses are reported as skipped; other types of records are ignored. The id of a document is
-    ``file@byte``, the position of its record in the uncompressed file. Its ``meta`` has the URL and, as the package,
+    ``file@byte``, the position of its record in the uncompressed file. Its ``meta`` has the URL and, as the group,
     the host, so that a site stays in one split.
 
     A damaged record is skipped as ``bad_record``, with the number of bytes up to the next record. If no record follows,
@@ -103,7 +103,7 @@ class Warc(PathSource):
         return self._document(place, url, extract_plain_text(html, main_content=self.main_content, alt_texts=False))
 
     def _document(self, place: str, url: str, text: str | bytes) -> Document | Skipped:
-        meta = ({"url": url} if url else {}) | ({"package": host} if (host := _host(url)) else {})
+        meta = ({"url": url} if url else {}) | ({GROUP: host} if (host := _host(url)) else {})
         return as_document(place, self.source, text, meta)
 
     def _bad(self, place: str, detail: str, record: Record) -> Skipped:
