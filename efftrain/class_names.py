@@ -28,7 +28,9 @@ RENAMED = {
 # Class, in its present name -> its fields: the name that earlier versions wrote -> the present name. It holds for
 # subclasses too. A flag with an old name answers with the present one.
 RENAMED_FIELDS: dict[str, dict[str, str]] = {
+    "AtMost": {"limit": "threshold"},
     "Columns": {"package_column": "group_column"},
+    "Decontaminate": {"limit": "threshold", "held_out_limit": "held_out_threshold"},
     "JsonLines": {"package_field": "group_field"},
     "TextFolder": {"package_by_folder": "group_by_folder"},
 }

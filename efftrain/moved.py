@@ -87,8 +87,9 @@ NAMES = RENAMED | {
     "Probe": "ExitProbe",
     "SlimReport": "StructuredPruneReport",
     "Taught": "TeacherObjective",
-    "Way": "Axis",
+    "quantile_limits": "quantile_thresholds",
     "slim": "structured_prune",
+    "Way": "Axis",
 }
 
 

@@ -70,7 +70,7 @@ class ClassifierReport:
       n_train, n_held_out: number of examples (good, raw).
       auc: held-out probability that a good text scores above a raw one; 0.5 is chance.
       accuracy: held-out accuracy, the mean of the two classes, at probability 0.5; 0.5 is chance.
-      limits: share of raw text -> the score that this share of the held-out raw texts reaches.
+      thresholds: share of raw text -> the score that this share of the held-out raw texts reaches.
       loss: mean nats of the training examples including the penalty, both classes with equal weight; ln 2 is chance.
       iterations, converged: number of iterations, and whether the minimum was found within ``max_iterations``.
       digest: digest of the weights, as in ``NgramClassifier.digest``.
@@ -80,7 +80,7 @@ class ClassifierReport:
     n_held_out: tuple[int, int]
     auc: float
     accuracy: float
-    limits: dict[float, float]
+    thresholds: dict[float, float]
     loss: float
     iterations: int
     converged: bool
@@ -136,7 +136,7 @@ def train_classifier(
         n_held_out=counts["held-out"],
         auc=auc(scores, truth),
         accuracy=float((scores[truth] > 0.5).mean() + (scores[~truth] <= 0.5).mean()) / 2,
-        limits={share: float(np.quantile(scores[~truth], 1 - share)) for share in KEPT_SHARES},
+        thresholds={share: float(np.quantile(scores[~truth], 1 - share)) for share in KEPT_SHARES},
         loss=loss,
         iterations=iterations,
         converged=converged,

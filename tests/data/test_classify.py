@@ -104,7 +104,7 @@ def test_score_is_the_logistic_of_the_weighted_features(path):
 def test_threshold_is_a_least_score_and_no_part_of_the_scoring(path):
     text = Text(TEXTS[0].decode())
     score = NgramClassifier.load(path).score(text)
-    low, high = (NgramClassifier.load(path, limit=limit) for limit in (score, np.nextafter(score, 1)))
+    low, high = (NgramClassifier.load(path, threshold=threshold) for threshold in (score, np.nextafter(score, 1)))
     assert low(text).keep
     assert not high(text).keep
     assert scoring([low]) == scoring([high])
@@ -128,7 +128,7 @@ def test_extreme_weights_saturate_without_overflow():
 
 
 def test_rule_survives_json_and_pickle(path):
-    rule, text = NgramClassifier.load(path, limit=0.3), Text("some text")
+    rule, text = NgramClassifier.load(path, threshold=0.3), Text("some text")
     for copy in (from_json(to_json(rule)), pickle.loads(pickle.dumps(rule))):
         assert copy == rule
         assert copy.score(text) == rule.score(text)

@@ -78,7 +78,7 @@ def test_what_copies_from_training_leaves_the_held_out_splits(corpus, texts):
 
 
 def test_a_notice_that_all_share_condemns_nobody(corpus):
-    """30 of 130 words, above the limit of a fifth, in every document."""
+    """30 of 130 words, above the threshold of a fifth, in every document."""
     assert {"validation", "test"} <= set(split_of(corpus).values())
 
 

@@ -35,13 +35,13 @@ def test_ordinary_code_passes_every_rule():
 @pytest.mark.parametrize(
     ("rule", "text", "score"),
     [
-        (TooShort(limit=10), "a b\n c\n", 3),
-        (TooLong(limit=5), "äöü", 6),
-        (NonText(limit=0.1), "ab\0\x1b", 0.5),
-        (LongLine(limit=9), "short\n" + "x" * 10, 10),
-        (LongLines(limit=3), "abcdef\nabcd\nab", 4),
-        (TableLike(limit=0.5), "1, 2,\n3\ta", 5 / 6),
-        (FewLetters(limit=0.5), "a + [] == 1", 1 / 7),
+        (TooShort(threshold=10), "a b\n c\n", 3),
+        (TooLong(threshold=5), "äöü", 6),
+        (NonText(threshold=0.1), "ab\0\x1b", 0.5),
+        (LongLine(threshold=9), "short\n" + "x" * 10, 10),
+        (LongLines(threshold=3), "abcdef\nabcd\nab", 4),
+        (TableLike(threshold=0.5), "1, 2,\n3\ta", 5 / 6),
+        (FewLetters(threshold=0.5), "a + [] == 1", 1 / 7),
     ],
 )
 def test_score_of_a_hand_made_reject(rule, text, score):
@@ -52,8 +52,8 @@ def test_score_of_a_hand_made_reject(rule, text, score):
 
 @pytest.mark.parametrize("character", ["ä", "数", "𝒳"])
 def test_line_length_counts_characters_and_not_bytes(character):
-    assert LongLine(limit=1000)(Text(character * 1000)).keep
-    assert not LongLine(limit=1000)(Text(character * 1001)).keep
+    assert LongLine(threshold=1000)(Text(character * 1000)).keep
+    assert not LongLine(threshold=1000)(Text(character * 1001)).keep
 
 
 def test_text_in_another_script_has_letters():

@@ -140,7 +140,7 @@ def test_the_ngram_that_decides_is_found_and_the_one_word_shorter_is_not(tmp_pat
     shares = contamination(hashes, offsets, index.ngrams)
     assert shares.tolist() == [0.0, 0.0, pytest.approx(1 / (50 + 13 + 50 - 12)), 1.0]
     config = Decontaminate(sets=(EvaluationSet(name="quiz", source=source),))
-    assert (shares > config.limit).tolist() == [False, False, True, True]
+    assert (shares > config.threshold).tolist() == [False, False, True, True]
 
 
 def test_a_held_out_document_that_was_trained_on_goes_and_one_with_a_licence_stays():
@@ -161,7 +161,7 @@ def test_a_held_out_document_that_was_trained_on_goes_and_one_with_a_licence_sta
     (block,) = blocks
     shares = contamination(*block, seen)
     assert shares.tolist() == pytest.approx([88 / 188, 0.0, 8 / 88])
-    assert (shares > config.held_out_limit).tolist() == [True, False, False]
+    assert (shares > config.held_out_threshold).tolist() == [True, False, False]
     all_seen = seen_in_training(index, totals, common=1000)
     assert contamination(*block, all_seen)[1] == pytest.approx(48 / 148)
 
@@ -286,7 +286,7 @@ def test_readings_undo_how_a_text_was_set(text, others):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 0), ("shortest", 0), ("limit", 1.0), ("limit", -0.1), ("held_out_limit", 2.0), ("common", 0)],
+    [("n", 0), ("shortest", 0), ("threshold", 1.0), ("threshold", -0.1), ("held_out_threshold", 2.0), ("common", 0)],
 )
 def test_impossible_settings_are_refused_by_name(field, value):
     with pytest.raises(ConfigError, match=rf"decontaminate\.{field} is {value}"):

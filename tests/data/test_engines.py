@@ -55,7 +55,11 @@ def small_pieces(monkeypatch):
 def config(five_thousand, small_pieces):
     source = data.JsonLines(path=five_thousand, id_field="id", group_field="package")
     return data.CorpusConfig(
-        sources=(source,), rules=(TooShort(limit=10),), near_duplicates=MinHash(), vocabulary=300, shard_bytes=200_000
+        sources=(source,),
+        rules=(TooShort(threshold=10),),
+        near_duplicates=MinHash(),
+        vocabulary=300,
+        shard_bytes=200_000,
     )
 
 
@@ -64,7 +68,11 @@ def reference(five_thousand, tmp_path_factory):
     """Built in this process, and in one piece."""
     source = data.JsonLines(path=five_thousand, id_field="id", group_field="package")
     config = data.CorpusConfig(
-        sources=(source,), rules=(TooShort(limit=10),), near_duplicates=MinHash(), vocabulary=300, shard_bytes=200_000
+        sources=(source,),
+        rules=(TooShort(threshold=10),),
+        near_duplicates=MinHash(),
+        vocabulary=300,
+        shard_bytes=200_000,
     )
     return data.build(config, tmp_path_factory.mktemp("reference") / "corpus", engine=Local(processes=1))
 
@@ -193,7 +201,7 @@ def test_workers_import_the_scripts_of_the_task_and_what_these_import(config, tm
     for name in ("unrelated", "base_rules", "derived_rules"):
         module = import_script(tmp_path / f"{name}.py")
         monkeypatch.setitem(sys.modules, module.__name__, sys.modules.pop(module.__name__))  # so that it goes again
-    corpus = data.CorpusConfig(sources=config.sources, rules=(module.Shorter(limit=10),), vocabulary=300)
+    corpus = data.CorpusConfig(sources=config.sources, rules=(module.Shorter(threshold=10),), vocabulary=300)
     built = data.build(corpus, tmp_path / "out", engine=Local(processes=2))
     assert {row["stage"]: row["documents"] for row in built.funnel}["shorter"] == N_SHORT
 

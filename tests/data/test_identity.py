@@ -21,7 +21,7 @@ from efftrain.data.rules import AtMost
 @dataclass(frozen=True, kw_only=True)
 class Number(AtMost):
     name = "number"
-    limit: float = 15.0
+    threshold: float = 15.0
 
     def score(self, text):
         return float(text.text.split()[1])

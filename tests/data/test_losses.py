@@ -21,7 +21,7 @@ class Fragile(AtMost):
     """Raises for one document, and says it in two lines."""
 
     name = "fragile"
-    limit: float = 1.0
+    threshold: float = 1.0
 
     def score(self, text):
         if "document 7 " in text.text:
@@ -41,7 +41,7 @@ class Impossible(Fragile):
     """Finds a mistake of the user's."""
 
     def score(self, text):
-        raise ConfigError("fragile.limit is wrong; use 3")
+        raise ConfigError("fragile.threshold is wrong; use 3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Picky(AtMost):
     """The number of the document."""
 
     name = "picky"
-    limit: float = 100.0
+    threshold: float = 100.0
 
     def score(self, text):
         return float(text.text.split()[1])
@@ -169,16 +169,18 @@ def test_an_unknown_way_to_treat_errors_is_refused(folder, tmp_path):
 def test_scores_with_a_gap_are_used_again(folder, tmp_path):
     (folder / "c.jsonl.gz").unlink()
     build(config_for(folder, rules=(Fragile(),)), tmp_path / "out", on_error="skip")
-    again = build(config_for(folder, rules=(Fragile(limit=0.5),)), tmp_path / "out", on_error="skip", overwrite=True)
+    again = build(
+        config_for(folder, rules=(Fragile(threshold=0.5),)), tmp_path / "out", on_error="skip", overwrite=True
+    )
     assert again.funnel[-1]["documents"] == 799
     with pytest.raises(CorpusError, match="'fragile' cannot judge"):
-        build(config_for(folder, rules=(Fragile(limit=0.2),)), tmp_path / "out", overwrite=True)
+        build(config_for(folder, rules=(Fragile(threshold=0.2),)), tmp_path / "out", overwrite=True)
 
 
 def test_a_mistake_of_the_user_in_a_rule_keeps_its_sentence(folder, tmp_path):
     (folder / "c.jsonl.gz").unlink()
     for on_error in ("stop", "skip"):
-        with pytest.raises(ConfigError, match=r"^fragile\.limit is wrong; use 3$"):
+        with pytest.raises(ConfigError, match=r"^fragile\.threshold is wrong; use 3$"):
             build(config_for(folder, rules=(Impossible(),)), tmp_path / "out", on_error=on_error)
 
 

@@ -28,7 +28,7 @@ class Beauty(AtLeast):
     """The number after the word ``beauty``."""
 
     name: ClassVar[str] = "beauty"
-    limit: float = 0.0
+    threshold: float = 0.0
 
     def score(self, text):
         return float(text.text.rsplit("beauty", 1)[1])
@@ -107,7 +107,7 @@ class Ugliness(AtMost):
     """The number after the word ``beauty``; less is better."""
 
     name: ClassVar[str] = "ugliness"
-    limit: float = 1.0
+    threshold: float = 1.0
 
     score = Beauty.score
 

@@ -160,7 +160,7 @@ def test_interval_keeps_what_the_rule_keeps(rule):
     from efftrain.config import to_json
 
     interval = intervals({"rules": [to_json(Code())]})[rule.name]
-    values = np.array([-1.0, 0.0, rule.limit * 0.9, rule.limit, rule.limit * 1.1, 1e9])
+    values = np.array([-1.0, 0.0, rule.threshold * 0.9, rule.threshold, rule.threshold * 1.1, 1e9])
     assert interval.keeps(values).tolist() == [rule.keeps(value) for value in values]
     assert isinstance(rule, (AtMost, AtLeast, Between))
 
@@ -178,10 +178,10 @@ def test_score_stored_in_float32_at_the_threshold_is_kept():
 def test_shares_above_one_stand_in_the_histogram(tmp_path):
     """datatrove's share of the top n-gram exceeds 1 where its occurrences overlap."""
     texts = ["a b c d", "a a a a", "a a a a a a"]
-    rule = TopNgram(n=2, limit=0.2, as_datatrove=True)
+    rule = TopNgram(n=2, threshold=0.2, as_datatrove=True)
     columns = {rule.name: np.array([rule.score(Text(text)) for text in texts], np.float32)}
     corpus = report_corpus.write(tmp_path / "corpus", rows=[], columns=columns)
-    (histogram,) = histograms(corpus, {rule.name: Interval(high=rule.limit)})
+    (histogram,) = histograms(corpus, {rule.name: Interval(high=rule.threshold)})
     assert histogram.edges[-1] == columns[rule.name].max() > 1
     assert histogram.rejected.sum() == histogram.n_rejected == 3
     assert histogram.rejected[-1] == 1

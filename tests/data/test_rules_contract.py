@@ -56,8 +56,10 @@ class Many(AtLeast):
     name: ClassVar[str] = "many"
 
 
-def table(**limits: float) -> ScoreTable:
-    return ScoreTable(table=Path("scores.parquet"), digest="0" * 32, **{"low": -math.inf, "high": math.inf} | limits)
+def table(**thresholds: float) -> ScoreTable:
+    return ScoreTable(
+        table=Path("scores.parquet"), digest="0" * 32, **{"low": -math.inf, "high": math.inf} | thresholds
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,8 +67,8 @@ def table(**limits: float) -> ScoreTable:
     [
         (HashRatio(), False),
         (StopWords(), True),
-        (Few(limit=math.inf), False),  # keeps everything: only its score is wanted
-        (Many(limit=-math.inf), True),
+        (Few(threshold=math.inf), False),  # keeps everything: only its score is wanted
+        (Many(threshold=-math.inf), True),
         (table(high=1.1), False),
         (table(low=0.4), True),
         (OwnRule(low=3), True),

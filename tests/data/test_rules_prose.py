@@ -86,16 +86,17 @@ def test_ordinary_prose_passes_every_set_unchanged_but_for_blank_lines():
         (DuplicateParagraphs(as_datatrove=True), "x\ny\n\nz\n \nx\ny", 0),  # spaces join the last two
         (DuplicateParagraphChars(), "ab\n\nc d\n\nc d\n\nc d", 4 / 8),
         (DuplicateParagraphChars(count_first=True), "ab\n\nc d\n\nc d\n\nc d", 6 / 8),
-        (TopNgram(limit=1, n=2), "a b c a b d", 4 / 6),
-        (TopNgram(limit=1, n=2), "a b a bcd a b x a bcd", (1 + 3) * 2 / 13),  # of two that are as frequent the longer
-        (TopNgram(limit=1, n=2), "a a a a", 1),  # overlapping occurrences count once
-        (TopNgram(limit=1, n=2), "a b c d", 0),
-        (TopNgram(limit=1, n=2, as_datatrove=True), "a b c d", 3 / 7),
-        (TopNgram(limit=1, n=2, as_datatrove=True), "a a a a", 3 * 3 / 7),
-        (DuplicateNgrams(limit=1, n=2), "ab c d ab c", 3 / 7),
-        (DuplicateNgrams(limit=1, n=2, count_first=True), "ab c d ab c", 6 / 7),
-        (DuplicateNgrams(limit=1, n=2), "a a a a a", 4 / 5),  # all but the first word lies in a second "a a"
-        (DuplicateNgrams(limit=1, n=2, as_datatrove=True), "a a a a a", 4 / 9),
+        (TopNgram(threshold=1, n=2), "a b c a b d", 4 / 6),
+        # of two that are as frequent the longer
+        (TopNgram(threshold=1, n=2), "a b a bcd a b x a bcd", (1 + 3) * 2 / 13),
+        (TopNgram(threshold=1, n=2), "a a a a", 1),  # overlapping occurrences count once
+        (TopNgram(threshold=1, n=2), "a b c d", 0),
+        (TopNgram(threshold=1, n=2, as_datatrove=True), "a b c d", 3 / 7),
+        (TopNgram(threshold=1, n=2, as_datatrove=True), "a a a a", 3 * 3 / 7),
+        (DuplicateNgrams(threshold=1, n=2), "ab c d ab c", 3 / 7),
+        (DuplicateNgrams(threshold=1, n=2, count_first=True), "ab c d ab c", 6 / 7),
+        (DuplicateNgrams(threshold=1, n=2), "a a a a a", 4 / 5),  # all but the first word lies in a second "a a"
+        (DuplicateNgrams(threshold=1, n=2, as_datatrove=True), "a a a a a", 4 / 9),
         (LoremIpsum(), "Lorem Ipsum lorem", 1),
         (CurlyBrackets(), "a {b} {", 2),
         (Sentences(), 'One. Two! "Three?" Four... five v. six\nSeven', 5),
@@ -118,7 +119,10 @@ def test_score_computed_by_hand(rule, text, score):
 @pytest.mark.parametrize(
     ("rule", "at", "kept"),
     [(EndedLines(), 0.12, False), (ShortLines(), 0.67, False), (RepeatedLineChars(), 0.1, False)]
-    + [(rule, limit, True) for rule, limit in zip(FineWeb.datatrove().rules(), (0.12, 0.67, 0.01, 0.3), strict=True)],
+    + [
+        (rule, threshold, True)
+        for rule, threshold in zip(FineWeb.datatrove().rules(), (0.12, 0.67, 0.01, 0.3), strict=True)
+    ],
 )
 def test_fineweb_rejects_at_the_threshold_itself_and_datatrove_does_not(rule, at, kept):
     assert rule.keeps(at) is kept
@@ -139,7 +143,7 @@ def test_repeated_ngrams_equal_brute_force(seed, count_first):
                 inside.update(range(i, i + n))
             seen.add(gram)
         expected = sum(len(words[i]) for i in inside) / max(n_visible, 1)
-        rule = DuplicateNgrams(n=n, limit=1, count_first=count_first)
+        rule = DuplicateNgrams(n=n, threshold=1, count_first=count_first)
         assert rule.score(text) == pytest.approx(expected)
 
 
@@ -157,7 +161,7 @@ def test_top_ngram_equals_brute_force(seed):
         for top in (gram for gram in counts if counts[gram] == most and len("".join(gram)) == length):
             inside = {i + j for i, gram in enumerate(grams) if gram == top for j in range(n)}
             allowed.add(round(sum(len(words[i]) for i in inside) / len("".join(words)), 9))
-        assert round(TopNgram(n=n, limit=1).score(Text(" ".join(words))), 9) in allowed
+        assert round(TopNgram(n=n, threshold=1).score(Text(" ".join(words))), 9) in allowed
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_a_folder_that_is_no_corpus_is_left_alone(tmp_path, documents, config_fo
 
 def test_a_failed_overwrite_keeps_the_old_corpus(copy, documents, config_for):
     with pytest.raises(CorpusError, match="no document is left"):
-        data.build(config_for(documents, rules=(TooShort(limit=10**6),)), copy, overwrite=True)
+        data.build(config_for(documents, rules=(TooShort(threshold=10**6),)), copy, overwrite=True)
     assert data.open(copy).n_tokens("train") > 0
 
 
@@ -209,7 +209,7 @@ def test_funnel_and_evidence_account_for_every_document(tmp_path, config_for, wr
     (folder / "p02" / "long.txt").write_text("word " * 1000)
     original = folder / "p03" / "doc003.txt"
     (folder / "p07" / "zcopy.txt").write_bytes(original.read_bytes().replace(b"\n", b"  \r\n\r\n"))
-    corpus = data.build(config_for(folder, rules=(TooShort(), LongLine(limit=4000))), tmp_path / "out")
+    corpus = data.build(config_for(folder, rules=(TooShort(), LongLine(threshold=4000))), tmp_path / "out")
     found = {row["stage"]: row["documents"] for row in corpus.funnel}
     assert found == {"seen": 44, "undecodable": 1, "too_short": 1, "long_line": 1, "exact_duplicate": 1, "kept": 40}
     read = [p.read_bytes().replace(b"\r\n", b"\n") for p in folder.rglob("*.txt")]
@@ -238,7 +238,7 @@ def test_half_a_surrogate_pair_is_listed_and_not_fatal(tmp_path, config_for):
 
 
 def test_an_empty_result_names_the_rule(documents, tmp_path, config_for):
-    config = config_for(documents, rules=(LongLine(limit=4000), TooShort(limit=10**6)))
+    config = config_for(documents, rules=(LongLine(threshold=4000), TooShort(threshold=10**6)))
     with pytest.raises(CorpusError, match="'too_short' removed most"):
         data.build(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -343,7 +343,7 @@ def test_the_script_of_the_python_corpus(tmp_path, monkeypatch, write_documents)
 def test_scores_are_used_again_for_a_file_with_a_badly_encoded_name(documents, tmp_path, config_for):
     folder = shutil.copytree(documents, tmp_path / "text")
     (Path(os.fsdecode(os.fsencode(folder) + b"/p00/caf\xe9.txt"))).write_text("a text of its own " * 9)
-    strict, loose = (config_for(folder, rules=(TooShort(limit=limit),)) for limit in (100, 90))
+    strict, loose = (config_for(folder, rules=(TooShort(threshold=threshold),)) for threshold in (100, 90))
     data.build(strict, tmp_path / "out")
     assert data.build(loose, tmp_path / "out", overwrite=True).funnel[0]["documents"] == 91
 
@@ -367,7 +367,9 @@ def test_pipeline_names_the_missing_source_before_it_writes(tmp_path, config_for
 def test_a_changed_threshold_is_applied_without_scoring_again(documents, tmp_path, config_for, monkeypatch, capfd):
     """And gives what scoring again gives, to the byte."""
     lengths = sorted(len("".join(text.split())) for text in read_all(documents).values())
-    strict, loose = (config_for(documents, rules=(TooShort(limit=limit),)) for limit in (lengths[30], lengths[10]))
+    strict, loose = (
+        config_for(documents, rules=(TooShort(threshold=threshold),)) for threshold in (lengths[30], lengths[10])
+    )
     expected = data.build(loose, tmp_path / "fresh")
     out = data.build(strict, tmp_path / "out").path
 
@@ -390,7 +392,7 @@ def test_a_rule_that_scores_differently_scores_again(documents, tmp_path, config
 
 def test_two_rules_of_one_name_are_refused(documents, tmp_path, config_for):
     with pytest.raises(ConfigError, match="'too_short' twice"):
-        data.build(config_for(documents, rules=(TooShort(), TooShort(limit=3))), tmp_path / "out")
+        data.build(config_for(documents, rules=(TooShort(), TooShort(threshold=3))), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"corpus\.quality is 'beauty'"):
         data.build(config_for(documents, quality="beauty"), tmp_path / "out")
 

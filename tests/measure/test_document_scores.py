@@ -13,7 +13,7 @@ from flax import nnx
 from efftrain.config import from_json, to_json
 from efftrain.data.documents import Document, Skipped, Text
 from efftrain.data.rules.base import scoring
-from efftrain.data.rules.score_table import ScoreTable, quantile_limits
+from efftrain.data.rules.score_table import ScoreTable, quantile_thresholds
 from efftrain.data.storage.tokenizer import train_tokenizer
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.measure.quality import document_scores as module
@@ -231,9 +231,9 @@ def test_rule_keeps_what_lies_between(tmp_path):
 
 
 @pytest.mark.parametrize(("low", "high", "kept"), [(0.25, 0.75, 50), (0.5, 1, 50), (0, 0.1, 10), (0, 1, 100)])
-def test_quantile_limits_keep_their_share(table, low, high, kept):
-    limits = quantile_limits(table, "bits_per_byte", low, high)
-    rule = ScoreTable.load(table, low=limits[0], high=limits[1])
+def test_quantile_thresholds_keep_their_share(table, low, high, kept):
+    thresholds = quantile_thresholds(table, "bits_per_byte", low, high)
+    rule = ScoreTable.load(table, low=thresholds[0], high=thresholds[1])
     scores = [verdict.score for i in range(100) if (verdict := rule(Text("", f"doc {i}"))).keep]
     assert len(scores) == kept
     assert min(scores) == round(low * 100)  # the scores are 0 to 99
@@ -241,13 +241,13 @@ def test_quantile_limits_keep_their_share(table, low, high, kept):
 
 def test_quantiles_leave_out_documents_without_a_score(tmp_path):
     table = table_of(tmp_path / "t.parquet", [("a", None), ("b", 1.0), ("c", 3.0)])
-    assert quantile_limits(table, "bits_per_byte", 0.5, 1) == (2.0, 3.0)
+    assert quantile_thresholds(table, "bits_per_byte", 0.5, 1) == (2.0, 3.0)
     nothing = table_of(tmp_path / "n.parquet", [("a", None)])
     with pytest.raises(CorpusError, match=r"n\.parquet has no score in column 'bits_per_byte'"):
-        quantile_limits(nothing, "bits_per_byte", 0.5, 1)
+        quantile_thresholds(nothing, "bits_per_byte", 0.5, 1)
     for low, high in ((0.5, 0.5), (-0.1, 1), (0, 1.1), (0.9, 0.1)):
         with pytest.raises(ConfigError, match="are no range"):
-            quantile_limits(table, "bits_per_byte", low, high)
+            quantile_thresholds(table, "bits_per_byte", low, high)
 
 
 def test_unknown_document_is_an_error(table):

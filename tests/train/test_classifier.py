@@ -163,7 +163,7 @@ def test_limits_are_shares_of_the_held_out_raw_text(tmp_path):
     untrained = word_texts(2000, 5)  # drawn in the same way as the raw ones
     scores = linear.probabilities([text.encode() for text in untrained])
     for share in (0.1, 0.5, 0.9):
-        assert (scores >= report.limits[share]).mean() == pytest.approx(share, abs=0.1)
+        assert (scores >= report.thresholds[share]).mean() == pytest.approx(share, abs=0.1)
 
 
 def test_equal_texts_are_on_one_side(tmp_path):

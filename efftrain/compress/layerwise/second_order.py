@@ -20,7 +20,7 @@ from efftrain.ops.quantize import QuantizedArray, group_size, quantize, step_of,
 
 BLOCK = 128  # maximum number of rows whose errors are applied together to the rows after the block
 DAMPING = 0.01  # share of the mean of the diagonal
-MOST_DAMPING = 1e3
+MAX_DAMPING = 1e3
 
 
 def inverse_factor(hessian_dd: Array, damping: float = DAMPING) -> tuple[Array, float]:
@@ -42,7 +42,7 @@ def inverse_factor(hessian_dd: Array, damping: float = DAMPING) -> tuple[Array, 
         raise ConfigError("the products of the calibration's inputs are not finite; calibrate a model that works")
     unused, mean = (np.diag(hessian) == 0).astype(hessian.dtype), np.mean(np.diag(hessian))
     potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (hessian,))
-    while damping <= MOST_DAMPING:
+    while damping <= MAX_DAMPING:
         # In place, because for a wide layer this matrix is as large as the layer.
         matrix = np.array(hessian, order="F")
         matrix[np.diag_indices_from(matrix)] += unused + damping * mean  # 1 for an input that is always zero

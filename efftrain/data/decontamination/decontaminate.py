@@ -30,7 +30,7 @@ from efftrain.data.splits import SPLITS
 from efftrain.errors import ConfigError, CorpusError
 
 BLOCK = 256 << 10  # bytes of text that are hashed together
-_LEAST_N, _MOST_N = 8, 13  # Brown et al. 2020, appendix C
+_MIN_N, _MAX_N = 8, 13  # Brown et al. 2020, appendix C
 
 # Number of characters that are as specific as an English word: four for Thai, Lao, Tibetan, Myanmar and Khmer (whose
 # characters begin with these bytes in UTF-8), two for Han, kana and Hangul. Thirteen characters are too few for an
@@ -70,10 +70,10 @@ class Decontaminate:
       shortest: a text of an evaluation set that has fewer than n words, but at least this number, is searched for as a
         whole. A still shorter text ("What is love") is a phrase that occurs in unrelated documents; it is counted as
         ``short`` and only removes documents that consist of nothing else.
-      limit: a training document is removed if a larger share of its n-grams is in an evaluation set, taking the n-gram
-        length and the variant of the text with the largest share. 0: a single hit removes it.
-      held_out_limit: a document of validation or test is removed if a larger share of its n-grams is in the training
-        split.
+      threshold: a training document is removed if a larger fraction of its n-grams is in an evaluation set, taking the
+        n-gram length and the variant of the text with the largest fraction. 0: a single hit removes it.
+      held_out_threshold: a document of validation or test is removed if a larger fraction of its n-grams is in the
+        training split.
       common: n-grams that occur in more training documents than this are licences or common phrases and do not count
         against a held-out document (GPT-3: 10). They do count against training documents that are compared with
         evaluation sets, because a well-known question may occur in more documents.
@@ -82,15 +82,15 @@ class Decontaminate:
     sets: tuple[EvaluationSet, ...] = ()
     n: int | None = None
     shortest: int = 5
-    limit: float = 0.0
-    held_out_limit: float = 0.2
+    threshold: float = 0.0
+    held_out_threshold: float = 0.2
     common: int = 10
 
     def __post_init__(self):
         for name in ("n", "shortest", "common"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"decontaminate.{name} is {value}; it must be at least 1")
-        for name in ("limit", "held_out_limit"):
+        for name in ("threshold", "held_out_threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"decontaminate.{name} is {getattr(self, name)}; it is a share, from 0 to below 1")
         names = [item.name for item in self.sets]
@@ -102,7 +102,7 @@ class Decontaminate:
     @property
     def held_out_n(self) -> int:
         """Number of words per n-gram in the comparison of held-out splits with the training split."""
-        return self.n or _MOST_N
+        return self.n or _MAX_N
 
 
 def contamination(hashes: np.ndarray, offsets: np.ndarray, hit_hashes: NgramIndex) -> np.ndarray:
@@ -188,7 +188,7 @@ def index_evaluation_set(item: EvaluationSet, config: Decontaminate) -> Evaluati
     counts = np.array([length_in_words(words(text)) for text in _texts(item)])
     if not counts.any():
         raise CorpusError(f"the evaluation set {item.name!r} has no words; check its source and its text field")
-    n = config.n or int(np.clip(np.percentile(counts[counts > 0], 5), _LEAST_N, _MOST_N))
+    n = config.n or int(np.clip(np.percentile(counts[counts > 0], 5), _MIN_N, _MAX_N))
     shortest = min(config.shortest, n)
     arrays, lengths = [], set()
     for batch in by_size(_texts(item), BLOCK):

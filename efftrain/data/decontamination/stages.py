@@ -90,7 +90,7 @@ class CheckTraining:
             shares, hashes, offsets = self._compare([unpack_record(record)[3] for record in records], sets)
             stays = np.ones(len(numbers), bool)
             for item, of_set in zip(self.sets, shares, strict=True):
-                for i in np.flatnonzero(stays & (of_set > self.config.limit)):
+                for i in np.flatnonzero(stays & (of_set > self.config.threshold)):
                     removal.add(numbers[i], records[i], f"{CONTAMINATED}/{item.name}", score=float(of_set[i]))
                     by_set[item.name] += 1
                     stays[i] = False
@@ -148,7 +148,7 @@ class CheckHeldOut:
         for numbers, records in _blocks(self.kept, np.load(self.held_out, mmap_mode="r"), number):
             texts = [unpack_record(record)[3] for record in records]
             shares = contamination(*wide_shingle_hashes(texts, self.config.held_out_n), seen)
-            for i in np.flatnonzero(shares > self.config.held_out_limit):
+            for i in np.flatnonzero(shares > self.config.held_out_threshold):
                 split = SPLITS[split_of[numbers[i]]]
                 removal.add(numbers[i], records[i], f"{CONTAMINATED}/{split}", score=float(shares[i]))
                 by_set[split] += 1

@@ -154,8 +154,8 @@ class _Build:
             contaminated = decontaminate(engine, work, left, split_of, config.decontaminate)
         if not (left.alive & (split_of == 0)).any():
             raise CorpusError(
-                "no document is left to train on after decontamination; raise decontaminate.limit, or check what the "
-                "evaluation sets hold"
+                "no document is left to train on after decontamination; raise decontaminate.threshold, or check what "
+                "the evaluation sets hold"
             )
         join_tables(left.evidence, self.folder / "removed.parquet")
         parts = [kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))]

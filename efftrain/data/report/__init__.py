@@ -16,7 +16,7 @@ from efftrain.data.storage.store import read_manifest
 from efftrain.errors import ConfigError
 
 REJECTS = 20  # number of removed documents that are shown for each rule
-MOST_SOURCES = 100  # largest number of sources with a funnel of their own on the page
+MAX_SOURCES = 100  # largest number of sources with a funnel of their own on the page
 
 
 def write_report(corpus: Path | str, out: Path | str | None = None, *, seed: int = 0) -> Path:
@@ -70,7 +70,7 @@ def _content(corpus: Path, name: str, manifest: Mapping[str, Any], seed: int) ->
         "funnel": funnel(rows, tokens_per_byte, _total(splits, "tokens")),
         "tokens_per_byte": tokens_per_byte,
         "n_sources": len(sources),
-        "sources": [(source, funnel(part, tokens_per_byte)) for source, part in sources[:MOST_SOURCES]],
+        "sources": [(source, funnel(part, tokens_per_byte)) for source, part in sources[:MAX_SOURCES]],
         "splits": splits,
         "split_bytes": _total(splits, "bytes"),
         "histograms": [_described(histogram, counts) for histogram in histograms(corpus, kept)],

@@ -85,8 +85,8 @@ def intervals(parameters: Mapping[str, Any]) -> dict[str, Interval]:
 
 
 def _interval(rule: Any) -> Interval:
-    if hasattr(rule, "limit"):
-        return Interval(low=rule.limit) if rule.keeps(math.inf) else Interval(high=rule.limit)
+    if hasattr(rule, "threshold"):
+        return Interval(low=rule.threshold) if rule.keeps(math.inf) else Interval(high=rule.threshold)
     return Interval(getattr(rule, "low", -math.inf), getattr(rule, "high", math.inf))
 
 

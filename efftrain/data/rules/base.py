@@ -14,7 +14,7 @@ from efftrain.errors import ConfigError, EfftrainError
 class Rule(Protocol):
     """The interface of a rule: a frozen dataclass that scores texts and keeps those with an acceptable score.
 
-    The fields ``low``, ``high`` and ``limit`` are thresholds; every other field may affect the score.
+    The fields ``low``, ``high`` and ``threshold`` are thresholds; every other field may affect the score.
     """
 
     name: ClassVar[str]
@@ -30,21 +30,21 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AtMost:
-    """Base class of rules that keep a text if its score is at most ``limit``; subclasses define ``name`` and ``score``.
+    """Base class of rules that keep a text whose score is at most ``threshold``; subclasses define name and score.
 
     Attributes:
       name: the name of the rule in tables and reports, unique in a corpus.
-      limit: the highest score at which a text is kept.
+      threshold: the highest score at which a text is kept.
     """
 
     name: ClassVar[str]
-    limit: float
+    threshold: float
 
     def score(self, text: Text) -> float:
         raise NotImplementedError
 
     def keeps(self, score: float) -> bool:
-        return score <= self.limit
+        return score <= self.threshold
 
     def __call__(self, text: Text) -> Verdict:
         score = self.score(text)
@@ -53,10 +53,10 @@ class AtMost:
 
 @dataclass(frozen=True, kw_only=True)
 class AtLeast(AtMost):
-    """Base class of rules that keep a text if its score is at least ``limit``; otherwise like ``AtMost``."""
+    """Base class of rules that keep a text if its score is at least ``threshold``; otherwise like ``AtMost``."""
 
     def keeps(self, score: float) -> bool:
-        return score >= self.limit
+        return score >= self.threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +86,11 @@ def prefers_high(rule: Rule) -> bool:
     keeps_high, keeps_low = rule.keeps(math.inf), rule.keeps(-math.inf)
     if keeps_high != keeps_low:
         return keeps_high
-    if isinstance(rule, AtMost):  # an infinite limit keeps every score
+    if isinstance(rule, AtMost):  # an infinite threshold keeps every score
         return isinstance(rule, AtLeast)
     raise ConfigError(
         f"corpus.quality is {rule.name!r}, which prefers neither high nor low scores; name a rule that keeps all above "
-        "or all below a limit (AtLeast, AtMost, or ScoreTable with only low or only high)"
+        "or all below a threshold (AtLeast, AtMost, or ScoreTable with only low or only high)"
     )
 
 
@@ -196,6 +196,6 @@ def scoring(rules: Iterable[Rule | RuleSet | Edit]) -> list[Any]:
 
 
 def _without_thresholds(rule: Rule | Edit) -> Any:
-    thresholds = () if is_edit(rule) else ("low", "high", "limit")
+    thresholds = () if is_edit(rule) else ("low", "high", "threshold")
     names = [f.name for f in dataclasses.fields(rule) if f.name not in thresholds]
     return {"type": to_json(rule)["type"]} | {name: to_json(getattr(rule, name)) for name in names}

@@ -77,7 +77,7 @@ class LoremIpsum(AtMost):
     """Rejects placeholder text. Score: number of occurrences of "lorem ipsum"."""
 
     name: ClassVar[str] = "c4/lorem_ipsum"
-    limit: int = 0
+    threshold: int = 0
 
     def score(self, text: Text) -> float:
         return float(text.lowered.count("lorem ipsum"))
@@ -88,7 +88,7 @@ class CurlyBrackets(AtMost):
     """Rejects pages with code; omit this rule if a corpus should contain code. Score: number of opening brackets."""
 
     name: ClassVar[str] = "c4/curly_brackets"
-    limit: int = 0
+    threshold: int = 0
 
     def score(self, text: Text) -> float:
         return float(text.text.count("{"))
@@ -104,7 +104,7 @@ class Sentences(AtLeast):
     """
 
     name: ClassVar[str] = "c4/sentences"
-    limit: int = 3
+    threshold: int = 3
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -115,7 +115,7 @@ class Sentences(AtLeast):
 class C4:
     """The rule set of C4, with the thresholds of its original code except that terminal punctuation is not required.
 
-    ``min_sentences`` is the limit of ``Sentences``; the other fields are those of ``C4Lines``.
+    ``min_sentences`` is the threshold of ``Sentences``; the other fields are those of ``C4Lines``.
     """
 
     min_words: int = 5
@@ -141,7 +141,7 @@ class C4:
             terminal_punctuation=self.terminal_punctuation,
             as_datatrove=self.as_datatrove,
         )
-        sentences = Sentences(limit=self.min_sentences, as_datatrove=self.as_datatrove)
+        sentences = Sentences(threshold=self.min_sentences, as_datatrove=self.as_datatrove)
         return lines, LoremIpsum(), CurlyBrackets(), sentences
 
 

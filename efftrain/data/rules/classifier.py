@@ -34,13 +34,13 @@ class NgramClassifier(AtLeast):
     """Keeps texts that resemble the good training examples more than the raw ones. Create it with ``load``.
 
     Score: the probability of the class "good", assuming that good and raw texts are equally frequent. A useful
-    threshold depends on the raw text: DCLM kept the best tenth, and ``limits`` in the training report has the score for
-    that. The file is read once per process.
+    threshold depends on the raw text: DCLM kept the best tenth, and ``thresholds`` in the training report has the score
+    for that. The file is read once per process.
 
     Attributes:
       weights: the file that ``train.classifier.train_classifier`` wrote.
       digest: digest of the weights, so that scores of other weights are never reused.
-      limit: lowest probability at which a text is kept.
+      threshold: lowest probability at which a text is kept.
 
     Raises:
       CorpusError: (by ``score``) the file is missing, damaged, or contains other weights.
@@ -49,12 +49,12 @@ class NgramClassifier(AtLeast):
     name: ClassVar[str] = "ngram_classifier"
     weights: Path
     digest: str
-    limit: float = 0.5
+    threshold: float = 0.5
 
     @classmethod
-    def load(cls, weights: Path | str, *, limit: float = 0.5) -> "NgramClassifier":
+    def load(cls, weights: Path | str, *, threshold: float = 0.5) -> "NgramClassifier":
         """Creates the rule for the present content of a file of weights."""
-        return cls(weights=Path(weights), digest=read_weights(Path(weights)).digest, limit=limit)
+        return cls(weights=Path(weights), digest=read_weights(Path(weights)).digest, threshold=threshold)
 
     def score(self, text: Text) -> float:
         return float(_checked_weights(self.weights, self.digest).probabilities([text.utf8])[0])

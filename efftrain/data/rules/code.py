@@ -21,7 +21,7 @@ class TooShort(AtLeast):
     """
 
     name: ClassVar[str] = "too_short"
-    limit: int = 64
+    threshold: int = 64
 
     def score(self, text: Text) -> float:
         return float(text.n_chars - text.byte_counts[_SPACE].sum())
@@ -35,7 +35,7 @@ class TooLong(AtMost):
     """
 
     name: ClassVar[str] = "too_long"
-    limit: int = 1_000_000
+    threshold: int = 1_000_000
 
     def score(self, text: Text) -> float:
         return float(len(text.utf8))
@@ -50,7 +50,7 @@ class NonText(AtMost):
     """
 
     name: ClassVar[str] = "non_text"
-    limit: float = 0.001
+    threshold: float = 0.001
 
     def score(self, text: Text) -> float:
         return float(text.byte_counts[_CONTROL].sum()) / max(len(text.utf8), 1)
@@ -63,12 +63,12 @@ class Generated(AtMost):
     Score: 1 if the first lines contain a marker of generated code, otherwise 0.
 
     Attributes:
-      limit: highest score at which a text is kept.
+      threshold: highest score at which a text is kept.
       lines: number of lines that are searched; twelve, because the marker often follows a licence header.
     """
 
     name: ClassVar[str] = "generated"
-    limit: float = 0.5
+    threshold: float = 0.5
     lines: int = 12
 
     def score(self, text: Text) -> float:
@@ -81,7 +81,7 @@ class LongLine(AtMost):
     """Rejects minified code and embedded data. Score: characters of the longest line. Limit: 1,000, as in Codex."""
 
     name: ClassVar[str] = "long_line"
-    limit: int = 1000
+    threshold: int = 1000
 
     def score(self, text: Text) -> float:
         return float(int(text.line_lengths.max()))
@@ -95,7 +95,7 @@ class LongLines(AtMost):
     """
 
     name: ClassVar[str] = "long_lines"
-    limit: float = 100.0
+    threshold: float = 100.0
 
     def score(self, text: Text) -> float:
         return float(text.line_lengths.mean())
@@ -110,7 +110,7 @@ class FewLetters(AtLeast):
     """
 
     name: ClassVar[str] = "few_letters"
-    limit: float = 0.4
+    threshold: float = 0.4
 
     def score(self, text: Text) -> float:
         return float(text.byte_counts[_LETTERS].sum()) / _n_visible(text)
@@ -120,12 +120,12 @@ class FewLetters(AtLeast):
 class TableLike(AtMost):
     """Rejects tables of decimal or hexadecimal numbers in the form of code.
 
-    Score: share of digits and commas among the bytes that are not white space. The limit was chosen by reading rejected
-    files of installed distributions, so that test files with many numbers are kept.
+    Score: share of digits and commas among the bytes that are not white space. The threshold was chosen by reading
+    rejected files of installed distributions, so that test files with many numbers are kept.
     """
 
     name: ClassVar[str] = "table_like"
-    limit: float = 0.35
+    threshold: float = 0.35
 
     def score(self, text: Text) -> float:
         return float(text.byte_counts[_TABLE].sum()) / _n_visible(text)
@@ -133,7 +133,7 @@ class TableLike(AtMost):
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
-    """The rule set for source code: the rules of this module with their limits, the fastest ones first."""
+    """The rule set for source code: the rules of this module with their thresholds, the fastest ones first."""
 
     too_short: TooShort = TooShort()
     too_long: TooLong = TooLong()

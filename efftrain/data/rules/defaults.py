@@ -15,7 +15,7 @@ _DEFAULTS: dict[str, tuple[Rule | RuleSet | Edit, ...]] = {
     # The filters of FineWeb (Penedo et al. 2024, section 3) in order, with C4's rules except terminal punctuation.
     "web": (GopherRepetition(), Gopher(), C4(), FineWeb()),
     # A text may be anything from a question of five words to a book, so that only blank and binary ones are rejected.
-    "text": (TooShort(limit=1), NonText()),
+    "text": (TooShort(threshold=1), NonText()),
 }
 
 

@@ -24,7 +24,7 @@ class EndedLines(AtLeast):
     """
 
     name: ClassVar[str] = "fineweb/ended_lines"
-    limit: float = math.nextafter(0.12, 1)
+    threshold: float = math.nextafter(0.12, 1)
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -41,7 +41,7 @@ class ShortLines(AtMost):
     """
 
     name: ClassVar[str] = "fineweb/short_lines"
-    limit: float = math.nextafter(0.67, 0)
+    threshold: float = math.nextafter(0.67, 0)
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -54,12 +54,12 @@ class ShortLines(AtMost):
 class RepeatedLineChars(AtMost):
     """Rejects boilerplate. Score: share of the characters, except white space, in lines that repeat an earlier one.
 
-    As in the paper, a score of exactly 0.1 is rejected. datatrove: all characters except newlines count, and the limit
-    is 0.01.
+    As in the paper, a score of exactly 0.1 is rejected. datatrove: all characters except newlines count, and the
+    threshold is 0.01.
     """
 
     name: ClassVar[str] = "fineweb/repeated_line_chars"
-    limit: float = math.nextafter(0.1, 0)
+    threshold: float = math.nextafter(0.1, 0)
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -77,7 +77,7 @@ class NewlinesPerWord(AtMost):
     """
 
     name: ClassVar[str] = "fineweb/newlines_per_word"
-    limit: float = 0.3
+    threshold: float = 0.3
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -92,9 +92,9 @@ class FineWeb:
     ``max_newlines_per_word`` adds datatrove's rule ``NewlinesPerWord``; None omits it.
     """
 
-    min_ended_lines: float = EndedLines.limit
-    max_short_lines: float = ShortLines.limit
-    max_repeated_line_chars: float = RepeatedLineChars.limit
+    min_ended_lines: float = EndedLines.threshold
+    max_short_lines: float = ShortLines.threshold
+    max_repeated_line_chars: float = RepeatedLineChars.threshold
     max_newlines_per_word: float | None = None
     as_datatrove: bool = False
 
@@ -115,13 +115,13 @@ class FineWeb:
 
     def rules(self) -> tuple[Rule, ...]:
         rules = (
-            EndedLines(limit=self.min_ended_lines, as_datatrove=self.as_datatrove),
-            ShortLines(limit=self.max_short_lines, as_datatrove=self.as_datatrove),
-            RepeatedLineChars(limit=self.max_repeated_line_chars, as_datatrove=self.as_datatrove),
+            EndedLines(threshold=self.min_ended_lines, as_datatrove=self.as_datatrove),
+            ShortLines(threshold=self.max_short_lines, as_datatrove=self.as_datatrove),
+            RepeatedLineChars(threshold=self.max_repeated_line_chars, as_datatrove=self.as_datatrove),
         )
         if self.max_newlines_per_word is None:
             return rules
-        return *rules, NewlinesPerWord(limit=self.max_newlines_per_word, as_datatrove=self.as_datatrove)
+        return *rules, NewlinesPerWord(threshold=self.max_newlines_per_word, as_datatrove=self.as_datatrove)
 
 
 def _lines(text: Text, as_datatrove: bool) -> list[str]:

@@ -57,7 +57,7 @@ class HashRatio(AtMost):
     """Rejects lists of tags. Score: number of '#' per word."""
 
     name: ClassVar[str] = "gopher/hash_ratio"
-    limit: float = 0.1
+    threshold: float = 0.1
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -69,7 +69,7 @@ class EllipsisRatio(AtMost):
     """Rejects truncated teasers. Score: number of ellipses per word, written as three dots or as one character."""
 
     name: ClassVar[str] = "gopher/ellipsis_ratio"
-    limit: float = 0.1
+    threshold: float = 0.1
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -84,7 +84,7 @@ class BulletLines(AtMost):
     """
 
     name: ClassVar[str] = "gopher/bullet_lines"
-    limit: float = 0.9
+    threshold: float = 0.9
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -100,7 +100,7 @@ class EllipsisLines(AtMost):
     """
 
     name: ClassVar[str] = "gopher/ellipsis_lines"
-    limit: float = 0.3
+    threshold: float = 0.3
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -112,7 +112,7 @@ class AlphabeticWords(AtLeast):
     """Rejects tables and logs. Score: share of the words that have a letter; 0 if there are no words."""
 
     name: ClassVar[str] = "gopher/alphabetic_words"
-    limit: float = 0.8
+    threshold: float = 0.8
     as_datatrove: bool = False
 
     def score(self, text: Text) -> float:
@@ -131,7 +131,7 @@ class StopWords(AtLeast):
     """
 
     name: ClassVar[str] = "gopher/stop_words"
-    limit: int = 2
+    threshold: int = 2
     language: str = "en"
     as_datatrove: bool = False
 
@@ -183,12 +183,12 @@ class Gopher:
         return (
             WordCount(low=self.min_words, high=self.max_words, as_datatrove=self.as_datatrove),
             MeanWordLength(low=self.min_word_length, high=self.max_word_length, as_datatrove=self.as_datatrove),
-            HashRatio(limit=self.max_hash_ratio, as_datatrove=self.as_datatrove),
-            EllipsisRatio(limit=self.max_ellipsis_ratio, as_datatrove=self.as_datatrove),
-            BulletLines(limit=self.max_bullet_lines, as_datatrove=self.as_datatrove),
-            EllipsisLines(limit=self.max_ellipsis_lines, as_datatrove=self.as_datatrove),
-            AlphabeticWords(limit=self.min_alphabetic_words, as_datatrove=self.as_datatrove),
-            StopWords(limit=self.min_stop_words, language=self.language, as_datatrove=self.as_datatrove),
+            HashRatio(threshold=self.max_hash_ratio, as_datatrove=self.as_datatrove),
+            EllipsisRatio(threshold=self.max_ellipsis_ratio, as_datatrove=self.as_datatrove),
+            BulletLines(threshold=self.max_bullet_lines, as_datatrove=self.as_datatrove),
+            EllipsisLines(threshold=self.max_ellipsis_lines, as_datatrove=self.as_datatrove),
+            AlphabeticWords(threshold=self.min_alphabetic_words, as_datatrove=self.as_datatrove),
+            StopWords(threshold=self.min_stop_words, language=self.language, as_datatrove=self.as_datatrove),
         )
 
 

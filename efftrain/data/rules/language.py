@@ -16,11 +16,11 @@ MAX_CHARS = 2000
 class Language(AtLeast):
     """Keeps texts in one language. Score: probability that the first 2,000 characters are in this language.
 
-    The default limit is that of FineWeb, which uses another classifier (fastText); py3langid gives higher probabilities
-    for ordinary text.
+    The default threshold is that of FineWeb, which uses another classifier (fastText); py3langid gives higher
+    probabilities for ordinary text.
 
     Attributes:
-      limit: lowest probability at which a text is kept.
+      threshold: lowest probability at which a text is kept.
       language: the ISO 639-1 code of the language.
 
     Raises:
@@ -28,7 +28,7 @@ class Language(AtLeast):
     """
 
     name: ClassVar[str] = "language"
-    limit: float = 0.65
+    threshold: float = 0.65
     language: str = "en"
 
     def score(self, text: Text) -> float:

@@ -27,7 +27,7 @@ class DuplicateLines(AtMost):
     """
 
     name: ClassVar[str] = "repetition/duplicate_lines"
-    limit: float = 0.3
+    threshold: float = 0.3
     count_first: bool = False
     as_datatrove: bool = False
 
@@ -44,7 +44,7 @@ class DuplicateParagraphs(AtMost):
     """
 
     name: ClassVar[str] = "repetition/duplicate_paragraphs"
-    limit: float = 0.3
+    threshold: float = 0.3
     count_first: bool = False
     as_datatrove: bool = False
 
@@ -61,7 +61,7 @@ class DuplicateLineChars(AtMost):
     """
 
     name: ClassVar[str] = "repetition/duplicate_line_chars"
-    limit: float = 0.2
+    threshold: float = 0.2
     count_first: bool = False
     as_datatrove: bool = False
 
@@ -79,7 +79,7 @@ class DuplicateParagraphChars(AtMost):
     """
 
     name: ClassVar[str] = "repetition/duplicate_paragraph_chars"
-    limit: float = 0.2
+    threshold: float = 0.2
     count_first: bool = False
     as_datatrove: bool = False
 
@@ -157,7 +157,8 @@ class DuplicateNgrams(AtMost):
 class GopherRepetition:
     """The rule set of Gopher against repetition with the thresholds of table A1, in the order of datatrove.
 
-    Fields that begin with ``max_`` are the limits of the rules of this module; those for n-grams are pairs (n, limit).
+    Fields that begin with ``max_`` are the thresholds of the rules of this module; those for n-grams are pairs (n,
+    threshold).
     """
 
     max_duplicate_paragraphs: float = 0.3
@@ -188,14 +189,16 @@ class GopherRepetition:
 
     def rules(self) -> tuple[Rule, ...]:
         how = {"count_first": self.count_first, "as_datatrove": self.as_datatrove}
-        top = (TopNgram(n=n, limit=limit, as_datatrove=self.as_datatrove) for n, limit in self.max_top_ngrams)
+        top = (
+            TopNgram(n=n, threshold=threshold, as_datatrove=self.as_datatrove) for n, threshold in self.max_top_ngrams
+        )
         return (
-            DuplicateParagraphs(limit=self.max_duplicate_paragraphs, **how),
-            DuplicateParagraphChars(limit=self.max_duplicate_paragraph_chars, **how),
-            DuplicateLines(limit=self.max_duplicate_lines, **how),
-            DuplicateLineChars(limit=self.max_duplicate_line_chars, **how),
+            DuplicateParagraphs(threshold=self.max_duplicate_paragraphs, **how),
+            DuplicateParagraphChars(threshold=self.max_duplicate_paragraph_chars, **how),
+            DuplicateLines(threshold=self.max_duplicate_lines, **how),
+            DuplicateLineChars(threshold=self.max_duplicate_line_chars, **how),
             *top,
-            *(DuplicateNgrams(n=n, limit=limit, **how) for n, limit in self.max_duplicate_ngrams),
+            *(DuplicateNgrams(n=n, threshold=threshold, **how) for n, threshold in self.max_duplicate_ngrams),
         )
 
 

@@ -68,7 +68,7 @@ class ScoreTable(Between):
         return float(scores[place])
 
 
-def quantile_limits(table: Path | str, column: str, low: float, high: float) -> tuple[float, float]:
+def quantile_thresholds(table: Path | str, column: str, low: float, high: float) -> tuple[float, float]:
     """Converts quantiles of the scores in a table to values for ``low`` and ``high`` of a ``ScoreTable``.
 
     Args:

@@ -10,9 +10,9 @@ import numpy as np
 from efftrain.data.storage.tokenizer import token_dtype
 from efftrain.errors import ConfigError
 
-SHARD_ROWS, MOST_SHARDS = 256, 256  # an interrupted build loses less than a shard; a reader keeps all shards open
+SHARD_ROWS, MAX_SHARDS = 256, 256  # an interrupted build loses less than a shard; a reader keeps all shards open
 DIGEST_BYTES = 16
-MOST_SAMPLES = 255  # counts are stored in one byte
+MAX_SAMPLES = 255  # counts are stored in one byte
 
 Kind = Literal["top_k", "sampled"]
 Arrays = dict[str, np.ndarray]
@@ -48,14 +48,14 @@ class CachePlan:
     rows: int
 
     def __post_init__(self):
-        most = self.vocab_size if self.kind == "top_k" else MOST_SAMPLES
+        most = self.vocab_size if self.kind == "top_k" else MAX_SAMPLES
         if not 1 <= self.n <= most:
             option = "--top-k" if self.kind == "top_k" else "--samples"
             raise ConfigError(f"{option} is {self.n}; give a number from 1 to {most}")
 
     @property
     def shard_rows(self) -> int:
-        return max(SHARD_ROWS, -(-self.rows // MOST_SHARDS))
+        return max(SHARD_ROWS, -(-self.rows // MAX_SHARDS))
 
     def shards(self) -> list[tuple[str, range]]:
         """Returns the name of each shard and the numbers of its rows."""

@@ -29,7 +29,7 @@ RULES = ("similarity", "gap", "probe")
 # Quantiles of the confidence that are tried as thresholds, from nearly all tokens with all layers to few layers.
 QUANTILES = (0.999, 0.99, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
 
-MOST_PROBED = 20_000  # number of tokens after which no more batches are read to train the probes
+MAX_PROBE_TOKENS = 20_000  # number of tokens after which no more batches are read to train the probes
 
 ROW = ("tokens", "targets", "segments", "positions", "mask")
 
@@ -84,7 +84,7 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
             for name, values in {"hidden": hidden, "agree": agree, **measured}.items():
                 parts[name].append(np.asarray(values)[:, mask_bt])
             progress.advance()
-            if sum(a.shape[1] for a in parts["agree"]) >= MOST_PROBED:
+            if sum(a.shape[1] for a in parts["agree"]) >= MAX_PROBE_TOKENS:
                 break
     found = {name: np.concatenate(arrays, axis=1) for name, arrays in parts.items()}
     probe = fit_exit_probe(jnp.asarray(found["hidden"]), jnp.asarray(found["agree"]))
