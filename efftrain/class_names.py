@@ -31,7 +31,9 @@ RENAMED_FIELDS: dict[str, dict[str, str]] = {
     "AtMost": {"limit": "threshold"},
     "Columns": {"package_column": "group_column"},
     "Decontaminate": {"limit": "threshold", "held_out_limit": "held_out_threshold"},
+    "Global": {"most": "max_sparsity"},
     "JsonLines": {"package_field": "group_field"},
+    "OnPolicy": {"share": "fraction"},
     "TextFolder": {"package_by_folder": "group_by_folder"},
 }
 

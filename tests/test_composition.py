@@ -294,7 +294,7 @@ def from_cache() -> FromCache:
 
 def answering() -> FromTeacher:
     teacher = Teacher.of(Decoder(dataclasses.replace(BASE.model, d_model=32), rngs=nnx.Rngs(3)))
-    return FromTeacher(how=Distill(beta=0.5, on_policy=OnPolicy(share=0.999, n_new=6, prompt=4)), teacher=teacher)
+    return FromTeacher(how=Distill(beta=0.5, on_policy=OnPolicy(fraction=0.999, n_new=6, prompt=4)), teacher=teacher)
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ def teacher(
     Args:
       run: the directory of the teacher's run; a compressed one can teach too.
       top_k: store this many of the largest probabilities at each position, and the sum of the others; by default 64.
-      samples: instead, draw this many tokens from each distribution, 255 at most: an unbiased estimate of it.
+      samples: instead, sample this many tokens of each distribution, 255 at most: an unbiased estimate of it.
       rows: store only the first rows of the split, this many; documents are in shuffled order.
       split: split of the corpus.
       length: tokens per row; by default as in the run's training. Students train on rows of the same length.
       batch_size: rows that the teacher reads at once.
-      seed: seed of the draws.
+      seed: seed of the sampling.
       corpus: the corpus on which the students will train; by default that of the run.
       out: the folder to write; by default the run's name with these options.
     """

@@ -45,8 +45,8 @@ def at_least(a: Array, b: Array) -> Array:
     return (a[0] > b[0]) | ((a[0] == b[0]) & later)
 
 
-def share_out(left: Array, wanted: Array) -> tuple[Array, Array]:
-    """Shares a count out among ``wanted`` (n,) int32, first come, first served, until nothing is left.
+def allocate(left: Array, wanted: Array) -> tuple[Array, Array]:
+    """Allocates a count to ``wanted`` (n,) int32, first come, first served, until nothing is left.
 
     Returns:
       The count that is left, and what each got, (n,) int32.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efftrain.ops.counts import at_least, carried, share_out, total
+from efftrain.ops.counts import allocate, at_least, carried, total
 
 
 def keep_highest_together(scores: Sequence[Array], n_keep: Array) -> list[Array]:
@@ -31,7 +31,7 @@ def keep_highest_together(scores: Sequence[Array], n_keep: Array) -> list[Array]
     left, keep = carried(n_keep - n_of([key > least for key in keys])), []
     for key in keys:
         level = key == least
-        left, taken = share_out(left, level.sum(-1, dtype=jnp.int32).reshape(-1))
+        left, taken = allocate(left, level.sum(-1, dtype=jnp.int32).reshape(-1))
         first = jnp.cumsum(level, -1, dtype=jnp.int32) <= taken.reshape(*key.shape[:-1], 1)
         keep.append((key > least) | (level & first))
     return keep

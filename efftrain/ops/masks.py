@@ -134,26 +134,26 @@ class SemiStructured:
 Structure = Unstructured | Blocks | SemiStructured
 
 
-def kept_units(structure: Structure, units: int, share: Array | float = 1.0, sparsity: float | None = None) -> Array:
+def kept_units(structure: Structure, units: int, fraction: Array | float = 1.0, sparsity: float | None = None) -> Array:
     """Returns () int32: the number of units of a group that are kept.
 
     Args:
       structure: its sparsity is the target.
       units: number of units of a group.
-      share: share of the way from 0 to the target sparsity; may be traced.
+      fraction: fraction of the way from 0 to the target sparsity; may be traced.
       sparsity: target in place of that of the structure. None: that of the structure.
     """
     sparsity = structure.sparsity if sparsity is None else sparsity
     # float32 cannot represent the number of units of a large matrix, so the target itself is computed in Python.
-    on_the_way = jnp.round((1 - sparsity * share) * units).astype(jnp.int32)
-    return jnp.where(jnp.asarray(share) >= 1, jnp.int32(round((1 - sparsity) * units)), on_the_way)
+    on_the_way = jnp.round((1 - sparsity * fraction) * units).astype(jnp.int32)
+    return jnp.where(jnp.asarray(fraction) >= 1, jnp.int32(round((1 - sparsity) * units)), on_the_way)
 
 
-def kept_units_together(structure: Structure, units: int, share: Array | float) -> Array:
+def kept_units_together(structure: Structure, units: int, fraction: Array | float) -> Array:
     """As ``kept_units``, for all matrices together: a count of ``ops.counts``, of up to 2^53 units."""
-    on_the_way = jnp.round((1 - structure.sparsity * share) * float(units))
+    on_the_way = jnp.round((1 - structure.sparsity * fraction) * float(units))
     exact = as_count(round((1 - structure.sparsity) * units))
-    return jnp.where(jnp.asarray(share) >= 1, exact, as_count(on_the_way))
+    return jnp.where(jnp.asarray(fraction) >= 1, exact, as_count(on_the_way))
 
 
 def count_zeros(a: Array) -> int:

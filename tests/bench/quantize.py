@@ -34,7 +34,7 @@ from flax import nnx
 import efftrain
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.quantization.convert import Method, convert
-from efftrain.measure.cost.latency import draw
+from efftrain.measure.cost.latency import decode
 from efftrain.measure.cost.memory import host_peak_bytes
 from efftrain.measure.cost.parameters import stored_bytes
 from efftrain.models.config import ModelConfig, llama
@@ -118,7 +118,7 @@ def drawing(model: Decoder, batch: int):
         lambda state: prefill(nnx.merge(graph, state), prompts, jnp.full(batch, PROMPT), slots=PROMPT + NEW)
     )(state)
     first_b = logits_bv.argmax(-1).astype(jnp.int32)
-    return lambda: jax.block_until_ready(draw(graph, state, first_b, cache, NEW))
+    return lambda: jax.block_until_ready(decode(graph, state, first_b, cache, NEW))
 
 
 def products(d: int, rounds: int) -> dict[str, dict[str, float]]:

@@ -157,7 +157,7 @@ def test_logits_are_made_in_chunks_of_tokens(corpus, run, monkeypatch):
         patch.setattr(Decoder, "logits", lambda self, x, logits=Decoder.logits: seen.append(x.shape) or logits(self, x))
         ids, logs = teacher_cache.largest(graph, state, read, vocab_size=VOCABULARY, k=K + 1)
         numbers, seed = np.arange(2, dtype=np.uint32), np.uint32(0)
-        drawn = teacher_cache.draw(graph, state, read, numbers, seed, vocab_size=VOCABULARY, n=400)
+        drawn = teacher_cache.sample_tokens(graph, state, read, numbers, seed, vocab_size=VOCABULARY, n=400)
     assert {shape[:2] for shape in seen} == {(2, 4)}
     truth = log_probs(model, batch)
     np.testing.assert_allclose(logs, -np.sort(-truth, axis=-1)[..., : K + 1], rtol=2e-3, atol=1e-4)
@@ -173,7 +173,9 @@ def test_draws_are_independent_and_of_the_teachers_distribution(corpus, run):
     read, numbers = {name: batch[name] for name in teacher_cache.READ}, np.arange(2, dtype=np.uint32)
     n_seeds, n = 20, 250
     draws = [
-        np.asarray(teacher_cache.draw(graph, state, read, numbers, np.uint32(seed), vocab_size=VOCABULARY, n=n))
+        np.asarray(
+            teacher_cache.sample_tokens(graph, state, read, numbers, np.uint32(seed), vocab_size=VOCABULARY, n=n)
+        )
         for seed in range(n_seeds)
     ]
     drawn = np.concatenate(draws, axis=-1).astype(np.int64)

@@ -21,7 +21,7 @@ PROMPT, N_NEW = 6, 7
 
 def test_the_answer_is_what_the_student_draws_and_the_mask_covers_it():
     student, given, key = build(STUDENT), batch(prompt=PROMPT - 1), jax.random.key(3)
-    found = OnPolicy(share=1.0, n_new=N_NEW, end_token=None).answered(student, given, key)
+    found = OnPolicy(fraction=1.0, n_new=N_NEW, end_token=None).answered(student, given, key)
     longest = LENGTH - N_NEW
     drawn = generate(
         student, given["tokens"][:, :longest], jnp.full(4, PROMPT), n_new=N_NEW, sampling=Sampling(temperature=1.0),
@@ -42,8 +42,8 @@ def test_prompts_of_any_length_and_rows_without_one():
     student, given = build(STUDENT), batch()
     starts = np.asarray([2, 4, 8, LENGTH])  # the last row has no target that counts
     given["mask"] = np.arange(LENGTH) >= starts[:, None]
-    found = OnPolicy(share=1.0, n_new=5, end_token=None).answered(student, given, jax.random.key(0))
-    long = OnPolicy(share=1.0, n_new=8, end_token=None).answered(student, given, jax.random.key(0))
+    found = OnPolicy(fraction=1.0, n_new=5, end_token=None).answered(student, given, jax.random.key(0))
+    long = OnPolicy(fraction=1.0, n_new=8, end_token=None).answered(student, given, jax.random.key(0))
     assert long["mask"].any(1).tolist() == [True, True, False, False]  # no room for 8 behind 9 tokens of 16
     for row, start in enumerate(starts[:3]):
         np.testing.assert_array_equal(found["tokens"][row, : start + 1], given["tokens"][row, : start + 1])
@@ -53,7 +53,7 @@ def test_prompts_of_any_length_and_rows_without_one():
 
 def test_an_answer_ends_with_the_end_token_and_counts_it():
     student, given = build(STUDENT), batch(prompt=PROMPT - 1)
-    options = OnPolicy(share=1.0, n_new=N_NEW, end_token=None)
+    options = OnPolicy(fraction=1.0, n_new=N_NEW, end_token=None)
     drawn = np.asarray(options.answered(student, given, jax.random.key(1))["tokens"])
     end = int(drawn[0, PROMPT + 2])
     found = replace(options, end_token=end).answered(student, given, jax.random.key(1))
@@ -67,7 +67,7 @@ def test_an_answer_ends_with_the_end_token_and_counts_it():
 def test_some_steps_and_not_others_take_answers():
     student, teacher, given = build(STUDENT), build(STUDENT, 7), batch(prompt=PROMPT - 1)
     plain = loss_of(Distill(), student, teacher, given=given)[0]
-    how = Distill(on_policy=OnPolicy(share=0.5, n_new=N_NEW))
+    how = Distill(on_policy=OnPolicy(fraction=0.5, n_new=N_NEW))
     compiled = jax.jit(lambda key: loss_of_key(how, student, teacher, given, key))
     same = np.isclose([compiled(jax.random.key(i)) for i in range(24)], plain, rtol=1e-5)
     assert 5 <= same.sum() <= 19
@@ -80,7 +80,7 @@ def loss_of_key(how, student, teacher, given, key):
 def test_no_gradient_goes_through_the_drawing():
     """The loss of answers has the gradient that it has for the same rows given as data, also behind a condition."""
     student, teacher, given = build(STUDENT), build(STUDENT, 7), batch(prompt=PROMPT - 1)
-    options, key = OnPolicy(share=0.999, n_new=N_NEW), jax.random.key(2)
+    options, key = OnPolicy(fraction=0.999, n_new=N_NEW), jax.random.key(2)
     answered, drawn = options(student, given, jax.random.split(key)[0])
     assert drawn
     graph, state = nnx.split(student)
@@ -96,6 +96,6 @@ def test_no_gradient_goes_through_the_drawing():
 
 def test_rows_that_are_too_short_are_refused():
     with pytest.raises(ConfigError, match="lower n_new or lengthen the rows"):
-        OnPolicy(share=1.0, n_new=LENGTH).answered(build(STUDENT), batch(), jax.random.key(0))
-    with pytest.raises(ConfigError, match=r"on_policy\.share is 0"):
-        OnPolicy(share=0.0)
+        OnPolicy(fraction=1.0, n_new=LENGTH).answered(build(STUDENT), batch(), jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"on_policy\.fraction is 0"):
+        OnPolicy(fraction=0.0)

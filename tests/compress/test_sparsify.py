@@ -253,7 +253,7 @@ def test_one_ranking_takes_from_small_weights_but_empties_no_matrix():
     model = build(config())
     small = model.blocks[0].mlp.up.kernel
     small[...] = small[...] * 1e-4
-    sparsity = Sparsity(distribution=Global(most=0.9), schedule=OneShot(at=0.0))
+    sparsity = Sparsity(distribution=Global(max_sparsity=0.9), schedule=OneShot(at=0.0))
     pruned = stacked(run(sparsity, inner=optax.sgd(0.0), steps=1, model=model)[-1][0])
     total = sum(w.size for w in pruned.values())
     assert sum(np.count_nonzero(w) for w in pruned.values()) == round(0.5 * total)

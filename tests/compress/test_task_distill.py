@@ -169,7 +169,7 @@ def test_only_what_is_new_and_sure_stays(ids, model, monkeypatch):
         tokens("long " * 40, 0), tokens("hello", 0), tokens("hello", 0),
     ]  # fmt: skip
     drawn = [np.pad(t, (0, max(0, 12 - len(t)))) if 0 in t else t for t in planted]
-    monkeypatch.setattr(task_texts, "_draw", lambda *_: drawn)
+    monkeypatch.setattr(task_texts, "_sample", lambda *_: drawn)
 
     def opinions(model, loss, items, *, length):
         texts = [ids.decode(item.sequence[1:-2]) for item in items]

@@ -9,7 +9,7 @@ from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.measure.cost import latency, memory
-from efftrain.measure.cost.latency import Latency, draw, measure_latency
+from efftrain.measure.cost.latency import Latency, decode, measure_latency
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.generate import generate, prefill
@@ -55,7 +55,7 @@ def test_the_timed_loop_draws_what_generate_draws(model):
     _, cache = jax.jit(lambda: prefill(model, prompts, lengths, slots=5 + 8))()
     assert len(np.unique(expected)) > 2  # the loop does not merely repeat a token
     for n in (3, 8):
-        assert (draw(graph, state, expected[:, 0], cache, n) == expected[:, n]).all()
+        assert (decode(graph, state, expected[:, 0], cache, n) == expected[:, n]).all()
 
 
 def test_too_long_or_nothing_is_refused(model):

@@ -100,7 +100,7 @@ def test_a_threshold_above_one_is_all_layers_and_zero_the_first_exit(model):
 
 def test_a_request_limits_its_own_layers(model):
     prompts, lengths = tiny.tokens(3, 4), np.array([4, 2, 3])
-    found = generate_report(model, prompts, lengths, n_new=5, limit_b=np.array([1, 4, 3], np.int32))
+    found = generate_report(model, prompts, lengths, n_new=5, max_layers_b=np.array([1, 4, 3], np.int32))
     assert found.layers_b.tolist() == [1, 4, 3]
     plain = generate(model, prompts, lengths, n_new=5)
     np.testing.assert_array_equal(found.tokens_bn[1], plain[1])
@@ -111,9 +111,9 @@ def test_rows_that_have_ended_hold_nobody_up(model):
     """Layers count up to the end token, and an ended row is done before the first layer."""
     prompts, lengths = tiny.tokens(3, 4), np.array([4, 2, 3])
     limit = np.array([1, 4, 4], np.int32)
-    free = np.asarray(generate(model, prompts, lengths, n_new=8, limit_b=limit))
+    free = np.asarray(generate(model, prompts, lengths, n_new=8, max_layers_b=limit))
     end = next(t for row in free for t in row[:-1] if 0 < sum(t in other for other in free) < 3)
-    found = generate_report(model, prompts, lengths, n_new=8, limit_b=limit, end_token=int(end))
+    found = generate_report(model, prompts, lengths, n_new=8, max_layers_b=limit, end_token=int(end))
     expected = [row.tolist() for row in free]
     for row in expected:
         if end in row:
@@ -167,5 +167,5 @@ def test_what_cannot_be_is_refused(model):
     with pytest.raises(ConfigError, match="no probe was given"):
         run(ConfidenceExit(rule="probe"))
     for limit in ([0], [2, 3], 2):
-        with pytest.raises(ConfigError, match=r"limit_b is .*; give each of the 1 rows a number of layers, at least 1"):
-            generate(model, tiny.tokens(1, 3), np.array([3]), n_new=3, limit_b=limit)
+        with pytest.raises(ConfigError, match=r"max_layers_b is .*; give each of the 1 rows a number of layers"):
+            generate(model, tiny.tokens(1, 3), np.array([3]), n_new=3, max_layers_b=limit)

@@ -11,7 +11,7 @@ from tiny_models import LOCAL, PLAIN, build, config, rows, tokens
 
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
-from efftrain.measure.cost.latency import draw
+from efftrain.measure.cost.latency import decode
 from efftrain.measure.cost.parameters import cache_bytes_per_token, count_parameters, stored_bytes
 from efftrain.models.cache import empty_cache
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
@@ -189,7 +189,7 @@ def test_decoding_never_holds_the_float_matrices():
         model = stored_twin(build(config(pattern=(wide,), n_repeats=8, d_model=64, quantization=quantization)))
         graph, state = nnx.split(unrolled(model))
         arguments = graph, state, jnp.zeros(1, jnp.int32), empty_cache(model.config, 1, 16), 8
-        temporaries[name] = draw.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        temporaries[name] = decode.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
         sizes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert temporaries["float"] < 0.05 * sizes["float"]
     assert temporaries["int8"] < 0.15 * sizes["float"]

@@ -16,7 +16,7 @@ PROBE = ExitProbe(jnp.zeros((3, 12)), jnp.zeros(3))
 
 
 def depth_router(call):
-    router = Router(12, "predictor", share=0.5, eps=1e-5, rngs=nnx.Rngs(0))
+    router = Router(12, "predictor", token_fraction=0.5, eps=1e-5, rngs=nnx.Rngs(0))
     graph, state = nnx.split(router)
     return (lambda state, x: call(nnx.merge(graph, state), x)), state
 

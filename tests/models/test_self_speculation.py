@@ -178,12 +178,12 @@ def test_what_cannot_draft_is_refused(model):
             run(depth=SelfSpeculation(exit_layer=exit_layer))
     with pytest.raises(ConfigError, match=r"speculation\.n_draft is 0"):
         SelfSpeculation(exit_layer=1, n_draft=0)
-    with pytest.raises(ConfigError, match="limit_b is of no use in self-speculation"):
-        run(depth=SelfSpeculation(exit_layer=1), limit_b=np.array([1, 2, 3]))
+    with pytest.raises(ConfigError, match="max_layers_b has no effect in self-speculation"):
+        run(depth=SelfSpeculation(exit_layer=1), max_layers_b=np.array([1, 2, 3]))
     for capacity in (0.25, 1.0):
         depth = MixtureOfDepths(capacity=capacity)
         routed = tiny.build(tiny.config(pattern=(tiny.PLAIN, replace(tiny.PLAIN, depth=depth))))
-        for changes in ({"depth": SelfSpeculation(exit_layer=1)}, {"limit_b": np.array([1, 2, 3])}):
+        for changes in ({"depth": SelfSpeculation(exit_layer=1)}, {"max_layers_b": np.array([1, 2, 3])}):
             with pytest.raises(ConfigError, match="needs a stack of blocks that every token passes once, and layer 1"):
                 run(routed, **changes)
     dropping = replace(tiny.PLAIN, mlp=MoE(n_experts=4, d_expert=8, dispatch="capacity"))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efftrain.ops.counts import WEIGHTS, as_count, at_least, carried, share_out, total
+from efftrain.ops.counts import WEIGHTS, allocate, as_count, at_least, carried, total
 from efftrain.ops.joint_ranking import keep_highest_together
 from efftrain.ops.masks import Unstructured, count_zeros, kept_units, kept_units_together, zeros_per_row
 
@@ -36,7 +36,7 @@ def test_sums_carry():
 def test_what_is_left_goes_to_the_first():
     wanted = jnp.array([LARGE, LARGE, 0, LARGE, 7], jnp.int32)
     for n in (0, 5, LARGE, 2 * LARGE + 11, 3 * LARGE + 7, 4 * LARGE):
-        left, got = share_out(as_count(n), wanted)
+        left, got = allocate(as_count(n), wanted)
         before = np.concatenate([[0], np.cumsum(np.asarray(wanted, np.int64))[:-1]])
         assert got.tolist() == np.clip(n - before, 0, np.asarray(wanted)).tolist()
         assert number(left) == max(n - 3 * LARGE - 7, 0)

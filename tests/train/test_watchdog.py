@@ -60,7 +60,7 @@ def test_a_hung_step_leaves_the_stacks_of_all_threads_and_goes_on_when_it_can(tm
     assert text.count("Thread 0x") >= 3  # the loop, the thread above, the watchdog
     said = capfd.readouterr().err
     sentence = (
-        r"error: process 0 hangs in input_wait: no step for \d+ s, where the limit is 1 s \(--training\.watchdog\)"
+        r"error: process 0 hangs in input_wait: no step for \d+ s, where the timeout is 1 s \(--training\.watchdog\)"
     )
     assert re.search(rf"{sentence}; what each thread was doing is in {re.escape(str(stacks))}; waiting on; .*\n", said)
     ends_like(out, fitted)
@@ -96,11 +96,11 @@ def test_none_watches_nothing(tmp_path):
 
 def test_limits_by_hand():
     watchdog = Watchdog(factor=20, min_s=300, aside_s=7200)
-    assert watchdog.limit_s(WatchdogStatus("compute", 0, median_s=1)) == 300
-    assert watchdog.limit_s(WatchdogStatus("compute", 0, median_s=30)) == 600
-    assert watchdog.limit_s(WatchdogStatus("input_wait", 0, median_s=30)) == 600
-    assert watchdog.limit_s(WatchdogStatus("compute", 0, median_s=None)) == 7200  # the first steps
-    assert watchdog.limit_s(WatchdogStatus("checkpoint", 0, median_s=1)) == 7200
+    assert watchdog.timeout_s(WatchdogStatus("compute", 0, median_s=1)) == 300
+    assert watchdog.timeout_s(WatchdogStatus("compute", 0, median_s=30)) == 600
+    assert watchdog.timeout_s(WatchdogStatus("input_wait", 0, median_s=30)) == 600
+    assert watchdog.timeout_s(WatchdogStatus("compute", 0, median_s=None)) == 7200  # the first steps
+    assert watchdog.timeout_s(WatchdogStatus("checkpoint", 0, median_s=1)) == 7200
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def largest(
 
 
 @partial(jax.jit, static_argnames=("graph", "vocab_size", "n"))
-def draw(
+def sample_tokens(
     graph: nnx.GraphDef,
     state: nnx.State,
     rows: dict[str, Array],
@@ -219,7 +219,7 @@ def _predictor(model: nnx.Module, plan: CachePlan) -> Predict:
     if plan.kind == "top_k":
         return lambda rows, _: largest(graph, state, rows, vocab_size=plan.vocab_size, k=plan.n)
     seed = np.uint32(plan.seed)
-    return lambda rows, numbers: draw(graph, state, rows, numbers, seed, vocab_size=plan.vocab_size, n=plan.n)
+    return lambda rows, numbers: sample_tokens(graph, state, rows, numbers, seed, vocab_size=plan.vocab_size, n=plan.n)
 
 
 def _write_shards(folder: Path, plan: CachePlan, rows: "data.PackedRows", predict: Predict, batch_size: int) -> None:
@@ -254,8 +254,8 @@ def _encoded(plan: CachePlan, rows: Rows, answer: Any) -> Iterator[bytes]:
         for row, ids_tk, log_probs_tk in zip(rows, ids_btk, log_probs_btk, strict=False):  # padding rows come last
             yield encode_top_k(plan, row, ids_tk, log_probs_tk)
     else:
-        for row, draws_tn in zip(rows, np.asarray(answer), strict=False):
-            yield encode_sampled(plan, row, draws_tn)
+        for row, samples_tn in zip(rows, np.asarray(answer), strict=False):
+            yield encode_sampled(plan, row, samples_tn)
 
 
 def _open_rows(

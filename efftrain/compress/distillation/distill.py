@@ -243,7 +243,7 @@ def forward_flops(model: ModelConfig, length: int) -> float:
 
 def extra_flops(how: Distill, student: ModelConfig, teacher: ModelConfig, length: int) -> float:
     """FLOPs per token in addition to the student's training: the teacher's forward pass and the student's sampling."""
-    own = how.on_policy.share * forward_flops(student, length) if how.on_policy else 0.0
+    own = how.on_policy.fraction * forward_flops(student, length) if how.on_policy else 0.0
     return forward_flops(teacher, length) + own
 
 

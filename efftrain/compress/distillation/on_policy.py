@@ -25,7 +25,7 @@ class OnPolicy:
     No gradient goes through the sampling. An untrained student generates nonsense: train it on data first.
 
     Attributes:
-      share: probability that a step is on-policy; all other steps use the batch as it is.
+      fraction: probability that a step is on-policy; all other steps use the batch as it is.
       n_new: maximum length of an answer in tokens.
       prompt: length of the prompt in tokens, from the start of each row, for text without answers; the documents in a
         prompt are then read as one. None: the prompt is what comes before the first target that counts, as in
@@ -37,15 +37,15 @@ class OnPolicy:
     Source: Agarwal et al. 2024 (GKD), algorithm 1; Gu et al. 2024 (MiniLLM) without its policy gradient.
     """
 
-    share: float = 0.5
+    fraction: float = 0.5
     n_new: int = 64
     prompt: int | None = None
     temperature: float = 1.0
     end_token: int | None = 0
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"on_policy.share is {self.share}; give a number above 0 and up to 1")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"on_policy.fraction is {self.fraction}; give a number above 0 and up to 1")
         if self.n_new < 1 or (self.prompt is not None and self.prompt < 1):
             raise ConfigError(f"on_policy.n_new is {self.n_new} and prompt {self.prompt}; give at least 1")
         if not self.temperature > 0:
@@ -53,10 +53,10 @@ class OnPolicy:
 
     def __call__(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> tuple[dict[str, Array], Array]:
         """Returns the batch of this step, with or without the model's answers, and whether it has them, () bool."""
-        choose, draw = jax.random.split(key)
+        choose, sample = jax.random.split(key)
         given = {name: batch[name] for name in ("tokens", "targets", "segments", "positions", "mask")}
-        wanted = jax.random.uniform(choose) < self.share
-        return conditional(wanted, lambda b: self.answered(model, b, draw), lambda b: b, given), wanted
+        wanted = jax.random.uniform(choose) < self.fraction
+        return conditional(wanted, lambda b: self.answered(model, b, sample), lambda b: b, given), wanted
 
     def answered(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
         """Replaces what follows the prompts of a batch by answers of the model; each row becomes one segment.
@@ -79,15 +79,15 @@ class OnPolicy:
             lengths_b = jnp.argmax(mask_bt, axis=1) + 1
             asked_b &= lengths_b <= longest
             lengths_b = jnp.minimum(lengths_b, longest)
-        drawn_bn = jax.lax.stop_gradient(self._draw(model, tokens_bt[:, :longest], lengths_b, key))
+        sampled_bn = jax.lax.stop_gradient(self._sample(model, tokens_bt[:, :longest], lengths_b, key))
 
         place_t, ends_b = jnp.arange(length), lengths_b + self.n_new
         if self.end_token is not None:
-            ended_bn = drawn_bn == self.end_token
+            ended_bn = sampled_bn == self.end_token
             n_b = jnp.where(ended_bn.any(1), jnp.argmax(ended_bn, axis=1) + 1, self.n_new)
             ends_b = lengths_b + n_b
         number_bt = jnp.clip(place_t - lengths_b[:, None], 0, self.n_new - 1)
-        answer_bt = jnp.take_along_axis(drawn_bn, number_bt, axis=1)
+        answer_bt = jnp.take_along_axis(sampled_bn, number_bt, axis=1)
         tokens = jnp.where(place_t < lengths_b[:, None], tokens_bt, answer_bt)
         tokens = jnp.where(place_t < ends_b[:, None], tokens, 0)
         inside_bt = place_t < ends_b[:, None]
@@ -102,7 +102,7 @@ class OnPolicy:
         }
         return {name: value.astype(batch[name].dtype) for name, value in found.items()}
 
-    def _draw(self, model: Decoder, prompts_bp: Array, lengths_b: Array, key: Array) -> Array:
+    def _sample(self, model: Decoder, prompts_bp: Array, lengths_b: Array, key: Array) -> Array:
         """Samples (batch, n_new) tokens; always all, because an early end would make the loop depend on the rows."""
         graph, state = nnx.split(unrolled(model))
         state = jax.tree.map(jax.lax.stop_gradient, state)

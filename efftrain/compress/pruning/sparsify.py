@@ -111,7 +111,7 @@ class Sparsity:
                 "end pruning before, so that weights can make up for it"
             )
         if round(self.schedule.end * training.steps) >= training.steps:
-            raise ConfigError(f"pruning ends at {self.schedule.end} of the steps, behind the last one; end it before")
+            raise ConfigError(f"pruning ends at {self.schedule.end} of the steps, after the last one; end it before")
         return lambda inner: sparsify(inner, self, training.steps)
 
 
@@ -171,7 +171,7 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
         axes = {name: mask.get_metadata()["packed"] for name, mask in state.masks.items()}
         due = sparsity.schedule.due(state.count, n_steps)
         # A run that branches off may begin after the step in which the masks were due.
-        due |= state.fresh & (sparsity.schedule.share(state.count, n_steps) > 0)
+        due |= state.fresh & (sparsity.schedule.fraction(state.count, n_steps) > 0)
 
         def renewed(latent: Arrays, g: Arrays, packed: Arrays) -> Arrays:
             masks = _unpack(packed, shapes, axes)
@@ -221,21 +221,21 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
     if isinstance(score, FrozenMask):
         return {name: w[name] != 0 for name in w}
     shapes = {name: _three(a) for name, a in w.items()}
-    share = sparsity.schedule.share(step, n_steps)
+    fraction = sparsity.schedule.fraction(step, n_steps)
 
     def groups(arrays: Mapping[str, Array]) -> Arrays:
         return {name: structure.group(a.reshape(shapes[name])) for name, a in arrays.items()}
 
     scores = groups({name: score.of(w[name], g[name]) for name in w})
     if isinstance(distribution, Global):
-        n_keep = kept_units_together(structure, sum(a.size for a in scores.values()), share)
-        parts = [_with_least(score_lgu, distribution.most) for score_lgu in scores.values()]
+        n_keep = kept_units_together(structure, sum(a.size for a in scores.values()), fraction)
+        parts = [_with_least(score_lgu, distribution.max_sparsity) for score_lgu in scores.values()]
         keep = dict(zip(scores, keep_highest_together(parts, n_keep), strict=True))
     else:
         targets = distribution.sparsities(shapes, structure.sparsity)
         keep = {}
         for i, (name, score_lgu) in enumerate(scores.items()):
-            n_keep = kept_units(structure, score_lgu.shape[-1], share, targets[name])
+            n_keep = kept_units(structure, score_lgu.shape[-1], fraction, targets[name])
             if not isinstance(score, RigL):
                 keep[name] = jax.lax.map(partial(keep_highest, n_keep=n_keep), score_lgu)  # one matrix at a time
                 continue
@@ -249,9 +249,9 @@ def new_masks(sparsity: Sparsity, n_steps: int, w: Arrays, g: Arrays, masks: Arr
     return {name: structure.ungroup(k, shapes[name]).reshape(w[name].shape) for name, k in keep.items()}
 
 
-def _with_least(score_lgu: Array, most: float) -> Array:
-    """The scores with infinity for the highest ``1 - most`` of each matrix, which a joint ranking then keeps."""
-    n_least = -(-round((1 - most) * 1e6) * score_lgu.shape[-1] // 1_000_000)
+def _with_least(score_lgu: Array, max_sparsity: float) -> Array:
+    """Scores with infinity for the highest ``1 - max_sparsity`` of each matrix, which a joint ranking then keeps."""
+    n_least = -(-round((1 - max_sparsity) * 1e6) * score_lgu.shape[-1] // 1_000_000)
     return jnp.where(keep_highest(score_lgu, n_least), jnp.inf, score_lgu)
 
 

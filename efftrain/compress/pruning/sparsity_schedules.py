@@ -24,7 +24,7 @@ class OneShot:
     at: float = 0.5
 
     def __post_init__(self):
-        _check_shares(at=self.at)
+        _check_fractions(at=self.at)
 
     @property
     def start(self) -> float:
@@ -38,8 +38,8 @@ class OneShot:
         """Whether the masks change in a step, () bool; ``n_steps`` is the number of steps of the run."""
         return step == round(self.at * n_steps)
 
-    def share(self, step: Array, n_steps: int) -> Array:
-        """The share of the target sparsity that the masks of a step have, () float32."""
+    def fraction(self, step: Array, n_steps: int) -> Array:
+        """The fraction of the target sparsity that the masks of a step have, () float32."""
         return (step >= round(self.at * n_steps)).astype(jnp.float32)
 
 
@@ -60,7 +60,7 @@ class Gradual:
     updates: int = 50
 
     def __post_init__(self):
-        _check_shares(start=self.start, end=self.end)
+        _check_fractions(start=self.start, end=self.end)
         if not self.start < self.end or self.updates < 1:
             raise ConfigError(
                 f"pruning from {self.start} to {self.end} in {self.updates} updates; give start < end and 1 or more"
@@ -71,7 +71,7 @@ class Gradual:
         every = max((last - first) // self.updates, 1)
         return (step >= first) & (step <= last) & ((last - step) % every == 0)
 
-    def share(self, step: Array, n_steps: int) -> Array:
+    def fraction(self, step: Array, n_steps: int) -> Array:
         first, last = round(self.start * n_steps), round(self.end * n_steps)
         t = jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
         return 1 - (1 - t) ** 3
@@ -96,7 +96,7 @@ class Iterative:
     rewind: bool = False
 
     def __post_init__(self):
-        _check_shares(start=self.start, end=self.end)
+        _check_fractions(start=self.start, end=self.end)
         if self.rounds < 2 or not self.start < self.end:
             raise ConfigError(f"{self.rounds} rounds from {self.start} to {self.end}; give 2 or more and start < end")
         if not 0 < self.sparsity < 1:
@@ -108,7 +108,7 @@ class Iterative:
     def due(self, step: Array, n_steps: int) -> Array:
         return (step == jnp.asarray(self._steps(n_steps))).any()
 
-    def share(self, step: Array, n_steps: int) -> Array:
+    def fraction(self, step: Array, n_steps: int) -> Array:
         done = (step >= jnp.asarray(self._steps(n_steps))).sum()
         shares = [(1 - (1 - self.sparsity) ** (i / self.rounds)) / self.sparsity for i in range(self.rounds)]
         return jnp.asarray([*shares, 1.0], jnp.float32)[done]
@@ -130,7 +130,7 @@ class Constant:
     __post_init__ = Gradual.__post_init__
     due = Gradual.due
 
-    def share(self, step: Array, n_steps: int) -> Array:
+    def fraction(self, step: Array, n_steps: int) -> Array:
         return (step >= round(self.start * n_steps)).astype(jnp.float32)
 
 
@@ -171,20 +171,22 @@ class Global:
     """Ranks the weights of all matrices together.
 
     Attributes:
-      most: the highest sparsity of a single matrix, so that thin layers are not emptied.
+      max_sparsity: the highest sparsity of a single matrix, so that thin layers are not emptied.
     """
 
-    most: float = 0.95
+    max_sparsity: float = 0.95
 
     def __post_init__(self):
-        if not 0 < self.most < 1:
-            raise ConfigError(f"global.most is {self.most}; give the highest sparsity of a matrix, such as 0.95")
+        if not 0 < self.max_sparsity < 1:
+            raise ConfigError(
+                f"global.max_sparsity is {self.max_sparsity}; give the highest sparsity of a matrix, such as 0.95"
+            )
 
 
 Distribution = Uniform | ErdosRenyi | Global
 
 
-def _check_shares(**shares: float) -> None:
-    for name, value in shares.items():
+def _check_fractions(**fractions: float) -> None:
+    for name, value in fractions.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"schedule.{name} is {value}; it is a share of the steps, give a number from 0 to 1")

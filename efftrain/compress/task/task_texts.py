@@ -96,7 +96,7 @@ def synthesise(
     wanted = np.repeat(np.arange(len(ids.labels)), options.per_label)
     prompts = np.stack([np.full_like(wanted, ids.end_of_text_id), ids.first_label + wanted], axis=1)
     sampling = Sampling(temperature=options.temperature)
-    for tokens, label in zip(_draw(teacher, ids, prompts, longest, sampling, seed), wanted, strict=True):
+    for tokens, label in zip(_sample(teacher, ids, prompts, longest, sampling, seed), wanted, strict=True):
         counts["drawn"] += 1
         text, problem = _text(ids, tokens), None
         if text is None:
@@ -132,8 +132,8 @@ def answer(
 ) -> list[str]:
     """Generates the answer to each prompt; an answer that does not end within ``longest`` tokens is cut there."""
     encoded = [[ids.end_of_text_id, *tokens, ids.answer] for tokens, _ in ids.encode(prompts)]
-    drawn = _draw(model, ids, encoded, longest, sampling, seed)
-    return [ids.decode(_up_to_end(ids, tokens)) for tokens in drawn]
+    sampled = _sample(model, ids, encoded, longest, sampling, seed)
+    return [ids.decode(_up_to_end(ids, tokens)) for tokens in sampled]
 
 
 def agreed_answers(
@@ -148,19 +148,21 @@ def agreed_answers(
     """
     sampling = Sampling(temperature=options.temperature)
     several = [text for text in prompts for _ in range(options.samples)]
-    drawn = answer(model, ids, several, longest=longest, sampling=sampling, seed=seed)
-    found = [majority(drawn[i : i + options.samples], options.threshold) for i in range(0, len(drawn), options.samples)]
+    sampled = answer(model, ids, several, longest=longest, sampling=sampling, seed=seed)
+    found = [
+        majority(sampled[i : i + options.samples], options.threshold) for i in range(0, len(sampled), options.samples)
+    ]
     n_kept = sum(text is not None for text in found)
     return found, {"asked": len(prompts), "unsure": len(prompts) - n_kept, "kept": n_kept}
 
 
-def majority(answers: Sequence[str], share: float) -> str | None:
-    """The most frequent answer, the first one of a tie; None if a smaller share agrees, or if the answer is empty."""
+def majority(answers: Sequence[str], threshold: float) -> str | None:
+    """The most frequent answer, the first one of a tie; None if a smaller fraction agrees, or if it is empty."""
     text, n = Counter(answers).most_common(1)[0]
-    return text if n >= share * len(answers) and text.strip() else None
+    return text if n >= threshold * len(answers) and text.strip() else None
 
 
-def _draw(
+def _sample(
     model: Decoder,
     ids: TaskIds,
     prompts: Sequence[Sequence[int]] | np.ndarray,
@@ -181,7 +183,7 @@ def _draw(
     lengths = np.pad(lengths, (0, len(padded) - len(lengths)), constant_values=1)
     found: list[np.ndarray] = []
     model = unrolled(model)
-    with Progress("drawing", len(prompts), unit="texts") as progress:
+    with Progress("sampling", len(prompts), unit="texts") as progress:
         for start in range(0, len(padded), ROWS):
             here = slice(start, start + ROWS)
             key = jax.random.fold_in(jax.random.key(seed), start)

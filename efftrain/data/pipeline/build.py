@@ -220,9 +220,9 @@ def _unreadable(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"files": sum(f["files"] for f in found), "first": [line for f in found for line in f["first"]][:20]}
 
 
-def _check_readable(unreadable: Mapping[str, Any], most: int, what: str) -> None:
+def _check_readable(unreadable: Mapping[str, Any], max_files: int, what: str) -> None:
     n_files = unreadable.get("files", 0)
-    if n_files > most:
+    if n_files > max_files:
         raise CorpusError(
             f"{what} {n_files} file{'s' * (n_files > 1)} that could not be read to the end, first "
             f"{unreadable['first'][0]}; mend or remove {'them' if n_files > 1 else 'it'} and run the same command "

@@ -128,13 +128,13 @@ def reading_errors() -> tuple[type[Exception], ...]:
 
 
 def lines(
-    stream: BinaryIO, most: int, start: int = 0, stop: int | None = None
+    stream: BinaryIO, max_bytes: int, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, int, bytes | None]]:
     """Yields the lines that begin in the bytes [start, stop) of a stream, so that each line belongs to one range.
 
     Args:
       stream: at its beginning; it must be seekable if ``start`` is not 0.
-      most: number of bytes of the longest line that is held in memory; longer lines are skipped.
+      max_bytes: number of bytes of the longest line that is held in memory; longer lines are skipped.
       start: first byte of the range.
       stop: first byte after the range; None reads to the end.
 
@@ -145,22 +145,22 @@ def lines(
     at = start
     if start:
         stream.seek(start - 1)  # a line begins at ``start`` only if the byte before it is a newline
-        at = start - 1 + _pass(stream, most, stop)
+        at = start - 1 + _pass(stream, max_bytes, stop)
     while stop is None or at < stop:
-        line = stream.readline(most + 1)
+        line = stream.readline(max_bytes + 1)
         if not line:
             return
         size = len(line)
-        if size > most and not line.endswith(b"\n"):
-            size, line = size + _pass(stream, most), None
+        if size > max_bytes and not line.endswith(b"\n"):
+            size, line = size + _pass(stream, max_bytes), None
         yield at, size, line
         at += size
 
 
-def _pass(stream: BinaryIO, most: int, stop: int | None = None) -> int:
+def _pass(stream: BinaryIO, max_bytes: int, stop: int | None = None) -> int:
     """Reads to the end of the line, or until ``stop`` is passed; returns the number of bytes."""
     n_bytes = 0
-    while line := stream.readline(most):
+    while line := stream.readline(max_bytes):
         n_bytes += len(line)
         if line.endswith(b"\n") or (stop is not None and stream.tell() >= stop):
             break

@@ -104,12 +104,12 @@ class JsonLines(PathSource):
         return f"{what.format(self.text_field)}; the fields are: {names}"
 
 
-def objects(stream: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
+def objects(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:
     """Yields the objects of a JSON array or of a sequence of objects, whatever their line breaks.
 
     Args:
       stream: the JSON text in UTF-8.
-      most: number of bytes of the largest object that is held in memory; larger ones are skipped.
+      max_bytes: number of bytes of the largest object that is held in memory; larger ones are skipped.
 
     Yields:
       (position, size, object): the byte at which the object begins, its number of bytes, and the object, or None if it
@@ -124,14 +124,14 @@ def objects(stream: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | Non
     def take(part: bytes) -> None:
         nonlocal size
         size += len(part)
-        if size <= most:
+        if size <= max_bytes:
             held.extend(part)
         else:
             held.clear()
 
     def found() -> Iterator[tuple[int, int, bytes | None]]:
         nonlocal begins, size
-        record = bytes(held) if size <= most else None
+        record = bytes(held) if size <= max_bytes else None
         if record is None or record.strip(b" \t\r\n,\xef\xbb\xbf"):
             yield begins, size, record
         begins, size = begins + size, 0

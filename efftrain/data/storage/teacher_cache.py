@@ -8,7 +8,7 @@ A record is for one row of ``loader.PackedRows``. It consists of the digest of t
 below for all positions, in little-endian order; ID is uint16, or uint32 for a vocabulary above 65,536 entries:
 
 top_k     ID[length, k]   float16[length, k]         tokens and logarithms of the k largest probabilities, descending
-sampled   uint8[length]   ID[total]   uint8[total]   number of distinct tokens drawn at each position; tokens; counts
+sampled   uint8[length]   ID[total]   uint8[total]   number of distinct tokens sampled at each position; tokens; counts
 
 Position t has the distribution of the token after position t, which is ``targets[t]``. Padding has no probabilities.
 """

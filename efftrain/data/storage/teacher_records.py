@@ -89,16 +89,16 @@ def encode_top_k(plan: CachePlan, row: Mapping[str, np.ndarray], ids_tk: np.ndar
     return row_digest(row) + ids_tk.tobytes() + log_probs_tk.tobytes()
 
 
-def encode_sampled(plan: CachePlan, row: Mapping[str, np.ndarray], draws_tn: np.ndarray) -> bytes:
+def encode_sampled(plan: CachePlan, row: Mapping[str, np.ndarray], samples_tn: np.ndarray) -> bytes:
     """Encodes a record of kind "sampled".
 
     Args:
       plan: the plan of the cache.
       row: the row, see ``packing.row``.
-      draws_tn: (length, n) integers, the sampled tokens in any order.
+      samples_tn: (length, n) integers, the sampled tokens in any order.
     """
     valid_t = row["segments"] > 0
-    sorted_rn = np.sort(draws_tn[valid_t], axis=1)
+    sorted_rn = np.sort(samples_tn[valid_t], axis=1)
     first_rn = np.ones(sorted_rn.shape, bool)
     first_rn[:, 1:] = sorted_rn[:, 1:] != sorted_rn[:, :-1]
     starts = np.flatnonzero(first_rn)  # starts of runs of equal tokens; a run never continues in the next position

@@ -187,12 +187,12 @@ def _item(
     )
 
 
-def leave_out(item: Item, share: float, random: np.random.Generator) -> Item:
-    """Applies word dropout: removes each word of an item with probability ``share``, but keeps at least one word."""
+def leave_out(item: Item, rate: float, random: np.random.Generator) -> Item:
+    """Applies word dropout: removes each word of an item with probability ``rate``, but keeps at least one word."""
     n = int(item.words.max(initial=ALWAYS)) + 1
-    if not share or n < 2:
+    if not rate or n < 2:
         return item
-    stays = random.random(n) >= share
+    stays = random.random(n) >= rate
     stays[random.integers(n)] = True
     kept = np.append(stays, True)[item.words]  # the index ALWAYS selects the appended True
     return replace(item, sequence=item.sequence[kept], words=item.words[kept], counted=item.counted[kept])

@@ -88,17 +88,17 @@ def measure_latency(
     if prompt_length + n_new > model.config.max_length:
         raise ConfigError(
             f"latency: prompt and new tokens are {prompt_length + n_new} together and model.max_length is "
-            f"{model.config.max_length}; shorten the prompt or draw fewer"
+            f"{model.config.max_length}; shorten the prompt or generate fewer"
         )
     graph, state = nnx.split(unrolled(model))
     read = (graph, state, _prompts(model, batch, prompt_length), prompt_length + n_new)
     (first_b, cache), *prefill_times = _time(_prefill, read, rounds)
-    _, *decode_times = _time(draw, (graph, state, first_b, cache, n_new), rounds)
+    _, *decode_times = _time(decode, (graph, state, first_b, cache, n_new), rounds)
     return Latency(batch, prompt_length, *prefill_times), Latency(batch, n_new, *decode_times)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def draw(graph: nnx.GraphDef, state: nnx.State, token_b: Array, cache: Cache, n_new: int) -> Array:
+def decode(graph: nnx.GraphDef, state: nnx.State, token_b: Array, cache: Cache, n_new: int) -> Array:
     """Decodes ``n_new`` tokens greedily after ``token_b`` and returns the last one, (batch,).
 
     Args:

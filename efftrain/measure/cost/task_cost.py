@@ -41,6 +41,6 @@ def side_by_side(task: Task, models: Mapping[str, tuple[Decoder, TaskIds]]) -> d
     for _ in range(TURNS):
         for name, (model, ids) in models.items():
             read, said = usual(task, ids)
-            prefill, draw = measure_latency(model, batch=1, prompt_length=read, n_new=max(said - 1, 1), rounds=ROUNDS)
-            times[name].append(prefill.median_s + (draw.median_s if said > 1 else 0.0))
+            prefill, decode = measure_latency(model, batch=1, prompt_length=read, n_new=max(said - 1, 1), rounds=ROUNDS)
+            times[name].append(prefill.median_s + (decode.median_s if said > 1 else 0.0))
     return {name: statistics.median(values) for name, values in times.items()}

@@ -173,7 +173,7 @@ def _rows(corpus: Path, length: int, options: DepthCalibration, end_of_text_id: 
 
 def _prompts(rows: Rows, options: DepthCalibration, max_length: int) -> list[np.ndarray]:
     if options.n_new >= max_length:
-        raise ConfigError(f"calibration.n_new is {options.n_new} and model.max_length {max_length}; draw fewer")
+        raise ConfigError(f"calibration.n_new is {options.n_new} and model.max_length {max_length}; generate fewer")
     length = min(options.prompt_length, rows[0]["tokens"].shape[1], max_length - options.n_new)
     tokens = np.concatenate([row["tokens"] for row in rows])[:, :length].astype(np.int32)
     spread = np.linspace(0, len(tokens) - 1, min(options.prompts, len(tokens))).astype(int)  # spread over the documents

@@ -52,11 +52,11 @@ def measure_speculation(
         times.append((plain_s, s))
         identical &= bool((np.asarray(tokens) == np.asarray(found.tokens_bn)).all())
         accepted, drafted = accepted + int(found.accepted_b.sum()), drafted + int(found.drafted_b.sum())
-    drawn = n_new - 1  # the first token comes from the prefill
+    n_decoded = n_new - 1  # the first token comes from the prefill
     return asdict(speculation) | {
         "speedup": statistics.median(p / s for p, s in times),
-        "tokens_per_s": drawn / statistics.median(s for _, s in times),
-        "plain_tokens_per_s": drawn / statistics.median(p for p, _ in times),
+        "tokens_per_s": n_decoded / statistics.median(s for _, s in times),
+        "plain_tokens_per_s": n_decoded / statistics.median(p for p, _ in times),
         "acceptance": accepted / max(drafted, 1),
         "identical": identical,
     }

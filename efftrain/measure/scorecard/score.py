@@ -154,7 +154,7 @@ def _flops(
     return {
         "train_flops_per_token": Figure(per_token, "FLOP/token", "counted", convention),
         "decode_flops_per_token": Figure(
-            decode_flops(model, length), "FLOP/token", "counted", f"behind a context of {length}"
+            decode_flops(model, length), "FLOP/token", "counted", f"after a context of {length}"
         ),
         "train_flops": not_measured("FLOP", "the number of training tokens was not given")
         if training_tokens is None
@@ -198,7 +198,7 @@ def _why_no_mfu() -> str:
 
 
 def _latencies(model: Decoder, prompt_length: int, n_new: int, rounds: int) -> dict[str, Figure]:
-    reading, drawing = {}, {}
+    prefill_figures, decode_figures = {}, {}
     why = None
     if (n := hosts.process_count()) > 1:
         why = f"the model is spread over {n} processes; load the run in one and measure it there"
@@ -216,11 +216,11 @@ def _latencies(model: Decoder, prompt_length: int, n_new: int, rounds: int) -> d
             prefill, decode = measure_latency(
                 model, batch=batch, prompt_length=prompt_length, n_new=n_new, rounds=rounds
             )
-            reads, draws = f"{prompt_length} tokens", f"{n_new} tokens behind {prompt_length}"
-            reading[f"prefill_s_b{batch}"] = _latency(prefill, prefill.median_s, "s", reads)
-            drawing[f"decode_s_per_token_b{batch}"] = _latency(decode, decode.s_per_token, "s/token", draws)
+            read, decoded = f"{prompt_length} tokens", f"{n_new} tokens after {prompt_length}"
+            prefill_figures[f"prefill_s_b{batch}"] = _latency(prefill, prefill.median_s, "s", read)
+            decode_figures[f"decode_s_per_token_b{batch}"] = _latency(decode, decode.s_per_token, "s/token", decoded)
             progress.advance()
-    return reading | drawing
+    return prefill_figures | decode_figures
 
 
 def _latency(found: Latency, value: float, unit: str, what: str) -> Figure:

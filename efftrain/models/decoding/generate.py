@@ -55,7 +55,7 @@ def generate(
     key: Array | None = None,
     end_token: int | None = None,
     depth: Depth = AllLayers(),
-    limit_b: Array | None = None,
+    max_layers_b: Array | None = None,
     probe: ExitProbe | None = None,
 ) -> Array:
     """Continues each prompt by ``n_new`` tokens.
@@ -67,13 +67,13 @@ def generate(
       prompt_lengths_b: (batch,) number of tokens of each prompt, at least 1. None: the lengths of the lists, or the
         width of the array.
       n_new: number of new tokens per row.
-      sampling: how a token is drawn.
+      sampling: how a token is sampled.
       key: random key, needed for a temperature above 0.
-      end_token: once a row has drawn this token, the rest of the row repeats it; the loop stops when all rows have.
-      depth: which layers new tokens pass. ``SelfSpeculation`` draws from the same distribution as ``AllLayers``, and
+      end_token: once a row has sampled this token, the rest of the row repeats it; the loop stops when all rows have.
+      depth: which layers new tokens pass. ``SelfSpeculation`` samples from the same distribution as ``AllLayers``, and
         exactly the same tokens if greedy.
-      limit_b: (batch,) int32, largest number of layers that the new tokens of each row pass, which each request can
-        choose. Not for ``SelfSpeculation``, whose output is always that of all layers. None: no limit.
+      max_layers_b: (batch,) int32, largest number of layers that the new tokens of each row pass, which each request
+        can choose. Not for ``SelfSpeculation``, whose output is always that of all layers. None: all layers.
       probe: the probe of a ``ConfidenceExit`` with the rule "probe".
 
     Returns:
@@ -85,7 +85,7 @@ def generate(
     """
     return generate_report(
         model, prompts_bp, prompt_lengths_b, n_new=n_new, sampling=sampling, key=key, end_token=end_token, depth=depth,
-        limit_b=limit_b, probe=probe,
+        max_layers_b=max_layers_b, probe=probe,
     ).tokens_bn  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def generate_report(
     key: Array | None = None,
     end_token: int | None = None,
     depth: Depth = AllLayers(),
-    limit_b: Array | None = None,
+    max_layers_b: Array | None = None,
     probe: ExitProbe | None = None,
 ) -> Generation:
     """``generate``, which also reports the depth that the new tokens took."""
@@ -110,12 +110,14 @@ def generate_report(
     extra = 0
     if isinstance(depth, SelfSpeculation):
         depth.check(model.config)
-        if limit_b is not None:
-            raise ConfigError("limit_b is of no use in self-speculation, which answers for all layers; leave one out")
+        if max_layers_b is not None:
+            raise ConfigError(
+                "max_layers_b has no effect in self-speculation, which answers for all layers; set only one of them"
+            )
         extra = extra_slots(depth)
-    elif isinstance(depth, ConfidenceExit) or limit_b is not None:
-        check_layers(model.config, "depth=ConfidenceExit" if isinstance(depth, ConfidenceExit) else "limit_b")
-        limit_b = _checked_limit(limit_b, len(prompts_bp))
+    elif isinstance(depth, ConfidenceExit) or max_layers_b is not None:
+        check_layers(model.config, "depth=ConfidenceExit" if isinstance(depth, ConfidenceExit) else "max_layers_b")
+        max_layers_b = _checked_max_layers(max_layers_b, len(prompts_bp))
         exit_ = depth if isinstance(depth, ConfidenceExit) else ConfidenceExit(threshold=2.0, exits=())
         depth = replace(exit_, exits=exit_.places(model.config.n_layers))
     first_b, cache = read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
@@ -125,18 +127,20 @@ def generate_report(
     threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
     static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
     tokens_bn, layers_b, refused_b = decode_tokens(
-        graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, limit_b, probe
+        graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, max_layers_b, probe
     )
     return Generation(tokens_bn, layers_b, refused_b=refused_b)
 
 
-def _checked_limit(limit_b: Array | None, batch: int) -> Array | None:
-    if limit_b is None:
+def _checked_max_layers(max_layers_b: Array | None, batch: int) -> Array | None:
+    if max_layers_b is None:
         return None
-    limits = np.asarray(limit_b)
-    if limits.shape != (batch,) or limits.min() < 1:
-        raise ConfigError(f"limit_b is {limits.tolist()}; give each of the {batch} rows a number of layers, at least 1")
-    return jnp.asarray(limits, jnp.int32)
+    max_layers = np.asarray(max_layers_b)
+    if max_layers.shape != (batch,) or max_layers.min() < 1:
+        raise ConfigError(
+            f"max_layers_b is {max_layers.tolist()}; give each of the {batch} rows a number of layers, at least 1"
+        )
+    return jnp.asarray(max_layers, jnp.int32)
 
 
 def _check(model: Decoder, prompt: int, n_new: int, sampling: Sampling, key: Array | None) -> None:
@@ -146,7 +150,7 @@ def _check(model: Decoder, prompt: int, n_new: int, sampling: Sampling, key: Arr
     if longest > model.config.max_length:
         raise ConfigError(
             f"prompt and new tokens are {longest} together and model.max_length is {model.config.max_length}; "
-            "shorten the prompt or draw fewer"
+            "shorten the prompt or generate fewer"
         )
     if sampling.temperature > 0 and key is None:
         raise ConfigError(
@@ -162,7 +166,7 @@ def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, limit_b, probe):
+def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, max_layers_b, probe):
     """Returns (batch, n_new) tokens, of which the first is given; mean layers of the others; tokens without a slot."""
     model = nnx.merge(graph, state)
     layers = model.layers()
@@ -179,7 +183,9 @@ def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end
             hidden_btd, after = model.extend(token_b[:, None], cache, layers=layers)
             passed_b = sum(r.passed_b() for r in _routed(after)) - sum(r.passed_b() for r in _routed(cache))
             return model.logits(hidden_btd[:, 0]), after, n_full + passed_b
-        by = partial(advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, limit_b=limit_b)
+        by = partial(
+            advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, max_layers_b=max_layers_b
+        )
         x_btd, positions_bt = model.embedding(token_b[:, None]), cache.lengths_b[:, None]
         ended_bt = ~goes_on(token_b)[:, None]
         found, after = extend_until_sure(
@@ -195,11 +201,11 @@ def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end
         i, token_b, cache, out_bn, layers_b, steps_b = carry
         logits_bv, cache, more_b = next_logits(token_b, cache)
         active_b = goes_on(token_b)
-        drawn = sample(logits_bv, jax.random.fold_in(key, i), sampling)
+        sampled = sample(logits_bv, jax.random.fold_in(key, i), sampling)
         if end_token is not None:
-            drawn = jnp.where(token_b == end_token, end_token, drawn)
-        out_bn = jax.lax.dynamic_update_slice(out_bn, drawn[:, None], (0, i))
-        return i + 1, drawn, cache, out_bn, layers_b + active_b * more_b, steps_b + active_b
+            sampled = jnp.where(token_b == end_token, end_token, sampled)
+        out_bn = jax.lax.dynamic_update_slice(out_bn, sampled[:, None], (0, i))
+        return i + 1, sampled, cache, out_bn, layers_b + active_b * more_b, steps_b + active_b
 
     zeros_b = jnp.zeros(first_b.shape, jnp.int32)
     carry = (1, first_b, cache, out_bn, zeros_b, zeros_b)

@@ -1,4 +1,4 @@
-"""Sampling: how the next token is drawn from the logits."""
+"""Sampling: how the next token is sampled from the logits."""
 
 import math
 import operator
@@ -10,17 +10,17 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 
-# Temperatures below which quotients of float32 logits may overflow, and above which a draw is uniform.
+# Temperatures below which quotients of float32 logits may overflow, and above which sampling is uniform.
 COLD, HOT = 1e-30, 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is sampled.
 
     Attributes:
       temperature: divides the logits; 0 takes the token with the highest probability (greedy).
-      top_k: draw only from the k tokens with the highest probabilities. None: from all.
+      top_k: sample only from the k tokens with the highest probabilities. None: from all.
 
     Raises:
       ConfigError: the temperature is negative, infinite or not a number, or top_k is not a whole number from 1.
@@ -49,13 +49,13 @@ def sample(logits_bv: Array, key: Array, sampling: Sampling) -> Array:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
     if sampling.top_k is not None and sampling.top_k < logits_bv.shape[-1]:
         logits_bk, tokens_bk = jax.lax.top_k(logits_bv, sampling.top_k)
-        drawn_b = jax.random.categorical(key, _over(logits_bk, sampling.temperature))
-        return jnp.take_along_axis(tokens_bk, drawn_b[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        index_b = jax.random.categorical(key, _over(logits_bk, sampling.temperature))
+        return jnp.take_along_axis(tokens_bk, index_b[:, None], axis=-1)[:, 0].astype(jnp.int32)
     return jax.random.categorical(key, _over(logits_bv, sampling.temperature)).astype(jnp.int32)
 
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
-    """(..., vocab) float32 probabilities from which ``sample`` draws at a temperature above 0."""
+    """(..., vocab) float32 probabilities from which ``sample`` samples at a temperature above 0."""
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         best, tokens = jax.lax.top_k(logits, sampling.top_k)
         logits = jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), tokens, best, axis=-1, inplace=False)

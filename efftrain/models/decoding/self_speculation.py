@@ -91,7 +91,7 @@ def speculate(
     speculation: SelfSpeculation,
     end_token: Array | None = None,
 ) -> Speculated:
-    """Continues rows whose prompts are in the cache and whose first new token is drawn.
+    """Continues rows whose prompts are in the cache and whose first new token is sampled.
 
     Args:
       graph, state: the split model.
@@ -170,7 +170,7 @@ def _draft(
     q_bkv = jnp.zeros((batch, k, model.config.vocab_size)) if sampling.temperature else None
     carry = (token_b, cache.layers[: len(layers)], states_bkd, jnp.zeros((batch, k), jnp.int32), q_bkv)
     token_b, caches, states_bkd, drafts_bk, q_bkv = jax.lax.fori_loop(0, k, one, carry)
-    x_b1d, caches = pass_layers(token_b, k, caches)  # the last draft needs no head: verification draws its successor
+    x_b1d, caches = pass_layers(token_b, k, caches)  # the last draft needs no head: verification samples its successor
     return drafts_bk, q_bkv, states_bkd.at[:, k].set(x_b1d[:, 0]), caches
 
 
@@ -182,10 +182,10 @@ def accept(
     Args:
       logits_bkv: (batch, k + 1, vocab) of the full model, after the last token and after each draft.
       drafts_bk: (batch, k) int32.
-      q_bkv: (batch, k, vocab) probabilities from which the drafts were drawn. None: greedy.
+      q_bkv: (batch, k, vocab) probabilities from which the drafts were sampled. None: greedy.
       sampling: at temperature 0, only the token with the highest probability is accepted. Otherwise a draft is accepted
-        with probability min(1, p / q), and a rejected one is replaced by a draw from the residual of p, so that tokens
-        are distributed as p.
+        with probability min(1, p / q), and a rejected one is replaced by a sample from the residual of p, so that
+        tokens are distributed as p.
 
     Returns:
       (batch, k + 1) int32, of which the first ``accepted + 1`` tokens count; and accepted, (batch,) int32.

@@ -34,13 +34,13 @@ class ChosenTokens:
 class Router(nnx.Module):
     """Scores tokens, and predicts which of them the choice by score will take."""
 
-    def __init__(self, d_model: int, causal: Causal, *, share: float, eps: float, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, causal: Causal, *, token_fraction: float, eps: float, rngs: nnx.Rngs):
         self.causal, self.eps = causal, eps
 
         # float32: nearly equal scores must have the same order as in training.
         def linear(d_in: int, d_out: int, axes: tuple, gain: float = 1.0) -> Linear:
             made = Linear(d_in, d_out, axes=axes, dtype="float32", rngs=rngs, gain=gain)
-            made.kernel.set_metadata(passes=share, quantizable=False)
+            made.kernel.set_metadata(passes=token_fraction, quantizable=False)
             return made
 
         self.score = linear(d_model, 1, ("embed", None), gain=0.2)

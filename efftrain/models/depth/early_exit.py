@@ -33,7 +33,7 @@ class ConfidenceExit:
         of the second, which costs a head at every exit. "similarity": cosine similarity of the states before and after
         a layer. "probe": a logistic regression on the state, trained to predict whether the last layer would choose the
         same token.
-      threshold: a token leaves if its confidence is at least this. Above 1: it leaves only by ``limit_b``.
+      threshold: a token leaves if its confidence is at least this. Above 1: it leaves only by ``max_layers_b``.
       exits: numbers of layers after which a token may leave. None: after every layer.
     """
 
@@ -97,7 +97,7 @@ def check_exit(name: str, n_layers_passed: int, n_layers: int) -> None:
     """Raises ``ConfigError`` if there is no exit after this number of layers."""
     if not 1 <= n_layers_passed < n_layers:
         raise ConfigError(
-            f"{name} is {n_layers_passed} and the model has {n_layers} layers; an exit stands behind 1 to "
+            f"{name} is {n_layers_passed} and the model has {n_layers} layers; an exit stands after 1 to "
             f"{n_layers - 1}"
         )
 
@@ -147,7 +147,7 @@ def advance(
     *,
     threshold: Array | float,
     probe: ExitProbe | None = None,
-    limit_b: Array | None = None,
+    max_layers_b: Array | None = None,
 ) -> ExitState:
     """Returns the state after a layer, whose output is ``y_btd``; tokens that are done keep their state.
 
@@ -160,14 +160,14 @@ def advance(
       n_layers_passed: number of layers up to this one.
       threshold: a token leaves if its confidence is at least this.
       probe: the probe of the rule "probe".
-      limit_b: (batch,) largest number of layers of each row. None: no limit.
+      max_layers_b: (batch,) largest number of layers of each row. None: all layers.
     """
     x_btd = jnp.where(state.done_bt[..., None], state.x_btd, y_btd)
     done_bt = state.done_bt
     if n_layers_passed in exits:
         done_bt |= confidence(model, rule, probe, state.x_btd, x_btd, n_layers_passed) >= threshold
-    if limit_b is not None:
-        done_bt |= n_layers_passed >= limit_b[:, None]
+    if max_layers_b is not None:
+        done_bt |= n_layers_passed >= max_layers_b[:, None]
     return ExitState(x_btd, done_bt, state.layers_bt + ~state.done_bt)
 
 

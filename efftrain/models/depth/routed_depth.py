@@ -158,7 +158,7 @@ class RoutedDepth(nnx.Module):
             variable.set_metadata(passes=sum(capacities))
         self.routers = nnx.Dict(
             {
-                str(level): Router(model.d_model, config.causal, share=before, eps=model.norm_eps, rngs=rngs)
+                str(level): Router(model.d_model, config.causal, token_fraction=before, eps=model.norm_eps, rngs=rngs)
                 for level, (before, capacity) in enumerate(itertools.pairwise((1.0, *capacities)))
                 if capacity < before
             }

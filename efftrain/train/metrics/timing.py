@@ -80,7 +80,7 @@ class Timing:
         """Says that something other than a step follows (an evaluation, a checkpoint): the next step gets no time."""
         self._last = None
 
-    def standing(self) -> WatchdogStatus:
+    def status(self) -> WatchdogStatus:
         """Returns what a watchdog needs; may be called from another thread."""
         recent = self._steps[-N_RECENT:]
         quiet_s = time.perf_counter() - self._beat

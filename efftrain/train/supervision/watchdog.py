@@ -40,11 +40,11 @@ class Watchdog:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"watchdog.{name} is {getattr(self, name)}; give a positive number of seconds")
 
-    def limit_s(self, standing: WatchdogStatus) -> float:
+    def timeout_s(self, status: WatchdogStatus) -> float:
         """Returns how many seconds the present step or phase may last."""
-        if standing.phase not in IN_STEP or standing.median_s is None:
+        if status.phase not in IN_STEP or status.median_s is None:
             return max(self.aside_s, self.min_s)
-        return max(self.min_s, self.factor * standing.median_s)
+        return max(self.min_s, self.factor * status.median_s)
 
     @contextlib.contextmanager
     def watch(self, timing: Timing, directory: Path) -> Iterator[None]:
@@ -71,38 +71,38 @@ class Watchdog:
     def _watch(self, timing: Timing, directory: Path, done: threading.Event) -> None:
         reported = False
         while not done.wait(min(5.0, self.min_s / 10)):
-            standing = timing.standing()
-            late = standing.quiet_s > self.limit_s(standing)
+            status = timing.status()
+            late = status.quiet_s > self.timeout_s(status)
             if late and not reported:
-                self._report(standing, directory)
+                self._report(status, directory)
             reported = late
 
-    def _report(self, standing: WatchdogStatus, directory: Path) -> None:
+    def _report(self, status: WatchdogStatus, directory: Path) -> None:
         end = is_supervised() if self.end is None else self.end
         process = hosts.process_index()
         try:
-            where = f"what each thread was doing is in {dump(directory, process, standing)}"
+            where = f"what each thread was doing is in {dump(directory, process, status)}"
         except OSError as error:
             where = f"the stacks could not be written ({error})"
-        what = "no step" if standing.phase in IN_STEP else "no end"
+        what = "no step" if status.phase in IN_STEP else "no end"
         then = f"ending with code {EXIT_HUNG}" if end else "waiting on; end it with Ctrl-C or kill"
         # Not through rich, because the thread that hangs may hold its lock.
         sentence = (
-            f"error: process {process} hangs in {standing.phase}: {what} for {standing.quiet_s:.0f} s, where the limit "
-            f"is {self.limit_s(standing):.0f} s (--training.watchdog); {where}; {then}\n"
+            f"error: process {process} hangs in {status.phase}: {what} for {status.quiet_s:.0f} s, where the timeout "
+            f"is {self.timeout_s(status):.0f} s (--training.watchdog); {where}; {then}\n"
         )
         os.write(2, sentence.encode())
         if end:
             os._exit(EXIT_HUNG)  # the main thread hangs, so that it cannot be asked to end
 
 
-def dump(directory: Path, process: int, standing: WatchdogStatus) -> Path:
+def dump(directory: Path, process: int, status: WatchdogStatus) -> Path:
     """Appends the Python stacks of all threads of this process to a file, and returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"stacks-{process}.txt"
     with path.open("a") as file:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        file.write(f"\n{moment}, {os.uname().nodename}, in {standing.phase} for {standing.quiet_s:.0f} s\n")
+        file.write(f"\n{moment}, {os.uname().nodename}, in {status.phase} for {status.quiet_s:.0f} s\n")
         file.flush()  # faulthandler writes to the file descriptor
         faulthandler.dump_traceback(file, all_threads=True)
     return path

@@ -50,14 +50,14 @@ def parse_response(block: bytes) -> Response | None:
     return Response(status[1].decode(), header_fields(block[status.end() : stop]), block[body:])
 
 
-def unpacked_body(response: Response, most: int, truncated: bool) -> bytes:
+def unpacked_body(response: Response, max_bytes: int, truncated: bool) -> bytes:
     """Returns the body of a response, with its transfer and content encodings decoded.
 
     A body that was stored decoded although its header names an encoding is returned as it is.
 
     Args:
       response: the HTTP response.
-      most: maximum size of a page in bytes. Decoding stops soon after it; the caller recognises a page that is too
+      max_bytes: maximum size of a page in bytes. Decoding stops soon after it; the caller recognises a page that is too
         large by the length of the result.
       truncated: the record declares that the body was cut when it was stored; the part that exists is returned.
 
@@ -68,7 +68,7 @@ def unpacked_body(response: Response, most: int, truncated: bool) -> bytes:
         body = _without_chunks(body, truncated)
     for encoding in reversed(response.fields.get("content-encoding", "").lower().split(",")):
         try:
-            body = _unpacked(body, encoding.strip(), most, truncated)
+            body = _unpacked(body, encoding.strip(), max_bytes, truncated)
         except UnpackError:
             if not body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
                 raise
@@ -161,27 +161,27 @@ def _without_chunks(body: bytes, truncated: bool) -> bytes:
     return b"".join(parts)
 
 
-def _unpacked(body: bytes, encoding: str, most: int, truncated: bool) -> bytes:
+def _unpacked(body: bytes, encoding: str, max_bytes: int, truncated: bool) -> bytes:
     if encoding in ("", "identity") or not body:
         return body
     if encoding in ("gzip", "x-gzip"):
-        return _members(body, Gzip(), most, truncated)
+        return _members(body, Gzip(), max_bytes, truncated)
     if encoding == "zstd":
-        return _members(body, Zstd(), most, truncated)
+        return _members(body, Zstd(), max_bytes, truncated)
     if encoding == "deflate":
-        return _inflated(body, most, truncated)
+        return _inflated(body, max_bytes, truncated)
     if encoding == "br":
-        return _without_brotli(body, most, truncated)
+        return _without_brotli(body, max_bytes, truncated)
     raise UnpackError(f"the content encoding {encoding!r} is not known")
 
 
-def _members(body: bytes, packing: Gzip | Zstd, most: int, truncated: bool) -> bytes:
+def _members(body: bytes, packing: Gzip | Zstd, max_bytes: int, truncated: bool) -> bytes:
     unpacked = bytearray()
     whole = False  # a gzip member is complete; like browsers, ignore what follows it
     for event in unpack(io.BytesIO(body), packing):
         if isinstance(event, Damage) and not whole and not (event.cut and truncated):
             raise UnpackError(event.reason.replace("file", "body"))
-        if isinstance(event, Damage) or len(unpacked) > most:
+        if isinstance(event, Damage) or len(unpacked) > max_bytes:
             break
         if isinstance(event, bytes):
             unpacked += event
@@ -189,34 +189,34 @@ def _members(body: bytes, packing: Gzip | Zstd, most: int, truncated: bool) -> b
     return bytes(unpacked)
 
 
-def _inflated(body: bytes, most: int, truncated: bool) -> bytes:
+def _inflated(body: bytes, max_bytes: int, truncated: bool) -> bytes:
     """Decodes deflate within a zlib frame, as the standard requires, or without one, as some servers send it."""
     try:
         decoder = zlib.decompressobj()
-        unpacked = decoder.decompress(body, most + 1)
+        unpacked = decoder.decompress(body, max_bytes + 1)
     except zlib.error:
         decoder = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            unpacked = decoder.decompress(body, most + 1)
+            unpacked = decoder.decompress(body, max_bytes + 1)
         except zlib.error as error:
             raise UnpackError(f"the body is not deflated: {error}") from error
-    if len(unpacked) <= most and not decoder.eof and not truncated:
+    if len(unpacked) <= max_bytes and not decoder.eof and not truncated:
         raise UnpackError("the deflated body ends early")
     return unpacked
 
 
-def _without_brotli(body: bytes, most: int, truncated: bool) -> bytes:
+def _without_brotli(body: bytes, max_bytes: int, truncated: bool) -> bytes:
     try:
         import brotli
 
         decoder = brotli.Decompressor()
-        unpacked = decoder.process(body, output_buffer_limit=most + 1)
+        unpacked = decoder.process(body, output_buffer_limit=max_bytes + 1)
     except (ImportError, TypeError) as error:  # TypeError: older versions have no limit of the output
         raise UnpackError(
             "the content encoding br needs the package brotli >= 1.2; pip install 'brotli>=1.2'"
         ) from error
     except brotli.error as error:
         raise UnpackError(f"the body is not in brotli: {error}") from error
-    if len(unpacked) <= most and not decoder.is_finished() and not truncated:
+    if len(unpacked) <= max_bytes and not decoder.is_finished() and not truncated:
         raise UnpackError("the body in brotli ends early")
     return unpacked

@@ -62,18 +62,18 @@ class Lost:
     rest: bool = False
 
 
-def records(path: Path, most: int) -> Iterator[Record | Lost]:
+def records(path: Path, max_bytes: int) -> Iterator[Record | Lost]:
     """Yields the records of a file in order, and a ``Lost`` for each damaged part between them.
 
     Args:
       path: a plain, gzip or Zstandard file, with one member per record, one member for all records, or members that
         are divided anywhere.
-      most: number of bytes of the largest block that is held in memory; the ``block`` of a larger record is None.
+      max_bytes: number of bytes of the largest block that is held in memory; the ``block`` of a larger record is None.
 
     Raises OSError if the file itself cannot be read.
     """
     with path.open("rb") as file:
-        yield from _Reader(file, packing_of(path, file), most).records()
+        yield from _Reader(file, packing_of(path, file), max_bytes).records()
 
 
 def target(fields: dict[str, str]) -> str:
@@ -136,8 +136,8 @@ class _Stop(Enum):
 class _Reader:
     """Reads records from a buffer of decompressed bytes that ends at a stop, a position at which every record ends."""
 
-    def __init__(self, file: BinaryIO, packing: Gzip | Zstd | None, most: int):
-        self._file, self._packing, self._most = file, packing, most
+    def __init__(self, file: BinaryIO, packing: Gzip | Zstd | None, max_bytes: int):
+        self._file, self._packing, self._max_bytes = file, packing, max_bytes
         self._end = file.seek(0, 2) if packing is None else None  # size of the uncompressed file, once it is known
         self._members = deque([(0, 0)])  # (uncompressed, compressed) positions of members, from the current one on
         self._begin(0, 0)
@@ -195,7 +195,7 @@ class _Reader:
         loss = _Loss(place, reason, target(header.fields))
         if self._end is not None and place + size > self._end:
             loss.reason = f"its Content-Length of {header.length:,} reaches past the end of the file"
-        elif header.length <= self._most:
+        elif header.length <= self._max_bytes:
             self._fill(size + _TAIL)
             if self._ends_at(size):
                 block = bytes(memoryview(self._data)[header.size : size])
