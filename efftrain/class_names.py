@@ -34,6 +34,7 @@ RENAMED_FIELDS: dict[str, dict[str, str]] = {
     "Global": {"most": "max_sparsity"},
     "JsonLines": {"package_field": "group_field"},
     "OnPolicy": {"share": "fraction"},
+    "Training": {"branch": "resume_from", "branch_schedule": "resume_schedule"},
     "TextFolder": {"package_by_folder": "group_by_folder"},
 }
 

@@ -134,7 +134,7 @@ def main(config: Config) -> Scorecard | Comparison:
         return compare_ways(config)
     config = replace(config, seeds=())
     ready = started(config)
-    if ready.training.branch != config.training.branch:
+    if ready.training.resume_from != config.training.resume_from:
         train(dense_run(config))
     card = train(ready)
     console.print(table([card]))
@@ -147,14 +147,14 @@ def train(config: Config) -> Scorecard:
 
 def dense_run(config: Config) -> Config:
     """The same model and seed, dense, beside the run."""
-    training = replace(config.training, branch=None, branch_schedule=None)
+    training = replace(config.training, resume_from=None, resume_schedule=None)
     return replace(config, training=training, sparsity=None, out=config.out.with_name(f"dense-seed{training.seed}"))
 
 
 def started(config: Config) -> Config:
     """With the checkpoint of the dense run at which pruning starts."""
     training = config.training
-    if config.sparsity is None or training.branch is not None:
+    if config.sparsity is None or training.resume_from is not None:
         return config
     step = round(DENSE_STEPS * training.steps)
     if config.sparsity.schedule.start < DENSE_STEPS:
@@ -167,7 +167,7 @@ def started(config: Config) -> Config:
             f"pruning begins behind step {step}, of which the dense run keeps no checkpoint; set training.keep-every "
             f"and training.checkpoint-every to divisors of {step}"
         )
-    return replace(config, training=replace(training, branch=f"{dense_run(config).out}@{step}", finetune=None))
+    return replace(config, training=replace(training, resume_from=f"{dense_run(config).out}@{step}", finetune=None))
 
 
 def compare_ways(config: Config) -> Comparison:

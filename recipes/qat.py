@@ -49,7 +49,7 @@ from efftrain.ops.number_formats import Integer
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.sharding.mesh import MeshConfig
-from efftrain.train.config import Training, parse_branch
+from efftrain.train.config import Training, parse_resume_from
 from efftrain.train.objectives.objective import Objective, SelfDistillation, next_token_loss
 from efftrain.train.optimizers import AdamW
 from efftrain.train.schedules import Cosine
@@ -192,11 +192,11 @@ def train(config: Config) -> Scorecard:
 
 
 def teacher_flops(config: Config) -> float:
-    """Of the float matrices' pass, forward only, for a token of the run; before a branch there was none."""
+    """Of the float matrices' pass, forward only, for a token of the run; before ``resume_from`` there was none."""
     training = config.training
     if config.distillation is None:
         return 0.0
-    before = 0 if training.branch is None else parse_branch(training.branch, training.steps)[1]
+    before = 0 if training.resume_from is None else parse_resume_from(training.resume_from, training.steps)[1]
     forward = training_flops(abstract_decoder(config.model), training.length) / FORWARD_AND_BACKWARD
     return forward * (1 - before / training.steps)
 
@@ -210,7 +210,7 @@ def float_run(config: Config) -> Config:
     return replace(
         config,
         model=config.model.replace(quantization=Quantization()),
-        training=replace(config.training, branch=None, branch_schedule=None),
+        training=replace(config.training, resume_from=None, resume_schedule=None),
         start="beginning",
         share=Config.share,
         distillation=None,
@@ -219,13 +219,13 @@ def float_run(config: Config) -> Config:
 
 
 def started(config: Config) -> Config:
-    """With what depends on the float run: the checkpoint to branch from, or a schedule behind its end."""
+    """With what depends on the float run: the checkpoint to resume from, or a schedule behind its end."""
     training = config.training
-    if not is_quantized(config) or config.start == "beginning" or training.branch is not None:
+    if not is_quantized(config) or config.start == "beginning" or training.resume_from is not None:
         return config
     if config.start == "end":
-        branch = f"{float_run(config).out}@{first_step(config)}"
-        return replace(config, training=replace(training, branch=branch, finetune=None))
+        checkpoint = f"{float_run(config).out}@{first_step(config)}"
+        return replace(config, training=replace(training, resume_from=checkpoint, finetune=None))
     steps = max(round(FINISH_SHARE * training.steps), 1)
     optimizer = replace(training.optimizer, peak_lr=FINISH_LR * training.optimizer.peak_lr)
     short = replace(training, steps=steps, optimizer=optimizer, schedule=Cosine(warmup=0.04, final=0.0), finetune=None)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from efftrain.class_names import class_name, current_name, find_class, package_dataclasses
+from efftrain.class_names import RENAMED_FIELDS, class_name, current_name, find_class, package_dataclasses
 from efftrain.config import difference, from_json, to_json
 from efftrain.data.loading.loader import LoaderConfig, Part, _identity
 from efftrain.data.tasks.task import Example, Task
@@ -162,6 +162,40 @@ def test_a_class_of_a_script_is_that_of_the_script(tmp_path):
     assert to_json(own) == {"type": "mine.py:Dense", "d_ff": 3}
     assert from_json(to_json(own), script=sys.modules[type(own).__module__]) == own
     assert from_json({"type": "Dense", "d_ff": 3}) == Dense(d_ff=3)
+
+
+@pytest.mark.parametrize(
+    ("written", "old", "new"),
+    [
+        ({"type": "efftrain.data.code:TooShort", "limit": 3}, "limit", "threshold"),
+        ({"type": "TextFolder", "path": "a", "package_by_folder": True}, "package_by_folder", "group_by_folder"),
+        ({"type": "OnPolicy", "share": 0.25}, "share", "fraction"),
+        ({"type": "Training", "steps": 9, "batch_size": 1, "length": 1, "branch": "a@3"}, "branch", "resume_from"),
+    ],
+)
+def test_a_field_of_an_earlier_version_is_read_and_is_no_difference(written, old, new):
+    now = to_json(from_json(written))
+    assert now[new] == written[old]
+    given = {name: now[name] for name in (*written, new) if name != old}
+    assert difference(written, given) == []
+    assert difference(written, given | {new: 7}) == [f"{new}: {written[old]!r} -> 7"]
+
+
+def test_every_renamed_field_exists_and_no_class_has_the_old_name():
+    for name, fields in RENAMED_FIELDS.items():
+        names = {field.name for field in dataclasses.fields(find_class(name, None))}
+        assert {*fields.values()} <= names, name
+        assert not names & {*fields}, name
+
+
+def test_a_script_may_use_a_name_that_a_field_had(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import dataclass\nfrom efftrain.data.rules.base import AtMost\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Own(AtMost):\n    limit: int = 1\n"
+    )
+    own = import_script(path).Own(threshold=2, limit=3)
+    assert from_json(to_json(own), script=sys.modules[type(own).__module__]) == own
 
 
 def test_names_that_are_none_are_refused():

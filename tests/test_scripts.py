@@ -13,6 +13,7 @@ import pytest
 
 from efftrain.models.config import llama
 from efftrain.recipe import flag_hint
+from efftrain.train.config import Training
 
 ROOT = Path(__file__).parent.parent
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
@@ -190,6 +191,12 @@ def test_an_unknown_flag_is_answered_with_the_flags_in_its_place():
     assert "--model.pattern.0.mlp.d-ff" in flag_hint(config, "--model.pattern.0.mlp.width")
     for known in ("--rows", "--model.n-repeats", "--model.n_repeats", "--model.no-scan", "--help", "--other.rows"):
         assert flag_hint(config, known) is None
+
+
+def test_an_old_flag_is_answered_with_the_new_one():
+    training = Training(steps=1, batch_size=1, length=1)
+    assert flag_hint(training, "--branch-schedule") == "--branch-schedule is now called --resume-schedule"
+    assert flag_hint(Config(training), "--model.branch") == "--model.branch is now called --model.resume-from"
 
 
 def test_a_recipe_gives_the_hint_after_its_complaint():

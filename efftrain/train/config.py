@@ -11,7 +11,7 @@ from efftrain.train.optimizers import AdamW, OptimizerConfig
 from efftrain.train.schedules import ScheduleConfig, WarmupStableDecay
 from efftrain.train.supervision.watchdog import Watchdog
 
-BranchSchedule = Literal["as_configured", "constant", "rewarm"]
+ResumeSchedule = Literal["as_configured", "constant", "rewarm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,12 @@ class Training:
       keep_every: also keep every checkpoint whose step is a multiple of this. None: keep only the newest.
       checkpoints: folder for the checkpoints of this run, which may be in a bucket (gs://bucket/run). None: in the run
         directory.
-      branch: start from a checkpoint of another run, such as runs/dense@480 for step 480, with its optimizer state and
-        its position in the data. None: start from the beginning.
-      branch_schedule: the learning rate of a branch. "as_configured": that of ``schedule`` at its step, which is smooth
-        where the other run was in its stable phase (Haegele et al. 2024). "constant": the last one of the other run,
-        until ``schedule`` is below it. "rewarm": all of ``schedule``, warm-up included, over the added steps (Ibrahim
-        et al. 2024). None: "as_configured", with a warning where the rate more than doubles.
+      resume_from: start from a checkpoint of another run, such as runs/dense@480 for step 480, with its optimizer
+        state and its position in the data. None: start from the beginning.
+      resume_schedule: the learning rate after ``resume_from``. "as_configured": that of ``schedule`` at its step, which
+        is smooth where the other run was in its stable phase (Haegele et al. 2024). "constant": the last one of the
+        other run, until ``schedule`` is below it. "rewarm": all of ``schedule``, warm-up included, over the added steps
+        (Ibrahim et al. 2024). None: "as_configured", with a warning where the rate more than doubles.
       finetune: start from the model of another run, such as runs/dense: from its parameters alone (the averaged ones if
         it keeps them), with a new optimizer state, at the beginning of the data. None: start from random parameters.
       mesh: how the devices form a mesh.
@@ -69,8 +69,8 @@ class Training:
     keep_checkpoints: int = 2
     keep_every: int | None = None
     checkpoints: str | None = None
-    branch: str | None = None
-    branch_schedule: BranchSchedule | None = None
+    resume_from: str | None = None
+    resume_schedule: ResumeSchedule | None = None
     finetune: Path | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: str | None = None
@@ -99,12 +99,14 @@ class Training:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number between 0 and 1, or None")
         if self.profile is not None:
             parse_steps(self.profile, self.steps)
-        if self.branch is None and self.branch_schedule is not None:
-            raise ConfigError("training.branch_schedule has no effect without training.branch; set both, or neither")
-        if self.branch is not None:
-            parse_branch(self.branch, self.steps)
+        if self.resume_from is None and self.resume_schedule is not None:
+            raise ConfigError(
+                "training.resume_schedule has no effect without training.resume_from; set both, or neither"
+            )
+        if self.resume_from is not None:
+            parse_resume_from(self.resume_from, self.steps)
             if self.finetune is not None:
-                raise ConfigError("training.branch and training.finetune are both set; set only one of them")
+                raise ConfigError("training.resume_from and training.finetune are both set; set only one of them")
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
@@ -117,11 +119,11 @@ class Training:
         return self.steps * self.batch_size * self.length
 
 
-def parse_branch(text: str, steps: int) -> tuple[Path, int]:
+def parse_resume_from(text: str, steps: int) -> tuple[Path, int]:
     """Parses ``RUN@STEP``: a run directory and the step of one of its checkpoints.
 
     Args:
-      text: value of ``Training.branch``.
+      text: value of ``Training.resume_from``.
       steps: number of steps of the new run; the checkpoint must be of an earlier step.
 
     Raises:
@@ -130,8 +132,10 @@ def parse_branch(text: str, steps: int) -> tuple[Path, int]:
     run, at, step = text.rpartition("@")
     if not (run and at and step.isdigit()):
         raise ConfigError(
-            f"training.branch is {text!r}; give a run and the step of a checkpoint, such as runs/dense@480"
+            f"training.resume_from is {text!r}; give a run and the step of a checkpoint, such as runs/dense@480"
         )
     if int(step) >= steps:
-        raise ConfigError(f"training.branch is {text!r} and training.steps {steps}; a branch needs steps of its own")
+        raise ConfigError(
+            f"training.resume_from is {text!r} and training.steps {steps}; give more steps than the checkpoint has"
+        )
     return Path(run), int(step)

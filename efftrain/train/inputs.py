@@ -17,7 +17,7 @@ from efftrain.data.storage.shards import file_digest
 from efftrain.data.storage.store import MANIFEST
 from efftrain.models.decoder import Decoder
 from efftrain.train.checkpoints.flat_state import flatten
-from efftrain.train.config import parse_branch
+from efftrain.train.config import parse_resume_from
 from efftrain.train.run.directory import checkpoint_directory, read_json
 
 MODEL = ("params/", "ema/", "model_state/")  # the arrays of a checkpoint that belong to the model
@@ -36,8 +36,8 @@ def input_contents(config: Any) -> dict[str, str]:
     paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "out"}
     found = {name: content(path) for name, path in paths.items() if isinstance(path, Path)}
     training = getattr(config, "training", None)
-    if branch := getattr(training, "branch", None):
-        found["training.branch"] = content(*parse_branch(branch, training.steps))
+    if resume_from := getattr(training, "resume_from", None):
+        found["training.resume_from"] = content(*parse_resume_from(resume_from, training.steps))
     if finetune := getattr(training, "finetune", None):
         found["training.finetune"] = content(finetune)
     return {name: value for name, value in found.items() if value is not None}

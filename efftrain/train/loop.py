@@ -17,7 +17,6 @@ from efftrain.sharding.mesh import make_mesh
 from efftrain.sharding.peers import Peers
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules, use
 from efftrain.train.batches import Batches, place
-from efftrain.train.branch import branched
 from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.config import Training
 from efftrain.train.evaluations import Evaluate, Evaluations
@@ -29,6 +28,7 @@ from efftrain.train.metrics.timing import Timing
 from efftrain.train.objectives.objective import Objective
 from efftrain.train.objectives.teacher import TeacherObjective
 from efftrain.train.program import Wrap, make_program
+from efftrain.train.resume_from import with_resume_schedule
 from efftrain.train.run.directory import Run, load
 from efftrain.train.saver import Saver
 from efftrain.train.start import restore_or_start, with_warning_of_zeros
@@ -96,7 +96,7 @@ def fit(
         same step, whichever of them got the signal; if one process is lost, the others end (``sharding.peers``).
     """
     initial = _initial(config, initial, wrap)
-    config, mesh = branched(config, run), make_mesh(config.mesh, devices)
+    config, mesh = with_resume_schedule(config, run), make_mesh(config.mesh, devices)
     program = make_program(build, objective, config, wrap)
     program = replace(program, step=with_votes(program.step))
     evaluations = Evaluations(evaluate, steps=config.steps, every=config.eval_every, run=run)
@@ -161,7 +161,7 @@ def _initial(
     config: Training, initial: Callable[[], nnx.Module] | None, wrap: Wrap | None
 ) -> Callable[[], nnx.Module] | None:
     """Returns the function that returns the model from which a new run starts, also for ``training.finetune``."""
-    for name in ("branch", "finetune"):
+    for name in ("resume_from", "finetune"):
         if getattr(config, name) is not None and initial is not None:
             raise ConfigError(f"training.{name} is set and the run starts from a model; set only one of them")
     if config.finetune is not None:

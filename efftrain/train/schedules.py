@@ -81,11 +81,11 @@ class Cosine(ScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Rewarmed(ScheduleConfig):
-    """A schedule once more, warm-up included, over the steps that a branch adds. Ibrahim et al. 2024, section 4.1.
+    """A schedule once more, warm-up included, over the steps that are added. Ibrahim et al. 2024, section 4.1.
 
     Attributes:
       schedule: the schedule for the steps after ``begin``.
-      begin: the step of the other run from which the branch starts.
+      begin: the step of the other run from which the run starts.
     """
 
     schedule: ScheduleConfig

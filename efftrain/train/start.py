@@ -18,17 +18,17 @@ from efftrain.progress import console
 from efftrain.sharding.layout import copy_to
 from efftrain.sharding.rules import ShardingRules, without_mesh
 from efftrain.train.batches import Batches
-from efftrain.train.branch import branch_from, continue_data, show_learning_rates
 from efftrain.train.checkpoints.checkpoints import Checkpoints
-from efftrain.train.config import Training, parse_branch
+from efftrain.train.config import Training, parse_resume_from
 from efftrain.train.program import Program
+from efftrain.train.resume_from import continue_data, resumed_state, show_learning_rates
 from efftrain.train.run.directory import load_model_config
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.state import TrainState, split_model
 
 
 def check_start(config: Training, model: ModelConfig, corpus: Path) -> None:
-    """Checks the run that ``training.branch`` or ``training.finetune`` names, before a new run writes anything.
+    """Checks the run that ``training.resume_from`` or ``training.finetune`` names, before a new run writes anything.
 
     Args:
       config: configuration of the new run, which has no steps yet.
@@ -39,10 +39,10 @@ def check_start(config: Training, model: ModelConfig, corpus: Path) -> None:
       RunError: there is no such run, or ``training.finetune`` names a run with another model.
       ConfigError: the tokenizer of that run is not that of the corpus.
     """
-    if config.branch is not None:
-        run = parse_branch(config.branch, config.steps)[0]
+    if config.resume_from is not None:
+        run = parse_resume_from(config.resume_from, config.steps)[0]
         if not (run / "config.json").exists():
-            raise RunError(f"training.branch: {run} holds no run; train it first, or give another one")
+            raise RunError(f"training.resume_from: {run} holds no run; train it first, or give another one")
         check_tokenizer(run, corpus)
     if (run := config.finetune) is not None:
         if not (run / "config.json").exists():
@@ -117,7 +117,7 @@ def restore_or_start(
     """
     abstract = program.abstract_state(mesh, rules)
     found = checkpoints.restore(abstract)
-    if found is None and config.branch is None:
+    if found is None and config.resume_from is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
         if initial is not None:
             with without_mesh():  # the model may be on one device, as ``load`` returns it
@@ -126,8 +126,8 @@ def restore_or_start(
             show_learning_rates(config, 0)
         return state
     if found is None:
-        state, data_state = branch_from(config.branch, config.steps, program, abstract)
-        continue_data(batches, data_state, parse_branch(config.branch, config.steps)[0])
+        state, data_state = resumed_state(config.resume_from, config.steps, program, abstract)
+        continue_data(batches, data_state, parse_resume_from(config.resume_from, config.steps)[0])
         show_learning_rates(config, int(state.step - state.skipped))
         return state
     step, state, data_state = found

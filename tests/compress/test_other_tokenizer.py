@@ -62,7 +62,7 @@ def test_every_command_refuses_it(run, corpus, other, tmp_path):
     differ = rf"the tokenizers of \S+ and of the run {run} differ: entry \d+ is '.+' in the one and '.+' in the other"
     out = tmp_path / "out"
     ways = {
-        "branch": lambda: train(out, other.path, branch=f"{run}@40"),
+        "resume_from": lambda: train(out, other.path, resume_from=f"{run}@40"),
         "finetune": lambda: train(out, other.path, finetune=run),
         "initial": lambda: train(out, other.path, source=run),
         "compress": lambda: compress(run, Quantize(weights="int8"), out=out, corpus=other.path),
@@ -104,12 +104,12 @@ def test_a_run_that_cannot_be_started_from_is_named(run, corpus):
     def refused(**changes) -> None:
         check_start(replace(TRAINING, **changes), MODEL.replace(d_model=8, dtype="bfloat16"), corpus.path)
 
-    with pytest.raises(RunError, match=r"training\.branch: nowhere holds no run"):
-        refused(branch="nowhere@3")
+    with pytest.raises(RunError, match=r"training\.resume_from: nowhere holds no run"):
+        refused(resume_from="nowhere@3")
     with pytest.raises(RunError, match=r"training\.finetune: nowhere holds no run"):
         refused(finetune=Path("nowhere"))
     with pytest.raises(RunError, match=r"has other parameters \(model\.d_model: 16 -> 8 and 1 more\); give this run"):
         refused(finetune=run)
     check_start(replace(TRAINING, finetune=run), MODEL.replace(dtype="bfloat16", max_length=64), corpus.path)
-    with pytest.raises(ConfigError, match=r"training\.branch and training\.finetune are both set"):
-        refused(finetune=run, branch=f"{run}@40")
+    with pytest.raises(ConfigError, match=r"training\.resume_from and training\.finetune are both set"):
+        refused(finetune=run, resume_from=f"{run}@40")

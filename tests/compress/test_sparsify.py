@@ -349,12 +349,12 @@ def test_a_step_that_is_not_finite_changes_no_mask(tmp_path):
     assert all(np.isfinite(w).all() for w in stacked(whole).values())
 
 
-def test_a_sparse_run_branches_off_a_dense_one(tmp_path):
+def test_a_sparse_run_resumes_from_a_dense_one(tmp_path):
     tiny.train(tmp_path / "dense", keep_every=3)
     for score in (Magnitude(), Magnitude(straight_through=True)):
         sparsity = Sparsity(schedule=OneShot(at=0.5), score=score)
         out = tmp_path / f"sparse{score.straight_through}"
-        model = trained(out, sparsity, branch=f"{tmp_path / 'dense'}@3")
+        model = trained(out, sparsity, resume_from=f"{tmp_path / 'dense'}@3")
         assert all(gone.mean() == 0.5 for gone in zeros(model).values())
         assert [row["step"] for row in tiny.read_metrics(out)] == [4, 5, 6, 7, 8]
         dense = {row["step"]: row["loss"] for row in tiny.read_metrics(tmp_path / "dense")}
@@ -365,17 +365,17 @@ def test_a_sparse_run_branches_off_a_dense_one(tmp_path):
 
 
 @pytest.mark.parametrize("schedule", [OneShot(at=0.1), Gradual(start=0.1, end=0.3), Iterative(start=0.1, rewind=True)])
-def test_a_branch_behind_a_step_of_the_schedule_prunes_at_once(tmp_path, schedule):
+def test_resuming_after_a_step_of_the_schedule_prunes_at_once(tmp_path, schedule):
     tiny.train(tmp_path / "dense", keep_every=3)
-    model = trained(tmp_path / "sparse", Sparsity(schedule=schedule), branch=f"{tmp_path / 'dense'}@6")
+    model = trained(tmp_path / "sparse", Sparsity(schedule=schedule), resume_from=f"{tmp_path / 'dense'}@6")
     for name, gone in zeros(model).items():
         assert gone.mean() == 0.5, name
 
 
-def test_a_sparse_run_branches_into_one_of_another_score(tmp_path):
+def test_a_run_of_another_score_resumes_from_a_sparse_one(tmp_path):
     trained(tmp_path / "sparse", keep_every=3)
     score = Magnitude(straight_through=True)
-    model = trained(tmp_path / "other", replace(PRUNED, score=score), branch=f"{tmp_path / 'sparse'}@6")
+    model = trained(tmp_path / "other", replace(PRUNED, score=score), resume_from=f"{tmp_path / 'sparse'}@6")
     for name, gone in zeros(model).items():
         assert gone.mean() == 0.5, name
     assert tiny.read_metrics(tmp_path / "other")[0]["loss"] == pytest.approx(

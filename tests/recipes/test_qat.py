@@ -52,7 +52,7 @@ def test_the_float_run_stands_beside_and_both_share_their_beginning(trained):
     plain = trained.with_name("float-seed0")
     assert [row["step"] for row in read_metrics(plain)] == list(range(1, STEPS + 1))
     assert [row["step"] for row in read_metrics(trained)] == list(range(17, STEPS + 1))  # the last fifth
-    assert json.loads((trained / "config.json").read_text())["training"]["branch"] == f"{plain}@16"
+    assert json.loads((trained / "config.json").read_text())["training"]["resume_from"] == f"{plain}@16"
     assert efftrain.load(plain).config.quantization == Quantization()
     assert np.abs(logits(efftrain.load(plain)) - logits(efftrain.load(trained))).max() > 1e-3
 
@@ -213,7 +213,7 @@ def test_a_comparison_shares_the_float_runs(command, trained, tmp_path):
     assert costs["float"] == [0, 0]
     assert all(len(values) == 2 for values in costs.values())
     for seed in (0, 1):
-        assert json.loads((tmp_path / f"int4-seed{seed}" / "config.json").read_text())["training"]["branch"] == (
+        assert json.loads((tmp_path / f"int4-seed{seed}" / "config.json").read_text())["training"]["resume_from"] == (
             f"{tmp_path}/float-seed{seed}@16"
         )
     assert not list(tmp_path.glob(".*incomplete"))

@@ -70,9 +70,9 @@ def test_a_run_that_was_trained_anew_is_another_one(unbroken, crashed, tmp_path)
     assert content(same, step=6) == content(crashed)  # equal runs up to there
     assert content(crashed) != content(same)
     assert content(same, step=5) is None
-    training = dataclasses.replace(tiny.TRAINING, steps=9, branch=f"{same}@6")
+    training = dataclasses.replace(tiny.TRAINING, steps=9, resume_from=f"{same}@6")
     found = input_contents(Config(training=training, source=same))
-    assert found == {"source": content(same), "training.branch": content(same, step=6)}
+    assert found == {"source": content(same), "training.resume_from": content(same, step=6)}
 
 
 def test_a_corpus_is_what_is_trained_on(tmp_path):

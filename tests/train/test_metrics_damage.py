@@ -81,7 +81,7 @@ def test_of_two_rows_of_a_step_the_newer_stays_and_rows_come_in_order(tmp_path, 
 
 
 def test_what_a_kill_leaves_is_no_damage(tmp_path, capfd):
-    """Rows after the checkpoint, the last of them half a row; a branch begins at a later step."""
+    """Rows after the checkpoint, the last of them half a row; a resumed run begins at a later step."""
     (tmp_path / "metrics.jsonl").write_bytes(b"".join([*WHOLE[4:], row(21), row(22)[:9]]))
     assert [step for step, _ in continued(tmp_path)] == list(range(5, 22))
     assert "damaged" not in capfd.readouterr().err

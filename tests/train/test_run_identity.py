@@ -211,6 +211,14 @@ def test_other_inputs_are_refused_and_those_that_are_gone_are_not(tmp_path):
         run(source="c")
 
 
+def test_an_input_that_an_earlier_version_called_otherwise_counts(tmp_path):
+    Run(tmp_path / "run", tiny.Config(), inputs={"training.branch": "one"})
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    Run(tmp_path / "run", tiny.Config(), inputs={"training.resume_from": "one"})
+    with pytest.raises(RunError, match=r"what training\.resume_from names has changed"):
+        Run(tmp_path / "run", tiny.Config(), inputs={"training.resume_from": "two"})
+
+
 def test_a_run_of_an_earlier_version_goes_on(crashed, capfd):
     (crashed / "identity.json").unlink()
     Run(crashed, tiny.Config(), inputs={"corpus": "a"})

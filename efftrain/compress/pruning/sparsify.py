@@ -170,7 +170,7 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
         packed = _arrays(state.masks)
         axes = {name: mask.get_metadata()["packed"] for name, mask in state.masks.items()}
         due = sparsity.schedule.due(state.count, n_steps)
-        # A run that branches off may begin after the step in which the masks were due.
+        # A run that resumes from another may begin after the step in which the masks were due.
         due |= state.fresh & (sparsity.schedule.fraction(state.count, n_steps) > 0)
 
         def renewed(latent: Arrays, g: Arrays, packed: Arrays) -> Arrays:

@@ -25,7 +25,7 @@ class SparsifyState(NamedTuple):
     Attributes:
       inner: state of the wrapped optimizer.
       masks: the masks, by the names of matrices.
-      count: () int32, number of updates; a run that branches off another run continues the count of that run.
+      count: () int32, number of updates; a run that resumes from another continues the count of that run.
       fresh: () bool, True until the first update of this optimizer.
       kept: arrays of the shapes of the matrices, by their names: the dense weights of a straight-through score, or the
         weights to which a schedule rewinds. Otherwise empty.

@@ -248,7 +248,7 @@ class Checkpoints:
         if not any(name.startswith(theirs) for name in saved):
             raise RunError(
                 f"{self.directory / str(step)} holds a model without the state of an optimizer and a position in the "
-                "data, as efftrain compress leaves it; branch from the run that it was made from, or start a run from "
+                "data, as efftrain compress leaves it; resume from the run that it was made from, or start a run from "
                 "this model with fit(initial=...)"
             )
         same = any(name.startswith(ours) for name in saved)

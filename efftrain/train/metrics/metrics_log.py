@@ -149,7 +149,7 @@ def _mend(path: Path, after_step: int) -> None:
 
 
 def _missing(rows: list[Row], after_step: int) -> list[int]:
-    """Steps without a row, from the first row on: a branch has none before, and old rows may be elsewhere."""
+    """Steps without a row, from the first row on: before it, they are in another run or elsewhere."""
     steps = {row["step"] for row in rows if row["split"] == "train"}
     return [step for step in range(min(steps), after_step + 1) if step not in steps] if steps else []
 

@@ -145,7 +145,7 @@ class Run:
             more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
             raise RunError(
                 f"{self.path} holds a run with another configuration ({lines[0]}{more}); choose another --out, where "
-                "--training.branch or --training.finetune go on from this run, or give the same configuration to "
+                "--training.resume-from or --training.finetune go on from this run, or give the same configuration to "
                 "continue it"
             )
         place = checkpoint_directory(self.path, before)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from efftrain.class_names import RENAMED_FIELDS
 from efftrain.code_identity import changed_code, code_identity, defined_outside, own_sources, package_identity
 from efftrain.config import digest
 from efftrain.errors import ConfigError, RunError
@@ -19,6 +20,9 @@ FIGURES = "training.json"  # times of the run, written when it is finished
 ROOMS = ("data", "models", "ops", "sharding", "train")  # packages that every run uses; an objective may add others
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "efftrain")
+
+# Names of inputs in the files of earlier versions, which name the fields as they were called then.
+_INPUTS = {f"training.{old}": f"training.{new}" for old, new in RENAMED_FIELDS["Training"].items()}
 
 Steps = Literal["none", "some", "all"]  # how many of its steps a run has made
 
@@ -115,8 +119,9 @@ def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str
       RunError: the inputs have changed, or the run is finished and the code has changed.
     """
     before = before or {"code": None, "inputs": {}}
+    inputs = {_INPUTS.get(name, name): value for name, value in before["inputs"].items()}
     for name, value in now["inputs"].items():
-        if before["inputs"].get(name, value) != value:
+        if inputs.get(name, value) != value:
             raise RunError(
                 f"{run} holds a run that was made from something else: what {name} names has changed; choose another "
                 "--out, or restore it to continue"
