@@ -56,15 +56,15 @@ class RoutedCache:
 
     Attributes:
       levels: for each round, the cache of each of its layers; slot i holds the i-th token that passed.
-      rooms: for each round, the number of slots (its capacity).
+      slots: for each round, the number of slots (its capacity).
       stored_lb: (rounds, batch) int32, number of tokens that passed.
-      refused_lb: (rounds, batch) int32, overflow: number of tokens that were routed but found no free slot.
+      overflow_lb: (rounds, batch) int32, overflow: number of tokens that were routed but found no free slot.
     """
 
     levels: tuple[tuple[Any, ...], ...]
-    rooms: tuple[int, ...] = field(metadata={"static": True})
+    slots: tuple[int, ...] = field(metadata={"static": True})
     stored_lb: Array
-    refused_lb: Array
+    overflow_lb: Array
 
     def passed_b(self) -> Array:
         """(batch,) int32, number of layers that all tokens so far have passed here, summed over the tokens."""

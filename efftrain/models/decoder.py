@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
         *,
         layers: list[nnx.Module] | None = None,
         fresh: bool = False,
-        n_real_b: Array | None = None,
+        n_valid_b: Array | None = None,
     ) -> tuple[Array, Cache]:
         """Computes new tokens that follow those in the cache.
 
@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
           layers: ``self.layers()``, for a loop that takes the stack apart once and not in every iteration. None: it is
             taken apart here.
           fresh: the cache is empty (prefill), which is cheaper because its slots are not read.
-          n_real_b: (batch,) number of valid new tokens, which come first in each row. None: all.
+          n_valid_b: (batch,) number of valid new tokens, which come first in each row. None: all.
 
         Returns:
           Normalised states (batch, new tokens, d_model), and the cache with the valid new tokens.
@@ -146,17 +146,17 @@ class Decoder(nnx.Module):
         length = tokens_bt.shape[1]
         self._check_length(length)
         positions_bt = cache.lengths_b[:, None] + jnp.arange(length)
-        n_real_b = jnp.full(len(tokens_bt), length, jnp.int32) if n_real_b is None else n_real_b
+        n_valid_b = jnp.full(len(tokens_bt), length, jnp.int32) if n_valid_b is None else n_valid_b
         x_btd, layer_caches = extend_layers(
             layers or self.layers(),
             self.embedding(tokens_bt),
             positions_bt,
             cache.layers,
             fresh=fresh,
-            valid_bt=jnp.arange(length) < n_real_b[:, None],
+            valid_bt=jnp.arange(length) < n_valid_b[:, None],
             tokens_bt=tokens_bt,
         )
-        return self.norm(x_btd), Cache(layers=layer_caches, lengths_b=cache.lengths_b + n_real_b)
+        return self.norm(x_btd), Cache(layers=layer_caches, lengths_b=cache.lengths_b + n_valid_b)
 
     def after_step(self, statistics: list[dict]) -> dict:
         """Updates variables that are not trained but follow the data, from the ``statistics`` of a step.

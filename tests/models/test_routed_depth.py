@@ -97,7 +97,7 @@ def test_padding_does_not_take_the_place_of_a_token():
     scores = jnp.asarray([[9.0, 1.0, 3.0, 2.0, 8.0]])
     real = jnp.asarray([[True, True, True, True, False]])
     choice = best(jnp.where(real, scores, -jnp.inf), 2)
-    assert choice.places_bn.tolist() == [[0, 2]]
+    assert choice.indices_bn.tolist() == [[0, 2]]
     more = best(jnp.where(real, scores, -jnp.inf), 5)
     assert more.valid_bn.sum() == 4
     assert np.isfinite(more.gates_bn).all()
@@ -106,8 +106,8 @@ def test_padding_does_not_take_the_place_of_a_token():
 def test_the_first_wanted_tokens_pass_until_the_room_is_taken():
     wanted = jnp.asarray([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1]], bool)
     choice = first(wanted, jnp.zeros((2, 5)), 2)
-    assert choice.places_bn[0].tolist() == [1, 3]
-    assert choice.places_bn[1, 0] == 4
+    assert choice.indices_bn[0].tolist() == [1, 3]
+    assert choice.indices_bn[1, 0] == 4
     assert choice.valid_bn.tolist() == [[True, True], [True, False]]
     np.testing.assert_allclose(choice.gates_bn, 1)
 
@@ -137,7 +137,7 @@ def test_decoding_computes_what_the_causally_routed_model_does(model):
         hidden, cache = extend(tokens[each, positions], cache)
         np.testing.assert_allclose(roomy.logits(hidden), truth[each, positions], atol=3e-5)
     stored = np.asarray(cache.layers[1].stored_lb)
-    assert not cache.layers[1].refused_lb.any()
+    assert not cache.layers[1].overflow_lb.any()
     assert 0 < stored.sum() < 11 * stored.size  # some pass and some do not
 
 
@@ -197,12 +197,12 @@ def test_a_full_cache_skips_tokens_and_counts_them():
         patch.setattr("efftrain.models.depth.depth_router.Router.predict", all_pass)
         _, cache = prefill(model, tokens[:, :6], np.array([6, 3]), slots=8)
         assert cache.layers[1].stored_lb.tolist() == [[4, 3]]
-        assert cache.layers[1].refused_lb.tolist() == [[2, 0]]
+        assert cache.layers[1].overflow_lb.tolist() == [[2, 0]]
         kept = cache.layers[1].levels[0][0].k_bksd
         for piece in (tokens[:, 6:7], tokens[:, 5:7], tokens[:, 7:8]):
             _, cache = model.extend(piece, cache)
         assert cache.layers[1].stored_lb.tolist() == [[4, 4]]
-        assert cache.layers[1].refused_lb.tolist() == [[6, 3]]
+        assert cache.layers[1].overflow_lb.tolist() == [[6, 3]]
         after = cache.layers[1].levels[0][0].k_bksd
         np.testing.assert_array_equal(after[0, :, :4], kept[0, :, :4])
         np.testing.assert_array_equal(after[1, :, :3], kept[1, :, :3])

@@ -206,7 +206,7 @@ def measure_seconds(
       ``s_per_token`` and ``mean_depth`` for "all layers" and for each rule.
     """
     graph, state = nnx.split(unrolled(model))
-    key, exits = jax.random.key(0), ConfidenceExit().places(model.config.n_layers)
+    key, exits = jax.random.key(0), ConfidenceExit().exit_layers(model.config.n_layers)
     lengths = np.full(len(prompt_bp), prompt_bp.shape[1], np.int32)
     first, cache = read_prompts(graph, state, prompt_bp, lengths, key, n_new, GREEDY)
     runs = {"all layers": (AllLayers(), 0.0)}

@@ -36,13 +36,13 @@ class Generation:
       layers_b: (batch,) float32, mean number of layers that a new token passed, up to the end of its row and without
         the first new token, which comes from the prompt. None for self-speculation.
       acceptance_b: (batch,) float32, share of the drafts that were accepted. None without self-speculation.
-      refused_b: (batch,) int32, number of tokens for which routed layers had no free slot. None for self-speculation.
+      overflow_b: (batch,) int32, number of tokens for which routed layers had no free slot. None for self-speculation.
     """
 
     tokens_bn: Array
     layers_b: Array | None
     acceptance_b: Array | None = None
-    refused_b: Array | None = None
+    overflow_b: Array | None = None
 
 
 def generate(
@@ -119,17 +119,17 @@ def generate_report(
         check_layers(model.config, "depth=ConfidenceExit" if isinstance(depth, ConfidenceExit) else "max_layers_b")
         max_layers_b = _checked_max_layers(max_layers_b, len(prompts_bp))
         exit_ = depth if isinstance(depth, ConfidenceExit) else ConfidenceExit(threshold=2.0, exits=())
-        depth = replace(exit_, exits=exit_.places(model.config.n_layers))
+        depth = replace(exit_, exits=exit_.exit_layers(model.config.n_layers))
     first_b, cache = read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
     if isinstance(depth, SelfSpeculation):
         found = speculate(graph, state, first_b, cache, key, n_new, sampling, depth, end_token)
         return Generation(found.tokens_bn, None, found.accepted_b / jnp.maximum(found.drafted_b, 1))
     threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
     static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
-    tokens_bn, layers_b, refused_b = decode_tokens(
+    tokens_bn, layers_b, overflow_b = decode_tokens(
         graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, max_layers_b, probe
     )
-    return Generation(tokens_bn, layers_b, refused_b=refused_b)
+    return Generation(tokens_bn, layers_b, overflow_b=overflow_b)
 
 
 def _checked_max_layers(max_layers_b: Array | None, batch: int) -> Array | None:
@@ -159,9 +159,9 @@ def _check(model: Decoder, prompt: int, n_new: int, sampling: Sampling, key: Arr
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6))
-def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, room, sampling):
-    """Returns the first new token of each row, and the cache of the prompts with ``room`` more slots."""
-    logits_bv, cache = prefill(nnx.merge(graph, state), prompts_bp, prompt_lengths_b, slots=prompts_bp.shape[1] + room)
+def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, slots, sampling):
+    """Returns the first new token of each row, and the cache of the prompts with ``slots`` more slots."""
+    logits_bv, cache = prefill(nnx.merge(graph, state), prompts_bp, prompt_lengths_b, slots=prompts_bp.shape[1] + slots)
     return sample(logits_bv, jax.random.fold_in(key, 0), sampling), cache
 
 
@@ -210,8 +210,8 @@ def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end
     zeros_b = jnp.zeros(first_b.shape, jnp.int32)
     carry = (1, first_b, cache, out_bn, zeros_b, zeros_b)
     _, _, cache, out_bn, layers_b, steps_b = jax.lax.while_loop(unfinished, step, carry)
-    refused_b = sum((routed.refused_lb.sum(0) for routed in _routed(cache)), zeros_b)
-    return out_bn, layers_b / jnp.maximum(steps_b, 1), refused_b
+    overflow_b = sum((routed.overflow_lb.sum(0) for routed in _routed(cache)), zeros_b)
+    return out_bn, layers_b / jnp.maximum(steps_b, 1), overflow_b
 
 
 def _routed(cache: Cache) -> list[RoutedCache]:
@@ -232,6 +232,6 @@ def prefill(model: Decoder, prompts_bp: Array, prompt_lengths_b: Array, *, slots
       seen: a query sees slots up to its own position, and each slot is written before its position is reached.
     """
     empty, lengths_b = empty_cache(model.config, len(prompts_bp), slots), prompt_lengths_b.astype(jnp.int32)
-    hidden_bpd, cache = model.extend(prompts_bp, empty, fresh=True, n_real_b=lengths_b)
+    hidden_bpd, cache = model.extend(prompts_bp, empty, fresh=True, n_valid_b=lengths_b)
     last_bd = jnp.take_along_axis(hidden_bpd, (prompt_lengths_b - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last_bd), cache

@@ -21,12 +21,12 @@ class ChosenTokens:
     """Tokens of each row that pass a round.
 
     Attributes:
-      places_bn: (batch, n) indices in the row, ascending.
+      indices_bn: (batch, n) indices in the row, ascending.
       valid_bn: (batch, n) bool, False for an entry that is only there to fill the shape.
       gates_bn: (batch, n) gates.
     """
 
-    places_bn: Array
+    indices_bn: Array
     valid_bn: Array
     gates_bn: Array
 
@@ -75,17 +75,17 @@ class Router(nnx.Module):
 
 def best(scores_bt: Array, n: int) -> ChosenTokens:
     """Chooses the n tokens of each row with the highest scores, in row order; -inf marks an invalid token."""
-    places_bn = jnp.sort(jax.lax.top_k(scores_bt, n)[1], axis=-1)
-    scores_bn = jnp.take_along_axis(scores_bt, places_bn, axis=1)
+    indices_bn = jnp.sort(jax.lax.top_k(scores_bt, n)[1], axis=-1)
+    scores_bn = jnp.take_along_axis(scores_bt, indices_bn, axis=1)
     valid_bn = scores_bn > -jnp.inf
-    return ChosenTokens(places_bn, valid_bn, _gate(jnp.where(valid_bn, scores_bn, 0)))
+    return ChosenTokens(indices_bn, valid_bn, _gate(jnp.where(valid_bn, scores_bn, 0)))
 
 
 def first(wanted_bt: Array, scores_bt: Array, n: int) -> ChosenTokens:
     """Chooses the first n wanted tokens of each row; if there are fewer, the remaining entries are invalid."""
-    places_bn = jnp.argsort(~wanted_bt, axis=1, stable=True)[:, :n]
-    valid_bn = jnp.take_along_axis(wanted_bt, places_bn, axis=1)
-    return ChosenTokens(places_bn, valid_bn, _gate(jnp.take_along_axis(scores_bt, places_bn, axis=1)))
+    indices_bn = jnp.argsort(~wanted_bt, axis=1, stable=True)[:, :n]
+    valid_bn = jnp.take_along_axis(wanted_bt, indices_bn, axis=1)
+    return ChosenTokens(indices_bn, valid_bn, _gate(jnp.take_along_axis(scores_bt, indices_bn, axis=1)))
 
 
 def causal_metrics(logits_bt: Array, chosen_bt: Array, valid_bt: Array, weight: float) -> dict:
@@ -109,5 +109,5 @@ def _gate(scores: Array) -> Array:
     return 2 * jax.nn.sigmoid(scores)
 
 
-def mark(places_bn: Array, length: int) -> Array:
-    return jax.vmap(lambda places: jnp.zeros(length, bool).at[places].set(True))(places_bn)
+def mark(indices_bn: Array, length: int) -> Array:
+    return jax.vmap(lambda indices: jnp.zeros(length, bool).at[indices].set(True))(indices_bn)

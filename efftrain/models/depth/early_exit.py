@@ -45,7 +45,7 @@ class ConfidenceExit:
         if self.rule not in get_args(Rule):
             raise ConfigError(f"exit.rule is {self.rule!r}; use one of {', '.join(get_args(Rule))}")
 
-    def places(self, n_layers: int) -> tuple[int, ...]:
+    def exit_layers(self, n_layers: int) -> tuple[int, ...]:
         """Returns the exits of a stack, as numbers of layers.
 
         Raises:
@@ -189,7 +189,7 @@ def exit_states(
       threshold: () may be traced, so that a curve over thresholds compiles once.
       probe: the probe of the rule "probe".
     """
-    exits = exit.places(model.config.n_layers)
+    exits = exit.exit_layers(model.config.n_layers)
     if positions_bt is None:
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
     state = start(model.embedding(tokens_bt))

@@ -70,16 +70,16 @@ class RoutedDepthConfig(DepthConfig):
 
     def empty_cache(self, block: BlockConfig, model: ModelConfig, batch: int, slots: int) -> "RoutedCache":
         levels = range(len(self.capacities()))
-        rooms = tuple(min(slots, self.expected(level, model.max_length)) for level in levels)
+        n_slots = tuple(min(slots, self.expected(level, model.max_length)) for level in levels)
         return RoutedCache(
             # One more slot, into which a token that does not pass is written when all others are taken.
             levels=tuple(
-                tuple(block.attention.empty_cache(model, batch, room + 1) for _ in range(self.layers_of_a_round()))
-                for room in rooms
+                tuple(block.attention.empty_cache(model, batch, n + 1) for _ in range(self.layers_of_a_round()))
+                for n in n_slots
             ),
-            rooms=rooms,
+            slots=n_slots,
             stored_lb=jnp.zeros((len(levels), batch), jnp.int32),
-            refused_lb=jnp.zeros((len(levels), batch), jnp.int32),
+            overflow_lb=jnp.zeros((len(levels), batch), jnp.int32),
         )
 
 
@@ -221,7 +221,7 @@ class RoutedDepth(nnx.Module):
         choice = best(jnp.where(tokens.valid_bt, scores_bt, -jnp.inf), divisible(count, n))
         if router.causal == "none":
             return choice, {}
-        chosen_bt = mark(choice.places_bn, n)
+        chosen_bt = mark(choice.indices_bn, n)
         return choice, causal_metrics(router.predict(tokens.x_btd), chosen_bt, tokens.valid_bt, self.config.causal_loss)
 
     def extend(
@@ -247,18 +247,18 @@ class RoutedDepth(nnx.Module):
         if str(level) not in self.routers:
             return self._extend_round(level, tokens, cache, fresh)
         router, n = self.routers[str(level)], tokens.x_btd.shape[1]
-        room = cache.rooms[level]
+        slots = cache.slots[level]
         wanted_bt, scores_bt = (router.predict(tokens.x_btd) > 0) & tokens.valid_bt, router(tokens.x_btd)
-        allowed_bt = wanted_bt & (jnp.cumsum(wanted_bt, axis=1) <= room - cache.stored_lb[level][:, None])
-        refused_b = (wanted_bt & ~allowed_bt).sum(1, dtype=jnp.int32)
-        cache = replace(cache, refused_lb=cache.refused_lb.at[level].add(refused_b))
+        allowed_bt = wanted_bt & (jnp.cumsum(wanted_bt, axis=1) <= slots - cache.stored_lb[level][:, None])
+        overflow_b = (wanted_bt & ~allowed_bt).sum(1, dtype=jnp.int32)
+        cache = replace(cache, overflow_lb=cache.overflow_lb.at[level].add(overflow_b))
 
         def pass_some(count: int, cache: RoutedCache) -> tuple[Array, RoutedCache]:
             choice = first(allowed_bt, scores_bt, count)
             y_bnd, cache = self._extend_round(level, take(tokens, choice), cache, fresh, choice)
             return put(tokens.x_btd, y_bnd, choice), cache
 
-        most, few = min(n, room), min(room, self.config.expected(level, n))
+        most, few = min(n, slots), min(slots, self.config.expected(level, n))
         if not fresh or few == most:
             return pass_some(most, cache)
         # A prompt costs as much as its passing tokens; if more pass than expected, it is computed in full.

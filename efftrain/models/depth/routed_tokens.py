@@ -41,9 +41,9 @@ def take(tokens: RoutedTokens, choice: ChosenTokens) -> RoutedTokens:
         return replace(tokens, valid_bt=choice.valid_bn)
 
     def pick(a_bt: Array) -> Array:
-        return jnp.take_along_axis(a_bt, choice.places_bn, axis=1)
+        return jnp.take_along_axis(a_bt, choice.indices_bn, axis=1)
 
-    x_bnd = jax.vmap(lambda x, places: x[places])(tokens.x_btd, choice.places_bn)
+    x_bnd = jax.vmap(lambda x, indices: x[indices])(tokens.x_btd, choice.indices_bn)
     # Invalid tokens are in a segment of their own, that of padding.
     return RoutedTokens(
         constrain(x_bnd, "batch", "length", None),
@@ -58,9 +58,9 @@ def put(x_btd: Array, y_bnd: Array, choice: ChosenTokens) -> Array:
     """Replaces the valid chosen tokens in x (batch, length, ...)."""
     if x_btd.shape[1] == 1:
         return jnp.where(choice.valid_bn.reshape(-1, *[1] * (x_btd.ndim - 1)), y_bnd, x_btd)
-    places_bn = jnp.where(choice.valid_bn, choice.places_bn, x_btd.shape[1])  # an index outside the row is dropped
-    scatter = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
-    return constrain(scatter(x_btd, places_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))
+    indices_bn = jnp.where(choice.valid_bn, choice.indices_bn, x_btd.shape[1])  # an index outside the row is dropped
+    scatter = jax.vmap(lambda x, indices, y: x.at[indices].set(y, mode="drop"))
+    return constrain(scatter(x_btd, indices_bn, y_bnd), "batch", "length", *[None] * (x_btd.ndim - 2))
 
 
 def divisible(count: int, length: int) -> int:
