@@ -30,6 +30,7 @@ RENAMED = {
 RENAMED_FIELDS: dict[str, dict[str, str]] = {
     "AtMost": {"limit": "threshold"},
     "Columns": {"package_column": "group_column"},
+    "CorpusConfig": {"repeated_lines": "line_deduplication"},
     "Decontaminate": {"limit": "threshold", "held_out_limit": "held_out_threshold"},
     "Global": {"most": "max_sparsity"},
     "JsonLines": {"package_field": "group_field"},

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def report(dir: Path, /, *, out: Path | None = None) -> None:
-    """Write one HTML page about a corpus that works offline: funnel, scores, near duplicates, rejects, alarms.
+    """Write one HTML page that works offline: filter statistics, scores, near duplicates, rejects, alarms.
 
     Args:
       dir: the folder of the corpus.

@@ -18,7 +18,7 @@ from efftrain.data.documents import Document
 from efftrain.data.rules import Edit, Rule, RuleSet, default_rules
 from efftrain.data.sources.base import Source
 from efftrain.data.splits import SplitByGroup
-from efftrain.data.stages.filter_statistics import funnel_table
+from efftrain.data.stages.filter_statistics import filter_table
 from efftrain.data.storage.packing import bytes_path
 from efftrain.data.storage.store import check_files, read_manifest
 from efftrain.data.storage.token_bytes import byte_level_lengths
@@ -45,8 +45,8 @@ class CorpusConfig:
       within: the scope of every kind of deduplication: documents are compared across the whole ``corpus``, or only
         with documents of the same ``source``.
       deduplicate: remove exact duplicates of the normalised text; the first is kept.
-      repeated_lines: removal of lines or paragraphs that occur before, in another document or in the same one. None: no
-        line is removed.
+      line_deduplication: removal of lines or paragraphs that occur before, in another document or in the same one.
+        None: no line is removed.
       near_duplicates: MinHash search for near duplicates, which are verified and removed. None: near duplicates are
         kept.
       decontaminate: removes from held-out splits what repeats the training split, and from the training split what
@@ -70,7 +70,7 @@ class CorpusConfig:
     rules: tuple[Rule | RuleSet | Edit, ...] | None = None
     within: Literal["corpus", "source"] = "corpus"
     deduplicate: bool = True
-    repeated_lines: LineDeduplication | None = None
+    line_deduplication: LineDeduplication | None = None
     near_duplicates: MinHash | None = None
     decontaminate: Decontaminate | None = field(default_factory=Decontaminate)
     quality: str | None = None
@@ -179,7 +179,7 @@ class Corpus:
         return self.manifest["tokenizer"]["vocabulary"]
 
     @property
-    def funnel(self) -> list[dict[str, Any]]:
+    def filter_statistics(self) -> list[dict[str, Any]]:
         """Rows of ``stage``, ``documents`` and ``bytes``: what was read, what each rule removed and what was kept."""
         return self.manifest["funnel"]
 
@@ -216,8 +216,8 @@ class Corpus:
             )
 
     def table(self) -> Table:
-        """Returns the funnel and the splits as a table for the terminal."""
-        return funnel_table(f"corpus {self.path}", self.funnel, self.splits)
+        """Returns the filter statistics and the splits as a table for the terminal."""
+        return filter_table(f"corpus {self.path}", self.filter_statistics, self.splits)
 
     def _split(self, split: str) -> dict[str, int]:
         if split not in self.splits:

@@ -43,7 +43,7 @@ def fused_linear_loss(
 
     Source: the gradient in the forward pass follows Liger-Kernel (Hsu et al. 2024).
     """
-    return _head_loss(loss_of, n_chunks, x_btd, kernel_dv, arrays, constants)
+    return _chunked_loss(loss_of, n_chunks, x_btd, kernel_dv, arrays, constants)
 
 
 def choose_chunks(length: int, elements: int) -> int:
@@ -67,7 +67,7 @@ def logits_of(x: Array, kernel_dv: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _head_loss(loss_of, n_chunks, x_btd, kernel_dv, arrays, constants):
+def _chunked_loss(loss_of, n_chunks, x_btd, kernel_dv, arrays, constants):
     def add_chunk(sums, chunk):
         x, *parts = chunk
         return jax.tree.map(jnp.add, sums, loss_of(logits_of(x, kernel_dv), tuple(parts), constants)), None
@@ -100,7 +100,7 @@ def _backward(loss_of, n_chunks, gradients, cotangents):
     return (dx_btd * cotangent).astype(dx_btd.dtype), (d_kernel * cotangent).astype(d_kernel.dtype), None, None
 
 
-_head_loss.defvjp(_forward, _backward)
+_chunked_loss.defvjp(_forward, _backward)
 
 
 def _zeros(loss_of, n_chunks, x_btd, kernel_dv, arrays, constants):

@@ -95,7 +95,7 @@ def test_an_evaluation_set_is_kept_out_of_training(corpus):
 
 
 def test_the_report_adds_up(corpus):
-    rows = {row["stage"]: row["documents"] for row in corpus.funnel}
+    rows = {row["stage"]: row["documents"] for row in corpus.filter_statistics}
     for split in ("validation", "test"):
         figures = corpus.manifest["decontamination"][split]
         assert rows.get(f"contaminated/{split}", 0) == figures["removed"]

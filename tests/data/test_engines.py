@@ -85,7 +85,7 @@ def same(one, other) -> list[str]:
 
 
 def test_what_was_planted_is_found(reference):
-    stages = {row["stage"]: row["documents"] for row in reference.funnel}
+    stages = {row["stage"]: row["documents"] for row in reference.filter_statistics}
     assert stages["too_short"] == N_SHORT
     assert stages["exact_duplicate"] == N_EXACT
     assert N_NEAR - 3 <= stages["near_duplicate"] <= N_NEAR  # one word in 60 to 120: similarity above 0.83
@@ -203,7 +203,7 @@ def test_workers_import_the_scripts_of_the_task_and_what_these_import(config, tm
         monkeypatch.setitem(sys.modules, module.__name__, sys.modules.pop(module.__name__))  # so that it goes again
     corpus = data.CorpusConfig(sources=config.sources, rules=(module.Shorter(threshold=10),), vocabulary=300)
     built = data.build(corpus, tmp_path / "out", engine=Local(processes=2))
-    assert {row["stage"]: row["documents"] for row in built.funnel}["shorter"] == N_SHORT
+    assert {row["stage"]: row["documents"] for row in built.filter_statistics}["shorter"] == N_SHORT
 
 
 @pytest.mark.parametrize("fields", [{"processes": 0}, {"memory": 1000}])

@@ -52,7 +52,7 @@ def imported(folder, source):
 
 
 def n_kept(corpus):
-    return corpus.funnel[-1]["documents"]
+    return corpus.filter_statistics[-1]["documents"]
 
 
 def test_a_changed_rule_is_not_up_to_date(config, tmp_path):

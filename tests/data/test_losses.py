@@ -131,7 +131,7 @@ def test_an_unreadable_piece_is_read_again(folder, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             build(config_for(folder), tmp_path / "out", max_unreadable=1)
     corpus = build(config_for(folder), tmp_path / "out")
-    assert corpus.funnel[-1]["documents"] == 800
+    assert corpus.filter_statistics[-1]["documents"] == 800
     assert sum(figures["documents"] for figures in corpus.splits.values()) == 800
     assert corpus.manifest["unreadable"]["files"] == 0
 
@@ -152,9 +152,9 @@ def test_a_rule_that_raises_names_document_rule_and_reason(folder, tmp_path, rul
 def test_documents_that_a_rule_cannot_judge_are_counted_and_listed(folder, tmp_path, rule, capfd):
     (folder / "c.jsonl.gz").unlink()
     corpus = build(config_for(folder, rules=(rule,)), tmp_path / "out", on_error="skip")
-    row = next(row for row in corpus.funnel if row["stage"] == f"failed/{rule.name}")
+    row = next(row for row in corpus.filter_statistics if row["stage"] == f"failed/{rule.name}")
     assert row["documents"] == 1
-    assert corpus.funnel[-1]["documents"] == 799
+    assert corpus.filter_statistics[-1]["documents"] == 799
     (removed,) = pq.read_table(corpus.path / "removed.parquet").to_pylist()
     assert removed["rule"] == f"failed/{rule.name}"
     assert "Error: " in removed["excerpt"]
@@ -172,7 +172,7 @@ def test_scores_with_a_gap_are_used_again(folder, tmp_path):
     again = build(
         config_for(folder, rules=(Fragile(threshold=0.5),)), tmp_path / "out", on_error="skip", overwrite=True
     )
-    assert again.funnel[-1]["documents"] == 799
+    assert again.filter_statistics[-1]["documents"] == 799
     with pytest.raises(CorpusError, match="'fragile' cannot judge"):
         build(config_for(folder, rules=(Fragile(threshold=0.2),)), tmp_path / "out", overwrite=True)
 
@@ -199,7 +199,7 @@ def test_a_source_that_raises_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(CorpusError, match=r"Fickle raised RuntimeError: the connection was lost after a\.jsonl@\d+"):
         build(config, tmp_path / "out")
     corpus = build(config, tmp_path / "out", on_error="skip", max_unreadable=2)
-    assert corpus.funnel[-1]["documents"] == 6
+    assert corpus.filter_statistics[-1]["documents"] == 6
     assert corpus.manifest["unreadable"]["files"] == 2
 
 
@@ -225,7 +225,7 @@ def test_default_rules_keep_prose(tmp_path):
     rows = ({"text": f"Essay {n}. " + "It was a long day, and nobody had thought of lunch. " * 40} for n in range(100))
     (tmp_path / "essays.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = data.CorpusConfig(sources=(data.JsonLines(path=tmp_path / "essays.jsonl"),), vocabulary=300)
-    assert build(config, tmp_path / "out").funnel[-1]["documents"] == 100
+    assert build(config, tmp_path / "out").filter_statistics[-1]["documents"] == 100
     assert data.CorpusConfig(sources=(data.PythonFiles(),)).rules == (data.Code(),)
     with pytest.raises(ConfigError, match=r"set corpus\.rules"):
         data.CorpusConfig(sources=(data.PythonFiles(), data.JsonLines(path=tmp_path)))
@@ -272,7 +272,7 @@ def test_lines_end_alike_and_begin_without_a_mark_whatever_the_file(tmp_path):
         sources=(data.TextFolder(path=tmp_path / "texts"),),
         rules=(),
         vocabulary=300,
-        repeated_lines=data.LineDeduplication(unit="paragraph"),
+        line_deduplication=data.LineDeduplication(unit="paragraph"),
     )
     corpus = build(config, tmp_path / "out")
     found = {d.id: d.text for split in corpus.splits for d in corpus.documents(split)}

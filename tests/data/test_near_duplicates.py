@@ -71,7 +71,7 @@ def test_the_scope_holds_for_repeats_and_lines_too(tmp_path, base, within, n_cop
     here = write(tmp_path / "here.jsonl", base | {"twice": base["01"], "page": f"{line}\nfirst words of one page"})
     there = write(tmp_path / "there.jsonl", {"copy": base["00"], "page": f"{line}\nother words of another page"})
     lines = data.LineDeduplication(min_chars=30)
-    corpus = build(tmp_path, (here, there), within=within, near_duplicates=None, repeated_lines=lines)
+    corpus = build(tmp_path, (here, there), within=within, near_duplicates=None, line_deduplication=lines)
     texts = {d.id: d.text for split in SPLITS for d in corpus.documents(split)}
     assert len({"here.jsonl:01", "here.jsonl:twice"} & texts.keys()) == 1
     assert len({"here.jsonl:00", "there.jsonl:copy"} & texts.keys()) == 1 + n_copies
@@ -83,7 +83,7 @@ def test_a_copy_with_one_word_changed_is_found_where_lines_are_removed_too(tmp_p
     lines = [" ".join(base["00"].split()[start : start + 12]) for start in range(0, WORDS, 12)]
     changed = "\n".join([*lines[:4], lines[4].replace(lines[4].split()[6], "other"), *lines[5:]])
     texts = {k: v for k, v in base.items() if k != "00"} | {"original": "\n".join(lines), "copy": changed}
-    corpus = build(tmp_path, (write(tmp_path / "a.jsonl", texts),), repeated_lines=data.LineDeduplication())
+    corpus = build(tmp_path, (write(tmp_path / "a.jsonl", texts),), line_deduplication=data.LineDeduplication())
     found = {d.id: d.text for split in SPLITS for d in corpus.documents(split)}
     assert len({"original", "copy"} & found.keys()) == 1
     assert found.get("original", found.get("copy")) in ("\n".join(lines), changed)

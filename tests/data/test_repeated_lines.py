@@ -28,7 +28,7 @@ def pages(tmp_path) -> Path:
 
 
 def build(pages, out, config_for, lines, **engine):
-    config = config_for(pages, sources=(data.JsonLines(path=pages, id_field="id"),), repeated_lines=lines)
+    config = config_for(pages, sources=(data.JsonLines(path=pages, id_field="id"),), line_deduplication=lines)
     return data.build(config, out, engine=Local(processes=1, **engine))
 
 
@@ -41,7 +41,7 @@ def test_a_line_stays_in_the_first_document_only(pages, tmp_path, config_for):
     assert texts["00"] == before["00"]
     assert texts["07"] == before["07"].replace(f"  {NOTICE.upper()}  \n", "")
     assert "99" not in texts
-    assert {row["stage"]: row["documents"] for row in corpus.funnel}["repeated_lines"] == 1
+    assert {row["stage"]: row["documents"] for row in corpus.filter_statistics}["repeated_lines"] == 1
     assert corpus.manifest["repeated_lines"]["repeats"] == 60
     assert corpus.manifest["repeated_lines"]["edited"] == 60
 
@@ -76,5 +76,5 @@ def test_nothing_is_lost_in_splitting(unit):
 
 @pytest.mark.parametrize("fields", [{"unit": "page"}, {"min_chars": 0}])
 def test_impossible_configurations_are_refused(fields):
-    with pytest.raises(ConfigError, match=r"repeated_lines\."):
+    with pytest.raises(ConfigError, match=r"line_deduplication\."):
         LineDeduplication(**fields)

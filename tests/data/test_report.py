@@ -12,7 +12,7 @@ import report_corpus
 
 import efftrain.data.report.tables as tables
 from efftrain.data.documents import Text
-from efftrain.data.report import funnel, size, write_report
+from efftrain.data.report import filter_rows, size, write_report
 from efftrain.data.report.alerts import alarms
 from efftrain.data.report.figures import (
     collision_curve,
@@ -107,13 +107,13 @@ def test_funnel_counts_what_is_left_and_marks_estimated_tokens():
         {"stage": "exact_duplicate", "documents": 30, "bytes": 200},
         {"stage": "kept", "documents": 120, "bytes": 800},
     ]
-    seen, long, duplicate, kept = funnel(rows, 0.25, n_kept=203)
+    seen, long, duplicate, kept = filter_rows(rows, 0.25, n_kept=203)
     assert (seen["left"], long["left"], duplicate["left"], kept["left"]) == (200, 150, 120, 120)
     assert (long["reached"], duplicate["reached"]) == (200, 150)
     assert (long["tokens"], long["estimated"]) == (750, True)
     assert (kept["tokens"], kept["estimated"]) == (203, False)
     assert kept["share"] == 0.6
-    assert funnel(rows, None)[1]["tokens"] is None
+    assert filter_rows(rows, None)[1]["tokens"] is None
 
 
 def test_page_shows_the_funnel_with_estimates_marked(page):

@@ -210,11 +210,11 @@ def test_funnel_and_evidence_account_for_every_document(tmp_path, config_for, wr
     original = folder / "p03" / "doc003.txt"
     (folder / "p07" / "zcopy.txt").write_bytes(original.read_bytes().replace(b"\n", b"  \r\n\r\n"))
     corpus = data.build(config_for(folder, rules=(TooShort(), LongLine(threshold=4000))), tmp_path / "out")
-    found = {row["stage"]: row["documents"] for row in corpus.funnel}
+    found = {row["stage"]: row["documents"] for row in corpus.filter_statistics}
     assert found == {"seen": 44, "undecodable": 1, "too_short": 1, "long_line": 1, "exact_duplicate": 1, "kept": 40}
     read = [p.read_bytes().replace(b"\r\n", b"\n") for p in folder.rglob("*.txt")]
-    assert corpus.funnel[0]["bytes"] == sum(map(len, read))
-    assert corpus.funnel[-1]["bytes"] == sum(figures["bytes"] for figures in corpus.splits.values())
+    assert corpus.filter_statistics[0]["bytes"] == sum(map(len, read))
+    assert corpus.filter_statistics[-1]["bytes"] == sum(figures["bytes"] for figures in corpus.splits.values())
     removed = {row["id"]: row for row in pq.read_table(corpus.path / "removed.parquet").to_pylist()}
     assert {id: row["rule"] for id, row in removed.items()} == {
         "p00/bad.txt": "undecodable",
@@ -232,7 +232,7 @@ def test_half_a_surrogate_pair_is_listed_and_not_fatal(tmp_path, config_for):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = data.JsonLines(path=tmp_path / "a.jsonl", id_field="id")
     corpus = data.build(config_for(tmp_path, sources=(source,)), tmp_path / "out")
-    row = next(row for row in corpus.funnel if row["stage"] == "undecodable")
+    row = next(row for row in corpus.filter_statistics if row["stage"] == "undecodable")
     assert (row["documents"], row["bytes"]) == (1, 1)
     assert "surrogates not allowed" in row["example"]
 
@@ -345,13 +345,13 @@ def test_scores_are_used_again_for_a_file_with_a_badly_encoded_name(documents, t
     (Path(os.fsdecode(os.fsencode(folder) + b"/p00/caf\xe9.txt"))).write_text("a text of its own " * 9)
     strict, loose = (config_for(folder, rules=(TooShort(threshold=threshold),)) for threshold in (100, 90))
     data.build(strict, tmp_path / "out")
-    assert data.build(loose, tmp_path / "out", overwrite=True).funnel[0]["documents"] == 91
+    assert data.build(loose, tmp_path / "out", overwrite=True).filter_statistics[0]["documents"] == 91
 
 
 def test_kept_bytes_are_those_of_the_splits_also_where_texts_were_edited(documents, tmp_path, config_for):
-    config = config_for(documents, rules=(WithoutFirstWord(),), repeated_lines=data.LineDeduplication(min_chars=5))
+    config = config_for(documents, rules=(WithoutFirstWord(),), line_deduplication=data.LineDeduplication(min_chars=5))
     corpus = data.build(config, tmp_path / "out")
-    rows = {row["stage"]: row for row in corpus.funnel}
+    rows = {row["stage"]: row for row in corpus.filter_statistics}
     assert rows["edited"]["documents"] == 0
     assert rows["edited"]["bytes"] == 90 * len("document ")
     assert rows["kept"]["bytes"] == sum(corpus.splits[split]["bytes"] for split in corpus.splits)
@@ -381,7 +381,7 @@ def test_a_changed_threshold_is_applied_without_scoring_again(documents, tmp_pat
         changed = data.build(loose, out, overwrite=True, engine=Local(processes=1))
     assert "only thresholds differ" in capfd.readouterr().err
     assert changed.manifest["files"] == expected.manifest["files"]
-    assert changed.funnel != data.build(strict, tmp_path / "strict").funnel
+    assert changed.filter_statistics != data.build(strict, tmp_path / "strict").filter_statistics
 
 
 def test_a_rule_that_scores_differently_scores_again(documents, tmp_path, config_for):
@@ -403,7 +403,7 @@ def test_texts_that_are_empty_are_counted(documents, tmp_path, config_for):
     (folder / "p00" / "blank.txt").write_text(" \n\t\n")
     (folder / "p00" / "null.txt").write_text("\0" * 50)
     built = data.build(config_for(folder), tmp_path / "out")
-    assert {row["stage"]: row["documents"] for row in built.funnel}["empty"] == 2
+    assert {row["stage"]: row["documents"] for row in built.filter_statistics}["empty"] == 2
     assert built.splits["train"]["documents"] + sum(built.splits[s]["documents"] for s in SPLITS[1:]) == 91
 
 

@@ -162,8 +162,8 @@ def test_shards_need_fewer_chunks(monkeypatch):
     """Eight devices hold an eighth of a chunk each; the result is the same."""
     given, seen = draw(), []
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", BATCH * VOCAB)  # one token of each row
-    inner = module._head_loss
-    monkeypatch.setattr(module, "_head_loss", lambda *a: seen.append(a[1]) or inner(*a))
+    inner = module._chunked_loss
+    monkeypatch.setattr(module, "_chunked_loss", lambda *a: seen.append(a[1]) or inner(*a))
     losses = [jax.jit(partial(cross_entropy, shards=shards))(*given) for shards in (1, 4, 8)]
     assert seen == [8, 2, 1]
     np.testing.assert_allclose(losses, truth(*given)[0], rtol=1e-6)

@@ -79,7 +79,7 @@ class LayerwiseModel:
         with Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints:
             return LayerwiseModel(config, checkpoints.model_arrays(variables))
 
-    def walk(
+    def iterate_layers(
         self, title: str, calibration: CalibrationRows | None = None
     ) -> Iterator[tuple[int, nnx.Module, tuple[np.ndarray, CalibrationRows] | None]]:
         """Iterates over the layers, first to last, so that the caller can change each; ``layers`` is empty afterwards.
@@ -98,8 +98,8 @@ class LayerwiseModel:
         with Progress(title, n, unit="layers") as progress:
             for number in range(n):
                 layer = self.layers.pop(0)
-                observe = calibration is not None and isinstance(layer, Block)
-                yield number, layer, (x_ntd, calibration) if observe else None
+                calibrates = calibration is not None and isinstance(layer, Block)
+                yield number, layer, (x_ntd, calibration) if calibrates else None
                 if calibration is not None and number + 1 < n:
                     x_ntd = forward(layer, x_ntd, calibration)
                 progress.advance()

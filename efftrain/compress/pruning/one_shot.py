@@ -26,7 +26,7 @@ PruneMethod = Literal["magnitude", "wanda", "sparsegpt"]
 
 
 def prune(
-    pieces: LayerwiseModel,
+    layerwise: LayerwiseModel,
     structure: Structure,
     *,
     method: PruneMethod = "sparsegpt",
@@ -40,7 +40,7 @@ def prune(
     Embedding, head, norms and routers are not pruned.
 
     Args:
-      pieces: a float model, taken apart; its list of layers is empty afterwards.
+      layerwise: a float model, taken apart; its list of layers is empty afterwards.
       structure: the pattern of zeros and the sparsity.
       method: "magnitude" removes the smallest weights of each matrix. "wanda" removes, for each output, the weights
         with the smallest magnitude times norm of their input (Sun et al. 2024, equation 1). "sparsegpt": see
@@ -58,7 +58,7 @@ def prune(
     """
     if method not in get_args(PruneMethod):
         raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(PruneMethod))}")
-    if pieces.config.quantization.stored:
+    if layerwise.config.quantization.stored:
         raise ConfigError("the model is quantised already; prune the one it was made from")
     if method != "magnitude" and calibration is None:
         raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
@@ -66,7 +66,7 @@ def prune(
         raise ConfigError("only sparsegpt prunes and quantises in one pass; use it, or do one after the other")
     if method == "sparsegpt" and isinstance(structure, Blocks):
         raise ConfigError("sparsegpt does not prune blocks; use magnitude or wanda")
-    config = pieces.config
+    config = layerwise.config
     _check(config, structure, layers)
     if quantization is not None:
         config = config.replace(quantization=replace(quantization, stored=True))
@@ -75,7 +75,7 @@ def prune(
     rows, states, all_idle = [], [], {}
     n_positions = len(config.pattern)
     text = None if method == "magnitude" else calibration
-    for number, layer, inputs in pieces.walk("prune", text):
+    for number, layer, inputs in layerwise.iterate_layers("prune", text):
         place = f"blocks/{number % n_positions}/"
         if quantization is not None:
             give_rules(layer, quantization, place)
@@ -94,7 +94,7 @@ def prune(
             rows.append(replace(row, why=row.why + unreached(idle)) if experts else row)
             del hessian
         states.append(nnx.state(layer))
-    return assemble(config, pieces.outer, states), ConversionReport(
+    return assemble(config, layerwise.outer, states), ConversionReport(
         tuple(rows), None if text is None else text.size, all_idle
     )
 

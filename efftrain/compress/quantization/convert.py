@@ -86,7 +86,7 @@ class ConversionReport:
 
 
 def convert(
-    pieces: LayerwiseModel,
+    layerwise: LayerwiseModel,
     quantization: Quantization,
     *,
     method: Method = "rtn",
@@ -100,7 +100,7 @@ def convert(
     follow from the largest magnitudes.
 
     Args:
-      pieces: the model, taken apart; its list of layers is empty afterwards.
+      layerwise: the model, taken apart; its list of layers is empty afterwards.
       quantization: rules of the new model; its field ``stored`` is ignored, since the result is always stored
         quantised.
       method: "rtn" rounds to the nearest value. "gptq" and "awq" also use the inputs on the calibration text,
@@ -119,21 +119,21 @@ def convert(
     """
     if method not in get_args(Method):
         raise ConfigError(f"the method is {method!r}; use one of {', '.join(get_args(Method))}")
-    if pieces.config.quantization.stored:
+    if layerwise.config.quantization.stored:
         raise ConfigError("the model is converted already; convert the one it was made from")
     if method != "rtn" and calibration is None:
         raise ConfigError(f"the method {method!r} needs calibration text; give a corpus")
-    config = pieces.unrolled() if unrolled else pieces.config
+    config = layerwise.unrolled() if unrolled else layerwise.config
     config = config.replace(quantization=dataclasses.replace(quantization, stored=True))
     abstract_decoder(config)  # raises an error for rules that do not fit, before anything is computed
 
     rows: list[Converted] = []
     all_idle: dict[str, tuple[int, ...]] = {}
-    outer = pieces.outer
+    outer = layerwise.outer
     give_rules(outer, quantization)
     observe = method != "rtn"
     n_positions, states = len(config.pattern), []
-    for number, layer, inputs in pieces.walk("convert", calibration if observe else None):
+    for number, layer, inputs in layerwise.iterate_layers("convert", calibration if observe else None):
         give_rules(layer, quantization, f"blocks/{number % n_positions}/")
         plain, found = isinstance(layer, Block), {} if inputs is None else hessians(layer, *inputs)
         idle = () if inputs is None else idle_experts(layer, *inputs)

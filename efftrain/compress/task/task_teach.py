@@ -75,7 +75,7 @@ def teach(
                 arrays = {name: file[name] for name in ("labels", "logits") if name in file}
                 return TeacherLabels(**said, **{"labels": None, "logits": None} | arrays)
             console.print(f"{path} was made with {reason}; asking the teacher again", markup=False)
-    found = (_opinions if task.labels else _answers)(teacher, ids, task, augment, length, seed)
+    found = (_soft_labels if task.labels else _answers)(teacher, ids, task, augment, length, seed)
     said = {"asked": asked, "texts": found.texts, "answers": found.answers, "counts": found.counts}
     arrays = {"labels": found.labels, "logits": found.logits}
     unfinished = path.with_name("taught.incomplete.npz")
@@ -84,19 +84,21 @@ def teach(
     return found
 
 
-def student_items(ids: TaskIds, taught: TeacherLabels, length: int) -> list[Item]:
+def student_items(ids: TaskIds, teacher_labels: TeacherLabels, length: int) -> list[Item]:
     """The items that a student is trained on; synthetic questions of more than ``length`` tokens are left out."""
-    if taught.answers is None:
-        items = questions(ids, taught.texts, taught.labels, taught.logits)
-        given = taught.counts["labelled"] + taught.counts["unlabelled"]
-        made_up = [item for item in items[given:] if len(item) <= length]
-        if n := len(items) - given - len(made_up):
-            console.print(f"left out: {n} made-up questions of more than {length} tokens", markup=False)
-        return items[:given] + made_up
-    return completions(ids, [Example(t, a, 0) for t, a in zip(taught.texts, taught.answers, strict=True)])
+    if teacher_labels.answers is None:
+        items = questions(ids, teacher_labels.texts, teacher_labels.labels, teacher_labels.logits)
+        given = teacher_labels.counts["labelled"] + teacher_labels.counts["unlabelled"]
+        synthetic = [item for item in items[given:] if len(item) <= length]
+        if n := len(items) - given - len(synthetic):
+            console.print(f"left out: {n} synthetic questions of more than {length} tokens", markup=False)
+        return items[:given] + synthetic
+    return completions(
+        ids, [Example(t, a, 0) for t, a in zip(teacher_labels.texts, teacher_labels.answers, strict=True)]
+    )
 
 
-def _opinions(
+def _soft_labels(
     teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, length: int, seed: int
 ) -> TeacherLabels:
     loss, texts = task_loss(ids), task.texts("train") + task.texts("unlabelled")

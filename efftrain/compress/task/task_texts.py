@@ -49,7 +49,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class MadeUp:
+class SyntheticQuestions:
     """Synthetic questions of a teacher.
 
     Attributes:
@@ -76,7 +76,7 @@ def synthesise(
     length: int,
     longest: int,
     seed: int,
-) -> MadeUp:
+) -> SyntheticQuestions:
     """Samples questions for each label, and keeps those that are new and that the teacher assigns to that label.
 
     Args:
@@ -89,8 +89,8 @@ def synthesise(
       longest: maximum number of tokens of a question.
       seed: seed of the sampling.
 
-    Source: the filter by a second opinion of the same model follows Wang et al. 2022 (self-consistency) and Yoo et al.
-    2021 (GPT3Mix).
+    Source: the filter by a second prediction of the same model follows Wang et al. 2022 (self-consistency) and Yoo et
+    al. 2021 (GPT3Mix).
     """
     known, counts, found = {same_text(text) for text in known}, Counter(), {}
     wanted = np.repeat(np.arange(len(ids.labels)), options.per_label)
@@ -118,7 +118,7 @@ def synthesise(
     sure = fit & (np.exp(log_softmax(logits))[np.arange(len(texts)), labels] >= options.threshold)
     counts["cut"] += int((~fit).sum())
     totals = dict(counts) | {"unsure": int((fit & ~sure).sum()), "kept": int(sure.sum())}
-    return MadeUp([t for t, s in zip(texts, sure, strict=True) if s], labels[sure], logits[sure], totals)
+    return SyntheticQuestions([t for t, s in zip(texts, sure, strict=True) if s], labels[sure], logits[sure], totals)
 
 
 def answer(

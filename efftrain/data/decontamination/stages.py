@@ -24,7 +24,7 @@ from efftrain.data.decontamination.readings import readings
 from efftrain.data.dedup.shingles import distinct, ngram_hashes, wide_shingle_hashes
 from efftrain.data.splits import SPLITS
 from efftrain.data.stages.kept_documents import KeptDocuments
-from efftrain.data.stages.removals import Removal, Survivors
+from efftrain.data.stages.removals import ExcludedDocuments, Survivors
 from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, run_stage, stem
 from efftrain.progress import track
@@ -83,7 +83,7 @@ class CheckTraining:
     sets: tuple[SavedIndex, ...]
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
-        removal, by_set = Removal(folder, number), Counter()
+        excluded, by_set = ExcludedDocuments(folder, number), Counter()
         held_out, sets = NgramIndex.load(self.held_out), [NgramIndex.load(item.path) for item in self.sets]
         positions, counts = [], []
         for numbers, records in _blocks(self.kept, np.load(self.train, mmap_mode="r"), number):
@@ -91,7 +91,7 @@ class CheckTraining:
             stays = np.ones(len(numbers), bool)
             for item, of_set in zip(self.sets, shares, strict=True):
                 for i in np.flatnonzero(stays & (of_set > self.config.threshold)):
-                    removal.add(numbers[i], records[i], f"{CONTAMINATED}/{item.name}", score=float(of_set[i]))
+                    excluded.add(numbers[i], records[i], f"{CONTAMINATED}/{item.name}", score=float(of_set[i]))
                     by_set[item.name] += 1
                     stays[i] = False
             found = np.where(np.repeat(stays, np.diff(offsets)), hits(held_out, hashes), -1)
@@ -103,7 +103,7 @@ class CheckTraining:
             positions=np.concatenate([np.empty(0, np.int64), *positions]),
             counts=np.concatenate([np.empty(0, np.int64), *counts]),
         )
-        return removal.close() | {"by_set": by_set}
+        return excluded.close() | {"by_set": by_set}
 
     def _compare(self, texts: list[bytes], sets: list[NgramIndex]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the contaminated shares of texts, and the hashes and offsets of their n-grams.
@@ -143,16 +143,16 @@ class CheckHeldOut:
     seen: Path
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
-        removal, by_set = Removal(folder, number), Counter()
+        excluded, by_set = ExcludedDocuments(folder, number), Counter()
         seen, split_of = NgramIndex.load(self.seen), np.load(self.split_of, mmap_mode="r")
         for numbers, records in _blocks(self.kept, np.load(self.held_out, mmap_mode="r"), number):
             texts = [unpack_record(record)[3] for record in records]
             shares = contamination(*wide_shingle_hashes(texts, self.config.held_out_n), seen)
             for i in np.flatnonzero(shares > self.config.held_out_threshold):
                 split = SPLITS[split_of[numbers[i]]]
-                removal.add(numbers[i], records[i], f"{CONTAMINATED}/{split}", score=float(shares[i]))
+                excluded.add(numbers[i], records[i], f"{CONTAMINATED}/{split}", score=float(shares[i]))
                 by_set[split] += 1
-        return removal.close() | {"by_set": by_set}
+        return excluded.close() | {"by_set": by_set}
 
 
 def decontaminate(

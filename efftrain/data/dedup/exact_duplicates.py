@@ -8,7 +8,7 @@ import numpy as np
 
 from efftrain.data.dedup.exact import survivors
 from efftrain.data.stages.kept_documents import KeptDocuments, Reader
-from efftrain.data.stages.removals import Removal, Survivors
+from efftrain.data.stages.removals import ExcludedDocuments, Survivors
 from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, run_stage
 
@@ -31,12 +31,12 @@ class DropRepeats:
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
         first, repeats = (np.load(path, mmap_mode="r") for path in (self.survivors, self.repeats))
-        removal = Removal(folder, number)
+        excluded = ExcludedDocuments(folder, number)
         with Reader(self.kept) as reader:
             for document, record in self.kept.records(repeats, number):
                 survivor = unpack_record(reader.record(int(first[document])))[0]
-                removal.add(document, record, EXACT_DUPLICATE, score=1.0, survivor=survivor)
-        return removal.close()
+                excluded.add(document, record, EXACT_DUPLICATE, score=1.0, survivor=survivor)
+        return excluded.close()
 
 
 def remove_exact_duplicates(engine: Engine, work: Path, left: Survivors, *, within_source: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from efftrain.data.stages.kept_documents import KeptDocuments
-from efftrain.data.stages.removals import Removal, Survivors
+from efftrain.data.stages.removals import ExcludedDocuments, Survivors
 from efftrain.data.stages.spool import replace_text, unpack_record
 from efftrain.data.stages.stage import Engine, run_stage, stem
 from efftrain.errors import ConfigError
@@ -37,9 +37,9 @@ class LineDeduplication:
 
     def __post_init__(self):
         if self.unit not in ("line", "paragraph"):
-            raise ConfigError(f"repeated_lines.unit is {self.unit!r}; choose line or paragraph")
+            raise ConfigError(f"line_deduplication.unit is {self.unit!r}; choose line or paragraph")
         if self.min_chars < 1:
-            raise ConfigError(f"repeated_lines.min_chars is {self.min_chars}; it must be at least 1")
+            raise ConfigError(f"line_deduplication.min_chars is {self.min_chars}; it must be at least 1")
 
     def split(self, text: str) -> list[str]:
         """Splits a text into units; their concatenation is the text."""
@@ -119,7 +119,7 @@ class CutLines:
             first, last = np.searchsorted(repeats["document"], [start, stop])
             for _, document, unit in repeats[first:last].tolist():
                 cuts.setdefault(document, set()).add(unit)
-        removal, index = Removal(folder, number), self.kept.index(number)
+        excluded, index = ExcludedDocuments(folder, number), self.kept.index(number)
         index["size"] = 0
         offset = n_bytes = 0
         with (folder / f"{stem(number)}.records").open("wb") as records:
@@ -129,9 +129,9 @@ class CutLines:
                     units = self.config.split(text.decode())
                     left = "".join(unit for place, unit in enumerate(units) if place not in cut)
                     if not left.strip():
-                        removal.add(document, record, REPEATED, score=1.0)
+                        excluded.add(document, record, REPEATED, score=1.0)
                         continue
-                    removal.cut(record, REPEATED, len(text) - len(left.encode()))
+                    excluded.cut(record, REPEATED, len(text) - len(left.encode()))
                     record = replace_text(record, left.encode())
                     n_bytes += len(text) - len(left.encode())
                     index["n_bytes"][document - start] = len(left.encode())
@@ -139,10 +139,10 @@ class CutLines:
                 records.write(record)
                 offset += len(record)
         np.save(folder / f"{stem(number)}.index.npy", index)
-        return removal.close() | {"edited": len(cuts), "cut_bytes": n_bytes}
+        return excluded.close() | {"edited": len(cuts), "cut_bytes": n_bytes}
 
 
-def remove_repeated_lines(
+def deduplicate_lines(
     engine: Engine, work: Path, left: Survivors, config: LineDeduplication, *, within_source: bool
 ) -> dict[str, int]:
     """Runs the stages of line deduplication.

@@ -21,7 +21,7 @@ from efftrain.data.dedup.minhash import MinHash, document_hashes, signatures
 from efftrain.data.dedup.shingles import shingle_set
 from efftrain.data.dedup.verify import Match, leaders
 from efftrain.data.stages.kept_documents import KeptDocuments, Reader
-from efftrain.data.stages.removals import Removal, Survivors
+from efftrain.data.stages.removals import ExcludedDocuments, Survivors
 from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import Engine, run_stage, stem
 
@@ -128,14 +128,14 @@ class Verify:
 
     def __call__(self, number: int, folder: Path) -> dict[str, Any]:
         members, bounds = np.load(self.members, mmap_mode="r"), np.load(self.bounds, mmap_mode="r")
-        removal, clusters, planted = Removal(folder, number), Counter(), []
+        excluded, clusters, planted = ExcludedDocuments(folder, number), Counter(), []
         with Reader(self.kept) as reader:
             for component in range(self.groups[number], self.groups[number + 1]):
                 numbers = np.array(members[bounds[component] : bounds[component + 1]])
                 is_planted = numbers >= self.first_planted
-                self._remove(reader, self._matches(reader, numbers[~is_planted]), removal, clusters)
+                self._remove(reader, self._matches(reader, numbers[~is_planted]), excluded, clusters)
                 planted += [match.document for match in self._matches(reader, numbers[is_planted])]
-        return removal.close() | {"clusters": len(clusters), "planted": planted}
+        return excluded.close() | {"clusters": len(clusters), "planted": planted}
 
     def _matches(self, reader: Reader, numbers: np.ndarray) -> list[Match]:
         if len(numbers) < 2:
@@ -148,14 +148,14 @@ class Verify:
             self.config,
         )
 
-    def _remove(self, reader: Reader, matches: Sequence[Match], removal: Removal, clusters: Counter) -> None:
+    def _remove(self, reader: Reader, matches: Sequence[Match], excluded: ExcludedDocuments, clusters: Counter) -> None:
         sizes = Counter(match.survivor for match in matches)
         for match in matches:
             clusters[match.survivor] += 1
             record = reader.record(match.document)
             survivor, _, _, text = unpack_record(reader.record(match.survivor))
             shown = clusters[match.survivor] <= _DIFFS
-            removal.add(
+            excluded.add(
                 match.document,
                 record,
                 NEAR_DUPLICATE,

@@ -19,7 +19,7 @@ from efftrain.data import corpus as corpora
 from efftrain.data.corpus import Corpus, CorpusConfig
 from efftrain.data.decontamination.stages import CONTAMINATED, decontaminate
 from efftrain.data.dedup.exact_duplicates import EXACT_DUPLICATE, remove_exact_duplicates
-from efftrain.data.dedup.lines import REPEATED, remove_repeated_lines
+from efftrain.data.dedup.lines import REPEATED, deduplicate_lines
 from efftrain.data.dedup.near_duplicates import NEAR_DUPLICATE, remove_near_duplicates
 from efftrain.data.pipeline.reading import EDITED, EMPTY, FAILED, OnError, Read, list_pieces, source_labels
 from efftrain.data.pipeline.rule_scores import score_names
@@ -140,15 +140,15 @@ class _Build:
         summaries = self._read(pieces, scores)
         kept = KeptDocuments(work / "read", [summary["kept"] for summary in summaries])
         left = Survivors(kept, summaries)
-        left.funnels.total().check_something_left(len(kept), _score_names(config))
+        left.statistics.total().check_something_left(len(kept), _score_names(config))
         if config.deduplicate:
             remove_exact_duplicates(engine, work, left, within_source=within_source)
         _check_ids(left)
         near = lines = contaminated = None
         if config.near_duplicates:
             near = remove_near_duplicates(engine, work, left, config.near_duplicates, within_source=within_source)
-        if config.repeated_lines:  # after near duplicates, which are recognised by the lines that they share
-            lines = remove_repeated_lines(engine, work, left, config.repeated_lines, within_source=within_source)
+        if config.line_deduplication:  # after near duplicates, which are recognised by the lines that they share
+            lines = deduplicate_lines(engine, work, left, config.line_deduplication, within_source=within_source)
         split_of, split_by = _assign_splits(config, left)
         if config.decontaminate:
             contaminated = decontaminate(engine, work, left, split_of, config.decontaminate)
@@ -157,14 +157,14 @@ class _Build:
                 "no document is left to train on after decontamination; raise decontaminate.threshold, or check what "
                 "the evaluation sets hold"
             )
-        join_tables(left.evidence, self.folder / "removed.parquet")
+        join_tables(left.exclusion_logs, self.folder / "removed.parquet")
         parts = [kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))]
         join_tables(parts, self.folder / SCORES)
         splits, tokenizer = write_corpus(self.folder, config, left, split_of)
         order = _stage_names(config, contaminated)
         return {
-            "funnel": left.funnels.total().rows(order),
-            "sources": left.funnels.rows(order),
+            "funnel": left.statistics.total().rows(order),
+            "sources": left.statistics.rows(order),
             "unreadable": _unreadable(summaries),
             "near_duplicates": near,
             "repeated_lines": lines,

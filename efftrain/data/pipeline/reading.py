@@ -126,7 +126,7 @@ class _Output:
 
     def __init__(self, path: Path, task: Read, rules: Sequence[Rule | Edit]):
         self._path, self._task, self._rules = path, task, rules
-        self._funnels = FilterStatistics()
+        self._statistics = FilterStatistics()
         self._index: list[tuple] = []
         self._unreadable: Counter[str] = Counter()
         self._offset = 0
@@ -134,8 +134,8 @@ class _Output:
     def __enter__(self) -> "_Output":
         with contextlib.ExitStack() as files:
             self._records = files.enter_context(Path(f"{self._path}.records").open("wb"))
-            self._evidence = ExclusionLog(Path(f"{self._path}.removed.parquet"))
-            files.callback(self._evidence.close)
+            self._log = ExclusionLog(Path(f"{self._path}.removed.parquet"))
+            files.callback(self._log.close)
             self._scores = RuleScores(Path(f"{self._path}.scores.parquet"), self._rules)
             files.callback(self._scores.close)
             self._files = files.pop_all()
@@ -146,32 +146,32 @@ class _Output:
 
     def skip(self, item: Skipped) -> None:
         """Records an item that could not be read."""
-        self._funnels.see(item.source, item.n_bytes)
-        self._funnels.drop(item.source, item.rule, item.n_bytes, f"{item.id}: {item.detail}")
-        self._evidence.add(id=item.id, source=item.source, rule=item.rule, n_bytes=item.n_bytes, text=item.detail)
+        self._statistics.see(item.source, item.n_bytes)
+        self._statistics.drop(item.source, item.rule, item.n_bytes, f"{item.id}: {item.detail}")
+        self._log.add(id=item.id, source=item.source, rule=item.rule, n_bytes=item.n_bytes, text=item.detail)
         if item.rule == UNREADABLE:
             self._unreadable[clean(f"{item.id}: {item.detail}")] += 1
 
     def fail(self, document: Document, text: Text, error: RuleFailed) -> None:
         """Records a document for which a rule raised an exception."""
         rule, n_bytes = f"{FAILED}/{error.rule}", len(text.utf8)
-        self._funnels.see(document.source, n_bytes)
+        self._statistics.see(document.source, n_bytes)
         self._scores.add(document, n_bytes, None, rule)
-        self._funnels.drop(document.source, rule, n_bytes, f"{document.id}: {error}")
-        self._evidence.add(id=document.id, source=document.source, rule=rule, n_bytes=n_bytes, text=str(error))
+        self._statistics.drop(document.source, rule, n_bytes, f"{document.id}: {error}")
+        self._log.add(id=document.id, source=document.source, rule=rule, n_bytes=n_bytes, text=str(error))
 
     def judged(self, document: Document, original: Text, found: Judgement) -> None:
         """Records a document that the rules have judged, and keeps or drops it."""
         n_bytes, text = len(original.utf8), found.text
-        self._funnels.see(document.source, n_bytes)
+        self._statistics.see(document.source, n_bytes)
         rejected = found.verdict
         self._scores.add(document, n_bytes, found.scores, rejected.rule if rejected else None)
         if found.edited:
-            self._funnels.cut(document.source, EDITED, n_bytes - len(text.utf8))
+            self._statistics.cut(document.source, EDITED, n_bytes - len(text.utf8))
         if rejected is not None or not text.text or text.text.isspace():
             rule = rejected.rule if rejected else EMPTY
-            self._funnels.drop(document.source, rule, len(text.utf8), example(document.id, text.text))
-            self._evidence.add(
+            self._statistics.drop(document.source, rule, len(text.utf8), example(document.id, text.text))
+            self._log.add(
                 id=document.id,
                 source=document.source,
                 rule=rule,
@@ -206,7 +206,7 @@ class _Output:
         return {
             "kept": len(self._index),
             "scored": self._scores.n_rows,
-            "sources": self._funnels.to_json(),
+            "sources": self._statistics.to_json(),
             "unreadable": {"files": self._unreadable.total(), "first": [*self._unreadable][:_LISTED]},
         }
 

@@ -16,7 +16,7 @@ from efftrain.data.storage.store import read_manifest
 from efftrain.errors import ConfigError
 
 REJECTS = 20  # number of removed documents that are shown for each rule
-MAX_SOURCES = 100  # largest number of sources with a funnel of their own on the page
+MAX_SOURCES = 100  # largest number of sources with statistics of their own on the page
 
 
 def write_report(corpus: Path | str, out: Path | str | None = None, *, seed: int = 0) -> Path:
@@ -67,10 +67,10 @@ def _content(corpus: Path, name: str, manifest: Mapping[str, Any], seed: int) ->
         "name": name,
         "manifest": manifest,
         "alarms": alarms(manifest),
-        "funnel": funnel(rows, tokens_per_byte, _total(splits, "tokens")),
+        "funnel": filter_rows(rows, tokens_per_byte, _total(splits, "tokens")),
         "tokens_per_byte": tokens_per_byte,
         "n_sources": len(sources),
-        "sources": [(source, funnel(part, tokens_per_byte)) for source, part in sources[:MAX_SOURCES]],
+        "sources": [(source, filter_rows(part, tokens_per_byte)) for source, part in sources[:MAX_SOURCES]],
         "splits": splits,
         "split_bytes": _total(splits, "bytes"),
         "histograms": [_described(histogram, counts) for histogram in histograms(corpus, kept)],
@@ -87,10 +87,10 @@ def _content(corpus: Path, name: str, manifest: Mapping[str, Any], seed: int) ->
     }
 
 
-def funnel(
+def filter_rows(
     rows: Sequence[Mapping[str, Any]], tokens_per_byte: float | None, n_kept: int | None = None
 ) -> list[dict[str, Any]]:
-    """Adds to the rows of a funnel what is left after each stage.
+    """Adds to the rows of filter statistics what is left after each stage.
 
     Args:
       rows: ``stage``, ``documents`` and ``bytes``: what was seen, what each stage drops, and what was kept.

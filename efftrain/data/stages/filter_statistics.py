@@ -9,7 +9,7 @@ from efftrain.data.stages.exclusion_log import clean
 from efftrain.errors import CorpusError
 
 
-class Funnel:
+class FilterCounts:
     """Counts of documents and bytes seen, dropped by each rule and kept, with the first document of each rule."""
 
     def __init__(self):
@@ -30,7 +30,7 @@ class Funnel:
         self._dropped[rule] = documents, size + n_bytes
 
     def add(self, counts: Mapping[str, Any]) -> None:
-        """Adds the counts of another funnel, given as the result of its ``to_json``."""
+        """Adds the counts of another one, given as the result of its ``to_json``."""
         self._seen = [a + b for a, b in zip(self._seen, counts["seen"], strict=True)]
         for rule, (documents, n_bytes) in counts["dropped"].items():
             before = self._dropped.get(rule, (0, 0))
@@ -65,36 +65,36 @@ class Funnel:
 
 
 class FilterStatistics:
-    """A funnel for each source."""
+    """The counts of each source."""
 
     def __init__(self):
-        self._of: dict[str, Funnel] = {}
+        self._of: dict[str, FilterCounts] = {}
 
     def see(self, source: str, n_bytes: int) -> None:
-        self._of.setdefault(clean(source), Funnel()).see(n_bytes)
+        self._of.setdefault(clean(source), FilterCounts()).see(n_bytes)
 
     def drop(self, source: str, rule: str, n_bytes: int, example: str) -> None:
-        self._of.setdefault(clean(source), Funnel()).drop(rule, n_bytes, clean(example))
+        self._of.setdefault(clean(source), FilterCounts()).drop(rule, n_bytes, clean(example))
 
     def cut(self, source: str, rule: str, n_bytes: int) -> None:
-        self._of.setdefault(clean(source), Funnel()).cut(rule, n_bytes)
+        self._of.setdefault(clean(source), FilterCounts()).cut(rule, n_bytes)
 
     def add(self, counts: Mapping[str, Any]) -> None:
         """Adds other counts, given as the result of ``to_json``."""
         for source, count in counts.items():
-            self._of.setdefault(source, Funnel()).add(count)
+            self._of.setdefault(source, FilterCounts()).add(count)
 
     def to_json(self) -> dict[str, Any]:
-        return {source: funnel.to_json() for source, funnel in self._of.items()}
+        return {source: counts.to_json() for source, counts in self._of.items()}
 
     def rows(self, order: Sequence[str]) -> dict[str, list[dict]]:
-        return {source: funnel.rows(order) for source, funnel in self._of.items()}
+        return {source: counts.rows(order) for source, counts in self._of.items()}
 
-    def total(self) -> Funnel:
+    def total(self) -> FilterCounts:
         """Returns the sum of all sources."""
-        total = Funnel()
-        for funnel in self._of.values():
-            total.add(funnel.to_json())
+        total = FilterCounts()
+        for counts in self._of.values():
+            total.add(counts.to_json())
         return total
 
 
@@ -104,13 +104,13 @@ def example(id: str, text: str) -> str:
     return f"{id} ({shown[:80]}{'...' if len(shown) > 80 else ''})"
 
 
-def funnel_table(title: str, funnel: list[dict[str, Any]], splits: dict[str, dict[str, int]]) -> Table:
-    """Returns a table of the rows of a funnel, followed by the splits with their tokens."""
-    seen = max(funnel[0]["documents"], 1)
+def filter_table(title: str, rows: list[dict[str, Any]], splits: dict[str, dict[str, int]]) -> Table:
+    """Returns a table of the filter statistics, followed by the splits with their tokens."""
+    seen = max(rows[0]["documents"], 1)
     table = Table(title=title, title_justify="left")
     for name in ("stage", "documents", "share", "bytes", "tokens"):
         table.add_column(name, justify="left" if name == "stage" else "right")
-    for row in funnel:
+    for row in rows:
         table.add_row(row["stage"], f"{row['documents']:,}", f"{row['documents'] / seen:.1%}", f"{row['bytes']:,}", "")
     table.add_section()
     for split, figures in splits.items():

@@ -1,4 +1,4 @@
-"""Records the documents that a stage removes, with evidence, and keeps track of the documents that are left."""
+"""Records the documents that a stage removes, with the reasons, and keeps track of the documents that are left."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,31 +13,31 @@ from efftrain.data.stages.spool import unpack_record
 from efftrain.data.stages.stage import stem
 
 
-class Removal:
+class ExcludedDocuments:
     """Writes the removals of one item of a stage to ``NNNNNN.removed.parquet`` and ``NNNNNN.gone.npy``."""
 
     def __init__(self, folder: Path, number: int):
         self._path = folder / stem(number)
-        self._evidence = ExclusionLog(Path(f"{self._path}.removed.parquet"))
-        self._funnels, self._gone = FilterStatistics(), []
+        self._log = ExclusionLog(Path(f"{self._path}.removed.parquet"))
+        self._statistics, self._gone = FilterStatistics(), []
 
-    def add(self, number: int, record: bytes, rule: str, **evidence: Any) -> None:
-        """Removes document ``number`` with the given record; ``evidence`` is passed to ``ExclusionLog.add``."""
+    def add(self, number: int, record: bytes, rule: str, **details: Any) -> None:
+        """Removes document ``number`` with the given record; ``details`` are passed to ``ExclusionLog.add``."""
         id, source, _, utf8 = unpack_record(record)
         text = utf8.decode()
         self._gone.append(number)
-        self._funnels.drop(source, rule, len(utf8), example(id, text))
-        self._evidence.add(id=id, source=source, rule=rule, n_bytes=len(utf8), text=text, **evidence)
+        self._statistics.drop(source, rule, len(utf8), example(id, text))
+        self._log.add(id=id, source=source, rule=rule, n_bytes=len(utf8), text=text, **details)
 
     def cut(self, record: bytes, rule: str, n_bytes: int) -> None:
         """Counts bytes that were removed from the text of a kept document."""
-        self._funnels.cut(unpack_record(record)[1], rule, n_bytes)
+        self._statistics.cut(unpack_record(record)[1], rule, n_bytes)
 
     def close(self) -> dict[str, Any]:
         """Closes the files and returns the summary of the item."""
-        self._evidence.close()
+        self._log.close()
         np.save(f"{self._path}.gone.npy", np.array(self._gone, np.int64))
-        return {"removed": len(self._gone), "sources": self._funnels.to_json()}
+        return {"removed": len(self._gone), "sources": self._statistics.to_json()}
 
 
 class Survivors:
@@ -46,23 +46,23 @@ class Survivors:
     Attributes:
       kept: the documents that the first stage kept.
       alive: (documents,) bool, True for documents that have not been removed since.
-      funnels: counts of the documents seen and dropped so far.
-      evidence: the Parquet files with the reasons of the removals.
+      statistics: counts of the documents seen and dropped so far.
+      exclusion_logs: the Parquet files with the reasons of the removals.
     """
 
     def __init__(self, kept: KeptDocuments, read: Sequence[dict[str, Any]]):
         self.kept, self.alive = kept, np.ones(len(kept), bool)
-        self.funnels = FilterStatistics()
-        self.evidence = [kept.folder / f"{stem(number)}.removed.parquet" for number in range(kept.n_pieces)]
+        self.statistics = FilterStatistics()
+        self.exclusion_logs = [kept.folder / f"{stem(number)}.removed.parquet" for number in range(kept.n_pieces)]
         for summary in read:
-            self.funnels.add(summary["sources"])
+            self.statistics.add(summary["sources"])
 
     def apply(self, folder: Path, summaries: Sequence[dict[str, Any]]) -> int:
         """Applies the removals of all items of a stage; returns the number of removed documents."""
         for number, summary in enumerate(summaries):
-            self.funnels.add(summary["sources"])
+            self.statistics.add(summary["sources"])
             if summary["removed"]:
-                self.evidence.append(folder / f"{stem(number)}.removed.parquet")
+                self.exclusion_logs.append(folder / f"{stem(number)}.removed.parquet")
                 self.alive[np.load(folder / f"{stem(number)}.gone.npy")] = False
         return sum(summary["removed"] for summary in summaries)
 

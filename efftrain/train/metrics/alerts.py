@@ -7,12 +7,12 @@ from efftrain.models.moe import layer as moe
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """A warning that is printed once, when a figure of the training metrics rises above a limit.
+class Alert:
+    """A warning that is printed once, when a figure of the training metrics rises above a threshold.
 
     Attributes:
       figure: name of the metric.
-      above: the limit.
+      above: the threshold.
       sentence: the text of the warning.
     """
 
@@ -21,8 +21,8 @@ class Alarm:
     sentence: str
 
 
-ALARMS = (
-    Alarm(
+ALERTS = (
+    Alert(
         moe.COLLAPSED,
         0.0,
         f"experts have had less than {moe.STARVED_SHARE:.0%} of the mean load for {moe.STARVED_STEPS} steps and learn "
@@ -32,13 +32,13 @@ ALARMS = (
 
 
 class Alerts:
-    """Gives each alarm the first time that its figure is above the limit."""
+    """Gives each alert the first time that its figure is above its threshold."""
 
     def __init__(self) -> None:
-        self._waiting = list(ALARMS)
+        self._waiting = list(ALERTS)
 
-    def heard(self, figures: Mapping[str, float]) -> list[str]:
-        """Returns the sentences of the alarms that a step's figures set off for the first time."""
-        found = [alarm for alarm in self._waiting if figures.get(alarm.figure, 0.0) > alarm.above]
-        self._waiting = [alarm for alarm in self._waiting if alarm not in found]
-        return [f"{alarm.sentence} ({alarm.figure} {figures[alarm.figure]:.3g})" for alarm in found]
+    def check(self, figures: Mapping[str, float]) -> list[str]:
+        """Returns the sentences of the alerts that a step's figures set off for the first time."""
+        found = [alert for alert in self._waiting if figures.get(alert.figure, 0.0) > alert.above]
+        self._waiting = [alert for alert in self._waiting if alert not in found]
+        return [f"{alert.sentence} ({alert.figure} {figures[alert.figure]:.3g})" for alert in found]

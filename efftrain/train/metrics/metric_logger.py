@@ -54,7 +54,7 @@ class MetricLogger:
         self._asked: tuple[int, str] | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._figures: dict[str, float] = {}
-        self._alarms = Alerts()
+        self._alerts = Alerts()
         self.progress = Progress("train", steps, unit="steps", initial=start)
 
     def __enter__(self) -> "MetricLogger":
@@ -169,7 +169,7 @@ class MetricLogger:
         times = self._timing.step_arrived()
         if self._log:
             self._write(number, values | times, "train", arrays)
-        for sentence in self._alarms.heard(values):
+        for sentence in self._alerts.check(values):
             self.progress.print(f"warning: step {number}: {sentence}")
         self.progress.advance()
         rate = f", {times['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in times else ""

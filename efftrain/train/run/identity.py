@@ -24,7 +24,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 # Names of inputs in the files of earlier versions, which name the fields as they were called then.
 _INPUTS = {f"training.{old}": f"training.{new}" for old, new in RENAMED_FIELDS["Training"].items()}
 
-Steps = Literal["none", "some", "all"]  # how many of its steps a run has made
+Completion = Literal["none", "some", "all"]  # how many of its steps a run has made
 
 
 def run_identity(config: Any, inputs: Mapping[str, str], *, alone: bool) -> dict[str, dict[str, str]]:
@@ -68,7 +68,7 @@ def keep_sources(run: Path, sources: Mapping[str, bytes]) -> str | None:
     return folder.relative_to(run).as_posix()
 
 
-def earlier_history(run: Path, before: Mapping[str, Any] | None, *, steps: Steps) -> list[dict[str, Any]]:
+def earlier_history(run: Path, before: Mapping[str, Any] | None, *, steps: Completion) -> list[dict[str, Any]]:
     """Returns which code has made the steps of a run so far: the ``history`` of its ``identity.json``.
 
     Each entry has ``first_step``, ``code`` (digests) and ``sources`` (a folder of ``keep_sources``). A step was made by
@@ -106,7 +106,7 @@ def _deciding(config: Any, alone: bool) -> tuple[Any, ...]:
     return (config,) if alone or not defined_outside(main) else (config, main)
 
 
-def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any], *, steps: Steps) -> None:
+def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any], *, steps: Completion) -> None:
     """Raises an error for a run of other inputs or a finished run of other code; warns of other code otherwise.
 
     Args:
@@ -140,7 +140,7 @@ def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str
         )
 
 
-def steps_made(run: Path, checkpoints: Any, config: Any) -> Steps:
+def steps_made(run: Path, checkpoints: Any, config: Any) -> Completion:
     """Returns whether the checkpoints of a run show none, some or all of its steps.
 
     Args:

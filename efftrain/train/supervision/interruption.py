@@ -38,7 +38,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._remember)
+            self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -106,7 +106,7 @@ class Interruption:
         votes = np.full(len(mesh.local_devices), vote, np.int32)
         return {VOTES: jax.make_array_from_process_local_data(sharding, votes, (mesh.size,))}
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
