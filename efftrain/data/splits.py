@@ -75,18 +75,18 @@ def assign_buckets(config: SplitByGroup, sizes: np.ndarray) -> np.ndarray:
     for split, share in shares.items():
         # One bucket must remain for each later split, and one for train.
         n_wanted -= share > 0
-        taken = _take(free, sizes, share * sizes.sum(), most=len(free) - n_wanted) if share else []
+        taken = _take(free, sizes, share * sizes.sum(), max_buckets=len(free) - n_wanted) if share else []
         result[taken] = SPLITS.index(split)
         free = [number for number in free if not result[number]]
     return result
 
 
-def _take(free: list[int], sizes: np.ndarray, budget: float, most: int) -> list[int]:
+def _take(free: list[int], sizes: np.ndarray, budget: float, max_buckets: int) -> list[int]:
     taken: dict[int, None] = {}
     left = budget
     for largest in (budget / 4, budget):
         for number in free:
-            full = left < budget / 10 or len(taken) == most
+            full = left < budget / 10 or len(taken) == max_buckets
             if not full and number not in taken and sizes[number] <= min(largest, left):
                 taken[number] = None
                 left -= sizes[number]
