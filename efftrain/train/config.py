@@ -111,6 +111,11 @@ class Training:
         """Number of tokens that the whole run reads."""
         return self.steps * self.batch_size * self.length
 
+    @property
+    def first_step(self) -> int:
+        """Number of steps that were made before this run: those before ``branch``, or 0."""
+        return 0 if self.branch is None else parse_branch(self.branch, self.steps)[1]
+
 
 def parse_branch(text: str, steps: int) -> tuple[Path, int]:
     """Parses ``RUN@STEP``: a run directory and the step of one of its checkpoints.
