@@ -179,8 +179,8 @@ def cut_and_tune(config: Config, dense: Path, seed: int) -> dict[str, dict[str, 
         cards[name] = compress(dense, options, out=cut, evaluated_rows=EVALUATED_ROWS)
         if name == "width33":
             cards["width33-scratch"] = from_scratch(config, cut, seed)
-    figures = ("bpb", "parameters_total", "train_flops")
-    return {name: {figure: card.figures[figure].value for figure in figures} for name, card in cards.items()}
+    kept = ("bpb", "parameters_total", "train_flops")
+    return {name: {figure: card.figures[figure].value for figure in kept} for name, card in cards.items()}
 
 
 def from_scratch(config: Config, cut: Path, seed: int) -> Scorecard:
