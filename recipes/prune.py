@@ -130,11 +130,8 @@ def compare_ways(config: Config) -> Comparison:
     if config.sparsity is None:
         raise ConfigError("--compare compares a dense run with sparse ones; give it a sparsity")
     base, out = replace(config, compare=False, seeds=()), config.out.parent
-    variants = {
-        "dense": dense_run(base),
-        "sparse": base,
-        "sparse-2of4": replace(base, sparsity=replace(base.sparsity, structure=STRUCTURES["2of4"])),
-    }
+    pattern = replace(base.sparsity, structure=STRUCTURES["2of4"])
+    variants = {"dense": dense_run(base), "sparse": base, "sparse-2of4": replace(base, sparsity=pattern)}
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
     text = CorpusRows(base.corpus, base.training.length)

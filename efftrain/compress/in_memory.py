@@ -13,7 +13,7 @@ from efftrain.ops.masks import Structure
 
 def convert_run(
     run: Path,
-    text: CorpusRows,
+    text: CorpusRows | None,
     quantization: Quantization | None = None,
     method: Method = "rtn",
     *,
@@ -23,7 +23,7 @@ def convert_run(
 
     Args:
       run: run directory of a float model, or of one trained for quantisation.
-      text: the corpus for the calibration of "gptq" and "awq".
+      text: the corpus for the calibration of "gptq" and "awq". None: no calibration, which "rtn" does not need.
       quantization: rules of the new model. None: those that the run was trained for.
       method: see ``convert``.
       rows: number of rows of the calibration text.
@@ -32,7 +32,7 @@ def convert_run(
       ConfigError, RunError: see ``LayerwiseModel.read``, ``CorpusRows.calibration`` and ``convert``.
     """
     pieces = LayerwiseModel.read(run)
-    calibration = text.calibration(rows) if method != "rtn" else None
+    calibration = text.calibration(rows) if text is not None and method != "rtn" else None
     return convert(pieces, quantization or pieces.config.quantization, method=method, calibration=calibration)[0]
 
 
