@@ -131,14 +131,15 @@ def test_flops_at_equal_quality_lie_between_the_members_of_a_family():
 
 
 def test_measurements_of_a_comparison_are_kept_until_its_result_is_written(tmp_path):
-    found, code = compare(VARIANTS, Trainer(tmp_path), out=tmp_path, seeds=(0, 1)), {"efftrain": "1"}
-    stores = [tmp_path / f".cuts-seed{seed}.json.incomplete" for seed in (0, 1)]
-    with pytest.raises(KeyboardInterrupt), found.measuring(tmp_path, "cuts", code) as measured:
-        assert [store.cell("slow", lambda seed=seed: seed) for seed, store in measured.items()] == [0, 1]
-        raise KeyboardInterrupt
-    assert all(store.exists() for store in stores)
-    with found.measuring(tmp_path, "cuts", code) as measured:
-        assert [store.cell("slow", lambda: "again") for store in measured.values()] == [0, 1]
-    assert not any(store.exists() for store in stores)
-    with found.measuring(tmp_path, "cuts", code) as measured:
-        assert measured[1].cell("slow", lambda: "again") == "again"
+    found = compare(VARIANTS, Trainer(tmp_path), out=tmp_path, seeds=(0, 1))
+
+    def cells(measure):
+        with found.measuring(tmp_path, "cuts", {"efftrain": "1"}) as stores:
+            return [store.cell("slow", lambda seed=seed: measure(seed)) for seed, store in stores.items()]
+
+    with pytest.raises(ZeroDivisionError):
+        cells(lambda seed: 5 // (1 - seed))
+    assert [path.name for path in tmp_path.glob(".cuts*")] == [".cuts-seed0.json.incomplete"]
+    assert cells(lambda seed: "again") == [5, "again"]
+    assert not list(tmp_path.glob(".cuts*"))
+    assert cells(lambda seed: "anew") == ["anew", "anew"]

@@ -18,8 +18,8 @@ from efftrain.data.splits import SplitByPackage
 from efftrain.errors import CorpusError
 from efftrain.experiment.compare import Comparison
 from efftrain.experiment.experiment import reported
-from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.measure.measurements import Measurements
+from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.measure.quality.held_out import choosing, reporting
 from efftrain.measure.scorecard.score import quality_figures
 from efftrain.measure.scorecard.scorecard import Scorecard, table
