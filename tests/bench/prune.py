@@ -6,7 +6,7 @@
 Training: a step between two updates of the masks, and one that updates them, over the dense step; in turn, medians.
 Memory: bytes of masks and of the optimizer's state, counted. At once: seconds for each 100M parameters of blocks, on 32
 rows of 256 tokens. Latency: a model and what is left of it when a third of its parameters is cut off, by width and by
-depth: a prompt, and a token behind it, one row and eight; in turn, medians. The parameters are random.
+depth: a prompt, and a token after it, one row and eight; in turn, medians. The parameters are random.
 
 Writes ``tests/bench/results/prune.json``. The last line is JSON: ``ratio`` is the sparse step between updates over the
 dense step, ``goal`` what it may be.
