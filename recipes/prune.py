@@ -18,13 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 
 import efftrain
 from efftrain.code_identity import code_identity
-from efftrain.compress.commands.compression import AnyPrune
 from efftrain.compress.commands.prune import Prune
 from efftrain.compress.commands.recovery_training import RecoveryTraining
 from efftrain.compress.commands.structured_prune import StructuredPrune
@@ -135,7 +133,7 @@ def compare_ways(config: Config) -> Comparison:
     found = compare(variants, train, out=out, seeds=config.seeds, complete=started)
     console.print(found.table())
     text = CorpusRows(base.corpus, base.training.length)
-    seeds: dict[str, dict[str, Any]] = {}
+    seeds: dict[str, dict[str, object]] = {}
     with found.measuring(out, "cuts", code_identity(base, main)) as stores:
         for seed, store in stores.items():
             dense = out / f"dense-seed{seed}"
@@ -154,7 +152,7 @@ def compare_ways(config: Config) -> Comparison:
     return found
 
 
-def cuts(config: Config) -> dict[str, AnyPrune]:
+def cuts(config: Config) -> dict[str, Prune | StructuredPrune]:
     """How a dense run is pruned before it is trained on a tenth of its tokens."""
     tokens = round(RECOVERY * config.training.tokens)
     once, twice, thrice = (RecoveryTraining(tokens=tokens, rounds=rounds) for rounds in (1, 2, 3))
