@@ -8,18 +8,15 @@
     python recipes/adaptive_depth.py layerskip-v5e-64 --corpus corpora/python   # on every worker of a TPU slice
 
 layerskip: late in training some layers are left out at random, and early ones learn to do without the others, so that
-decoding can draft with them and check with all (``efftrain calibrate-depth RUN``). mixture-of-depths: every second
-block is passed by a quarter of the tokens. recursion: half the layers; the inner ones are passed up to three times.
+decoding can draft with them and check with all (``efftrain calibrate-depth RUN``). mixture-of-depths: a quarter of the
+tokens pass every second block. recursion: half the layers; the tokens pass the inner ones up to three times.
 
-A comparison leaves ``comparison-NAME.json`` in the output folder; when interrupted it continues.
+A comparison writes ``comparison-NAME.json`` into the output folder; if it is interrupted, the same command continues
+it.
 
-Measured, cpu, bits per byte, three seeds, mean +- standard deviation, equal training FLOPs (2 cores of an Intel Xeon;
-commits and commands in tests/bench/results/adaptive_depth_*.json): plain 2.131 +- 0.041; layerskip 2.139 +- 0.047,
-0.35 % more in the last layer than the same run switched off; mixture-of-depths 2.019 +- 0.024 with 31 % fewer FLOPs a
-token; recursion 2.024, one seed, with 60 % of the parameters. gpu, v5e-64: not measured; they compile for v5e.
+Measured: recipes/adaptive-depth.md.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,18 +24,18 @@ from typing import Literal
 
 from flax import nnx
 
-from efftrain.config import finite_json
 from efftrain.errors import ConfigError
+from efftrain.experiment import presets
 from efftrain.experiment.compare import Comparison, compare
 from efftrain.experiment.experiment import Experiment, train_and_score
-from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, head_flops, prefill_flops, training_flops
+from efftrain.measure.cost.flops import prefill_flops, training_flops
+from efftrain.measure.cost.objective_flops import objective_flops
 from efftrain.measure.scorecard.scorecard import Scorecard, table
-from efftrain.models.config import DepthConfig, Full, LayerDropout, ModelConfig, llama
+from efftrain.models.config import Dense, DepthConfig, Full, LayerDropout, ModelConfig, llama
 from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
-from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.config import Training
 from efftrain.train.objectives.objective import EarlyExitLoss, Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
@@ -49,11 +46,11 @@ class Config(Experiment):
     """A model of adaptive depth.
 
     Attributes:
-      name: of the variant, in a comparison.
-      exits: the loss of early exits. None: the last layer's alone.
-      compare: train plain models beside it: as deep, every token through every layer, the same training FLOPs. With
-        exits also the same run without them, see ``switched_off``.
-      seeds: of a comparison.
+      name: name of the variant in a comparison.
+      exits: the loss of early exits. None: only the loss of the last layer.
+      compare: also train plain models, in which every token passes every layer, as deep and with the same training
+        FLOPs. With exits, also the same run without them, see ``switched_off``.
+      seeds: seeds of a comparison.
     """
 
     name: str = "plain"
@@ -71,14 +68,14 @@ def every_second(model: ModelConfig, depth: DepthConfig) -> ModelConfig:
 
 
 def looped(model: ModelConfig, n_layers: int, shares: tuple[float, ...]) -> ModelConfig:
-    """First and last block of their own, ``n_layers`` between them passed several times."""
+    """A first and a last block, and ``n_layers`` between them that tokens pass several times."""
     block = model.pattern[0]
     middle = replace(block, depth=Recursion(n_layers=n_layers, shares=shares))
     return model.replace(pattern=(block, middle, block), n_repeats=1)
 
 
 def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion: int) -> dict[str, Config]:
-    """Each technique on a model, for so many steps: about the training FLOPs of the plain one."""
+    """Each technique on a model, with as many steps as give about the training FLOPs of the plain one."""
 
     def variant(name: str, steps: int, model: ModelConfig, exits: EarlyExitLoss | None = None) -> Config:
         return replace(plain, name=name, model=model, exits=exits, training=replace(plain.training, steps=steps))
@@ -99,16 +96,10 @@ def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion
 
 
 def flops_per_token(config: Config) -> float:
-    """Of training, with the heads of the exits."""
-    training = config.training
-    return training_flops(abstract_decoder(config.model), training.length, steps=training.steps) + exit_flops(config)
-
-
-def exit_flops(config: Config) -> float:
-    if config.exits is None:
-        return 0.0
-    heads = config.exits.heads(config.model.n_layers, config.training.steps)
-    return FORWARD_AND_BACKWARD * heads * head_flops(abstract_decoder(config.model))
+    """FLOPs per training token, with the heads of the exits."""
+    training, objective = config.training, program(config)[1]
+    flops = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
+    return flops + objective_flops(objective, config.model, training)
 
 
 cpu = Config(
@@ -121,42 +112,9 @@ cpu = Config(
         checkpoint_every=200,
     ),
 )
-gpu = replace(  # about 125M parameters
-    cpu,
-    model=llama(
-        vocab_size=4096,
-        d_model=768,
-        n_layers=20,
-        n_heads=12,
-        d_ff=2048,
-        max_length=2048,
-        tied_embedding=True,
-        dtype="bfloat16",
-    ),
-    training=replace(cpu.training, steps=5000, batch_size=64, length=2048, eval_every=500, checkpoint_every=500),
-)
-v5e_64 = replace(
-    gpu,
-    model=llama(
-        vocab_size=4096,
-        d_model=2048,
-        n_layers=20,
-        n_heads=16,
-        n_kv_heads=8,
-        d_ff=5632,
-        max_length=2048,
-        dtype="bfloat16",
-        scan=True,
-        remat="full",
-    ),
-    training=replace(
-        gpu.training,
-        steps=20_000,
-        batch_size=512,
-        optimizer=AdamW(peak_lr=6e-4),
-        mesh=MeshConfig(replica=-1, fsdp=16),
-    ),
-)
+deep_125m = presets.llama_125m.with_blocks(mlp=Dense(d_ff=2048)).replace(n_repeats=20)
+gpu = replace(cpu, model=deep_125m, training=presets.gpu_training)
+v5e_64 = replace(cpu, model=presets.llama_1b, training=presets.v5e_64_training)
 sizes = {
     "": variants(cpu, layerskip=500, mixture_of_depths=724, recursion=635),
     "-gpu": variants(gpu, layerskip=5049, mixture_of_depths=8021, recursion=7321),
@@ -174,13 +132,13 @@ def main(config: Config) -> Scorecard | Comparison:
     if config.compare != "nothing":
         return compare_with_plain(config)
     check_begins(config)
-    card = train_and_score(config, *program(config), extra_flops=exit_flops(config))[1]
+    card = train_and_score(config, *program(config))[1]
     console.print(table([card]))
     return card
 
 
 def check_begins(config: Config) -> None:
-    """The named configurations begin with the decay; a run that was made shorter must say when."""
+    """Raises ConfigError if a shortened run would end before exits and layer dropout begin."""
     late = {"exits.after": config.exits.after if config.exits else 0}
     late["model.layer_dropout.after"] = config.model.layer_dropout.after
     for name, after in late.items():
@@ -189,7 +147,7 @@ def check_begins(config: Config) -> None:
 
 
 def compare_with_plain(config: Config) -> Comparison:
-    """The models with every seed, on the same data."""
+    """Trains the models with every seed, on the same data."""
     alone = replace(config, compare="nothing", seeds=())
     plain = plain_of(alone)
     models = {"plain": plain, config.name: alone}
@@ -208,14 +166,13 @@ def compare_with_plain(config: Config) -> Comparison:
         "forward_flops_share": reading[0] / reading[1],
     }
     found.write(config.out / f"comparison-{config.name}.json", **result)
-    console.print(json.dumps(finite_json(result)))
     return found
 
 
 def switched_off(config: Config) -> Config:
-    """The same run, to the bit, up to where layer dropout and exits begin; there it goes on without them.
+    """The same run, to the bit, up to the step where layer dropout and exits begin; it continues without them.
 
-    Two plain runs of one seed that differ in a rounding end as far apart as two seeds: this is what tells their cost.
+    Two plain runs of one seed that differ in a rounding end as far apart as two seeds. Only this run shows the cost.
     """
     never = config.training.steps
     model = config.model.replace(layer_dropout=replace(config.model.layer_dropout, after=never))
@@ -229,7 +186,7 @@ def loss_of_the_last_layer(found: Comparison, name: str) -> dict[str, float]:
 
 
 def plain_of(config: Config) -> Config:
-    """Blocks in place of passes through them, all tokens through all of them, for as many FLOPs."""
+    """A plain model with one block for each pass, which all tokens pass, for as many training FLOPs."""
     block = replace(config.model.pattern[0], depth=Full())
     n_layers = sum(len(block.depth.passes()) for block in config.model.layers)
     model = config.model.replace(pattern=(block,), n_repeats=n_layers, layer_dropout=LayerDropout())

@@ -7,7 +7,7 @@ from pathlib import Path
 from flax import nnx
 
 import efftrain
-from efftrain.compress.distillation.distill import Distill, distilled, forward_flops, teacher_run
+from efftrain.compress.distillation.distill import Distill, distilled, teacher_run
 from efftrain.compress.pruning.sparsify import hold_zeros
 from efftrain.config import from_json
 from efftrain.errors import ConfigError
@@ -83,17 +83,14 @@ def recover(
     def build(rngs: nnx.Rngs) -> Decoder:
         return Decoder(config.model, rngs=rngs)
 
-    objective, extra_flops = next_token_loss, 0.0
+    objective = next_token_loss
     if teacher is not None:
-        taught = teacher_run(teacher, corpus)
-        build, objective = distilled(build, config.model, Distill(), taught)
-        extra_flops = forward_flops(taught.config, training.length)
+        build, objective = distilled(build, config.model, Distill(), teacher_run(teacher, corpus))
     _, card = train_and_score(
         config,
         build,
         objective,
         wrap,
-        extra_flops=extra_flops,
         initial=lambda: efftrain.load(source),
         source=source,
         evaluated_rows=rows,

@@ -20,7 +20,7 @@ from efftrain.measure.scorecard.scorecard import FILE_NAME as SCORECARD
 from efftrain.measure.scorecard.scorecard import Figure, Scorecard
 from efftrain.models.decoder import Decoder
 from efftrain.models.zeros import zeros_share
-from efftrain.sharding.hosts import Hosts
+from efftrain.sharding.hosts import check_single_process
 from efftrain.train.run.directory import load_model_config, read_json
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.run.writing import writing
@@ -55,8 +55,7 @@ def compress(
       InUseError: another process is writing ``out``.
       EfftrainError: the run, the corpus and the options do not fit each other, or ``out`` holds something else.
     """
-    if (Hosts.from_environment().processes or 1) > 1:
-        raise ConfigError("a model is compressed by one process; unset EFFTRAIN_PROCESSES and start one")
+    check_single_process("a model is compressed")
     run = Path(run).resolve()
     config, settings = load_model_config(run), read_json(run / "config.json")
     if config.quantization.stored:

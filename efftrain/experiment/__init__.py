@@ -1,4 +1,4 @@
-"""Experiments: one training run on a corpus with its scorecard, and the comparison of several variants over seeds.
+"""Experiments: one training run on a corpus with its scorecard, comparisons over seeds, baselines, and presets.
 
 Recipes and the training after pruning call it. It may import ``measure``, ``train`` and what these import.
 """

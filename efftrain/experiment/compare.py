@@ -5,16 +5,17 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from efftrain.config import finite_json
+from efftrain.config import digest, finite_json
 from efftrain.errors import CorpusError
 from efftrain.experiment.experiment import Experiment, finished, reported
+from efftrain.measure.measurements import Measurements
 from efftrain.measure.quality.held_out import reporting
 from efftrain.measure.scorecard.scorecard import Figure, Scorecard, amount
 from efftrain.progress import console
@@ -81,7 +82,33 @@ class Comparison:
         }
 
     def write(self, path: Path, **more: Any) -> None:
+        """Writes all figures as JSON, with further results of the comparison, and prints the latter."""
         path.write_text(json.dumps(finite_json(self.as_json() | more), indent=1, allow_nan=False) + "\n")
+        console.print(json.dumps(finite_json(more), indent=1), markup=False)
+
+    @contextlib.contextmanager
+    def measuring(self, out: Path, name: str, code: Mapping[str, str]) -> Iterator[dict[int, Measurements]]:
+        """Opens a store for further measurements of the runs of each seed, so that they are not repeated after a stop.
+
+        The stores are removed at the end of the block, in which the result must be written; if an error ends the block,
+        they stay.
+
+        Args:
+          out: the folder of the stores.
+          name: name of the measurements; the stores are ``NAME-seedN.json`` with the suffix of ``Measurements``.
+          code: ``code_identity`` of the code that measures. A store of other code or other scorecards is not used.
+
+        Yields:
+          The store of each seed.
+        """
+        with contextlib.ExitStack() as stack:
+            stores: dict[int, Measurements] = {}
+            for i, seed in enumerate(self.seeds):
+                cards = {variant: digest(asdict(of_seeds[i])) for variant, of_seeds in self.cards.items()}
+                stores[seed] = stack.enter_context(Measurements(out / f"{name}-seed{seed}.json", cards, code))
+            yield stores
+            for store in stores.values():
+                store.remove()
 
     def table(self) -> Table:
         """A table with a row per variant; figures are shown as mean and standard deviation."""
@@ -110,9 +137,15 @@ class Comparison:
         return [card.value(figure) for card in self.cards[variant]]
 
 
-def on_test(card: Scorecard, config: Experiment) -> Scorecard:
-    """The scorecard of a run with its quality on the test split, which was not used during training."""
-    return reported(card, config.out, config.corpus, config.training)
+def on_test(card: Scorecard, config: Experiment, *, rows: int | None = None) -> Scorecard:
+    """The scorecard of a run with its quality on the test split, which was not used during training.
+
+    Args:
+      card: scorecard of the run.
+      config: configuration of the run.
+      rows: number of rows of the split. None: all.
+    """
+    return reported(card, config.out, config.corpus, config.training, rows=rows)
 
 
 def compare(

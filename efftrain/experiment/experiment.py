@@ -10,6 +10,7 @@ from flax import nnx
 from efftrain import data
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
+from efftrain.measure.cost.objective_flops import objective_flops
 from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.measure.quality.held_out import HeldOut, choosing, reporting
 from efftrain.measure.scorecard.score import quality_figures, score
@@ -75,7 +76,7 @@ def train_and_score(
     part: data.Part | None = None,
     initial: Callable[[], Decoder] | None = None,
     source: Path | None = None,
-    extra_flops: float = 0.0,
+    extra_flops: float | None = None,
     evaluated_rows: int | None = None,
     script: Path | None = None,
     rules: ShardingRules = DEFAULT_RULES,
@@ -97,7 +98,8 @@ def train_and_score(
       evaluated_rows: number of rows of the validation split. None: all.
       script: see ``Run``.
       rules: see ``fit``.
-      extra_flops: FLOPs per token that the objective spends in addition to the model, for example on a teacher.
+      extra_flops: FLOPs per token that the objective spends in addition to the model, for example on a teacher. None:
+        those of ``objective_flops``.
       sinks: see ``fit``.
 
     Returns:
@@ -127,6 +129,8 @@ def train_and_score(
     mine = batch_part(training, rules)
     evaluate = _evaluator(corpus, held_out, training.batch_size, mine)
 
+    if extra_flops is None:
+        extra_flops = objective_flops(objective, config.model, training)
     flops_per_token = training_flops(abstract_decoder(config.model), training.length, steps=training.steps)
     flops_per_token += extra_flops
     batches = data.batches(loader, *mine, verify=False)

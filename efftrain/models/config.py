@@ -242,6 +242,10 @@ class ModelConfig:
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
 
+    def with_blocks(self, **changes: Any) -> "ModelConfig":
+        """Returns the same stack with these fields replaced in every block, such as ``mlp=Dense(d_ff=64)``."""
+        return self.replace(pattern=tuple(dataclasses.replace(block, **changes) for block in self.pattern))
+
 
 def standard_attention(block: BlockConfig, technique: str) -> Attention:
     """Returns the attention of a block, for a technique that needs its heads.

@@ -84,6 +84,16 @@ class Hosts:
         return cls(**given)
 
 
+def check_single_process(work: str) -> None:
+    """Raises ConfigError if several processes were started, for work that one process does.
+
+    Args:
+      work: start of the message, such as "a model is compressed".
+    """
+    if (Hosts.from_environment().processes or 1) > 1:
+        raise ConfigError(f"{work} by one process; unset EFFTRAIN_PROCESSES and start one")
+
+
 _lost_after_s = Hosts.lost_after_s
 
 

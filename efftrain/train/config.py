@@ -118,6 +118,11 @@ class Training:
         """Number of tokens that the whole run reads."""
         return self.steps * self.batch_size * self.length
 
+    @property
+    def first_step(self) -> int:
+        """Number of steps that were made before this run: those before ``resume_from``, or 0."""
+        return 0 if self.resume_from is None else parse_resume_from(self.resume_from, self.steps)[1]
+
 
 def parse_resume_from(text: str, steps: int) -> tuple[Path, int]:
     """Parses ``RUN@STEP``: a run directory and the step of one of its checkpoints.

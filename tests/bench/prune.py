@@ -6,7 +6,7 @@
 Training: a step between two updates of the masks, and one that updates them, over the dense step; in turn, medians.
 Memory: bytes of masks and of the optimizer's state, counted. At once: seconds for each 100M parameters of blocks, on 32
 rows of 256 tokens. Latency: a model and what is left of it when a third of its parameters is cut off, by width and by
-depth: a prompt, and a token behind it, one row and eight; in turn, medians. The parameters are random.
+depth: a prompt, and a token after it, one row and eight; in turn, medians. The parameters are random.
 
 Writes ``tests/bench/results/prune.json``. The last line is JSON: ``ratio`` is the sparse step between updates over the
 dense step, ``goal`` what it may be.
@@ -14,7 +14,6 @@ dense step, ``goal`` what it may be.
 
 import argparse
 import json
-import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from efftrain.compress.pruning.sparsify import Sparsity, sparsify
 from efftrain.compress.pruning.sparsity_schedules import Gradual, OneShot
 from efftrain.compress.structured.shape import shaped
 from efftrain.compress.structured.shapes import candidates
-from efftrain.measure.cost.latency import measure_latency
+from efftrain.measure.cost.latency import side_by_side
 from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.config import ModelConfig, llama
 from efftrain.models.decoder import Decoder
@@ -108,19 +107,11 @@ def latency(model: ModelConfig, rounds: int) -> dict[str, dict[str, float]]:
     for axis, shape in shapes.items():
         configs[axis] = shaped(model, shape, tuple(range(shape.n_layers)))
     decoders = {name: Decoder(config, rngs=nnx.Rngs(0)) for name, config in configs.items()}
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in decoders}
-    for _ in range(rounds):
-        for name, decoder in decoders.items():
-            for batch in (1, 8):
-                read, draw = measure_latency(decoder, batch=batch, prompt_length=128, n_new=32, rounds=2)
-                times[name].setdefault(f"prefill_s_b{batch}", []).append(read.median_s)
-                times[name].setdefault(f"decode_s_per_token_b{batch}", []).append(draw.s_per_token)
-    found = {name: {f: statistics.median(v) for f, v in figures.items()} for name, figures in times.items()}
+    found = side_by_side(decoders, n_new=32, turns=rounds, rounds=2)
+    ratios = {f"speedup, {axis}": {f: found["whole"][f] / value for f, value in found[axis].items()} for axis in shapes}
     for name, decoder in decoders.items():
         found[name]["parameters"] = count_parameters(decoder).total
-    for axis in shapes:
-        found[f"speedup, {axis}"] = {f: found["whole"][f] / found[axis][f] for f in times[axis]}
-    return found
+    return found | ratios
 
 
 def main() -> None:

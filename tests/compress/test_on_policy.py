@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from test_distill import LENGTH, STUDENT, batch, loss_of, teacher_of_seed
 from tiny_models import build
+from tiny_runs import write_corpus
 
 from efftrain.compress.distillation.distill import Distill, FromTeacher
 from efftrain.compress.distillation.on_policy import OnPolicy
@@ -99,3 +100,14 @@ def test_rows_that_are_too_short_are_refused():
         OnPolicy(fraction=1.0, n_new=LENGTH).answered(build(STUDENT), batch(), jax.random.key(0))
     with pytest.raises(ConfigError, match=r"on_policy\.fraction is 0"):
         OnPolicy(fraction=0.0)
+
+
+def test_text_without_answers_needs_a_prompt_and_the_end_of_its_corpus(tmp_path):
+    corpus = write_corpus(tmp_path)
+    end = corpus.end_of_text_id
+    OnPolicy(prompt=4, end_token=end).check_text(corpus.path)
+    OnPolicy(prompt=4, end_token=None).check_text(corpus.path)
+    with pytest.raises(ConfigError, match=r"no prompts of its own; set distill\.on-policy\.prompt"):
+        OnPolicy(end_token=end).check_text(corpus.path)
+    with pytest.raises(ConfigError, match=rf"is not the end of text of \S+; set it to {end}, or None"):
+        OnPolicy(prompt=4, end_token=end + 1).check_text(corpus.path)

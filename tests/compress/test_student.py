@@ -7,10 +7,19 @@ import pytest
 from test_one_shot import calibration
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.distillation.student import cut_from, from_layers, shape_within, spread_layers
+from efftrain.compress.distillation.student import (
+    cut_from,
+    equal_students,
+    from_layers,
+    same_parameters,
+    shape_within,
+    spread_layers,
+)
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.errors import ConfigError
+from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import abstract_decoder
 
 DEEP = config(pattern=(PLAIN,), n_repeats=4)
 
@@ -66,3 +75,14 @@ def test_another_head_size_cannot_be_cut():
     block = replace(PLAIN, attention=replace(PLAIN.attention, d_head=8))
     with pytest.raises(ConfigError, match="start it at random"):
         cut_from(LayerwiseModel.of(build(DEEP)), DEEP.replace(pattern=(block,)), calibration())
+
+
+def test_students_of_half_the_layers_and_of_narrower_ones_have_about_as_many_parameters():
+    teacher = config(vocab_size=16, pattern=(PLAIN,), n_repeats=6, d_model=64)
+    half, narrow = equal_students(teacher, 16)
+    assert (half.n_layers, half.d_model) == (3, 64)
+    assert narrow.n_layers == 6
+    assert same_parameters(half, teacher.replace(n_repeats=3))
+    sizes = [count_parameters(abstract_decoder(model)).total for model in (half, narrow)]
+    assert sizes[1] <= sizes[0]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.2)

@@ -128,3 +128,18 @@ def test_flops_at_equal_quality_lie_between_the_members_of_a_family():
     assert equal_quality_flops(family, 2.0) == pytest.approx(1e12)
     assert equal_quality_flops(family, 1.7) is None
     assert equal_quality_flops(family, 2.1) is None
+
+
+def test_measurements_of_a_comparison_are_kept_until_its_result_is_written(tmp_path):
+    found = compare(VARIANTS, Trainer(tmp_path), out=tmp_path, seeds=(0, 1))
+
+    def cells(measure):
+        with found.measuring(tmp_path, "cuts", {"efftrain": "1"}) as stores:
+            return [store.cell("slow", lambda seed=seed: measure(seed)) for seed, store in stores.items()]
+
+    with pytest.raises(ZeroDivisionError):
+        cells(lambda seed: 5 // (1 - seed))
+    assert [path.name for path in tmp_path.glob(".cuts*")] == [".cuts-seed0.json.incomplete"]
+    assert cells(lambda seed: "again") == [5, "again"]
+    assert not list(tmp_path.glob(".cuts*"))
+    assert cells(lambda seed: "anew") == ["anew", "anew"]

@@ -1,6 +1,7 @@
 """Which rows choose and which report: of a corpus whose test split has other text than its validation split."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from efftrain.data.splits import SplitByGroup
 from efftrain.errors import CorpusError
 from efftrain.experiment.compare import Comparison
 from efftrain.experiment.experiment import reported
+from efftrain.measure.measurements import Measurements
 from efftrain.measure.quality.evaluate import Evaluator
 from efftrain.measure.quality.held_out import choosing, reporting
 from efftrain.measure.scorecard.score import quality_figures
@@ -143,3 +145,28 @@ def test_a_run_is_reported_on_test_once(run, corpus):
     assert (run / "scorecard.json").stat().st_mtime_ns == stamp
     found = Comparison((0,), {"run": [card]}, {"run": {}}).as_json()
     assert found["variants"]["run"]["bpb"]["split"] == "test"
+
+
+def test_models_are_measured_one_after_the_other_and_not_again(tmp_path):
+    corpus, model = planted(tmp_path), build(MODEL)
+    rows, built = reporting(corpus.path, LENGTH, 16), []
+
+    def make(name):
+        built.append(name)
+        return model
+
+    path = tmp_path / "result.json"
+    with Measurements(path, {}, {"efftrain": "1"}) as store:
+        first = rows.bits_per_byte({"one": lambda: make("one")}, store)
+    with Measurements(path, {}, {"efftrain": "1"}) as store:
+        found = rows.bits_per_byte({name: lambda name=name: make(name) for name in ("one", "two")}, store)
+    assert built == ["one", "two"]
+    assert found["one"] == found["two"] == first["one"] == pytest.approx(rows.evaluator()(model)["bpb"])
+
+
+def test_a_model_without_a_finite_loss_has_no_number(tmp_path, monkeypatch):
+    corpus = planted(tmp_path)
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, model: {"bpb": math.inf})
+    with Measurements(tmp_path / "result.json", {}, {"efftrain": "1"}) as store:
+        found = reporting(corpus.path, LENGTH, 8).bits_per_byte({"one": lambda: None}, store)
+    assert math.isnan(found["one"])

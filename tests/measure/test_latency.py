@@ -1,5 +1,7 @@
 """What is timed is what users run; the times themselves belong to the machine and are not asserted."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.measure.cost import latency, memory
-from efftrain.measure.cost.latency import Latency, decode, measure_latency
+from efftrain.measure.cost.latency import Latency, decode, in_turns, measure_latency, side_by_side
 from efftrain.models.config import llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.generate import generate, prefill
@@ -85,3 +87,22 @@ def test_device_peak_is_that_of_the_fullest(monkeypatch):
     assert memory.device_peak_bytes() == 9
     monkeypatch.setattr(jax, "local_devices", lambda: devices[1:2])
     assert memory.device_peak_bytes() is None
+
+
+def test_models_take_turns_and_medians_are_kept():
+    calls, values = [], {"a": iter([5.0, 1.0, 3.0]), "b": iter([2.0, 2.0, 8.0])}
+
+    def measure(name):
+        calls.append(name)
+        return {"seconds": next(values[name])}
+
+    found = in_turns({name: partial(measure, name) for name in values}, 3)
+    assert calls == ["a", "b"] * 3
+    assert found == {"a": {"seconds": 3.0}, "b": {"seconds": 2.0}}
+
+
+def test_side_by_side_measures_each_model_and_batch(model):
+    found = side_by_side({"one": model, "same": model}, prompt_length=4, n_new=2, turns=1, rounds=1)
+    figures = {f"{name}_b{batch}" for name in ("prefill_s", "decode_s_per_token") for batch in (1, 8)}
+    assert {name: set(times) for name, times in found.items()} == {"one": figures, "same": figures}
+    assert all(seconds > 0 for times in found.values() for seconds in times.values())

@@ -1,6 +1,7 @@
 """What a model configuration refuses, and in which words."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import tiny_models as tiny
@@ -72,3 +73,12 @@ def test_a_configuration_is_hashable_and_frozen():
     assert tiny.config() == tiny.config() != tiny.config(scan=True)
     with pytest.raises(AttributeError):
         tiny.config().scan = True
+
+
+def test_fields_are_replaced_in_every_block():
+    model = llama(vocab_size=8, d_model=8, n_layers=2, n_heads=2, d_ff=8, max_length=8)
+    model = model.replace(pattern=(model.pattern[0], replace(model.pattern[0], mlp=Dense(d_ff=4))))
+    found = model.with_blocks(mlp=Dense(d_ff=16))
+    assert [block.mlp.d_ff for block in found.pattern] == [16, 16]
+    assert [block.attention for block in found.pattern] == [block.attention for block in model.pattern]
+    assert found.n_repeats == model.n_repeats

@@ -196,14 +196,14 @@ def test_a_run_from_the_beginning_and_one_behind_the_end(trained, command, tmp_p
 def test_a_float_run_without_the_checkpoint_is_refused_before_it_is_trained(command, tmp_path):
     code, output = run(command(tmp_path / "int4", "--training.keep-every", "None"))
     assert code == 2
-    assert "quantisation begins behind step 16, of which the float run keeps no checkpoint" in " ".join(output.split())
+    assert f"starts after step 16 of {tmp_path}/float-seed0, which keeps no checkpoint" in " ".join(output.split())
     assert not (tmp_path / "float-seed0").exists()
 
 
 def test_a_comparison_shares_the_float_runs(command, trained, tmp_path):
     recipe = import_script(ROOT / "recipes" / "qat.py")
     assert list(recipe.configs) == ["cpu", "gpu", "v5e-64"]
-    assert [recipe.first_step(config) for config in recipe.configs.values()] == [1800, 4500, 18_000]
+    assert [recipe.started(config).training.first_step for config in recipe.configs.values()] == [1800, 4500, 18_000]
     code, output = run(command(tmp_path / "int4", "--compare", "--seeds", "0", "1"))
     assert code == 0, output
     found = json.loads((tmp_path / "comparison.json").read_text())

@@ -28,7 +28,7 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.depth.routed_depth import causally_routed, routes_causally
 from efftrain.ops.fused_linear_loss import choose_chunks, over_chunks
 from efftrain.progress import Progress, console
-from efftrain.sharding.hosts import Hosts
+from efftrain.sharding.hosts import check_single_process
 from efftrain.train.inputs import model_digest
 from efftrain.train.run.directory import load_model_config, newest_step, read_json
 from efftrain.train.run.tokenizers import check_tokenizer
@@ -100,8 +100,7 @@ def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None,
     Raises:
       EfftrainError: run, corpus and options do not fit each other, or ``out`` holds something else.
     """
-    if (Hosts.from_environment().processes or 1) > 1:
-        raise ConfigError("a teacher's predictions are kept by one process; unset EFFTRAIN_PROCESSES and start one")
+    check_single_process("a teacher's predictions are kept")
     run = Path(run).resolve()
     config, settings = load_model_config(run), read_json(run / "config.json")
     opened, rows = _open_rows(run, config, settings, options, corpus)

@@ -13,13 +13,14 @@ from jax import Array
 from efftrain.compress.distillation.features import Features, feature_loss, with_helpers
 from efftrain.compress.distillation.on_policy import OnPolicy
 from efftrain.errors import ConfigError
-from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, training_flops
+from efftrain.measure.cost.objective_flops import forward_flops
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import Decoder, abstract_decoder
+from efftrain.models.decoder import Decoder
 from efftrain.models.depth.routed_depth import routes_causally
 from efftrain.ops.divergence import distillation_loss, kept_distillation_loss
 from efftrain.sharding import hosts
 from efftrain.sharding.rules import shard_count
+from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Batch, Metrics, Objective, auxiliary_loss, next_token_loss
 from efftrain.train.objectives.teacher import Teacher
 from efftrain.train.run.directory import (
@@ -83,6 +84,10 @@ class FromTeacher:
 
     def at(self, teacher: Decoder | None, progress: Array) -> Objective:
         return partial(self._loss, teacher, progress)
+
+    def extra_flops(self, model: ModelConfig, training: Training) -> float:
+        """FLOPs per token in addition to the student's training; see ``objective_flops``."""
+        return extra_flops(self.how, model, self.teacher.config, training.length)
 
     def _loss(
         self, teacher: Decoder, progress: Array, model: Decoder, batch: Batch, key: Array | None
@@ -234,11 +239,6 @@ def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
             f"model.vocab_size is {student.vocab_size} and the teacher's {teacher.vocab_size}; entries that only fill "
             "up count too, so give the student as many"
         )
-
-
-def forward_flops(model: ModelConfig, length: int) -> float:
-    """FLOPs of a forward pass per token, for rows of ``length`` tokens."""
-    return training_flops(abstract_decoder(model), length) / FORWARD_AND_BACKWARD
 
 
 def extra_flops(how: Distill, student: ModelConfig, teacher: ModelConfig, length: int) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efftrain import data
 from efftrain.errors import ConfigError
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.generate import AllLayers, decode_tokens, read_prompts
@@ -50,6 +52,18 @@ class OnPolicy:
             raise ConfigError(f"on_policy.n_new is {self.n_new} and prompt {self.prompt}; give at least 1")
         if not self.temperature > 0:
             raise ConfigError(f"on_policy.temperature is {self.temperature}; give a positive number")
+
+    def check_text(self, corpus: Path) -> None:
+        """Raises ConfigError if these options do not fit a corpus of text, which has no prompts and answers."""
+        if self.prompt is None:
+            raise ConfigError(
+                "text without answers has no prompts of its own; set distill.on-policy.prompt, such as 64"
+            )
+        end = data.open(corpus, verify=False).end_of_text_id
+        if self.end_token not in (None, end):
+            raise ConfigError(
+                f"distill.on-policy.end-token is not the end of text of {corpus}; set it to {end}, or None"
+            )
 
     def __call__(self, model: Decoder, batch: Mapping[str, Array], key: Array) -> tuple[dict[str, Array], Array]:
         """Returns the batch of this step, with or without the model's answers, and whether it has them, () bool."""

@@ -10,9 +10,11 @@ from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.structured.cut import structured_prune
 from efftrain.compress.structured.importance import importance
 from efftrain.compress.structured.shape import Shape, shaped
+from efftrain.compress.structured.shapes import candidates
 from efftrain.errors import ConfigError
+from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.config import Dense, ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 
 
 def spread_layers(n_student: int, n_teacher: int) -> tuple[int, ...]:
@@ -77,3 +79,17 @@ def shape_within(student: ModelConfig, teacher: ModelConfig) -> Shape:
         experts=1.0 if both_dense else s.mlp.n_experts / t.mlp.n_experts,
         n_layers=student.n_layers,
     )
+
+
+def equal_students(teacher: ModelConfig, length: int) -> tuple[ModelConfig, ModelConfig]:
+    """Two students of about equally many parameters: with half of the teacher's layers, and with narrower layers.
+
+    Args:
+      teacher: configuration of the teacher.
+      length: tokens of a row.
+    """
+    keep = spread_layers(max(teacher.n_layers // 2, 1), teacher.n_layers)
+    half = shaped(teacher, replace(Shape.of(teacher), n_layers=len(keep)), keep)
+    share = count_parameters(abstract_decoder(half)).total / count_parameters(abstract_decoder(teacher)).total
+    shape = candidates(teacher, share, axis="width", metric="parameters", length=length)[0]
+    return half, shaped(teacher, shape, range(teacher.n_layers))

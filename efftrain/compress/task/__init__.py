@@ -1,6 +1,6 @@
-"""Distillation for one task: the loss, the teacher's labels and texts, and the runs.
+"""Distillation for one task: the loss, the teacher's labels and texts, the runs, and what they are compared with.
 
-It may import ``compress.distillation``.
+It may import ``compress.distillation`` and ``compress.in_memory``.
 """
 
 from efftrain.moved import old_names

@@ -5,7 +5,7 @@ Call it outside of ``sharding.rules.use``, where a batch of 1 need not be divide
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -95,6 +95,60 @@ def measure_latency(
     (first_b, cache), *prefill_times = _time(_prefill, read, rounds)
     _, *decode_times = _time(decode, (graph, state, first_b, cache, n_new), rounds)
     return Latency(batch, prompt_length, *prefill_times), Latency(batch, n_new, *decode_times)
+
+
+def side_by_side(
+    models: Mapping[str, Decoder],
+    *,
+    batches: Sequence[int] = (1, 8),
+    prompt_length: int = 128,
+    n_new: int = 64,
+    turns: int = 5,
+    rounds: int = 3,
+) -> dict[str, dict[str, float]]:
+    """Latency of several models, which take turns; see ``in_turns``.
+
+    Args:
+      models: the models by name.
+      batches: batch sizes.
+      prompt_length, n_new, rounds: see ``measure_latency``.
+      turns: number of turns of each model.
+
+    Returns:
+      For each model and batch size B, in seconds: ``prefill_s_bB`` for the prompts, and ``decode_s_per_token_bB``.
+
+    Raises:
+      ConfigError: as for ``measure_latency``.
+    """
+
+    def latencies(model: Decoder) -> dict[str, float]:
+        found = {}
+        for batch in batches:
+            read, new = measure_latency(model, batch=batch, prompt_length=prompt_length, n_new=n_new, rounds=rounds)
+            found |= {f"prefill_s_b{batch}": read.median_s, f"decode_s_per_token_b{batch}": new.s_per_token}
+        return found
+
+    return in_turns({name: partial(latencies, model) for name, model in models.items()}, turns)
+
+
+def in_turns(measure: Mapping[str, Callable[[], Mapping[str, float]]], turns: int) -> dict[str, dict[str, float]]:
+    """Medians of repeated measurements that take turns, so that a slow phase of the machine affects all of them.
+
+    Args:
+      measure: functions that measure some figures once, by name.
+      turns: number of times that each is called.
+
+    Returns:
+      The median of each figure, by name.
+    """
+    found: dict[str, list[Mapping[str, float]]] = {name: [] for name in measure}
+    for _ in range(turns):
+        for name, figures in found.items():
+            figures.append(measure[name]())
+    return {
+        name: {figure: statistics.median(turn[figure] for turn in figures) for figure in figures[0]}
+        for name, figures in found.items()
+    }
 
 
 @partial(jax.jit, static_argnums=(0, 4))

@@ -1,14 +1,14 @@
 """Cost of answering a question of a task: bytes and FLOPs, and seconds of several models side by side."""
 
-import statistics
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
 from efftrain.data.tasks.items import TaskIds
 from efftrain.data.tasks.task import Task
 from efftrain.measure.cost.flops import decode_flops, prefill_flops
-from efftrain.measure.cost.latency import measure_latency
+from efftrain.measure.cost.latency import in_turns, measure_latency
 from efftrain.measure.cost.parameters import count_parameters, stored_bytes
 from efftrain.models.decoder import Decoder
 
@@ -36,11 +36,12 @@ def cost(task: Task, model: Decoder, ids: TaskIds) -> dict[str, float]:
 
 
 def side_by_side(task: Task, models: Mapping[str, tuple[Decoder, TaskIds]]) -> dict[str, float]:
-    """Seconds to answer one question of median length, for each model; turns alternate between the models."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(TURNS):
-        for name, (model, ids) in models.items():
-            read, said = usual(task, ids)
-            prefill, decode = measure_latency(model, batch=1, prompt_length=read, n_new=max(said - 1, 1), rounds=ROUNDS)
-            times[name].append(prefill.median_s + (decode.median_s if said > 1 else 0.0))
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Seconds to answer one question of median length, for each model; the models take turns, see ``in_turns``."""
+
+    def answer(model: Decoder, ids: TaskIds) -> dict[str, float]:
+        read, said = usual(task, ids)
+        prefill, decode = measure_latency(model, batch=1, prompt_length=read, n_new=max(said - 1, 1), rounds=ROUNDS)
+        return {"seconds": prefill.median_s + (decode.median_s if said > 1 else 0.0)}
+
+    found = in_turns({name: partial(answer, *pair) for name, pair in models.items()}, TURNS)
+    return {name: figures["seconds"] for name, figures in found.items()}

@@ -1,13 +1,16 @@
 """Held-out rows of a corpus: rows for choosing settings, and separate rows for reporting the result."""
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from efftrain import data
 from efftrain.errors import CorpusError
+from efftrain.measure.measurements import Measurements
 from efftrain.measure.quality.evaluate import Evaluator, NumpyBatch
+from efftrain.models.decoder import Decoder
 
 CHOICES, REPORTS = "validation", "test"
 ROWS = 8  # rows per batch
@@ -56,6 +59,20 @@ class HeldOut:
         max_batches = None if self.rows is None else -(-self.rows // batch_size)
         token_bytes = data.open(self.corpus, verify=False).token_bytes(self.split)
         return Evaluator(lambda: self.batches(batch_size, part), token_bytes, max_batches=max_batches)
+
+    def bits_per_byte(self, models: Mapping[str, Callable[[], Decoder]], store: Measurements) -> dict[str, float]:
+        """Measures several models on these rows; each is built, evaluated and released before the next one is built.
+
+        Args:
+          models: functions that build the models, by the models' names.
+          store: keeps the results under these names, so that an interrupted command does not repeat them.
+
+        Returns:
+          The bits per byte of each model; NaN if its loss is not finite.
+        """
+        evaluate = self.evaluator()
+        found = {name: store.cell(name, lambda build=build: evaluate(build())["bpb"]) for name, build in models.items()}
+        return {name: math.nan if bpb is None else bpb for name, bpb in found.items()}
 
 
 def choosing(corpus: Path, length: int, rows: int | None = None) -> HeldOut:
