@@ -195,6 +195,8 @@ def import_script(path: Path | str, name: str | None = None) -> types.ModuleType
         raise ConfigError(f"there is no script {path}; give the path of a .py file")
     name = name or _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not named like a Python script; give the path of a .py file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leaves the run directory unchanged
@@ -207,6 +209,7 @@ def import_script(path: Path | str, name: str | None = None) -> types.ModuleType
 
 def _module_name(path: Path) -> str:
     name = SCRIPT_PREFIX + path.stem
-    if (other := sys.modules.get(name)) is not None and Path(other.__file__).resolve() != path.resolve():
+    other = getattr(sys.modules.get(name), "__file__", None)
+    if other is not None and Path(other).resolve() != path.resolve():
         name += "_" + hashlib.blake2b(bytes(path.resolve()), digest_size=6).hexdigest()
     return name
