@@ -21,6 +21,10 @@ from efftrain.errors import ConfigError
 Axes = tuple[str | None, ...]
 
 
+def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else tuple(target or ())
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
     """A table from logical axis names to the mesh axes that split them; ``()`` or None keeps the dimension whole.
@@ -32,9 +36,7 @@ class ShardingRules:
     table: Mapping[str, tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        table = {
-            name: (target,) if isinstance(target, str) else tuple(target or ()) for name, target in self.table.items()
-        }
+        table = {name: _mesh_axes(target) for name, target in self.table.items()}
         for name, target in table.items():
             if len(set(target)) < len(target):
                 raise ConfigError(f"sharding rule {name} -> {target} names a mesh axis twice; remove one")
@@ -45,7 +47,7 @@ class ShardingRules:
 
     def replace(self, **changes: str | tuple[str, ...] | None) -> "ShardingRules":
         """Returns the rules with some changed or added: ``rules.replace(kv_heads=None)``."""
-        return ShardingRules({**self.table, **changes})
+        return ShardingRules({**self.table, **{name: _mesh_axes(target) for name, target in changes.items()}})
 
     def resolve(
         self,
