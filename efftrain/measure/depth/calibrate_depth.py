@@ -39,7 +39,7 @@ from efftrain.measure.quality.row_documents import after_tuning, count_documents
 from efftrain.measure.quality.token_classes import token_classes
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.self_speculation import SelfSpeculation
-from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe
+from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, Rule
 from efftrain.models.depth.routed_depth import has_routed_depth
 from efftrain.progress import Progress
 from efftrain.train.inputs import content, model_digest
@@ -122,7 +122,7 @@ class Calibrated:
             )
         return SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])
 
-    def exit(self, rule: str = "similarity") -> ConfidenceExit:
+    def exit(self, rule: Rule = "similarity") -> ConfidenceExit:
         """The early exit with the threshold that leaves out the most layers within the risk of the calibration.
 
         Args:
