@@ -36,7 +36,7 @@ def input_contents(config: Any) -> dict[str, str]:
     paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "out"}
     found = {name: content(path) for name, path in paths.items() if isinstance(path, Path)}
     training = getattr(config, "training", None)
-    if branch := getattr(training, "branch", None):
+    if training is not None and (branch := getattr(training, "branch", None)):
         found["training.branch"] = content(*parse_branch(branch, training.steps))
     if finetune := getattr(training, "finetune", None):
         found["training.finetune"] = content(finetune)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from efftrain.errors import ConfigError
+from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
@@ -48,20 +49,20 @@ class TrainResult:
       evaluation: result of ``evaluate`` after the last step. None: there was no evaluation.
     """
 
-    model: nnx.Module
+    model: Decoder
     figures: dict[str, float]
     evaluation: dict[str, float] | None
 
 
 def fit(
-    build: Callable[[nnx.Rngs], nnx.Module],
+    build: Callable[[nnx.Rngs], Decoder],
     objective: Objective | TeacherObjective,
     batches: Batches,
     config: Training,
     run: Run,
     *,
     wrap: Wrap | None = None,
-    initial: Callable[[], nnx.Module] | None = None,
+    initial: Callable[[], Decoder] | None = None,
     evaluate: Evaluate | None = None,
     flops_per_token: float | None = None,
     sinks: Sequence[MetricSink] = (),
@@ -130,7 +131,7 @@ def fit(
         frozen = program.frozen(mesh, rules)
         timing = Timing(config.batch_size * config.length, flops_per_token, peak_flops(mesh))
         compiled = None
-        chosen = config.profile and parse_steps(config.profile, config.steps)
+        chosen = parse_steps(config.profile, config.steps) if config.profile else None
         with (
             MetricLogger(
                 run, timing, start=start, steps=config.steps, max_bad_steps=config.max_bad_steps, sinks=sinks
@@ -199,4 +200,4 @@ def _fitted(graph: nnx.GraphDef, state: TrainState, run: Run) -> TrainResult:
 def peak_flops(mesh: Mesh) -> float | None:
     """Dense bf16 peak of all devices of a mesh together, in FLOPs per second. None: the device is not known."""
     chip = find_chip(mesh.devices.flat[0].device_kind)
-    return chip and chip.bf16_flops * mesh.size
+    return None if chip is None else chip.bf16_flops * mesh.size

@@ -104,5 +104,5 @@ def vanished(directory: Path | epath.Path, steps: Sequence[int]) -> bool:
     return True
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

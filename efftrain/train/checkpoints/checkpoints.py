@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         place = epath.Path(directory)
-        self.directory = place if "://" in str(directory) else Path(directory).absolute()
+        self.directory: Path | epath.Path = place if "://" in str(directory) else Path(directory).absolute()
         self._lock = None
         if not read_only:
             check_writable(epath.Path(self.directory))
@@ -319,7 +319,7 @@ class Checkpoints:
         self._manager.reload()
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
+    def _reading(self, step: int) -> Generator[None]:
         """Turns errors while reading a checkpoint, where there is no other to fall back to, into a RunError."""
         try:
             yield
@@ -333,7 +333,7 @@ class Checkpoints:
             ) from error
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self) -> Generator[None]:
         """Turns file system errors, which Orbax wraps in several ways and often raises a save later, into RunErrors."""
         try:
             yield
@@ -346,7 +346,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _all_or_none() -> Iterator[None]:
+def _all_or_none() -> Generator[None]:
     """Makes an error on one process an error on all, because they compute together what follows."""
     problem = None
     try:

@@ -5,7 +5,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,12 @@ class Watchdog:
 
     def limit_s(self, standing: WatchdogStatus) -> float:
         """Returns how many seconds the present step or phase may last."""
-        if standing.phase not in IN_STEP or standing.median_s is None:
+        if standing.phase not in IN_STEP or standing.median_s is None or self.factor is None:
             return max(self.aside_s, self.min_s)
         return max(self.min_s, self.factor * standing.median_s)
 
     @contextlib.contextmanager
-    def watch(self, timing: Timing, directory: Path) -> Iterator[None]:
+    def watch(self, timing: Timing, directory: Path) -> Generator[None]:
         """Watches the loop in this context from a thread.
 
         If the loop hangs, each process appends its stacks to ``stacks-PROCESS.txt`` in the directory.
