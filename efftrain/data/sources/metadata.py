@@ -13,7 +13,7 @@ PACKAGE = "package"
 """The key of ``Document.meta`` that names the group of a document. A field of this name is not copied to it."""
 
 
-def metadata(fields: Iterable[tuple[str, Any]], used: Collection[str], package: Any = None) -> dict[str, Any]:
+def metadata(fields: Iterable[tuple[str, Any]], used: Collection[str | None], package: Any = None) -> dict[str, Any]:
     """Returns the ``meta`` of a document: the scalar fields of its row as JSON values, and its package.
 
     Strings of up to 2,000 characters, finite numbers and booleans are kept; dates and times become ISO 8601 strings,

@@ -21,7 +21,7 @@ from efftrain.data.storage.tokenizer import (
     tokenizer_json,
     vocabulary_size,
 )
-from efftrain.data.tasks.task import Example
+from efftrain.data.tasks.task import Example, answers
 from efftrain.errors import RunError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class TaskIds:
 
     @cached_property
     def end_of_text_id(self) -> int:
-        return self.tokenizer.token_to_id(find_end_of_text(self.tokenizer, self.end_of_text))
+        found = self.tokenizer.token_to_id(find_end_of_text(self.tokenizer, self.end_of_text))
+        assert found is not None  # ``find_end_of_text`` returns a token of the tokenizer
+        return found
 
     @cached_property
     def _encoder(self) -> "Tokenizer":
@@ -167,11 +169,11 @@ def completions(ids: TaskIds, examples: Sequence[Example]) -> list[Item]:
     Only the completion is a target of the loss, and word dropout removes no word.
     """
     prompts = ids.encode([e.text for e in examples])
-    answers = ids.encode([e.answer for e in examples])
+    completed = ids.encode(answers(examples))
     return [
         _item([ids.end_of_text_id, *prompt, ids.answer], (tokens, np.full_like(words, ALWAYS)), [ids.end_of_text_id],
               counted=(False, True, True))
-        for (prompt, _), (tokens, words) in zip(prompts, answers, strict=True)
+        for (prompt, _), (tokens, words) in zip(prompts, completed, strict=True)
     ]  # fmt: skip
 
 
