@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,7 +72,7 @@ def run_recipe(main, configs: Mapping[str, Config]) -> None:
 
 
 @contextlib.contextmanager
-def _hints(config: Any, arguments: list[str]) -> Iterator[None]:
+def _hints(config: Any, arguments: list[str]) -> Generator[None]:
     """If the command line is rejected, prints for each unknown flag which flags exist in its place."""
     try:
         yield
@@ -111,7 +111,7 @@ def flag_hint(config: Any, flag: str) -> str | None:
 
 
 @contextlib.contextmanager
-def exit_cleanly() -> Iterator[None]:
+def exit_cleanly() -> Generator[None]:
     """Turns an ``EfftrainError`` into one sentence and exit code 2, and Ctrl-C into one sentence and exit code 130.
 
     All other exceptions pass.

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -216,7 +216,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def together(*, wait_s: float = WAIT_S) -> Iterator[None]:
+def together(*, wait_s: float = WAIT_S) -> Generator[None]:
     """Makes an ``EfftrainError`` in this block on one process an error on all processes, with the same message."""
     problem = None
     try:

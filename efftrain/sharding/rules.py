@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -145,7 +145,7 @@ _traced_with: dict[AbstractMesh, ShardingRules] = {}
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Iterator[None]:
+def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Generator[None]:
     """Context manager that sets the mesh of ``jax.jit``, and the mesh and rules that ``constrain`` follows.
 
     jax.jit compiles a function again for another mesh, but does not know of the rules. So that no function keeps the
