@@ -29,7 +29,10 @@ class Decoder(nnx.Module):
       blocks: for each position of the pattern, one ``Block`` (or the module of its depth policy) whose parameters are
         stacked over the repeats.
       steps: () int32, number of training steps; only in a model with layer dropout.
+      helpers: modules that an objective trains beside the model; only during such a training.
     """
+
+    helpers: nnx.List
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ALWAYS = -1  # the word number of a token that word dropout never removes
 
+Labels = Sequence[int] | np.ndarray  # the number of the label of each example
+
 
 @dataclass(frozen=True)
 class TaskIds:
@@ -128,7 +130,10 @@ class Item:
 
 
 def questions(
-    ids: TaskIds, texts: Sequence[str], labels: Sequence[int] | None = None, teacher: np.ndarray | None = None
+    ids: TaskIds,
+    texts: Sequence[str],
+    labels: Labels | None = None,
+    teacher: np.ndarray | None = None,
 ) -> list[Item]:
     """Encodes questions as ``<|endoftext|> text <answer>``, each followed by its label.
 
@@ -147,7 +152,7 @@ def questions(
     return found
 
 
-def conditionals(ids: TaskIds, texts: Sequence[str], labels: Sequence[int], *, weight: float = 10.0) -> list[Item]:
+def conditionals(ids: TaskIds, texts: Sequence[str], labels: Labels, *, weight: float = 10.0) -> list[Item]:
     """Encodes examples as ``<|endoftext|> <label> text <|endoftext|>``, which teach a model to generate questions.
 
     Args:

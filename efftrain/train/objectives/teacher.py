@@ -83,7 +83,8 @@ class TeacherObjective(Protocol):
       teacher: the frozen model that it reads. None: it has no teacher.
     """
 
-    teacher: Teacher | None
+    @property
+    def teacher(self) -> Teacher | None: ...
 
     def at(self, teacher: Decoder | None, progress: Array) -> Objective:
         """Returns the objective of a step.
