@@ -11,6 +11,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 from efftrain.errors import ConfigError
 
@@ -50,7 +51,8 @@ def class_name(cls: type) -> str:
     if module.__name__.startswith(f"{__package__}."):
         return current_name(f"{module.__name__}:{cls.__qualname__}")
     is_script = module.__spec__ is None or module.__name__.startswith(SCRIPT_PREFIX)
-    name = Path(module.__file__).name if is_script and hasattr(module, "__file__") else module.__name__
+    file = getattr(module, "__file__", None)
+    name = Path(file).name if is_script and file else module.__name__
     return f"{name}:{cls.__qualname__}"
 
 
@@ -73,7 +75,9 @@ def find_class(written: str, script: types.ModuleType | None) -> type:
     """
     module_name, _, qualname = current_name(written).rpartition(":")
     try:
-        found = script if module_name.endswith(".py") else importlib.import_module(module_name or _module_of(qualname))
+        found: Any = (
+            script if module_name.endswith(".py") else importlib.import_module(module_name or _module_of(qualname))
+        )
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, LookupError) as error:
@@ -98,7 +102,7 @@ def package_dataclasses() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Returns name -> modules that define it, read from the sources: for keyword-only dataclasses, and for others."""
     found: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
     for path in sorted(_PACKAGE.rglob("*.py")):
-        module = ".".join((__package__, *path.relative_to(_PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        module = ".".join((_PACKAGE.name, *path.relative_to(_PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
         for options, name in _DATACLASS.findall(path.read_text(encoding="utf-8")):
             found["kw_only=True" not in options].setdefault(name, []).append(module)
     return found

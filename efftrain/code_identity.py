@@ -154,7 +154,9 @@ def _follow(name: str, found: dict[str, types.ModuleType]) -> None:
     found[name] = module  # before its imports, because modules may import each other
     for value in list(vars(module).values()):
         owner = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-        imported = sys.modules.get(owner) if isinstance(owner, str) else None
+        if not isinstance(owner, str):
+            continue
+        imported = sys.modules.get(owner)
         if imported is not None and not _is_installed(imported):
             _follow(owner, found)
     found[name] = found.pop(name)  # last: after what it imports
@@ -183,8 +185,9 @@ def _installed() -> tuple[Path, ...]:
 def _name(module: types.ModuleType) -> str:
     """Returns one name for a script, however it was started or imported; ``config.to_json`` writes the same name."""
     is_script = module.__spec__ is None or module.__name__.startswith((SCRIPT_PREFIX, "__mp_main__"))
-    if is_script and getattr(module, "__file__", None):
-        return Path(module.__file__).name
+    file = getattr(module, "__file__", None)
+    if is_script and file:
+        return Path(file).name
     return module.__spec__.name if module.__spec__ else module.__name__  # with ``python -m``, the latter is __main__
 
 

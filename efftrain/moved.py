@@ -136,7 +136,7 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = types.ModuleType(spec.name, f"Now ``{MODULES[spec.name]}``.")
-        module.__getattr__ = old_names(spec.name)
+        vars(module)["__getattr__"] = old_names(spec.name)
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:

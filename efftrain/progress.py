@@ -73,7 +73,11 @@ class Progress:
             disable=not self._live,
         )
         self._task = self._bar.add_task(
-            description, total=total, completed=initial, note="", of=f"{total:,.0f}" if total else "?"
+            description,
+            total=total,
+            completed=initial,  # ty: ignore[invalid-argument-type]  # a float as in rich's ``update``
+            note="",
+            of=f"{total:,.0f}" if total else "?",
         )
 
     def __enter__(self) -> "Progress":

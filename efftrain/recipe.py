@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,7 +72,7 @@ def run_recipe(main, configs: Mapping[str, Config]) -> None:
 
 
 @contextlib.contextmanager
-def _hints(config: Any, arguments: list[str]) -> Iterator[None]:
+def _hints(config: Any, arguments: list[str]) -> Generator[None]:
     """If the command line is rejected, prints for each unknown flag which flags exist in its place."""
     try:
         yield
@@ -113,7 +113,7 @@ def flag_hint(config: Any, flag: str) -> str | None:
 
 
 @contextlib.contextmanager
-def exit_cleanly() -> Iterator[None]:
+def exit_cleanly() -> Generator[None]:
     """Turns an ``EfftrainError`` into one sentence and exit code 2, and Ctrl-C into one sentence and exit code 130.
 
     All other exceptions pass.
@@ -197,6 +197,8 @@ def import_script(path: Path | str, name: str | None = None) -> types.ModuleType
         raise ConfigError(f"there is no script {path}; give the path of a .py file")
     name = name or _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not named like a Python script; give the path of a .py file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leaves the run directory unchanged
@@ -209,6 +211,7 @@ def import_script(path: Path | str, name: str | None = None) -> types.ModuleType
 
 def _module_name(path: Path) -> str:
     name = SCRIPT_PREFIX + path.stem
-    if (other := sys.modules.get(name)) is not None and Path(other.__file__).resolve() != path.resolve():
+    other = getattr(sys.modules.get(name), "__file__", None)
+    if other is not None and Path(other).resolve() != path.resolve():
         name += "_" + hashlib.blake2b(bytes(path.resolve()), digest_size=6).hexdigest()
     return name

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from efftrain.errors import ConfigError
 from efftrain.models.config import llama
-from efftrain.recipe import flag_hint
+from efftrain.recipe import flag_hint, import_script
 from efftrain.train.config import Training
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,12 @@ def test_a_mistake_in_a_script_that_wraps_nothing_is_one_sentence(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no corpus nowhere")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_script_that_is_not_named_like_one_is_one_sentence(tmp_path):
+    (tmp_path / "recipe.txt").write_text("configs = {}")
+    with pytest.raises(ConfigError, match=r"give the path of a \.py file"):
+        import_script(tmp_path / "recipe.txt")
 
 
 def test_another_error_keeps_its_traceback(tmp_path):

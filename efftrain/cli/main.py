@@ -83,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 "calibrate-depth": calibrate_depth,
             },
             prog="efftrain",
-            description=f"{efftrain.__doc__.splitlines()[0]} --version prints the version.",
+            description=f"{(efftrain.__doc__ or 'efftrain.').splitlines()[0]} --version prints the version.",
             args=own,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )

@@ -1,6 +1,7 @@
 """Healing: training that recovers the quality that pruning cost."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.config import Training
-from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.objectives.objective import Objective, next_token_loss
+from efftrain.train.objectives.teacher import TeacherObjective
 from efftrain.train.run.directory import load_model_config, read_json
 from efftrain.train.schedules import WarmupStableDecay
 
@@ -80,12 +82,13 @@ def recover(
     )
     wrap = hold_zeros().around(training) if sparse else None
 
-    def build(rngs: nnx.Rngs) -> Decoder:
+    def plain(rngs: nnx.Rngs) -> Decoder:
         return Decoder(config.model, rngs=rngs)
 
-    objective = next_token_loss
+    build: Callable[[nnx.Rngs], Decoder] = plain
+    objective: Objective | TeacherObjective = next_token_loss
     if teacher is not None:
-        build, objective = distilled(build, config.model, Distill(), teacher_run(teacher, corpus))
+        build, objective = distilled(plain, config.model, Distill(), teacher_run(teacher, corpus))
     _, card = train_and_score(
         config,
         build,

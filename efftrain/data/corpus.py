@@ -268,6 +268,7 @@ def _data_source(folder: Path, split: str) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        return tfds.builder_from_directory(folder).as_data_source(split)
+        builder: Any = tfds.builder_from_directory(folder)  # its decorated methods have lost their types
+        return builder.as_data_source(split)
     except (OSError, KeyError, ValueError) as error:
         raise CorpusError(f"{folder} cannot be read ({error}); build the corpus again") from error

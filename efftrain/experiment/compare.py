@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Comparison:
         console.print(json.dumps(finite_json(more), indent=1), markup=False)
 
     @contextlib.contextmanager
-    def measuring(self, out: Path, name: str, code: Mapping[str, str]) -> Iterator[dict[int, Measurements]]:
+    def measuring(self, out: Path, name: str, code: Mapping[str, str]) -> Generator[dict[int, Measurements]]:
         """Opens a store for further measurements of the runs of each seed, so that they are not repeated after a stop.
 
         The stores are removed at the end of the block, in which the result must be written; if an error ends the block,

@@ -31,7 +31,7 @@ def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[
     training = target.training
     model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
     program = make_program(target.build, target.objective, training, target.wrap)
-    teacher = program.teacher and program.teacher.abstract_model()
+    teacher = None if program.teacher is None else program.teacher.abstract_model()
     found, refused = [], ""
     for config in mesh_shapes(len(topology.devices), expert=training.mesh.expert):
         try:

@@ -114,6 +114,7 @@ class SelfAttention(AttentionModule):
         q_bthd = self._queries(x_btd, positions_bt)
         mod = None
         if self.config.score_mod is not None:
+            assert cache.positions_bs is not None  # ``empty_layer_cache`` gives it one for a score_mod
             modify = partial(_modify, self.score_mod, jnp.arange(self.config.n_heads))
             mod = modify, positions_bt, cache.positions_bs
         out = cached_attention(q_bthd, cache.k_bksd, cache.v_bksd, slots_bt, window=self.config.window, score_mod=mod)

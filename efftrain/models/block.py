@@ -1,6 +1,6 @@
 """One transformer block: attention and a feed-forward part around the residual stream."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from flax import nnx
 from jax import Array
@@ -13,7 +13,41 @@ if TYPE_CHECKING:
     from efftrain.models.config import BlockConfig, ModelConfig
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
+    """Base class of the layers of a stack, which ``DepthConfig.build`` returns; arguments as in ``Block``."""
+
+    def __call__(
+        self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None, tokens_bt: Array | None = None
+    ) -> tuple[Array, dict]:
+        """Computes the layer in training; returns (batch, length, d_model) and metrics."""
+        raise NotImplementedError
+
+    def extend(
+        self,
+        x_btd: Array,
+        positions_bt: Array,
+        cache: Any,
+        *,
+        fresh: bool,
+        valid_bt: Array | None = None,
+        tokens_bt: Array | None = None,
+    ) -> tuple[Array, Any]:
+        """Computes new tokens that follow those in the cache; returns their states, and the cache with them."""
+        raise NotImplementedError
+
+    def after_step(self, statistics: dict) -> dict:
+        """See ``Decoder.after_step``."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class FollowsStatistics(Protocol):
+    """A feed-forward part that returns ``statistics`` in training, and is updated from them after the step."""
+
+    def after_step(self, statistics: dict) -> dict: ...
+
+
+class Block(Layer):
     """Pre-norm residual block with the attention and the feed-forward part that its configuration builds.
 
     A subclass that replaces ``join`` is another kind of block, in training and in decoding.
@@ -125,6 +159,8 @@ class Block(nnx.Module):
 
     def after_step(self, statistics: dict) -> dict:
         """See ``Decoder.after_step``."""
+        if not isinstance(self.mlp, FollowsStatistics):
+            raise TypeError(f"{type(self.mlp).__name__} returns statistics, but has no after_step method for them")
         return self.mlp.after_step(statistics)
 
     def _join(

@@ -45,7 +45,9 @@ class LayerCache:
 
         positions_bs = self.positions_bs
         if positions_bs is not None:
-            positions_bs = put(positions_bs[:, None, :, None], positions_bt[:, :, None, None])[:, 0, :, 0]
+            stored = put(positions_bs[:, None, :, None], positions_bt[:, :, None, None])
+            assert isinstance(stored, Array)  # positions are never quantised
+            positions_bs = stored[:, 0, :, 0]
         return LayerCache(put(self.k_bksd, k_btkd), put(self.v_bksd, v_btkd), positions_bs)
 
 

@@ -10,11 +10,14 @@ module and counts them, including those that a mask hides.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from flax import nnx
+from jax import Array
 
 if TYPE_CHECKING:
+    from efftrain.models.attention import AttentionModule
+    from efftrain.models.block import Block, Layer
     from efftrain.models.config import Attention, BlockConfig, ModelConfig
     from efftrain.models.moe.layer import MoE
 
@@ -54,6 +57,14 @@ class MlpConfig:
         return None
 
 
+class PositionModule(Protocol):
+    """The module of a ``PositionConfig``. Its methods return arrays of the same shape and dtype."""
+
+    def queries(self, q_bthd: Array, positions_bt: Array, /) -> Array: ...
+
+    def keys(self, k_btkd: Array, positions_bt: Array, /) -> Array: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PositionConfig:
     """Base class of encodings of positions into queries and keys; a fork derives its own from it.
@@ -62,7 +73,7 @@ class PositionConfig:
     which return arrays of the same shape and dtype, (batch, length, heads, d_head). Keys are cached as returned.
     """
 
-    def build(self, attention: "Attention", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, attention: "Attention", model: "ModelConfig", *, rngs: nnx.Rngs) -> PositionModule:
         raise _no_build(self)
 
     def other_flops(self) -> float | None:
@@ -104,7 +115,7 @@ class AttentionConfig:
 
     quantizes_cache: ClassVar[bool] = False
 
-    def build(self, model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, model: "ModelConfig", *, rngs: nnx.Rngs) -> "AttentionModule":
         raise _no_build(self)
 
     def empty_cache(self, model: "ModelConfig", batch: int, slots: int) -> Any:
@@ -127,7 +138,7 @@ class ResidualConfig:
     Depth policies wrap the built block.
     """
 
-    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> "Block":
         raise _no_build(self)
 
     def other_flops(self) -> float | None:
@@ -139,8 +150,7 @@ class ResidualConfig:
 class DepthConfig:
     """Base class of depth policies (which tokens pass a block, and how often); a fork derives its own from it.
 
-    ``build`` returns a module with the calls of ``models.block.Block``, around the block that ``block.residual.build``
-    builds.
+    ``build`` returns a ``models.block.Layer``, around the block that ``block.residual.build`` builds.
 
     Attributes:
       every_token: every token passes a plain ``Block`` exactly once, which early exits and drafts need of a stack.
@@ -148,7 +158,7 @@ class DepthConfig:
 
     every_token: ClassVar[bool] = False
 
-    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> "Layer":
         raise _no_build(self)
 
     def passes(self) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from flax import nnx
 
@@ -19,6 +19,10 @@ from efftrain.models.components import (
 )
 from efftrain.models.positions import Rotary
 from efftrain.models.quantization import Quantization
+
+if TYPE_CHECKING:
+    from efftrain.models.attention import SelfAttention
+    from efftrain.models.block import Block
 
 Remat = Literal["none", "full", "dots"]
 AttentionBackend = Literal["auto", "xla", "splash", "cudnn"]
@@ -75,7 +79,7 @@ class Attention(AttentionConfig):
                 f"({type(self.score_mod).__name__}); use 'auto' or 'xla'"
             )
 
-    def build(self, model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, model: "ModelConfig", *, rngs: nnx.Rngs) -> "SelfAttention":
         from efftrain.models.attention import SelfAttention
 
         return SelfAttention(self, model, rngs=rngs)
@@ -118,7 +122,7 @@ class Full(DepthConfig):
 
     every_token: ClassVar[bool] = True
 
-    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> "Block":
         return block.residual.build(block, model, rngs=rngs)
 
 
@@ -126,7 +130,7 @@ class Full(DepthConfig):
 class PreNorm(ResidualConfig):
     """Pre-norm residuals: attention, then the feed-forward part, each on the normalised stream and added to it."""
 
-    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> "Block":
         from efftrain.models.block import Block
 
         return Block(block, model, rngs=rngs)

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.models.block import Layer
 from efftrain.models.cache import Cache
 from efftrain.models.config import ModelConfig
 from efftrain.models.linear import Embedding, Linear, RMSNorm
@@ -28,7 +29,10 @@ class Decoder(nnx.Module):
       blocks: for each position of the pattern, one ``Block`` (or the module of its depth policy) whose parameters are
         stacked over the repeats.
       steps: () int32, number of training steps; only in a model with layer dropout.
+      helpers: modules that an objective trains beside the model; only during such a training.
     """
+
+    helpers: nnx.List
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -123,7 +127,7 @@ class Decoder(nnx.Module):
         tokens_bt: Array,
         cache: Cache,
         *,
-        layers: list[nnx.Module] | None = None,
+        layers: list[Layer] | None = None,
         fresh: bool = False,
         n_valid_b: Array | None = None,
     ) -> tuple[Array, Cache]:
@@ -174,7 +178,7 @@ class Decoder(nnx.Module):
             figures = add_metrics(figures, named)
         return figures
 
-    def layers(self) -> list[nnx.Module]:
+    def layers(self) -> list[Layer]:
         """Returns the blocks of the stack as single modules, first to last.
 
         Their parameters are views of those of an ``unrolled`` model, or copies of those of a model with stacked layers.
@@ -209,7 +213,7 @@ class Decoder(nnx.Module):
 
 
 def extend_layers(
-    layers: Sequence[nnx.Module],
+    layers: Sequence[Layer],
     x_btd: Array,
     positions_bt: Array,
     caches: Sequence[Any],

@@ -24,7 +24,7 @@ class Linear(nnx.Module):
         d_in: int,
         d_out: int,
         *,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         rngs: nnx.Rngs,
         dtype: str,
         units: tuple[int, int] | None = None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Rotary(PositionConfig):
     """Rotary position embedding, with the frequencies of ``attention.rope_theta``. Su et al. 2021."""
 
-    def build(self, attention: "Attention", model: "ModelConfig", *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, attention: "Attention", model: "ModelConfig", *, rngs: nnx.Rngs) -> "RotaryEmbedding":
         return RotaryEmbedding(attention.d_head, attention.rope_theta)
 
     def other_flops(self) -> float:

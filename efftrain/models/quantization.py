@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.ops.number_formats import AnyFormat, Float8
+from efftrain.ops.number_formats import AnyFormat, Float8, Format
 from efftrain.ops.platform import platform
 from efftrain.ops.quantize import (
     QuantizedArray,
@@ -32,6 +32,7 @@ from efftrain.ops.quantize import (
     stored_scale,
 )
 
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 RATIO = "_step_ratio"  # suffix of a matrix's name
 SMALLEST_RATIO = 0.05  # lower bound of a learned step, relative to the step of the largest magnitude
 MULTIPLIES_FLOAT8 = {"tpu", "gpu"}  # not measured; on CPU such a product is computed in float
@@ -88,6 +89,13 @@ class Quantization:
             raise ConfigError("quantization: the cache has one scale for each token and head; leave its group out")
 
 
+@runtime_checkable
+class QuantizesCache(Protocol):
+    """A module that keeps ``quantization.cache``, the number format of its keys and values; None: float."""
+
+    cache_format: AnyFormat | None
+
+
 class Matrix(nnx.Param):
     """A matrix (..., d_in, d_out) that a rule may quantise. Metadata ``contraction``: -2, or -1 for a table."""
 
@@ -137,14 +145,15 @@ def product(x_nd: Array, module: nnx.Module, name: str) -> Array:
     variable, rule = getattr(module, name), rule_of(getattr(module, name))
     if rule is None:
         return x_nd @ read(module, name, x_nd.dtype)
-    if multiplies_quantized(rule.weights, rule.activations) and not rule.learned_step:
+    weights, activations = rule.weights, rule.activations
+    quantizes_both = weights is not None and activations is not None
+    if quantizes_both and multiplies_quantized(weights, activations) and not rule.learned_step:
         if not isinstance(variable, Packed):
-            product_nf = fake_quantized_product(x_nd, variable[...], rule.activations, rule.weights)
-            return product_nf.astype(x_nd.dtype)
-        if rule.weights.dtype == "int8" or platform() in MULTIPLIES_FLOAT8:
-            return quantized_product(x_nd, stored(module, name), rule.activations).astype(x_nd.dtype)
-    if rule.activations is not None:
-        x_nd = fake_quantize(x_nd, rule.activations, -1)
+            return fake_quantized_product(x_nd, variable[...], activations, weights).astype(x_nd.dtype)
+        if weights.dtype == "int8" or platform() in MULTIPLIES_FLOAT8:
+            return quantized_product(x_nd, stored(module, name), activations).astype(x_nd.dtype)
+    if activations is not None:
+        x_nd = fake_quantize(x_nd, activations, -1)
     if not isinstance(variable, Packed):
         return x_nd @ read(module, name, x_nd.dtype)
     return x_nd @ _dequantized_for(x_nd, stored(module, name))
@@ -177,7 +186,7 @@ def stored(module: nnx.Module, name: str) -> QuantizedArray:
 def learned_steps(module: nnx.Module, name: str) -> Array:
     """Returns the float32 scales of a matrix whose rule has ``learned_step``; no gradient reaches the matrix."""
     matrix = getattr(module, name)
-    step = step_of(jax.lax.stop_gradient(matrix[...]), rule_of(matrix).weights, matrix.get_metadata()["contraction"])
+    step = step_of(jax.lax.stop_gradient(matrix[...]), weights_format(matrix), matrix.get_metadata()["contraction"])
     ratio = getattr(module, f"{name}{RATIO}")[...]
     # The gradient passes straight through the bound; otherwise a step below it would never come back.
     return step * (ratio + jax.lax.stop_gradient(jnp.maximum(ratio, SMALLEST_RATIO) - ratio))
@@ -186,9 +195,9 @@ def learned_steps(module: nnx.Module, name: str) -> Array:
 def quantized(module: nnx.Module, name: str) -> QuantizedArray:
     """Quantises a matrix with a rule for its weights, to be stored: exactly the values that ``read`` returns."""
     variable = getattr(module, name)
-    rule, axis = rule_of(variable), variable.get_metadata()["contraction"]
-    scale = stored_scale(learned_steps(module, name), rule.weights) if rule.learned_step else None
-    return quantize(variable[...], rule.weights, axis, scale=scale)
+    format, metadata = weights_format(variable), variable.get_metadata()
+    scale = stored_scale(learned_steps(module, name), format) if metadata["rule"].learned_step else None
+    return quantize(variable[...], format, metadata["contraction"], scale=scale)
 
 
 def store(module: nnx.Module, name: str, value: QuantizedArray) -> None:
@@ -201,7 +210,8 @@ def store(module: nnx.Module, name: str, value: QuantizedArray) -> None:
     packed_units = [*units]
     packed_units[axis] = n_packed if units[axis] == n_packed * per_byte else math.gcd(units[axis], n_packed)
     axes[axis], units[axis] = "groups", value.scale.shape[axis]
-    setattr(module, name, Packed(value.packed, **kept | {"units": tuple(packed_units), "per_byte": per_byte}))
+    packed_metadata: dict[str, Any] = kept | {"units": tuple(packed_units), "per_byte": per_byte}
+    setattr(module, name, Packed(value.packed, **packed_metadata))
     setattr(module, f"{name}_scale", Scale(value.scale, axes=tuple(axes), units=tuple(units)))
     if hasattr(module, f"{name}{RATIO}"):
         delattr(module, f"{name}{RATIO}")
@@ -210,6 +220,18 @@ def store(module: nnx.Module, name: str, value: QuantizedArray) -> None:
 def rule_of(variable: nnx.Variable) -> QuantizationRule | None:
     """Returns the rule of a matrix; None: it has none."""
     return variable.get_metadata().get("rule")
+
+
+def weights_format(variable: nnx.Variable) -> Format:
+    """Returns the number format of a matrix.
+
+    Raises:
+      ValueError: no rule quantises the matrix.
+    """
+    rule = rule_of(variable)
+    if rule is None or rule.weights is None:
+        raise ValueError("no rule quantises this matrix; give it one with weights first, see give_rules")
+    return rule.weights
 
 
 def matrices(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, str]]:
@@ -255,13 +277,13 @@ def give_rules(module: nnx.Module, quantization: Quantization, prefix: str = "")
         _give_rule(name, holder, attribute, rule)
 
 
-def in_float(model: nnx.Module) -> nnx.Module:
+def in_float(model: ModelT) -> ModelT:
     """Returns the model with neither matrices nor cache quantised: the same arrays, in variables of its own."""
     graph, state = nnx.split(model)
     twin = nnx.merge(graph, jax.tree.map(lambda array: array, state))
     give_rules(twin, Quantization())
     for _, module in nnx.iter_modules(twin):
-        if hasattr(module, "cache_format"):
+        if isinstance(module, QuantizesCache):
             module.cache_format = None
     return twin
 

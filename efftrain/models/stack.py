@@ -1,6 +1,7 @@
 """The layer stack: how layers are stored, and in which order and how often they are computed."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from efftrain.models.config import LayerDropout
 from efftrain.ops.platform import conditional
 from efftrain.sharding.layout import is_variable
 
+LayerT = TypeVar("LayerT", bound=nnx.Module)
 Policy = Callable[..., bool] | None
 Carry = tuple[Array, Array | None]
 REMAT: dict[str, Policy] = {
@@ -20,7 +22,7 @@ REMAT: dict[str, Policy] = {
 }
 
 
-def stack_layers(build: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack_layers(build: Callable[[nnx.Rngs], LayerT], n: int, rngs: nnx.Rngs) -> LayerT:
     """Builds a module whose parameters hold ``n`` layers on a leading axis with the logical name ``layers``.
 
     Args:
@@ -65,9 +67,9 @@ def unstack(state: nnx.State, n: int) -> list[nnx.State]:
 
 
 def run_layers(
-    stacks: Sequence[nnx.Module],
+    stacks: Sequence[LayerT],
     x_btd: Array,
-    apply: Callable[[nnx.Module, Array], tuple[Array, dict]],
+    apply: Callable[[LayerT, Array], tuple[Array, dict]],
     *,
     n_repeats: int,
     scan: bool,
@@ -93,7 +95,7 @@ def run_layers(
     split = [nnx.split(stack) for stack in stacks]
     n_positions = len(split)
 
-    def repeat(carry: Carry, inputs: tuple[Sequence[nnx.State], Array]) -> tuple[Carry, tuple[dict, list[dict]]]:
+    def repeat(carry: Carry, inputs: tuple[Sequence[nnx.State], Array | int]) -> tuple[Carry, tuple[dict, list[dict]]]:
         (x, exit_ebtd), (layers, number) = carry, inputs
         metrics, statistics = {}, []
         for position, ((layer_def, _), state) in enumerate(zip(split, layers, strict=True)):
@@ -103,26 +105,26 @@ def run_layers(
                 return apply(nnx.merge(layer_def, state), x)
 
             x, more = run(state, x) if kept is None else _run_or_keep(run, kept[i], state, x)
-            if exits_e is not None:
+            if exits_e is not None and exit_ebtd is not None:
                 exit_ebtd = jnp.where((exits_e == i)[:, None, None, None], x, exit_ebtd)
             statistics.append(more.get("statistics", {}))
             metrics = add_metrics(metrics, {name: value for name, value in more.items() if name != "statistics"})
         return (x, exit_ebtd), (metrics, statistics)
 
-    if remat != "none":
-        repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=not scan)
-    carry = x_btd, None if exits_e is None else jnp.zeros((len(exits_e), *x_btd.shape), x_btd.dtype)
+    run_once = repeat if remat == "none" else jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=not scan)
+    carry: Carry = x_btd, None if exits_e is None else jnp.zeros((len(exits_e), *x_btd.shape), x_btd.dtype)
     numbers = jnp.arange(n_repeats)
     if scan:
-        carry, (stacked, statistics) = jax.lax.scan(repeat, carry, ([state for _, state in split], numbers))
+        carry, (stacked, statistics) = jax.lax.scan(run_once, carry, ([state for _, state in split], numbers))
         return *carry, _with_statistics(jax.tree.map(lambda a: a.sum(0), stacked), statistics)
     metrics, found = {}, []
     unstacked = zip(*(unstack(state, n_repeats) for _, state in split), strict=True)
     for number, layers in enumerate(unstacked):
-        carry, (more, statistics) = repeat(carry, (layers, number))
+        carry, (more, statistics) = run_once(carry, (layers, number))
         metrics = add_metrics(metrics, more)
         found.append(statistics)
-    return *carry, _with_statistics(metrics, jax.tree.map(lambda *layers: jnp.stack(layers), *found))
+    x_btd, exit_ebtd = carry
+    return x_btd, exit_ebtd, _with_statistics(metrics, jax.tree.map(lambda *layers: jnp.stack(layers), *found))
 
 
 def _run_or_keep(run: Callable, kept: Array, state: nnx.State, x_btd: Array) -> tuple[Array, dict]:

@@ -43,7 +43,15 @@ def causal_attention(
 
     Returns:
       (batch, t, heads, d_head) in q's dtype; scores and sums are float32.
+
+    Raises:
+      ValueError: there is a ``score_mod`` but no ``positions_bs``.
     """
+    mod = None
+    if score_mod is not None:
+        if positions_bs is None:
+            raise ValueError("causal_attention has a score_mod but no positions_bs; pass the positions of the tokens")
+        mod = score_mod, positions_bs
     length, before = q_bthd.shape[1], k_bskd.shape[1] - q_bthd.shape[1]
     q_bkgtd, k_bksd, v_bksd = _group(q_bthd, k_bskd.shape[2]), k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
     size = -(-length // min(n_blocks, length))
@@ -59,9 +67,8 @@ def causal_attention(
         if segments_bs is not None:
             same = segments_bs[:, low:high, None] == segments_bs[:, None, first:high]
             mask = (mask & same)[:, None, None]
-        mod = None if score_mod is None else (score_mod, positions_bs[:, low:high], positions_bs[:, first:high])
         block = q_bkgtd[:, :, :, start:stop], k_bksd[:, :, first:high], v_bksd[:, :, first:high]
-        outs.append(_attend(*block, mask, mod))
+        outs.append(_attend(*block, mask, mod and (mod[0], mod[1][:, low:high], mod[1][:, first:high])))
     return _ungroup(jnp.concatenate(outs, axis=3) if len(outs) > 1 else outs[0])
 
 

@@ -19,7 +19,7 @@ from efftrain.ops.platform import platform
 
 Backend = Literal["auto", "xla", "splash", "cudnn"]
 LONGEST_CHECK = 4096  # tokens in a check: the reference holds the scores of four heads
-PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # where each kernel runs; xla runs everywhere
+PLATFORM: dict[Backend, str] = {"splash": "tpu", "cudnn": "gpu"}  # where each kernel runs; xla runs everywhere
 
 
 def attention(
@@ -100,7 +100,7 @@ def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Ba
         if reason := _failure(backend, here, d_head, length_class):
             raise ConfigError(f"{reason}; use attention.backend 'xla', or another jax")
         return backend
-    chosen = next((name for name, where in PLATFORM.items() if where == here), "xla")
+    chosen: Backend = next((name for name, where in PLATFORM.items() if where == here), "xla")
     # As if the row had segments: the caller may pass them or not, and the choice should be the same for both.
     if chosen == "cudnn" and (reason := can(masked=True)):
         warnings.warn(f"attention.backend 'auto' takes 'xla', because cuDNN {reason}", stacklevel=2)
@@ -114,7 +114,7 @@ def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Ba
 
 
 @functools.cache
-def _failure(backend: str, platform: str, d_head: int, length: int) -> str | None:
+def _failure(backend: Backend, platform: str, d_head: int, length: int) -> str | None:
     """Returns the reason why a kernel cannot be used on the attached device (without a final period), or None."""
     try:
         device = jax.local_devices(backend=platform)[0]

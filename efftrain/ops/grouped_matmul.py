@@ -147,7 +147,8 @@ def _blocks_backward(blocks: Blocks, saved: tuple, gradient_rd: Array) -> tuple[
 
         zeros = jnp.zeros(gate_up_df.shape, jnp.float32), jnp.zeros(down_fd.shape, jnp.float32)
         dx_rd, d_gate_up, d_down = _over_blocks(blocks, start, size, len(x_rd), block, (dx_rd, *zeros))
-        return dx_rd, tuple(g.astype(x_rd.dtype) for g in (d_gate_up[:, :f], d_gate_up[:, f:], d_down))
+        dtype = x_rd.dtype
+        return dx_rd, (d_gate_up[:, :f].astype(dtype), d_gate_up[:, f:].astype(dtype), d_down.astype(dtype))
 
     dx_rd, d_weights = jax.lax.scan(group, jnp.zeros_like(x_rd), inputs)
     return dx_rd, *d_weights, None

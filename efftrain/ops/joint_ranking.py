@@ -1,6 +1,8 @@
 """The highest numbers of several arrays together, which may be more than an int32 can count."""
 
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ def keep_highest_together(scores: Sequence[Array], n_keep: Array) -> list[Array]
     keys = [_ordered(a) for a in scores]
 
     def n_of(found: Sequence[Array]) -> Array:
-        return carried(sum(total(mask.sum(-1, dtype=jnp.int32)) for mask in found))
+        return carried(reduce(operator.add, (total(mask.sum(-1, dtype=jnp.int32)) for mask in found)))
 
     def with_bit(i: Array, least: Array) -> Array:
         higher = least | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))

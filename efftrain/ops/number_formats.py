@@ -5,7 +5,7 @@ such that the largest magnitude of a group is half a step above the greatest lev
 to 7).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import jax
@@ -128,14 +128,19 @@ def parse_format(text: str) -> AnyFormat:
       ConfigError: the text is not a number format.
     """
     name, _, rest = text.partition(":")
-    formats = {"int8": Integer(bits=8), "int4": Integer(bits=4), "ternary": Ternary(), "fp8": Float8()}
+    formats: dict[str, AnyFormat] = {
+        "int8": Integer(bits=8),
+        "int4": Integer(bits=4),
+        "ternary": Ternary(),
+        "fp8": Float8(),
+    }
     if name not in formats or (rest and not (rest[0] == "g" and rest[1:].isdigit())):
         raise ConfigError(
             f"{text!r} is no number format; use one of {', '.join(formats)}, with a group where wanted, such as "
             "int4:g32"
         )
     format = formats[name]
-    return type(format)(**(vars(format) | {"group": int(rest[1:])})) if rest else format
+    return replace(format, group=int(rest[1:])) if rest else format
 
 
 def format_name(format: Format) -> str:

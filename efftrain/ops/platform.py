@@ -13,7 +13,7 @@ def platform() -> str:
     """ "cpu", "gpu" or "tpu", of the current mesh's devices, attached or not; without a mesh, JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        device = jax.config.jax_default_device
+        device = jax.config.jax_default_device  # ty: ignore[missing-attribute]  # an option, added at run time
     return getattr(device, "platform", device) or jax.default_backend()
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.ops.number_formats import AnyFormat, Format
+from efftrain.ops.number_formats import Format
 
 SMALLEST_SCALE = 1e-30  # dividing by a smaller scale is not finite; such numbers count as zero
 
@@ -34,7 +34,7 @@ class QuantizedArray:
 
     packed: Array
     scale: Array
-    format: AnyFormat
+    format: Format
     axis: int
     group: int
 

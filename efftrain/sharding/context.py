@@ -9,6 +9,7 @@ and values in a ring and merge partial softmaxes, Liu et al. 2023, needs less me
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -76,18 +77,23 @@ def attend_on_mesh(
     if context and segments_bt is None:
         segments_bt = jnp.zeros(q_bthd.shape[:2], jnp.int32)
     rows = _over_all_axes(activation_spec(q_bthd.shape[:2], "batch", "length"))
-    specs = [_over_all_axes(q_spec), _over_all_axes(k_spec), _over_all_axes(k_spec), rows, None]
+    specs: list[Any] = [_over_all_axes(q_spec), _over_all_axes(k_spec), _over_all_axes(k_spec), rows, None]
     if segments_bt is not None:
         segments_bt = segments_bt.astype(jnp.int32)
     if scores is not None:
-        specs[-1] = ScoreInputs(rows, activation_spec(scores.heads_h.shape, "heads"), PartitionSpec())
+        heads = activation_spec(scores.heads_h.shape, "heads")
+        specs[-1] = ScoreInputs(rows, heads, PartitionSpec())  # ty: ignore[invalid-argument-type]  # specs as leaves
 
     def on_one_device(q: Array, k: Array, v: Array, segments: Array | None, scores: ScoreInputs | None) -> Array:
         if context:
             with jax.named_scope("context"):
-                more = () if scores is None else (scores.positions_bs,)
-                k, v, segments, *more = fetch_earlier(k, v, segments, *more, axes=context, window=window)
-                scores = replace(scores, positions_bs=more[0]) if more else None
+                assert segments is not None  # given above if the row is split
+                fetch = partial(fetch_earlier, axes=context, window=window)
+                if scores is None:
+                    k, v, segments = fetch(k, v, segments)
+                else:
+                    k, v, segments, positions_bs = fetch(k, v, segments, scores.positions_bs)
+                    scores = replace(scores, positions_bs=positions_bs)
         return _call(attend, q, k, v, segments, scores)
 
     # check_vma is off, because kernels do not say how their results vary over the mesh.
@@ -135,7 +141,7 @@ def fetch_earlier(
     return join(fetch(k_btkd)), join(fetch(v_btkd)), join(segments), *(join(fetch(a)) for a in others)
 
 
-def _over_all_axes(spec: PartitionSpec) -> PartitionSpec:
+def _over_all_axes(spec: PartitionSpec | None) -> PartitionSpec:
     """Adds the mesh axes of size 1 to the first dimension, because gradients are summed over axes that a spec lacks."""
     single = [axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1]
     first, *rest = spec or (None,)

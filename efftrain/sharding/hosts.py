@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ class Hosts:
         for name in ("connect_s", "lost_after_s"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{PREFIX}{name.upper()} is {getattr(self, name)}; it must be at least 1 second")
-        if self.coordinator is None:
+        if self.coordinator is None or self.processes is None or self.process is None:
             return
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal():
@@ -72,7 +72,7 @@ class Hosts:
         The variables are ``EFFTRAIN_COORDINATOR``, ``EFFTRAIN_PROCESSES``, ``EFFTRAIN_PROCESS``, ``EFFTRAIN_CONNECT_S``
         and ``EFFTRAIN_LOST_AFTER_S``.
         """
-        given = {
+        given: dict[str, Any] = {
             name: os.environ[PREFIX + name.upper()]
             for name in cls.__dataclass_fields__
             if os.environ.get(PREFIX + name.upper())
@@ -116,7 +116,7 @@ def connect(config: Hosts | None = None) -> None:
     import jax
 
     start = time.monotonic()
-    if config.process:
+    if config.process and config.coordinator:
         _await_coordinator(config.coordinator, config.connect_s)
     _lost_after_s = config.lost_after_s
     # The service takes SIGTERM away from Python, ignores Ctrl-C, and Orbax may consume its only notice.
@@ -181,7 +181,8 @@ def part_of_rows(sharding: "jax.sharding.Sharding", shape: tuple[int, ...]) -> t
       ConfigError: the rows of this process are not contiguous.
     """
     places = sharding.addressable_devices_indices_map(shape).values()
-    rows = sorted({row for place in places for row in range(*place[0].indices(shape[0]))})
+    # An addressable device always has its indices.
+    rows = sorted({row for place in places for row in range(*place[0].indices(shape[0]))})  # ty: ignore[not-subscriptable]
     first, held = rows[0], len(rows)
     if rows[-1] - first >= held or shape[0] % held or first % held:
         raise ConfigError(
@@ -225,7 +226,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def together(*, wait_s: float = WAIT_S) -> Iterator[None]:
+def together(*, wait_s: float = WAIT_S) -> Generator[None]:
     """Makes an ``EfftrainError`` in this block on one process an error on all processes, with the same message."""
     problem = None
     try:
@@ -263,10 +264,13 @@ def _client() -> Any:
 
 
 def reach_coordinator() -> socket.socket:
-    """Opens a connection to the port of process 0; raises ``OSError`` if it is gone."""
+    """Opens a connection to the port of process 0; raises ``OSError`` if it is gone or was never there."""
     from jax._src import distributed
 
-    return _open(distributed.global_state.coordinator_address, None)
+    address = distributed.global_state.coordinator_address
+    if address is None:
+        raise OSError("this process has no coordinator; call connect first")
+    return _open(address, None)
 
 
 def _open(address: str, timeout_s: float | None) -> socket.socket:
@@ -284,7 +288,7 @@ def _in_cluster() -> bool:
 
     if several("SLURM_NTASKS", "SLURM_PROCID") or several("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"):
         return True
-    if jax.config.jax_platforms == "cpu":
+    if jax.config.jax_platforms == "cpu":  # ty: ignore[missing-attribute]  # an option, added at run time
         return False
     return cloud_tpu_init.running_in_cloud_tpu_vm or "JOB_COMPLETION_INDEX" in os.environ
 

@@ -43,7 +43,7 @@ def roofline(chip: Chip, *, flops: float, hbm_bytes: float, ici_s: float) -> Roo
     return Roofline(compute_s=flops / chip.bf16_flops, hbm_s=hbm_bytes / chip.hbm_bytes_per_s, ici_s=ici_s)
 
 
-def sent_bytes(kind: str, size: int, n: int) -> float:
+def sent_bytes(kind: str, size: float, n: int) -> float:
     """Returns the bytes that each device sends for one collective over ``n`` devices by the ring algorithm.
 
     Args:

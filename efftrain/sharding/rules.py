@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from efftrain.errors import ConfigError
 
 Axes = tuple[str | None, ...]
+
+
+def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else tuple(target or ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +36,7 @@ class ShardingRules:
     table: Mapping[str, tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        table = {
-            name: (target,) if isinstance(target, str) else tuple(target or ()) for name, target in self.table.items()
-        }
+        table = {name: _mesh_axes(target) for name, target in self.table.items()}
         for name, target in table.items():
             if len(set(target)) < len(target):
                 raise ConfigError(f"sharding rule {name} -> {target} names a mesh axis twice; remove one")
@@ -45,7 +47,7 @@ class ShardingRules:
 
     def replace(self, **changes: str | tuple[str, ...] | None) -> "ShardingRules":
         """Returns the rules with some changed or added: ``rules.replace(kv_heads=None)``."""
-        return ShardingRules({**self.table, **changes})
+        return ShardingRules({**self.table, **{name: _mesh_axes(target) for name, target in changes.items()}})
 
     def resolve(
         self,
@@ -143,7 +145,7 @@ _traced_with: dict[AbstractMesh, ShardingRules] = {}
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Iterator[None]:
+def use(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Generator[None]:
     """Context manager that sets the mesh of ``jax.jit``, and the mesh and rules that ``constrain`` follows.
 
     jax.jit compiles a function again for another mesh, but does not know of the rules. So that no function keeps the

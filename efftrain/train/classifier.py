@@ -236,7 +236,8 @@ def _step(parameters: Parameters, state: Any, data: Data, l2: float | Array) -> 
     value, gradient = optax.value_and_grad_from_state(value_fn)(parameters, state=state)
     updates, state = _LBFGS.update(gradient, state, parameters, value=value, grad=gradient, value_fn=value_fn)
     slope = optax.tree.norm(optax.tree.get(state, "grad"), ord="inf")
-    return optax.apply_updates(parameters, updates), state, optax.tree.get(state, "value"), slope
+    # ty: optax returns the type of its argument, which it calls a tree of arrays.
+    return optax.apply_updates(parameters, updates), state, optax.tree.get(state, "value"), slope  # ty: ignore[invalid-explicit-return]
 
 
 def _features(texts: list[bytes], n_buckets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,16 +1,16 @@
 """Evaluations during training: when they are due, and how one that a signal ended is repeated."""
 
 from collections.abc import Callable
+from functools import partial
 
-from flax import nnx
-
+from efftrain.models.decoder import Decoder
 from efftrain.sharding import hosts
 from efftrain.train.metrics.metric_logger import MetricLogger
 from efftrain.train.metrics.metrics_log import read_metrics
 from efftrain.train.run.directory import Run
 from efftrain.train.supervision.interruption import Interruption
 
-Evaluate = Callable[[nnx.Module], dict[str, float]]
+Evaluate = Callable[[Decoder], dict[str, float]]
 
 
 class Evaluations:
@@ -36,11 +36,12 @@ class Evaluations:
         """Returns whether an evaluation of this saved step is due but not written. All processes must call it."""
         return self.due(step) and not hosts.from_first(lambda: self._written(step))
 
-    def run(self, step: int, model: nnx.Module, logger: MetricLogger, interruption: Interruption) -> bool:
+    def run(self, step: int, model: Decoder, logger: MetricLogger, interruption: Interruption) -> bool:
         """Evaluates and writes the figures; returns False, with nothing written, if a signal ended the evaluation."""
+        assert self._evaluate is not None  # no evaluation is due without it
         logger.flush()
         with logger.phase("evaluation"):
-            found = interruption.until_asked(lambda: self._evaluate(model))
+            found = interruption.until_asked(partial(self._evaluate, model))
         if found is not None:
             logger.write_evaluation(step, found)
         return found is not None

@@ -36,7 +36,7 @@ def input_contents(config: Any) -> dict[str, str]:
     paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "out"}
     found = {name: content(path) for name, path in paths.items() if isinstance(path, Path)}
     training = getattr(config, "training", None)
-    if resume_from := getattr(training, "resume_from", None):
+    if training is not None and (resume_from := getattr(training, "resume_from", None)):
         found["training.resume_from"] = content(*parse_resume_from(resume_from, training.steps))
     if finetune := getattr(training, "finetune", None):
         found["training.finetune"] = content(finetune)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from efftrain.errors import ConfigError
+from efftrain.models.decoder import Decoder
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.sharding.chips import find_chip
@@ -47,20 +48,20 @@ class TrainResult:
       evaluation: result of ``evaluate`` after the last step. None: there was no evaluation.
     """
 
-    model: nnx.Module
+    model: Decoder
     figures: dict[str, float]
     evaluation: dict[str, float] | None
 
 
 def fit(
-    build: Callable[[nnx.Rngs], nnx.Module],
+    build: Callable[[nnx.Rngs], Decoder],
     objective: Objective | TeacherObjective,
     batches: Batches,
     config: Training,
     run: Run,
     *,
     wrap: Wrap | None = None,
-    initial: Callable[[], nnx.Module] | None = None,
+    initial: Callable[[], Decoder] | None = None,
     evaluate: Evaluate | None = None,
     flops_per_token: float | None = None,
     sinks: Sequence[MetricSink] = (),
@@ -158,8 +159,8 @@ def fit(
 
 
 def _initial(
-    config: Training, initial: Callable[[], nnx.Module] | None, wrap: Wrap | None
-) -> Callable[[], nnx.Module] | None:
+    config: Training, initial: Callable[[], Decoder] | None, wrap: Wrap | None
+) -> Callable[[], Decoder] | None:
     """Returns the function that returns the model from which a new run starts, also for ``training.finetune``."""
     for name in ("resume_from", "finetune"):
         if getattr(config, name) is not None and initial is not None:
@@ -188,4 +189,4 @@ def _result(graph: nnx.GraphDef, state: TrainState, run: Run) -> TrainResult:
 def peak_flops(mesh: Mesh) -> float | None:
     """Dense bf16 peak of all devices of a mesh together, in FLOPs per second. None: the device is not known."""
     chip = find_chip(mesh.devices.flat[0].device_kind)
-    return chip and chip.bf16_flops * mesh.size
+    return None if chip is None else chip.bf16_flops * mesh.size

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from efftrain.models.decoder import Decoder
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.rules import DEFAULT_RULES, ShardingRules
 from efftrain.train.config import Training
@@ -55,11 +56,11 @@ class Program:
 
     def abstract_frozen(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> nnx.State | None:
         """Returns the teacher's variables as ``jax.ShapeDtypeStruct``s with shardings; None if there is no teacher."""
-        return self.teacher and self.teacher.abstract(mesh, rules)
+        return None if self.teacher is None else self.teacher.abstract(mesh, rules)
 
     def frozen(self, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> nnx.State | None:
         """Returns the teacher's variables on the mesh, the third argument of the step; None if there is no teacher."""
-        return self.teacher and self.teacher.place(mesh, rules)
+        return None if self.teacher is None else self.teacher.place(mesh, rules)
 
     def jit(self, state: Any) -> Any:
         """Returns the jitted step: it donates the state and returns it with the same shardings."""
@@ -68,7 +69,7 @@ class Program:
 
 
 def make_program(
-    build: Callable[[nnx.Rngs], nnx.Module],
+    build: Callable[[nnx.Rngs], Decoder],
     objective: Objective | TeacherObjective,
     config: Training,
     wrap: Wrap | None = None,

@@ -168,7 +168,8 @@ def _kept_rate(run: Run, source: Path, step: int) -> float:
 
 def _learning_rate(config: Training, updates: int) -> float:
     """Learning rate of the update that follows ``updates`` earlier ones."""
-    return float(config.optimizer.peak_lr * config.schedule.build(config.steps)(updates))
+    rate = config.optimizer.peak_lr * config.schedule.build(config.steps)(updates)
+    return float(rate)  # ty: ignore[invalid-argument-type]  # optax types it as any number, also a complex one
 
 
 def _shown(rate: float | None) -> str:

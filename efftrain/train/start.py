@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from efftrain.config import difference, to_json
 from efftrain.errors import RunError
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import abstract_decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.zeros import zeros_share
 from efftrain.progress import console
 from efftrain.sharding.layout import copy_to
@@ -51,7 +51,7 @@ def check_start(config: Training, model: ModelConfig, corpus: Path) -> None:
         _check_same_variables(run, model)
 
 
-def start_from(model: nnx.Module, state: TrainState) -> TrainState:
+def start_from(model: Decoder, state: TrainState) -> TrainState:
     """Returns a new state with the variables of a model.
 
     Args:
@@ -77,10 +77,10 @@ def start_from(model: nnx.Module, state: TrainState) -> TrainState:
     return replace(state, params=params, model_state=place(model_state, state.model_state), ema=ema)
 
 
-def with_warning_of_zeros(initial: Callable[[], nnx.Module]) -> Callable[[], nnx.Module]:
+def with_warning_of_zeros(initial: Callable[[], Decoder]) -> Callable[[], Decoder]:
     """Wraps ``initial`` with a warning if pruning set weights of its model to zero, which training would refill."""
 
-    def made() -> nnx.Module:
+    def made() -> Decoder:
         model = initial()
         if share := zeros_share(model):
             console.print(
@@ -101,7 +101,7 @@ def restore_or_start(
     batches: Batches,
     mesh: Mesh,
     rules: ShardingRules,
-    initial: Callable[[], nnx.Module] | None,
+    initial: Callable[[], Decoder] | None,
     config: Training,
 ) -> TrainState:
     """Returns the state of the newest checkpoint, or the first state of a new run; sets the position of the batches.
@@ -117,7 +117,12 @@ def restore_or_start(
     """
     abstract = program.abstract_state(mesh, rules)
     found = checkpoints.restore(abstract)
-    if found is None and config.resume_from is None:
+    if found is not None:
+        step, state, data_state = found
+        console.print(f"continuing from step {step}")
+        batches.set_state(data_state)
+        return state
+    if config.resume_from is None:
         state = jax.jit(program.init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
         if initial is not None:
             with without_mesh():  # the model may be on one device, as ``load`` returns it
@@ -125,14 +130,9 @@ def restore_or_start(
             state = start_from(model, state)
             show_learning_rates(config, 0)
         return state
-    if found is None:
-        state, data_state = resumed_state(config.resume_from, config.steps, program, abstract)
-        continue_data(batches, data_state, parse_resume_from(config.resume_from, config.steps)[0])
-        show_learning_rates(config, int(state.step - state.skipped))
-        return state
-    step, state, data_state = found
-    console.print(f"continuing from step {step}")
-    batches.set_state(data_state)
+    state, data_state = resumed_state(config.resume_from, config.steps, program, abstract)
+    continue_data(batches, data_state, parse_resume_from(config.resume_from, config.steps)[0])
+    show_learning_rates(config, int(state.step - state.skipped))
     return state
 
 

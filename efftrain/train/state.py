@@ -10,6 +10,8 @@ import optax
 from flax import nnx
 from jax import Array
 
+from efftrain.models.decoder import Decoder
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -37,13 +39,14 @@ class TrainState:
     skipped: Array
 
 
-def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Splits a model into its static graph, its trained parameters and all other variables."""
-    return nnx.split(model, nnx.Param, ...)
+    graph, params, model_state = nnx.split(model, nnx.Param, ...)
+    return graph, params, model_state
 
 
 def init_state(
-    build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, *, seed: int, ema: bool
+    build: Callable[[nnx.Rngs], Decoder], optimizer: optax.GradientTransformation, *, seed: int, ema: bool
 ) -> TrainState:
     """Creates a new state; call it under ``jax.jit`` with shardings, so that no device ever holds a whole parameter.
 
@@ -68,7 +71,7 @@ def init_state(
     )
 
 
-def merge_model(graph: nnx.GraphDef, state: TrainState) -> nnx.Module:
+def merge_model(graph: nnx.GraphDef, state: TrainState) -> Decoder:
     """Returns the model of a state, with the averaged parameters if the run keeps them.
 
     The model holds the state's arrays in its own variables, so that assigning to the model leaves the state unchanged.

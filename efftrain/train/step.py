@@ -65,6 +65,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
+            assert ema_decay is not None  # the state has an average only if the run keeps one
             ema = averaged(params, ema, average_decay(ema_decay, state.step - state.skipped), opt_state)
 
         def keep(new, old):

@@ -30,15 +30,15 @@ def rules_of(
     Raises:
       ConfigError: ``layers`` is given for a run whose rules have layers of their own.
     """
-    weights, activations = parse(weights), parse(activations)
+    stored, inputs = parse(weights), parse(activations)
     trained = config.quantization.rules
-    if weights is None and activations is None:
+    if stored is None and inputs is None:
         return trained
-    if weights is None and trained:
+    if stored is None and trained:
         if layers != ALL_BLOCKS:
             raise ConfigError("the run has layers of its own that it was trained for; leave --layers out")
-        return tuple(replace(rule, activations=activations) for rule in trained)
-    rule = QuantizationRule(layers=layers, weights=weights, activations=activations)
+        return tuple(replace(rule, activations=inputs) for rule in trained)
+    rule = QuantizationRule(layers=layers, weights=stored, activations=inputs)
     if any(r.learned_step for r in trained):
         if (same := replace(rule, learned_step=True)) in trained:
             return (same,)

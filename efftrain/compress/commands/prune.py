@@ -84,8 +84,8 @@ class Prune:
     def name(self) -> str:
         """The suffix that the default name of the new run adds to the name of the old one."""
         words = [f"sparse{self.sparsity.replace(':', 'of')}", "" if self.method == "sparsegpt" else self.method]
-        words += [self.weights, self.activations and f"a-{self.activations}", self.recovery and self.recovery.name]
-        return suffix(*words)
+        words += [self.weights or "", f"a-{self.activations}" if self.activations else ""]
+        return suffix(*words, None if self.recovery is None else self.recovery.name)
 
     def in_round(self, number: int) -> "Prune":
         """The pruning of one round of recovery, from 1: every round prunes the same share of the remaining weights."""

@@ -71,7 +71,7 @@ class StructuredPrune:
         """The suffix that the default name of the new run adds to the name of the old one."""
         words = [f"structured{self.ratio}", "" if self.axis == "width" else self.axis]
         words += ["" if self.metric == "parameters" else self.metric, f"search{self.search}" if self.search else ""]
-        return suffix(*words, self.recovery and self.recovery.name)
+        return suffix(*words, None if self.recovery is None else self.recovery.name)
 
     def in_round(self, number: int) -> "StructuredPrune":
         """The pruning of one round of recovery, from 1: every round removes the same share of what is left."""

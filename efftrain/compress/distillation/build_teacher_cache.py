@@ -25,6 +25,7 @@ from efftrain.data.storage.teacher_records import CachePlan, encode_sampled, enc
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.measure.measurements import other_origin
 from efftrain.models.config import ModelConfig
+from efftrain.models.decoder import Decoder
 from efftrain.models.depth.routed_depth import causally_routed, routes_causally
 from efftrain.ops.fused_linear_loss import choose_chunks, over_chunks
 from efftrain.progress import Progress, console
@@ -192,7 +193,7 @@ def sample_tokens(
 
 
 def _over_logits(
-    step: Callable[..., Any], model: nnx.Module, rows: dict[str, Array], more: tuple[Array, ...], vocab_size: int
+    step: Callable[..., Any], model: Decoder, rows: dict[str, Array], more: tuple[Array, ...], vocab_size: int
 ) -> Any:
     """Applies ``step`` to the logits of all positions in chunks, so that the logits never exist all at once.
 
@@ -213,10 +214,11 @@ Rows = Sequence[dict[str, np.ndarray]]
 Predict = Callable[[dict[str, np.ndarray], np.ndarray], Any]  # dispatches to the device and does not wait for it
 
 
-def _predictor(model: nnx.Module, plan: CachePlan) -> Predict:
+def _predictor(model: Decoder, plan: CachePlan) -> Predict:
     graph, state = nnx.split(model)
     if plan.kind == "top_k":
         return lambda rows, _: largest(graph, state, rows, vocab_size=plan.vocab_size, k=plan.n)
+    assert plan.seed is not None  # drawn answers have one
     seed = np.uint32(plan.seed)
     return lambda rows, numbers: sample_tokens(graph, state, rows, numbers, seed, vocab_size=plan.vocab_size, n=plan.n)
 
@@ -233,7 +235,8 @@ def _write_shards(folder: Path, plan: CachePlan, rows: "data.PackedRows", predic
 def _records(
     plan: CachePlan, rows: "data.PackedRows", numbers: range, predict: Predict, batch_size: int, progress: Progress
 ) -> Iterator[bytes]:
-    filling, pending = padding(plan.length), None
+    filling = padding(plan.length)
+    pending: tuple[Rows, Any] | None = None
     for start in range(numbers.start, numbers.stop, batch_size):
         real = [rows[number] for number in range(start, min(start + batch_size, numbers.stop))]
         filled = real + [filling] * (batch_size - len(real))  # one shape is compiled once
@@ -243,8 +246,9 @@ def _records(
             yield from _encoded(plan, *pending)
             progress.advance(len(pending[0]))
         pending = asked
-    yield from _encoded(plan, *pending)
-    progress.advance(len(pending[0]))
+    if pending is not None:
+        yield from _encoded(plan, *pending)
+        progress.advance(len(pending[0]))
 
 
 def _encoded(plan: CachePlan, rows: Rows, answer: Any) -> Iterator[bytes]:
@@ -278,10 +282,12 @@ def _open_rows(
     return opened, rows
 
 
-def _plan(model: nnx.Module, corpus: "data.Corpus", rows: "data.PackedRows", options: CacheOptions) -> CachePlan:
+def _plan(model: Decoder, corpus: "data.Corpus", rows: "data.PackedRows", options: CacheOptions) -> CachePlan:
+    n = options.top_k or options.samples
+    assert n is not None  # ``CacheOptions`` has one of both
     return CachePlan(
         kind="top_k" if options.top_k else "sampled",
-        n=options.top_k or options.samples,
+        n=n,
         seed=None if options.top_k else options.seed,
         vocab_size=corpus.vocab_size,
         teacher=model_digest(model),

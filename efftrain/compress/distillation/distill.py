@@ -83,6 +83,7 @@ class FromTeacher:
     teacher: Teacher
 
     def at(self, teacher: Decoder | None, progress: Array) -> Objective:
+        assert teacher is not None  # the model of ``self.teacher``
         return partial(self._loss, teacher, progress)
 
     def extra_flops(self, model: ModelConfig, training: Training) -> float:
@@ -103,7 +104,7 @@ class FromTeacher:
             own, key = jax.random.split(key)
             batch, answered = how.on_policy(model, batch, own)
             is_text = ~answered
-        student_e, teacher_e = how.features.layers_read(*configs) if how.features else (None, None)
+        student_e, teacher_e = how.features.layers_read(*configs) if how.features else ([], [])
         inputs = {"segments_bt": batch["segments"], "positions_bt": batch["positions"]}
         t_btd, t_ebtd, _ = teacher.states(batch["tokens"], exits_e=_array(teacher_e), **inputs)
         t_btd = jax.lax.stop_gradient(teacher.norm(t_btd))
@@ -123,6 +124,8 @@ class FromTeacher:
         count = batch["mask"].sum(dtype=jnp.float32)
         figures = {"loss": (nll * is_text, count * is_text), "loss/teacher": (divergence, count)}
         if how.features is not None:
+            assert x_ebtd is not None  # asked for with exits_e
+            assert t_ebtd is not None
             far = feature_loss(
                 how.features, model, teacher, _in_order(x_ebtd, student_e), _in_order(t_ebtd, teacher_e), batch
             )
@@ -153,7 +156,7 @@ class FromCache:
             if getattr(self.how, name) != getattr(plain, name):
                 raise ConfigError(f"distill.{name} needs the teacher itself and not its cache; leave it, or the cache")
 
-    def at(self, teacher: None, progress: Array) -> Objective:
+    def at(self, teacher: Decoder | None, progress: Array) -> Objective:
         return partial(self._loss, progress)
 
     def _loss(self, progress: Array, model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
@@ -247,8 +250,8 @@ def extra_flops(how: Distill, student: ModelConfig, teacher: ModelConfig, length
     return forward_flops(teacher, length) + own
 
 
-def _array(layers: list[int] | None) -> Array | None:
-    return None if layers is None else jnp.asarray(sorted(set(layers)))
+def _array(layers: list[int]) -> Array | None:
+    return jnp.asarray(sorted(set(layers))) if layers else None
 
 
 def _in_order(x_ebtd: Array, layers: list[int]) -> Array:

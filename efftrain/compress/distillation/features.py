@@ -13,6 +13,8 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.models.attention import SelfAttention
+from efftrain.models.block import Block
 from efftrain.models.config import Full, ModelConfig, standard_attention
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Linear
@@ -126,6 +128,10 @@ class Relations:
         both = []
         for model, whose, x_ebtd in ((student, "student", student_ebtd), (teacher, "teacher", teacher_ebtd)):
             block = model.layers()[self._layer(whose, model.config)]
+            if not isinstance(block, Block) or not isinstance(block.attention, SelfAttention):
+                raise ConfigError(
+                    f"features.{whose}_layer has no queries and keys of efftrain's own; choose another one"
+                )
             h_btd = block.attention_norm(x_ebtd[0])
             products = block.attention.query, block.attention.key, block.attention.value
             both.append([product(h_btd) for product in products])

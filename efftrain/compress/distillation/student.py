@@ -13,8 +13,9 @@ from efftrain.compress.structured.shape import Shape, shaped
 from efftrain.compress.structured.shapes import candidates
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.parameters import count_parameters
-from efftrain.models.config import Dense, ModelConfig
+from efftrain.models.config import Dense, ModelConfig, standard_attention
 from efftrain.models.decoder import Decoder, abstract_decoder
+from efftrain.models.moe import MoE
 
 
 def spread_layers(n_student: int, n_teacher: int) -> tuple[int, ...]:
@@ -67,16 +68,21 @@ def same_parameters(one: ModelConfig, other: ModelConfig) -> bool:
 def shape_within(student: ModelConfig, teacher: ModelConfig) -> Shape:
     """The shape that turns the first layer of a teacher into the first layer of a student."""
     s, t = student.layers[0], teacher.layers[0]
-    several = t.attention.n_kv_heads > 1  # with a single KV head (MQA), query heads are cut
-    heads = [a.n_kv_heads if several else a.n_heads for a in (s.attention, t.attention)]
-    both_dense = isinstance(s.mlp, Dense) and isinstance(t.mlp, Dense)
-    if type(s.mlp) is not type(t.mlp):
+    attentions = [standard_attention(block, "a student that starts as a cut of its teacher") for block in (s, t)]
+    several = attentions[1].n_kv_heads > 1  # with a single KV head (MQA), query heads are cut
+    heads = [a.n_kv_heads if several else a.n_heads for a in attentions]
+    ffn = experts = 1.0
+    if isinstance(s.mlp, Dense) and isinstance(t.mlp, Dense):
+        ffn = s.mlp.d_ff / t.mlp.d_ff
+    elif isinstance(s.mlp, MoE) and isinstance(t.mlp, MoE):
+        experts = s.mlp.n_experts / t.mlp.n_experts
+    else:
         raise ConfigError("model and its teacher have other kinds of feed-forward layers; start it at random")
     return Shape(
         d_model=student.d_model,
-        ffn=s.mlp.d_ff / t.mlp.d_ff if both_dense else 1.0,
+        ffn=ffn,
         heads=heads[0] / heads[1],
-        experts=1.0 if both_dense else s.mlp.n_experts / t.mlp.n_experts,
+        experts=experts,
         n_layers=student.n_layers,
     )
 

@@ -121,6 +121,8 @@ def initial_student(config: StudentRun) -> Decoder:
     Raises:
       ConfigError: a student of this configuration cannot be made of this teacher.
     """
+    if config.teacher is None:
+        raise ConfigError(f"initial is {config.initial} and there is no teacher; give --teacher RUN")
     pieces = LayerwiseModel.read(config.teacher)
     if config.initial == "cut":
         text = CorpusRows(config.corpus, config.training.length)

@@ -13,6 +13,8 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.attention import SelfAttention
+from efftrain.models.block import Block
+from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Linear
 from efftrain.models.mlp import SwiGLU
 from efftrain.models.moe.layer import RoutedExperts
@@ -135,12 +137,12 @@ def magnitudes(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRow
 
 def idle_experts(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> tuple[int, ...]:
     """Indices of the experts of a plain block that no calibration token reached; arguments as of ``hessians``."""
-    if not isinstance(layer.mlp, RoutedExperts):
+    if not isinstance(layer, Block) or not isinstance(layer.mlp, RoutedExperts):
         return ()
-    (graph, state), total_e = nnx.split(layer), 0.0
+    (graph, state), total_e = nnx.split(layer), np.zeros(())
     for rows in calibration.batches():
         found_e = _saliency(graph, state, x_ntd[rows], calibration.positions[rows], calibration.segments[rows])
-        total_e += np.asarray(found_e, np.float64)
+        total_e = total_e + np.asarray(found_e, np.float64)
     return idle(total_e)
 
 
@@ -227,7 +229,7 @@ def _saliency(graph, state, x_btd, positions_bt, segments_bt) -> Array:
     return layer(x_btd, positions_bt, segments_bt)[1]["statistics"]["saliency"]
 
 
-def inputs_of(outer: nnx.Module, calibration: CalibrationRows) -> np.ndarray:
+def inputs_of(outer: Decoder, calibration: CalibrationRows) -> np.ndarray:
     """The input of the first layer: the embedded tokens (rows, length, d_model)."""
     return np.asarray(outer.embedding(jnp.asarray(calibration.tokens)))
 

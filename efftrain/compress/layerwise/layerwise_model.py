@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from efftrain.compress.layerwise.calibration import CalibrationRows, forward, inputs_of
-from efftrain.models.block import Block
+from efftrain.models.block import Block, Layer
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.stack import unstack
@@ -58,7 +58,7 @@ class LayerwiseModel:
         split = [nnx.split(stack) for stack in abstract.blocks]
         # The structure of one layer is that of the abstract stack without the stacked axis.
         parts = [(layer_def, jax.eval_shape(lambda s: unstack(s, config.n_repeats)[0], s)) for layer_def, s in split]
-        self.layers: list[nnx.Module] = []
+        self.layers: list[Layer] = []
         for i, flat in enumerate(layers):
             layer_def, state = parts[i % n_positions]
             self.layers.append(nnx.merge(layer_def, unflatten(flat, state)))
@@ -81,7 +81,7 @@ class LayerwiseModel:
 
     def iterate_layers(
         self, title: str, calibration: CalibrationRows | None = None
-    ) -> Iterator[tuple[int, nnx.Module, tuple[np.ndarray, CalibrationRows] | None]]:
+    ) -> Iterator[tuple[int, Layer, tuple[np.ndarray, CalibrationRows] | None]]:
         """Iterates over the layers, first to last, so that the caller can change each; ``layers`` is empty afterwards.
 
         Args:
@@ -98,9 +98,9 @@ class LayerwiseModel:
         with Progress(title, n, unit="layers") as progress:
             for number in range(n):
                 layer = self.layers.pop(0)
-                calibrates = calibration is not None and isinstance(layer, Block)
-                yield number, layer, (x_ntd, calibration) if calibrates else None
-                if calibration is not None and number + 1 < n:
+                inputs = None if calibration is None or x_ntd is None else (x_ntd, calibration)
+                yield number, layer, inputs if isinstance(layer, Block) else None
+                if calibration is not None and x_ntd is not None and number + 1 < n:
                     x_ntd = forward(layer, x_ntd, calibration)
                 progress.advance()
 

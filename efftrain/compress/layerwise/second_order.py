@@ -184,6 +184,7 @@ def _sparse_gpt(
     def project(row_f: Array, i: Array) -> Array:
         if format is None:
             return row_f
+        assert scale_gf is not None  # given with the format
         scale_f = scale_gf[i // group_size(len(w_df), format)]
         return format.nearest(row_f / scale_f) * scale_f
 

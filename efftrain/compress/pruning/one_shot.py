@@ -104,7 +104,8 @@ def mask_by_magnitude(w: Array, structure: Structure) -> Array:
     w_ldf = jnp.abs(w).reshape(-1, *w.shape[-2:])
     scores_lgu = structure.group(w_ldf)
     keep_lgu = keep_highest(scores_lgu, kept_units(structure, scores_lgu.shape[-1]))
-    return structure.ungroup(keep_lgu, w_ldf.shape).reshape(w.shape)
+    n_matrices, d, f = w_ldf.shape
+    return structure.ungroup(keep_lgu, (n_matrices, d, f)).reshape(w.shape)
 
 
 def mask_by_inputs(w_df: Array, hessian_dd: Array, structure: Structure) -> Array:
@@ -141,10 +142,15 @@ def _prune(
     if not chosen:
         after, how, why = before, "none", "--layers does not match it"
     elif how == "sparsegpt":
+        assert hessian is not None  # its inputs were seen
         after, damping = sparse_gpt(before, hessian, structure, format)
         why = damped(damping)
     else:
-        mask = mask_by_inputs(before, hessian, structure) if how == "wanda" else mask_by_magnitude(before, structure)
+        if how == "wanda":
+            assert hessian is not None  # its inputs were seen
+            mask = mask_by_inputs(before, hessian, structure)
+        else:
+            mask = mask_by_magnitude(before, structure)
         after, why = (
             jnp.where(mask, before, 0),
             "" if how == asked else f"{asked} is for dense products of plain blocks",

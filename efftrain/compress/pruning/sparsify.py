@@ -154,7 +154,8 @@ def sparsify(inner: optax.GradientTransformation, sparsity: Sparsity, n_steps: i
         masks = {name: ones(variable) for name, variable in found.items()}
         return SparsifyState(inner.init(params), masks, jnp.zeros((), jnp.int32), jnp.ones((), bool), kept)
 
-    def update(gradients: Any, state: SparsifyState, params: Any = None) -> tuple[Any, SparsifyState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SparsifyState]:
+        gradients = updates
         if params is None:
             raise ValueError("sparsify needs the parameters: optimizer.update(gradients, state, params)")
         g, w = (_arrays(_prunable(tree, sparsity)) for tree in (gradients, params))
@@ -305,4 +306,5 @@ def _with(values: tuple, i: int, value: Any) -> tuple:
 
 
 def _three(a: Array) -> Shape:
-    return (a.size // (a.shape[-1] * a.shape[-2]), *a.shape[-2:])
+    d, f = a.shape[-2:]
+    return a.size // (d * f), d, f

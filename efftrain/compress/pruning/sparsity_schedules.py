@@ -60,11 +60,7 @@ class Gradual:
     updates: int = 50
 
     def __post_init__(self):
-        _check_fractions(start=self.start, end=self.end)
-        if not self.start < self.end or self.updates < 1:
-            raise ConfigError(
-                f"pruning from {self.start} to {self.end} in {self.updates} updates; give start < end and 1 or more"
-            )
+        _check_updates(self)
 
     def due(self, step: Array, n_steps: int) -> Array:
         first, last = round(self.start * n_steps), round(self.end * n_steps)
@@ -127,7 +123,9 @@ class Constant:
     end: float = 0.75
     updates: int = 75
 
-    __post_init__ = Gradual.__post_init__
+    def __post_init__(self):
+        _check_updates(self)
+
     due = Gradual.due
 
     def fraction(self, step: Array, n_steps: int) -> Array:
@@ -135,6 +133,13 @@ class Constant:
 
 
 Schedule = OneShot | Gradual | Iterative | Constant
+
+
+def _check_updates(schedule: Gradual | Constant) -> None:
+    start, end, updates = schedule.start, schedule.end, schedule.updates
+    _check_fractions(start=start, end=end)
+    if not start < end or updates < 1:
+        raise ConfigError(f"pruning from {start} to {end} in {updates} updates; give start < end and 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,10 +84,10 @@ def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, 
     sums = magnitudes(block, x_ntd, calibration)
     for shared in shared_inputs(block):
         kernels = [_find(block, f"{name}/kernel") for name in shared.products]
-        rules = [rule_of(kernel) for kernel in kernels]
-        if any(rule is None or rule.weights is None or rule.learned_step for rule in rules):
+        rules = [rule for kernel in kernels if (rule := rule_of(kernel)) is not None and not rule.learned_step]
+        formats = tuple(rule.weights for rule in rules if rule.weights is not None)
+        if len(formats) < len(kernels):
             continue
-        formats = tuple(rule.weights for rule in rules)
         tried_pd = tried_factors(sums[shared.products[0]] / calibration.size.tokens)
         if shared.part is None:
             errors_p = product_errors(kernels[0][...], hessians[shared.products[0]], formats[0], tried_pd)
@@ -163,6 +163,7 @@ def part_errors(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _part_errors(graph, shared: Shared, formats, state, factors_pd, x_btd, positions_bt, segments_bt) -> Array:
+    assert shared.part is not None  # otherwise ``product_errors`` decides
     block, valid_bt = nnx.merge(graph, state), segments_bt > 0
     tap = Tap(block, f"{shared.part}_norm", valid_bt)
     block(x_btd, positions_bt, segments_bt)

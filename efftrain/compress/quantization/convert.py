@@ -139,14 +139,16 @@ def convert(
         idle = () if inputs is None else idle_experts(layer, *inputs)
         if idle:
             all_idle[f"blocks/{number}/mlp"] = idle
-        factors = scale_inputs(layer, *inputs, found) if method == "awq" and plain else {}
+        factors = {}
+        if method == "awq" and isinstance(layer, Block) and inputs is not None:
+            factors = scale_inputs(layer, *inputs, found)
         observed = found.keys() & {name for name, _, _ in matrices(layer)}
         for name, module, attribute in list(matrices(layer)):
             how, why = _how(name, getattr(module, attribute), method, plain, observed, factors)
             if isinstance(module, RoutedExperts):
                 why += unreached(idle)
             hessian = found.pop(name, None)
-            if name in factors:  # the inputs have been divided by the factors
+            if hessian is not None and name in factors:  # the inputs have been divided by the factors
                 hessian = hessian / jnp.outer(factors[name], factors[name])
             clip = how == "awq" and is_clipped(name)
             rows.append(_convert(f"blocks/{number}/{name}", module, attribute, how, why, hessian, clip=clip))
@@ -190,10 +192,12 @@ def _convert(
         return Converted(name, str(variable.dtype), "none", why, n_bytes, n_bytes, 0.0, None, zeros)
     damping = None
     if method == "gptq":
+        assert hessian is not None  # its inputs were seen
         value, damping = gptq(before, hessian, rule.weights)
         why = damped(damping)
     else:
-        value = clipped(before, hessian, rule.weights) if clip else quantized(module, attribute)
+        assert hessian is not None or not clip  # its inputs were seen
+        value = quantized(module, attribute) if hessian is None or not clip else clipped(before, hessian, rule.weights)
     after = value.dequantize()
     change = after - before
     weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))

@@ -43,7 +43,7 @@ class ChosenFormats:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "rules": {r.layers: format_name(r.weights) for r in self.rules},
+            "rules": {r.layers: format_name(r.weights) for r in self.rules if r.weights is not None},
             "costs": self.costs,
             "share": self.share,
         }

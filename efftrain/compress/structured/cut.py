@@ -16,7 +16,7 @@ from efftrain.compress.structured.shape import Shape, check_fits, shaped
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
 from efftrain.measure.cost.parameters import count_parameters, stored_bytes
-from efftrain.models.config import BlockConfig, Dense, ModelConfig
+from efftrain.models.config import BlockConfig, Dense, ModelConfig, standard_attention
 from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.moe import MoE
 from efftrain.models.quantization import matrices, rule_of
@@ -115,7 +115,7 @@ def structured_prune(
     hidden = largest(importance.hidden, new.d_model)
     cuts, states = [], []
     for number, block in zip(kept, new.layers, strict=True):
-        one_group = config.layers[number].attention.n_kv_heads == 1
+        one_group = standard_attention(config.layers[number], "a smaller shape").n_kv_heads == 1
         cut = _choose(importance, number, block, one_group)
         factors = {name: _correction(importance.moments[f"blocks/{number}/{name}"], hidden) for name in NORMS}
         states.append(_cut(pieces.layers[number], _places(cut, block, hidden, one_group), factors))
@@ -179,22 +179,24 @@ def _choose(importance: Importance, number: int, block: BlockConfig, one_group: 
       one_group: whether the whole layer has a single KV group, so that query heads are cut.
     """
 
-    def places(scores: np.ndarray, n: int) -> tuple[int, ...]:
+    def places(scores: np.ndarray | None, n: int) -> tuple[int, ...]:
+        assert scores is not None  # the layer has such parts
         return tuple(largest(scores, n).tolist())
 
-    mlp, n_heads = block.mlp, block.attention.n_heads if one_group else block.attention.n_kv_heads
+    mlp, attention = block.mlp, standard_attention(block, "a smaller shape")
+    experts = importance.experts[number]
     return LayerCut(
         layer=number,
         ffn=places(importance.ffn[number], mlp.d_ff) if isinstance(mlp, Dense) else None,
-        heads=places(importance.heads[number], n_heads),
-        experts=places(importance.experts[number], mlp.n_experts) if isinstance(mlp, MoE) else None,
-        idle_experts=idle(importance.experts[number]) if isinstance(mlp, MoE) else (),
+        heads=places(importance.heads[number], attention.n_heads if one_group else attention.n_kv_heads),
+        experts=places(experts, mlp.n_experts) if isinstance(mlp, MoE) else None,
+        idle_experts=() if experts is None else idle(experts),
     )
 
 
 def _places(cut: LayerCut, block: BlockConfig, hidden: np.ndarray, one_group: bool) -> dict[str, np.ndarray]:
     """For each logical axis that is cut, the indices that are kept."""
-    attention = block.attention
+    attention = standard_attention(block, "a smaller shape")
     queries = 1 if one_group else attention.n_heads // attention.n_kv_heads
 
     def columns(of_group: int) -> np.ndarray:
@@ -222,8 +224,8 @@ def _cut(module: nnx.Module, places: Mapping[str, np.ndarray], factors: Mapping[
         for axis, name in enumerate(variable.get_metadata()["axes"]):
             if name in places:
                 value = np.take(value, places[name], axis=axis)
-        if path[0] in factors:
-            value = value * np.float32(factors[path[0]])
+        if (part := str(path[0])) in factors:
+            value = value * np.float32(factors[part])
         flat.append((path, variable.replace(jnp.asarray(value))))
     return nnx.from_flat_state(flat)
 

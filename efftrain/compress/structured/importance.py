@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from efftrain.compress.layerwise.calibration import CalibrationRows, Calibration
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.structured.shape import head_parts
 from efftrain.errors import ConfigError
-from efftrain.models.config import Attention, BlockConfig, Full, ModelConfig, PreNorm
+from efftrain.models.config import Attention, BlockConfig, Full, ModelConfig, PreNorm, standard_attention
 from efftrain.models.mlp import SwiGLU
 from efftrain.models.moe.layer import RoutedExperts
 from efftrain.models.positions import Rotary
@@ -87,7 +88,9 @@ def importance(pieces: LayerwiseModel, calibration: CalibrationRows) -> Importan
         for number, (layer, block) in enumerate(zip(pieces.layers, pieces.config.layers, strict=True)):
             sums = _pass(_observe, layer, x_ntd, calibration)
             ffn.append(np.sqrt(sums["ffn"]) if "ffn" in sums else None)
-            heads.append(np.sqrt(sums["heads"].reshape(head_parts(block.attention), -1).sum(-1)))
+            heads.append(
+                np.sqrt(sums["heads"].reshape(head_parts(standard_attention(block, "importance")), -1).sum(-1))
+            )
             experts.append(sums["experts"] / n_tokens if "experts" in sums else None)
             for name in NORMS:
                 hidden += np.sqrt(sums[name]["rows"])
@@ -132,7 +135,9 @@ def check_standard(block: BlockConfig, i: int) -> None:
     """Raises ``ConfigError`` if a fork has replaced the attention, its positions or scores, or the residual form."""
     attention = block.attention
     parts = [attention, block.residual, *([attention.position] if type(attention) is Attention else [])]
-    own = [part for part, kind in zip(parts, (Attention, PreNorm, Rotary), strict=False) if type(part) is not kind]
+    own: list[object] = [
+        part for part, kind in zip(parts, (Attention, PreNorm, Rotary), strict=False) if type(part) is not kind
+    ]
     own += [attention.score_mod] if type(attention) is Attention and attention.score_mod is not None else []
     if own:
         raise ConfigError(
@@ -152,7 +157,7 @@ def _observe(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dic
     elif isinstance(layer.mlp, RoutedExperts):
         keep_saliency(layer.mlp)
     x_btd, metrics = layer(x_btd, positions_bt, segments_bt)
-    sums = {name: _norm_sums(tap, valid_bt) for name, tap in norms.items()}
+    sums: dict[str, Any] = {name: _norm_sums(tap, valid_bt) for name, tap in norms.items()}
     sums["heads"] = _row_means(out.read_btd, valid_bt)
     if down is not None:
         sums["ffn"] = _row_means(down.read_btd, valid_bt)
@@ -163,7 +168,7 @@ def _observe(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dic
 
 @partial(jax.jit, static_argnums=0)
 def _observe_norm(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dict]:
-    holder = nnx.Module()
+    holder: Any = nnx.Module()
     holder.norm = nnx.merge(graph, state)
     tap = Tap(holder, "norm", segments_bt > 0)
     return tap(x_btd), _norm_sums(tap, segments_bt > 0)
@@ -183,12 +188,13 @@ def _row_means(a_btd: Array, valid_bt: Array) -> Array:
 def _pass(observe, module: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict:
     """The sums over all rows; overwrites ``x_ntd`` with the module's output."""
     graph, state = nnx.split(module)
-    sums = None
+    sums: dict | None = None
     for rows in calibration.batches():
         x_btd, more = observe(graph, state, x_ntd[rows], calibration.positions[rows], calibration.segments[rows])
         x_ntd[rows] = x_btd
         more = jax.tree.map(lambda a: np.asarray(a, np.float64), more)
         sums = more if sums is None else jax.tree.map(np.add, sums, more)
+    assert sums is not None  # calibration text has rows
     return sums
 
 

@@ -91,17 +91,23 @@ def check_fits(config: ModelConfig, shape: Shape) -> None:
 def cut_block(block: BlockConfig, shape: Shape, multiple: int) -> BlockConfig:
     """The configuration of a block after the cut, for a shape that was checked by ``check_fits``."""
     attention, mlp = standard_attention(block, "a smaller shape"), block.mlp
-    heads = _parts(block, "heads", multiple).left(shape.heads)
+    heads = _left(block, "heads", multiple, shape.heads)
     if attention.n_kv_heads > 1:
         queries = attention.n_heads // attention.n_kv_heads
         attention = replace(attention, n_heads=heads * queries, n_kv_heads=heads)
     else:
         attention = replace(attention, n_heads=heads)
     if isinstance(mlp, Dense):
-        mlp = replace(mlp, d_ff=_parts(block, "ffn", multiple).left(shape.ffn))
+        mlp = replace(mlp, d_ff=_left(block, "ffn", multiple, shape.ffn))
     elif isinstance(mlp, MoE):
-        mlp = replace(mlp, n_experts=_parts(block, "experts", multiple).left(shape.experts))
+        mlp = replace(mlp, n_experts=_left(block, "experts", multiple, shape.experts))
     return replace(block, attention=attention, mlp=mlp)
+
+
+def _left(block: BlockConfig, name: str, multiple: int, share: float) -> int:
+    parts = _parts(block, name, multiple)
+    assert parts is not None  # the caller asks for what the block has
+    return parts.left(share)
 
 
 def head_parts(attention: Attention) -> int:
@@ -129,8 +135,9 @@ class _Parts:
 
 def _parts(block: BlockConfig, name: str, multiple: int) -> _Parts | None:
     """The parts that a field of ``Shape`` is a share of; None if the block has no such parts."""
-    attention, mlp = block.attention, block.mlp
+    mlp = block.mlp
     if name == "heads":
+        attention = standard_attention(block, "a smaller shape")
         return _Parts("KV groups" if attention.n_kv_heads > 1 else "query heads", head_parts(attention))
     if name == "ffn":
         return _Parts("units", mlp.d_ff, multiple) if isinstance(mlp, Dense) else None

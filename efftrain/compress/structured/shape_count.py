@@ -10,7 +10,7 @@ from flax import nnx
 from efftrain.compress.structured.shape import Shape, check_fits, cut_block, multiple_of, part
 from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, attention_flops, head_flops, mean_visible_keys
 from efftrain.measure.cost.parameters import HEAD, embedding_paths, parameters, passes
-from efftrain.models.config import BlockConfig, Dense, ModelConfig
+from efftrain.models.config import BlockConfig, Dense, ModelConfig, standard_attention
 from efftrain.models.decoder import abstract_decoder
 from efftrain.models.moe import MoE
 
@@ -65,18 +65,19 @@ class Count:
         for i, (block, terms) in enumerate(zip(self.config.pattern, self.blocks, strict=True)):
             units, choices = np.zeros(0), np.zeros(0)
             if isinstance(block.mlp, Dense):
-                units = [cut_block(block, replace(whole, ffn=s), self.multiple).mlp.d_ff for s in ffn]
+                cut = [cut_block(block, replace(whole, ffn=s), self.multiple).mlp for s in ffn]
+                units = [mlp.d_ff for mlp in cut if isinstance(mlp, Dense)]
             if isinstance(block.mlp, MoE):
-                cut = [cut_block(block, replace(whole, experts=s), self.multiple) for s in experts]
-                choices = [b.mlp.n_experts for b in cut]
+                cut = [cut_block(block, replace(whole, experts=s), self.multiple).mlp for s in experts]
+                choices = [mlp.n_experts for mlp in cut if isinstance(mlp, MoE)]
             block = cut_block(block, whole, self.multiple)
             sizes = _sizes(block, d_model, np.array(units, float), np.array(choices, float)[:, None])
             layers[i] = _sum(terms, sizes)
             if self.metric == "flops":
-                keys = mean_visible_keys(self.length, block.attention.window)
-                layers[i] += attention_flops(block.attention, keys)
+                attention = standard_attention(block, "a smaller shape")
+                layers[i] += attention_flops(attention, mean_visible_keys(self.length, attention.window))
         factor = FORWARD_AND_BACKWARD if self.metric == "flops" else 1
-        return factor * _sum(self.outer, {"embed": d_model, "norm": d_model}), factor * layers
+        return factor * float(_sum(self.outer, {"embed": d_model, "norm": d_model})), factor * layers
 
     def total(self, outer: float, layers: np.ndarray, n_layers: int) -> np.ndarray:
         """The count of whole models with ``n_layers`` layers, (experts, ffn), from the results of ``parts``."""
@@ -104,8 +105,8 @@ def _term(variable: nnx.Variable, metric: CountedMetric) -> Term | None:
 
 def _sizes(block: BlockConfig, d_model: int, units: np.ndarray, choices: np.ndarray) -> dict[str, int | np.ndarray]:
     """The size of each logical axis that ``structured_prune`` cuts, after the cut."""
-    attention = block.attention
-    sizes = {"embed": d_model, "norm": d_model}
+    attention = standard_attention(block, "a smaller shape")
+    sizes: dict[str, int | np.ndarray] = {"embed": d_model, "norm": d_model}
     sizes |= {"heads": attention.n_heads * attention.d_head, "kv_heads": attention.n_kv_heads * attention.d_head}
     if units.size:
         sizes["mlp"] = units

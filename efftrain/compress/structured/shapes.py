@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from efftrain.compress.structured.importance import check_prunable
 from efftrain.compress.structured.shape import Shape, head_parts, multiple_of, part
 from efftrain.compress.structured.shape_count import Count, CountedMetric
 from efftrain.errors import ConfigError
-from efftrain.models.config import Dense, ModelConfig
+from efftrain.models.config import Dense, ModelConfig, standard_attention
 from efftrain.models.moe import MoE
 
 Axis = Literal["width", "depth", "any"]
@@ -104,7 +104,9 @@ def _search(count: Count, target: float, shares: _Shares, layers: Sequence[int])
             costs = _costs(count.config, shares, d_model, heads, n_layers)
             best = np.where(near, costs, np.inf) if near.any() else np.where(fit, -totals, np.inf)
             e, f = np.unravel_index(best.argmin(), best.shape)
-            shape = Shape(d_model=d_model, ffn=shares.ffn[f], heads=heads, experts=shares.experts[e], n_layers=n_layers)
+            shape = Shape(
+                d_model=d_model, ffn=shares.ffn[int(f)], heads=heads, experts=shares.experts[int(e)], n_layers=n_layers
+            )
             this = _Found(not near.any(), float(best[e, f]), shape)
             key = n_layers, d_model
             found[key] = min(this, found.get(key, this), key=lambda f: f[:2])
@@ -113,9 +115,9 @@ def _search(count: Count, target: float, shares: _Shares, layers: Sequence[int])
 
 def _costs(config: ModelConfig, shares: _Shares, d_model: int, heads: float, n_layers: int) -> np.ndarray:
     """The estimated cost of the cuts, (experts, ffn); see ``SENSITIVITY``."""
-    kept = {"d_model": d_model / config.d_model, "n_layers": n_layers / config.n_layers, "heads": heads}
+    kept: dict[str, Any] = {"d_model": d_model / config.d_model, "n_layers": n_layers / config.n_layers, "heads": heads}
     kept |= {"experts": np.array(shares.experts)[:, None], "ffn": np.array(shares.ffn)}
-    return sum((SENSITIVITY[name] * (1 - share)) ** 2 for name, share in kept.items())
+    return np.asarray(sum((SENSITIVITY[name] * (1 - share)) ** 2 for name, share in kept.items()))
 
 
 def _smallest(shares: _Shares, layers: Sequence[int]) -> Shape:
@@ -129,7 +131,7 @@ def _shares(config: ModelConfig) -> _Shares:
     mixtures = [block.mlp for block in config.pattern if isinstance(block.mlp, MoE)]
     experts = max((mlp.n_experts for mlp in mixtures), default=1)
     used = min((mlp.top_k / mlp.n_experts for mlp in mixtures), default=1.0)
-    heads = max(head_parts(block.attention) for block in config.pattern)
+    heads = max(head_parts(standard_attention(block, "a smaller shape")) for block in config.pattern)
     ffn = _steps(max(units, default=1), multiple, LEAST_FFN)
     return _Shares(
         d_model=[round(share * config.d_model) for share in _steps(config.d_model, multiple, 0.5)],

@@ -12,7 +12,7 @@ from efftrain.compress.task.task_texts import answer
 from efftrain.data.storage.tokenizer import load_tokenizer, marked_end_of_text, train_tokenizer, vocabulary_size
 from efftrain.data.tasks.items import Item, TaskIds, completions, conditionals, questions
 from efftrain.data.tasks.rows import TaskBatches
-from efftrain.data.tasks.task import Example, Task
+from efftrain.data.tasks.task import Example, Task, answers
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.flops import training_flops
 from efftrain.measure.quality.task_scores import classification, exact_match
@@ -207,15 +207,16 @@ def scores(model: Decoder, ids: TaskIds, examples: Sequence[Example], task: Task
     """
     if not task.labels:
         found = answer(model, ids, _texts(examples), longest=longest_answer(ids, task))
-        return {"exact_match": exact_match(found, [e.answer for e in examples])}
-    items = questions(ids, _texts(examples))
+        return {"exact_match": exact_match(found, answers(examples))}
+    items, loss = questions(ids, _texts(examples)), task_loss(ids)
+    assert loss is not None  # the task has labels
     length = max(length, *(len(item) for item in items))
-    return classification(predict(model, task_loss(ids), items, length=length), task.numbers(examples))
+    return classification(predict(model, loss, items, length=length), task.numbers(examples))
 
 
 def longest_answer(ids: TaskIds, task: Task) -> int:
     """Maximum number of tokens of a generated answer."""
-    return int(LONGEST_ANSWER * max(len(tokens) for tokens, _ in ids.encode([e.answer for e in task.train]))) + 1
+    return int(LONGEST_ANSWER * max(len(tokens) for tokens, _ in ids.encode(answers(task.train)))) + 1
 
 
 def _gold(ids: TaskIds, task: Task) -> list[Item]:

@@ -14,7 +14,7 @@ from efftrain.compress.task.task_run import longest_answer, task_loss
 from efftrain.compress.task.task_texts import Augmentation, agreed_answers, answer, synthesise
 from efftrain.config import to_json
 from efftrain.data.tasks.items import Item, TaskIds, completions, questions
-from efftrain.data.tasks.task import Example, Task
+from efftrain.data.tasks.task import Example, Task, answers
 from efftrain.measure.measurements import other_origin
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
@@ -77,9 +77,9 @@ def teach(
             console.print(f"{path} was made with {reason}; asking the teacher again", markup=False)
     found = (_soft_labels if task.labels else _answers)(teacher, ids, task, augment, length, seed)
     said = {"asked": asked, "texts": found.texts, "answers": found.answers, "counts": found.counts}
-    arrays = {"labels": found.labels, "logits": found.logits}
+    arrays: dict[str, Any] = {"labels": found.labels, "logits": found.logits, "said": json.dumps(said)}
     unfinished = path.with_name("taught.incomplete.npz")
-    np.savez(unfinished, said=json.dumps(said), **{name: a for name, a in arrays.items() if a is not None})
+    np.savez(unfinished, **{name: a for name, a in arrays.items() if a is not None})
     os.replace(unfinished, path)
     return found
 
@@ -102,6 +102,7 @@ def _soft_labels(
     teacher: Decoder, ids: TaskIds, task: Task, augment: Augmentation | None, length: int, seed: int
 ) -> TeacherLabels:
     loss, texts = task_loss(ids), task.texts("train") + task.texts("unlabelled")
+    assert loss is not None  # the task has labels
     counts: dict[str, Any] = {"labelled": len(task.train), "unlabelled": len(task.unlabelled)}
     labels, logits = np.full(len(texts), -1, np.int32), predict(teacher, loss, questions(ids, texts), length=length)
     labels[: len(task.train)] = task.numbers(task.train)
@@ -123,7 +124,9 @@ def _answers(
     found: list[str | None] = []
     if prompts and augment is None:
         found = list(answer(teacher, ids, prompts, longest=longest))
-    elif prompts:
+    elif prompts and augment is not None:
         found, counts["answers"] = agreed_answers(teacher, ids, prompts, augment, longest=longest, seed=seed)
-    pairs = [(e.text, e.answer) for e in task.train] + [(t, a) for t, a in zip(prompts, found, strict=True) if a]
+    pairs = [*zip(task.texts("train"), answers(task.train), strict=True)] + [
+        (t, a) for t, a in zip(prompts, found, strict=True) if a
+    ]
     return TeacherLabels([t for t, _ in pairs], None, None, [a for _, a in pairs], counts)

@@ -105,7 +105,7 @@ def synthesise(
             problem = "known"
         elif same_text(text) in found:
             problem = "repeated"
-        if problem:
+        if text is None or problem:
             counts[problem] += 1
         else:
             found[same_text(text)] = (text, label)

@@ -12,7 +12,7 @@ vectorised form reads words as 64-bit integers in place and runs no Python per w
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -159,7 +159,7 @@ def wide_shingle_hashes(texts: Sequence[bytes], n: int, max_bytes: int | None = 
 
 
 def ngram_hashes(
-    texts: Sequence[bytes], lengths: Sequence[int], max_bytes: int | None = None
+    texts: Sequence[bytes], lengths: Collection[int], max_bytes: int | None = None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields (n, hashes, offsets) for several n, with the results of ``wide_shingle_hashes``. Words are hashed once.
 

@@ -99,6 +99,7 @@ def leaders(
         nearest = found.nearest(row, limit)
         own = shingle_sets(int(numbers[row])) if nearest else None
         for leader, agreement in nearest:
+            assert own is not None  # because there is a nearest leader
             exact = measure(own, set_of(leader))
             if exact >= config.threshold and (match is None or exact > match.exact):
                 bands = int((signatures[row] == signatures[leader]).reshape(config.bands, -1).all(axis=1).sum())

@@ -232,7 +232,8 @@ def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]
     parts = []
     for number, (part, corpus) in enumerate(zip(config.corpora, opened, strict=True)):
         packed = PackedRows(corpus, config.split, config.length)
-        rows = grain.MapDataset.source(TaughtRows(packed, caches[number], width) if caches else packed)
+        source: Any = TaughtRows(packed, caches[number], width) if caches else packed  # takes ints, as grain gives
+        rows = grain.MapDataset.source(source)
         if (n_rows := part.n_rows()) is not None:
             if n_rows > len(packed):
                 raise ConfigError(
@@ -249,7 +250,8 @@ def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]
         return repeated[0] if len(parts) == 1 else grain.MapDataset.mix(repeated, weights)
     rows = parts[0] if len(parts) == 1 else grain.MapDataset.concatenate(parts)
     filling = padding(config.length) | (no_teacher(config.length, width) if caches else {})
-    return grain.MapDataset.source(_Filled(rows, config.batch_size, filling))
+    filled: Any = _Filled(rows, config.batch_size, filling)
+    return grain.MapDataset.source(filled)
 
 
 class TaughtRows:
@@ -269,7 +271,7 @@ class TaughtRows:
 class _Filled:
     """Rows followed by rows of padding, so that the last global batch is complete on every process."""
 
-    def __init__(self, rows: "grain.MapDataset", multiple: int, padding: Batch):
+    def __init__(self, rows: "grain.MapDataset[Any]", multiple: int, padding: Batch):
         self._rows, self._n_rows = rows, -(-len(rows) // multiple) * multiple
         self._padding = padding
 
@@ -277,7 +279,11 @@ class _Filled:
         return self._n_rows
 
     def __getitem__(self, number: int) -> Batch:
-        return self._rows[number] if number < len(self._rows) else self._padding
+        if number >= len(self._rows):
+            return self._padding
+        row = self._rows[number]
+        assert row is not None  # no row is filtered out
+        return row
 
 
 def _check_same_tokenizer(opened: list[Corpus]) -> None:
@@ -290,7 +296,9 @@ def _check_same_tokenizer(opened: list[Corpus]) -> None:
 def _identity(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]) -> str:
     """Digest of everything that determines the batches; the paths of corpora and caches and the threads do not."""
     decisive = {k: v for k, v in to_json(config).items() if k not in ("corpora", "threads", "prefetch")}
-    mixture = [[corpus.token_fingerprint, part.weight] for corpus, part in zip(opened, config.corpora, strict=True)]
+    mixture: list[list[Any]] = [
+        [corpus.token_fingerprint, part.weight] for corpus, part in zip(opened, config.corpora, strict=True)
+    ]
     for number, part in enumerate(config.corpora):
         if part.rows is not None or caches:  # only then, so that positions from before these options remain valid
             mixture[number] += [part.rows, caches[number].fingerprint if caches else None]

@@ -25,7 +25,7 @@ from efftrain.data.pipeline.reading import EDITED, EMPTY, FAILED, OnError, Read,
 from efftrain.data.pipeline.rule_scores import score_names
 from efftrain.data.pipeline.writing import write_corpus
 from efftrain.data.report.alerts import alarms
-from efftrain.data.rules import flatten, prefers_high, scoring
+from efftrain.data.rules import Edit, Rule, RuleSet, flatten, is_edit, prefers_high, scoring
 from efftrain.data.splits import N_BUCKETS, assign_buckets, bucket
 from efftrain.data.stages.engines import Local
 from efftrain.data.stages.exclusion_log import join_tables
@@ -171,7 +171,7 @@ class _Build:
             "decontamination": contaminated,
             "split_by": split_by,
             "splits": splits,
-            "scoring": scoring(config.rules),
+            "scoring": scoring(_rules(config)),
             "pieces": [summary["scored"] for summary in summaries],
             "tokenizer": tokenizer,
             "block": config.block,
@@ -184,7 +184,7 @@ class _Build:
         read = Read(
             sources=config.sources,
             pieces=pieces,
-            rules=config.rules,
+            rules=_rules(config),
             labels=source_labels(config.sources),
             qualify=len(config.sources) > 1,
             seed=config.seed,
@@ -264,14 +264,19 @@ def _assign_splits(config: CorpusConfig, left: Survivors) -> tuple[np.ndarray, s
     return assign_buckets(config.split, np.bincount(groups, n_bytes, N_BUCKETS))[groups], split_by
 
 
+def _rules(config: CorpusConfig) -> tuple[Rule | RuleSet | Edit, ...]:
+    assert config.rules is not None  # ``CorpusConfig`` puts the default rules in the place of None
+    return config.rules
+
+
 def _score_names(config: CorpusConfig) -> list[str]:
-    return score_names(list(flatten(config.rules)))
+    return score_names(list(flatten(_rules(config))))
 
 
 def _stage_names(config: CorpusConfig, contaminated: Mapping[str, Any] | None) -> list[str]:
     """Returns the names of all stages and rules that remove documents, in the order in which they apply."""
     names = _score_names(config)
-    failed = [f"{FAILED}/{rule.name}" for rule in flatten(config.rules)]
+    failed = [f"{FAILED}/{rule.name}" for rule in flatten(_rules(config))]
     stages = [*failed, *names, EDITED, EMPTY, EXACT_DUPLICATE, NEAR_DUPLICATE, REPEATED]
     return stages + [f"{CONTAMINATED}/{name}" for name in contaminated or ()]
 
@@ -281,8 +286,8 @@ def _quality(config: CorpusConfig) -> tuple[str, int] | None:
 
     Raises ConfigError if the rule prefers neither.
     """
-    for rule in flatten(config.rules):
-        if config.quality is not None and rule.name == config.quality:
+    for rule in flatten(_rules(config)):
+        if config.quality is not None and rule.name == config.quality and not is_edit(rule):
             return rule.name, 1 if prefers_high(rule) else -1
     return None
 
@@ -302,7 +307,7 @@ def _scores_to_reuse(out: Path, config: CorpusConfig, wanted: Mapping[str, Any])
         return None
     manifest = store.read_manifest(out)
     same = without_status(manifest["inputs"]) == wanted["inputs"] and manifest.get("code") == wanted["code"]
-    if not same or manifest["scoring"] != scoring(config.rules) or (manifest.get("unreadable") or {}).get("files"):
+    if not same or manifest["scoring"] != scoring(_rules(config)) or (manifest.get("unreadable") or {}).get("files"):
         return None
     store.check_files(out, manifest | {"files": {SCORES: manifest["files"][SCORES]}}, contents=True)
     console.print(f"using the scores in {out / SCORES} again: only thresholds differ", markup=False)

@@ -69,7 +69,10 @@ class Read:
         known = self._known_scores(number, rules)
         with _Output(folder / stem(number), self, rules) as output:
             for item in self._items(number):
-                text = item if isinstance(item, Skipped) else _encodable(item)
+                if isinstance(item, Skipped):
+                    output.skip(item)
+                    continue
+                text = _encodable(item)
                 if isinstance(text, Skipped):
                     output.skip(text)
                     continue

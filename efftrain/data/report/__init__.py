@@ -81,7 +81,7 @@ def _content(corpus: Path, name: str, manifest: Mapping[str, Any], seed: int) ->
         "clusters": clusters.clusters(),
         "rejects": [
             (rule, total(counts, rule=rule), kept.get(rule), rejected[rule])
-            for rule in dict.fromkeys([*stages, *sorted(rejected)])
+            for rule in dict.fromkeys([*stages, *sorted(rejected, key=str)])
         ],
         "decontamination": manifest.get("decontamination") or {},
     }

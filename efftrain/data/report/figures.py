@@ -14,7 +14,7 @@ RECALL_STEP = 0.05  # ``canary.check_recall`` counts a pair under its similarity
 
 def expected_recall(similarity: float, bands: int, rows: int) -> float:
     """Returns the mean of the collision curve over the step that begins at ``similarity``."""
-    return float(collision_probability(np.linspace(similarity, _step_end(similarity), 51), bands, rows).mean())
+    return float(np.mean(collision_probability(np.linspace(similarity, _step_end(similarity), 51), bands, rows)))
 
 
 def _step_end(similarity: float) -> float:
@@ -43,7 +43,7 @@ def collision_curve(near_duplicates: Mapping[str, Any]) -> dict[str, Any]:
         "mode": "lines",
         "name": f"expected, {bands} bands of {rows}",
         "x": x.round(4).tolist(),
-        "y": collision_probability(x, bands, rows).round(5).tolist(),
+        "y": np.round(collision_probability(x, bands, rows), 5).tolist(),
         "line": {"color": "@kept", "width": 2},
         "hovertemplate": "similarity %{x:.2f}: %{y:.1%}<extra></extra>",
     }
@@ -114,7 +114,7 @@ def score_histogram(histogram: Histogram) -> dict[str, Any]:
     ]
     most = int((histogram.kept + histogram.rejected).max(initial=1))
     margin = 0.02 * (places[-1] - places[0])
-    xaxis = {"range": [float(places[0] - margin), float(places[-1] + margin)], "nticks": 6}
+    xaxis: dict[str, Any] = {"range": [float(places[0] - margin), float(places[-1] + margin)], "nticks": 6}
     if histogram.logarithmic:
         powers = np.arange(np.ceil(places[0]), np.floor(places[-1]) + 1)
         xaxis |= {"tickvals": powers.tolist(), "ticktext": [number(10.0**power) for power in powers]}

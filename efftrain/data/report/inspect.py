@@ -48,7 +48,10 @@ def inspect_corpus(
     asks = sys.stdin.isatty()
     if limit is None and (seed is not None or not asks):
         limit = LIMIT
-    rows = _rows(corpus, rule, source) if seed is None else _random_rows(corpus, rule, source, seed, limit)
+    if seed is None or limit is None:
+        rows = _rows(corpus, rule, source)
+    else:
+        rows = _random_rows(corpus, rule, source, seed, limit)
     kept = intervals(manifest["parameters"])
     out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     n_found = total(counts, rule=rule, source=source)
@@ -108,12 +111,12 @@ def _random_rows(corpus: Path, rule: str | None, source: str | None, seed: int, 
 
 
 def _matching(corpus: Path, rule: str | None, source: str | None) -> Iterator[Any]:
-    import pyarrow.compute as pc
+    import pyarrow.compute as pc  # makes its functions when it is imported
 
     for batch in batches(corpus, REMOVED):
         for column, value in (("rule", rule), ("source", source)):
             if value is not None:
-                batch = batch.filter(pc.equal(batch.column(column), value))
+                batch = batch.filter(pc.equal(batch.column(column), value))  # ty: ignore[missing-attribute]  # as above
         yield batch
 
 

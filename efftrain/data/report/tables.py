@@ -142,11 +142,11 @@ class LargestClusters:
     _found: dict[str, Cluster] = field(default_factory=dict)
 
     def add(self, batch: "pa.RecordBatch") -> None:
-        import pyarrow.compute as pc
+        import pyarrow.compute as pc  # makes its functions when it is imported
 
         if "cluster" not in batch.schema.names:
             return
-        table = _table(batch).filter(pc.is_valid(batch.column("cluster")))
+        table = _table(batch).filter(batch.column("cluster").is_valid())
         grouped = table.group_by("cluster").aggregate([("cluster_size", "max"), ("bytes", "sum"), ([], "count_all")])
         order = [("cluster_size_max", "descending"), ("cluster", "ascending")]
         # A cluster among the largest ones overall is among them in every batch, so that it is never dropped.
@@ -158,7 +158,7 @@ class LargestClusters:
         largest = sorted(self._found.values(), key=lambda cluster: (-cluster.size, cluster.id))[: self.count]
         self._found = {cluster.id: cluster for cluster in largest}
         for cluster in largest:
-            rows = table.filter(pc.equal(table.column("cluster"), cluster.id))
+            rows = table.filter(pc.equal(table.column("cluster"), cluster.id))  # ty: ignore[missing-attribute]  # as above
             shown = rows.sort_by([("diff", "ascending")]).slice(0, self.members).to_pylist()  # null is sorted last
             cluster.members = sorted(cluster.members + shown, key=lambda row: row["diff"] is None)[: self.members]
 

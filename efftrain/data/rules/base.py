@@ -4,11 +4,14 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from efftrain.config import to_json
 from efftrain.data.documents import Text, Verdict
 from efftrain.errors import ConfigError, EfftrainError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # in typing from Python 3.13 on
 
 
 class Rule(Protocol):
@@ -17,7 +20,10 @@ class Rule(Protocol):
     The fields ``low``, ``high`` and ``threshold`` are thresholds; every other field may affect the score.
     """
 
-    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
 
     def score(self, text: Text) -> float:
         """Returns the score of a text."""
@@ -105,23 +111,31 @@ class RuleSet(Protocol):
 class Edit(Protocol):
     """The interface of an edit: a frozen dataclass that changes a text before the rules after it are applied."""
 
-    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
 
     def edit(self, text: Text) -> Text:
         """Returns the changed text, or the same object if nothing is changed."""
+        ...
 
 
 def flatten(rules: Iterable[Rule | RuleSet | Edit]) -> Iterator[Rule | Edit]:
     """Yields the rules and edits in order, with each rule set replaced by its members."""
     for rule in rules:
-        if hasattr(rule, "rules"):
+        if _is_rule_set(rule):
             yield from flatten(rule.rules())
         else:
             yield rule
 
 
-def is_edit(rule: Rule | Edit) -> bool:
+def is_edit(rule: Rule | Edit) -> "TypeIs[Edit]":
     return hasattr(rule, "edit")
+
+
+def _is_rule_set(rule: Rule | RuleSet | Edit) -> "TypeIs[RuleSet]":
+    return hasattr(rule, "rules")
 
 
 class RuleFailed(Exception):

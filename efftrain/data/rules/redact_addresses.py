@@ -58,7 +58,8 @@ def _is_version(match: re.Match) -> bool:
     if before.endswith(("-", "/")) and before[-2:-1].isalpha():  # pkg-1.2.3.4, Chrome/91.0.4472.124
         return True
     named = before.rstrip(_BETWEEN)  # version = "1.2.3.4"
-    name = _NAME.search(named)[0].lower()
+    found = _NAME.search(named)
+    name = found[0].lower() if found else ""
     if "version" in name or name.rpartition("_")[2] in _NUMBERED or before.rstrip(" \"'").endswith(_COMPARISONS):
         return True
     if _VERSION_AFTER.match(text, end):

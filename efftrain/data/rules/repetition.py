@@ -105,7 +105,7 @@ class TopNgram(AtMost):
     as_datatrove: bool = False
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # ty: ignore[incompatible-property-override]  # read only, as every rule's name
         return f"repetition/top_{self.n}_gram"
 
     def score(self, text: Text) -> float:
@@ -140,7 +140,7 @@ class DuplicateNgrams(AtMost):
     as_datatrove: bool = False
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # ty: ignore[incompatible-property-override]  # read only, as every rule's name
         return f"repetition/duplicate_{self.n}_grams"
 
     def score(self, text: Text) -> float:
@@ -238,7 +238,9 @@ def repeated_ngrams(text: Text, n: int) -> tuple[np.ndarray, np.ndarray, np.ndar
       is_first: (occurrences,) bool, True for the first occurrence of each group.
     """
     if "repeated n-grams" not in text.derived:
-        chain = [(np.arange(text.n_words), text.word_ids, None)]
+        chain = [
+            (np.arange(text.n_words), text.word_ids, np.zeros(0, bool))
+        ]  # of single words, whose repetitions nobody asks for
         # A sentinel word that occurs nowhere else, so that an n-gram beyond the end is never a repetition.
         text.derived["repeated n-grams"] = chain, np.append(text.word_ids, len(text.vocabulary))
     chain, words = text.derived["repeated n-grams"]

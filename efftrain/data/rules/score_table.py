@@ -40,7 +40,7 @@ class ScoreTable(Between):
     column: str = "bits_per_byte"
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # ty: ignore[incompatible-property-override]  # read only, as every rule's name
         """The name of the rule. It has the column, so that a list of rules may use several columns."""
         return f"score_table/{self.column}"
 

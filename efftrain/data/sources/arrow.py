@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +71,7 @@ def _outer(column: str, schema: "pa.Schema") -> str:
 
 
 @contextlib.contextmanager
-def _batches(path: Path) -> Iterator[tuple["pa.Schema", Iterator["pa.RecordBatch"]]]:
+def _batches(path: Path) -> Generator[tuple["pa.Schema", Iterator["pa.RecordBatch"]]]:
     """Opens a file of either format as its schema and record batches. The end of a stream is checked after its last."""
     import pyarrow as pa
 

@@ -81,7 +81,7 @@ class Columns(PathSource):
                 if meta or groups:
                     fields = ((key, column[row]) for key, column in meta.items())
                     beside = metadata(fields, (), groups and groups[row])
-                yield as_document((ids and as_name(ids[row])) or place, source, text, beside, place)
+                yield as_document((as_name(ids[row]) if ids else None) or place, source, text, beside, place)
 
     def _asked(self) -> list[str]:
         return list(dict.fromkeys(c for c in (self.column, self.id_column, self.group_column) if c))
@@ -122,12 +122,12 @@ def _has(schema: "pa.Schema", name: str) -> bool:
 
 
 def _column(batch: "pa.RecordBatch", name: str) -> "pa.Array":
-    import pyarrow.compute as pc
+    import pyarrow.compute as pc  # makes its functions when it is imported
 
     if name in batch.schema.names:
         return batch.column(name)
     first, *inner = name.split(".")
-    return reduce(pc.struct_field, inner, batch.column(first))
+    return reduce(pc.struct_field, inner, batch.column(first))  # ty: ignore[missing-attribute]  # as above
 
 
 def _is_scalar(kind: "pa.DataType") -> bool:
@@ -172,7 +172,9 @@ def _value_or_none(scalar: "pa.Scalar") -> Any:
 def _iso(microseconds: int | None, zone: str) -> str | None:
     import datetime
 
+    if microseconds is None:
+        return None
     try:
         return (datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=microseconds)).isoformat() + zone
-    except (TypeError, OverflowError):
+    except OverflowError:
         return None

@@ -15,7 +15,7 @@ RESERVED = (GROUP, OLD_GROUP)
 """Keys of ``Document.meta`` that name the group of a document. Fields of these names are not copied to it."""
 
 
-def metadata(fields: Iterable[tuple[str, Any]], used: Collection[str], group: Any = None) -> dict[str, Any]:
+def metadata(fields: Iterable[tuple[str, Any]], used: Collection[str | None], group: Any = None) -> dict[str, Any]:
     """Returns the ``meta`` of a document: the scalar fields of its row as JSON values, and its group.
 
     Strings of up to 2,000 characters, finite numbers and booleans are kept; dates and times become ISO 8601 strings,

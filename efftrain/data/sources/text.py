@@ -113,6 +113,7 @@ class TextFolder(PathSource):
                 yield from self._parts(name, path, meta, piece.start, piece.stop)
 
     def _parts(self, name: str, path: Path, meta: dict, start: int, stop: int | None) -> Iterator[Document | Skipped]:
+        assert self.split is not None  # otherwise a file is one document
         place = start
         try:
             with open_utf8(path) as stream:

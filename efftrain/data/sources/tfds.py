@@ -86,6 +86,7 @@ class Tfds:
 
         The records of a damaged block are read one by one. ArrayRecord returns empty records for a truncated shard.
         """
+        assert piece.stop is not None  # see ``pieces``
         rows = builder.as_data_source(self.split)
         cut = ValueError("the shard is cut or damaged: the record is empty")
         cut_gives_empty = _kind(builder) == "array_record"
@@ -107,19 +108,21 @@ class Tfds:
         import grain
 
         ((_, path),) = piece.files
+        stop = piece.stop
+        assert stop is not None  # see ``pieces``
         _, first, skip, _ = next(shard for shard in self._shards(builder) if shard[0] == path)
         number = first - skip  # number of the first record in the file; negative if the slice begins after it
         try:
             for record in grain.experimental.TFRecordIterDataset(str(path)):
-                if number >= piece.stop:
+                if number >= stop:
                     return
                 if number >= piece.start:
                     yield number, builder.info.features.deserialize_example_np(record)
                 number += 1
-            if number < piece.stop:
-                raise ValueError(f"the shard ends here, and the dataset's metadata count {piece.stop - number} more")
+            if number < stop:
+                raise ValueError(f"the shard ends here, and the dataset's metadata count {stop - number} more")
         except Exception as error:  # protobuf and TFDS raise their own classes for a damaged record
-            yield from ((left, error) for left in range(max(number, piece.start), piece.stop))
+            yield from ((left, error) for left in range(max(number, piece.start), stop))
 
     def _shards(self, builder: Any) -> Iterator[tuple[Path, int, int, int]]:
         """Yields (path, number of its first record in the split, records to skip in the file, records to read)."""

@@ -15,7 +15,7 @@ from efftrain.data.documents import Document, Text
 from efftrain.data.stages.spool import stable_hash, unpack_record
 from efftrain.data.stages.stage import stem
 
-INDEX = np.dtype(
+INDEX: np.dtype = np.dtype(
     [
         ("offset", "<u8"),  # position of the record in its file
         ("size", "<u8"),  # bytes of the record
@@ -75,7 +75,7 @@ class KeptDocuments:
       starts: (pieces + 1,) int64, the number of the first document of each piece.
     """
 
-    def __init__(self, folder: Path, counts: Sequence[int]):
+    def __init__(self, folder: Path, counts: Sequence[int] | np.ndarray):
         self.folder = folder
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 

@@ -31,6 +31,7 @@ class StageTask(Protocol):
 
         The files that it writes to ``folder`` have names that begin with ``stem(number)``.
         """
+        ...
 
 
 class Engine(Protocol):
@@ -41,11 +42,15 @@ class Engine(Protocol):
       n_workers: number of workers that share the budget.
     """
 
-    budget: int
-    n_workers: int
+    @property
+    def budget(self) -> int: ...
+
+    @property
+    def n_workers(self) -> int: ...
 
     def run(self, stage: "Stage", numbers: Sequence[int]) -> Iterator[int]:
         """Runs the items and yields the number of each when it is done."""
+        ...
 
     def close(self) -> None: ...
 
@@ -69,9 +74,9 @@ class Stage:
             ) from error
         strings = {value for _, value, _ in pickletools.genops(task) if isinstance(value, str)}
         scripts = {
-            module.__name__: (module.__file__, file_digest(Path(module.__file__)))
+            module.__name__: (file, file_digest(Path(file)))
             for module in modules_outside(sorted(name for name in strings if name.startswith(SCRIPT_PREFIX)))
-            if module.__name__.startswith(SCRIPT_PREFIX)
+            if module.__name__.startswith(SCRIPT_PREFIX) and (file := module.__file__)
         }
         _imported.update({name: digest for name, (_, digest) in scripts.items()})
         (self.folder / "task.pickle").write_bytes(pickle.dumps((scripts, task)))
@@ -107,6 +112,9 @@ def run_stage(engine: Engine, work: Path, name: str, task: StageTask, n_items: i
 
     Returns:
       The summaries of all items, in the order of their numbers.
+
+    Raises:
+      CorpusError: the engine has left out an item.
     """
     stage = Stage(name, work / name, task)
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +124,14 @@ def run_stage(engine: Engine, work: Path, name: str, task: StageTask, n_items: i
         with Progress(title, n_items, unit="parts", initial=n_items - len(missing)) as progress:
             for _ in engine.run(stage, missing):
                 progress.advance(1)
-    return [stage.summary(number) for number in range(n_items)]
+    summaries = [stage.summary(number) for number in range(n_items)]
+    done = [summary for summary in summaries if summary is not None]
+    if len(done) < n_items:
+        raise CorpusError(
+            f"{stage.folder}: the engine ended, and {n_items - len(done)} of {n_items} parts have no summary; run the "
+            "same command again"
+        )
+    return done
 
 
 def stem(number: int) -> str:

@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     if overwrite:
         return False
     manifest = read_manifest(out)
-    found = manifest | {"inputs": without_status(manifest["inputs"])}
+    found: dict[str, Any] = manifest | {"inputs": without_status(manifest["inputs"])}
     changed = [line for key in wanted if key != "code" for line in difference(found.get(key), wanted[key], key)]
     if names := changed_code(found.get("code"), wanted["code"]):
         changed.append(f"the code of {names} has changed")
@@ -142,7 +142,7 @@ def known_inputs(out: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]] = ()) -> Iterator[Path]:
+def building(out: Path, plan: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]] = ()) -> Generator[Path]:
     """Context manager that yields ``out.incomplete`` to build in, and renames it to ``out`` at the end of the block.
 
     The folder is empty, or that of an interrupted build with the same plan and the same versions of Python and

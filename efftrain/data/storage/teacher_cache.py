@@ -228,4 +228,5 @@ class _Shard:
 def _records(plan: CachePlan, folder: Path) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    return ArrayRecordDataSource([_Shard(str(folder / name), 0, len(rows), len(rows)) for name, rows in plan.shards()])
+    shards: list[Any] = [_Shard(str(folder / name), 0, len(rows), len(rows)) for name, rows in plan.shards()]
+    return ArrayRecordDataSource(shards)

@@ -21,13 +21,15 @@ from efftrain.data.storage.tokenizer import (
     tokenizer_json,
     vocabulary_size,
 )
-from efftrain.data.tasks.task import Example
+from efftrain.data.tasks.task import Example, answers
 from efftrain.errors import RunError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ALWAYS = -1  # the word number of a token that word dropout never removes
+
+Labels = Sequence[int] | np.ndarray  # the number of the label of each example
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class TaskIds:
 
     @cached_property
     def end_of_text_id(self) -> int:
-        return self.tokenizer.token_to_id(find_end_of_text(self.tokenizer, self.end_of_text))
+        found = self.tokenizer.token_to_id(find_end_of_text(self.tokenizer, self.end_of_text))
+        assert found is not None  # ``find_end_of_text`` returns a token of the tokenizer
+        return found
 
     @cached_property
     def _encoder(self) -> "Tokenizer":
@@ -126,7 +130,10 @@ class Item:
 
 
 def questions(
-    ids: TaskIds, texts: Sequence[str], labels: Sequence[int] | None = None, teacher: np.ndarray | None = None
+    ids: TaskIds,
+    texts: Sequence[str],
+    labels: Labels | None = None,
+    teacher: np.ndarray | None = None,
 ) -> list[Item]:
     """Encodes questions as ``<|endoftext|> text <answer>``, each followed by its label.
 
@@ -145,7 +152,7 @@ def questions(
     return found
 
 
-def conditionals(ids: TaskIds, texts: Sequence[str], labels: Sequence[int], *, weight: float = 10.0) -> list[Item]:
+def conditionals(ids: TaskIds, texts: Sequence[str], labels: Labels, *, weight: float = 10.0) -> list[Item]:
     """Encodes examples as ``<|endoftext|> <label> text <|endoftext|>``, which teach a model to generate questions.
 
     Args:
@@ -167,11 +174,11 @@ def completions(ids: TaskIds, examples: Sequence[Example]) -> list[Item]:
     Only the completion is a target of the loss, and word dropout removes no word.
     """
     prompts = ids.encode([e.text for e in examples])
-    answers = ids.encode([e.answer for e in examples])
+    completed = ids.encode(answers(examples))
     return [
         _item([ids.end_of_text_id, *prompt, ids.answer], (tokens, np.full_like(words, ALWAYS)), [ids.end_of_text_id],
               counted=(False, True, True))
-        for (prompt, _), (tokens, words) in zip(prompts, answers, strict=True)
+        for (prompt, _), (tokens, words) in zip(prompts, completed, strict=True)
     ]  # fmt: skip
 
 

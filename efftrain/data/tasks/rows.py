@@ -65,7 +65,9 @@ def fill(items: Sequence[Item], length: int, per_row: int, n_labels: int) -> Row
         labels: (per_row,) int32, the label of each item, -1 if there is none.
         teacher_logits: (per_row, n_labels) float32, only if some items have logits.
     """
-    row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
+    row: dict[str, np.ndarray] = {
+        name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")
+    }
     row |= {"mask": np.zeros(length, bool), "weights": np.zeros(length, np.float32)}
     row |= {name: np.full(per_row, -1, np.int32) for name in ("answers", "labels")}
     taught = any(item.teacher is not None for item in items)

@@ -41,6 +41,19 @@ class Example:
     line: int
 
 
+def answers(examples: Iterable[Example]) -> list[str]:
+    """Returns the answer of each example.
+
+    Raises:
+      CorpusError: an example has none.
+    """
+    found = [example.answer for example in examples]
+    known = [answer for answer in found if answer is not None]
+    if len(known) < len(found):
+        raise CorpusError(f"{len(found) - len(known)} of {len(found)} examples have no answer; give labelled examples")
+    return known
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskFiles:
     """The files with the examples of a task: ``.csv`` with a header, or ``.jsonl``, in UTF-8.
@@ -121,7 +134,7 @@ def open_task(files: TaskFiles) -> Task:
     unlabelled = []
     if files.unlabelled is not None:
         unlabelled = read_examples(files.unlabelled, files.text, files.label, label_needed=False)
-    labels = () if files.generates else tuple(sorted({e.answer for e in labelled}))
+    labels = () if files.generates else tuple(sorted(set(answers(labelled))))
     if not files.generates:
         if len(labels) < 2:
             raise CorpusError(f"{files.labelled} has one label alone ({labels[0]!r}); a task needs at least 2")
@@ -191,7 +204,8 @@ def _decoded(path: Path) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         raise CorpusError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save it as UTF-8") from None
     whole = content.rstrip()
-    return whole + _END_OF_LINE.match(content, len(whole))[0]  # keeps spaces, which may belong to the last field
+    end = _END_OF_LINE.match(content, len(whole))
+    return whole + (end[0] if end else "")  # keeps spaces, which may belong to the last field
 
 
 def _csv_records(path: Path, content: str) -> Iterator[Record]:

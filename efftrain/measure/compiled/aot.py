@@ -18,6 +18,7 @@ from efftrain.measure.compiled.hlo import ProgramText
 from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, attention_flops, mean_visible_keys, training_flops
 from efftrain.measure.cost.mesh_estimate import estimate
 from efftrain.models.config import BlockConfig
+from efftrain.models.decoder import Decoder
 from efftrain.recipe import import_script
 from efftrain.sharding.layout import layout
 from efftrain.sharding.mesh import MeshConfig, make_mesh
@@ -40,7 +41,7 @@ class Target:
     """
 
     name: str
-    build: Callable[[nnx.Rngs], nnx.Module]
+    build: Callable[[nnx.Rngs], Decoder]
     objective: Objective
     training: Training
     wrap: Wrap | None = None
@@ -165,7 +166,7 @@ def compile_target(target: Target, topology: Topology) -> CompiledStep:
         compile_s = time.perf_counter() - began
     memory = _memory(compiled.memory_analysis(), state, batch, frozen, topology)
     model = nnx.eval_shape(lambda: target.build(nnx.Rngs(0)))
-    teacher = program.teacher and program.teacher.abstract_model()
+    teacher = None if program.teacher is None else program.teacher.abstract_model()
     formulas = estimate(model, training, state, mesh, topology, teacher=teacher, frozen=frozen)
     text, warnings = _read(compiled)
     if not memory.fits and memory.limit:
@@ -206,7 +207,7 @@ def _read(compiled: Any) -> tuple[ProgramText | None, list[str]]:
         return None, [f"the program's text cannot be had ({reason}); FLOPs, bytes and times are by formulas"]
 
 
-def _flops(model: nnx.Module, teacher: nnx.Module | None, training: Training) -> float:
+def _flops(model: Decoder, teacher: Decoder | None, training: Training) -> float:
     """Model FLOPs per token, with the forward pass of the teacher."""
     alone = training_flops(model, training.length)
     return alone if teacher is None else alone + training_flops(teacher, training.length) / FORWARD_AND_BACKWARD
@@ -214,8 +215,8 @@ def _flops(model: nnx.Module, teacher: nnx.Module | None, training: Training) ->
 
 def _kernel_flops(
     text: ProgramText,
-    model: nnx.Module,
-    teacher: nnx.Module | None,
+    model: Decoder,
+    teacher: Decoder | None,
     training: Training,
     mesh: Mesh,
     warnings: list[str],
@@ -248,7 +249,7 @@ def _memory(analysis: Any, state: Any, batch: Any, frozen: Any, topology: Topolo
         batch=_device_bytes(batch),
         temporaries=temporaries,
         total=arguments + max(outputs, 0) + temporaries + analysis.generated_code_size_in_bytes,
-        limit=topology.chip and topology.chip.hbm_bytes,
+        limit=None if topology.chip is None else topology.chip.hbm_bytes,
     )
 
 

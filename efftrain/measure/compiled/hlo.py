@@ -82,7 +82,7 @@ class ProgramText:
         if known:
             return int(known[1])
         condition, body = (
-            self.computations.get(re.search(rf"{part}=%?([\w.\-]+)", loop.rest)[1]) for part in ("condition", "body")
+            self.computations.get(_matched(rf"{part}=%?([\w.\-]+)", loop.rest)[1]) for part in ("condition", "body")
         )
         limit = _counter_limit(condition) if condition else None
         if limit is None or body is None:
@@ -193,8 +193,18 @@ def _hbm(arrays: list[Array]) -> float:
     return sum(a.n_bytes for a in arrays if not a.on_chip)
 
 
+def _matched(pattern: str, text: str) -> re.Match[str]:
+    """Returns the first match in the text of an instruction, whose opcode says that there is one."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiled program has an instruction without {pattern!r}: {text}")
+    return match
+
+
 def _constant(instruction: Instruction | None) -> int | None:
-    match = instruction and instruction.opcode == "constant" and re.match(r"(\d+)\)", instruction.rest)
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    match = re.match(r"(\d+)\)", instruction.rest)
     return int(match[1]) if match else None
 
 
@@ -254,7 +264,7 @@ def _sliced_parameters(fused: Computation) -> dict[int, float]:
         if parameter.opcode != "parameter":
             continue
         users = [i for i in fused.instructions.values() if parameter.name in i.operands]
-        number = int(re.match(r"\d+", parameter.rest)[0])
+        number = int(_matched(r"^\d+", parameter.rest)[0])
         if users and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in users):
             slices[number] = sum(a.n_bytes for u in users for a in u.arrays)
         elif users and all(u.opcode == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):

@@ -29,6 +29,8 @@ def _convolution_flops(text: str, left: tuple[int, ...], right: tuple[int, ...],
     output and kernel positions that meet an input element count.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
+    if labels is None:
+        raise ValueError(f"the compiled program has a convolution without dim_labels: {text}")
     window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\d_x\-]+)", _window(text))}
     total = 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")]
     for dim in range(len(left) - 2):

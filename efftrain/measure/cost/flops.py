@@ -20,17 +20,16 @@ import functools
 import math
 from collections.abc import Callable
 
-from flax import nnx
-
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.layer_flops import matrix_flops, other_flops
 from efftrain.models.config import AttentionConfig, BlockConfig, ModelConfig
+from efftrain.models.decoder import Decoder
 from efftrain.models.stack import mean_kept
 
 FORWARD_AND_BACKWARD = 3  # cost of a forward and a backward pass, in forward passes
 
 
-def training_flops(model: nnx.Module, length: int, *, steps: int | None = None) -> float:
+def training_flops(model: Decoder, length: int, *, steps: int | None = None) -> float:
     """Model FLOPs per training token, forward and backward, in rows of ``length`` tokens.
 
     Args:
@@ -43,7 +42,7 @@ def training_flops(model: nnx.Module, length: int, *, steps: int | None = None) 
     return FORWARD_AND_BACKWARD * (kept * blocks + head_flops(model))
 
 
-def training_hardware_flops(model: nnx.Module, length: int) -> float:
+def training_hardware_flops(model: Decoder, length: int) -> float:
     """Hardware FLOPs per training token, including masked pairs that the program computes and the work of remat.
 
     Every layer counts, also if layer dropout may drop it in a step. Remat "full" runs the blocks forward once more
@@ -56,12 +55,12 @@ def training_hardware_flops(model: nnx.Module, length: int) -> float:
     return FORWARD_AND_BACKWARD * (matrix_flops(model) + head_flops(model) + attention) + again
 
 
-def prefill_flops(model: nnx.Module, length: int) -> float:
+def prefill_flops(model: Decoder, length: int) -> float:
     """Model FLOPs per token of reading a prompt of ``length`` tokens; the head is applied only to the last token."""
     return matrix_flops(model) + head_flops(model) / length + _visible_attention_flops(model, length)
 
 
-def decode_flops(model: nnx.Module, context: int) -> float:
+def decode_flops(model: Decoder, context: int) -> float:
     """Model FLOPs of decoding one token that sees ``context`` tokens, including itself and limited by the window.
 
     The program itself computes a score for every slot of the cache, visible or not.
@@ -70,7 +69,7 @@ def decode_flops(model: nnx.Module, context: int) -> float:
     return matrix_flops(model) + head_flops(model) + attention
 
 
-def head_flops(model: nnx.Module) -> float:
+def head_flops(model: Decoder) -> float:
     """FLOPs of the logits of one token."""
     return 2.0 * model.config.d_model * model.config.vocab_size
 
@@ -108,7 +107,7 @@ def _computed_keys(length: int, attention: AttentionConfig) -> float:
     return mean_computed_keys(length, _window(attention), getattr(attention, "n_blocks", 1))
 
 
-def _visible_attention_flops(model: nnx.Module, length: int) -> float:
+def _visible_attention_flops(model: Decoder, length: int) -> float:
     return _attention_flops(model.config, length, lambda seen, a: mean_visible_keys(seen, _window(a)))
 
 

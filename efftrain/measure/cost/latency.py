@@ -92,9 +92,10 @@ def measure_latency(
         )
     graph, state = nnx.split(unrolled(model))
     read = (graph, state, _prompts(model, batch, prompt_length), prompt_length + n_new)
-    (first_b, cache), *prefill_times = _time(_prefill, read, rounds)
-    _, *decode_times = _time(decode, (graph, state, first_b, cache, n_new), rounds)
-    return Latency(batch, prompt_length, *prefill_times), Latency(batch, n_new, *decode_times)
+    (first_b, cache), prefill_s, prefill_compile_s = _time(_prefill, read, rounds)
+    _, decode_s, decode_compile_s = _time(decode, (graph, state, first_b, cache, n_new), rounds)
+    prefill_latency = Latency(batch, prompt_length, prefill_s, prefill_compile_s)
+    return prefill_latency, Latency(batch, n_new, decode_s, decode_compile_s)
 
 
 def side_by_side(
@@ -184,7 +185,7 @@ def _likeliest(logits_bv: Array) -> Array:
     return sample(logits_bv, jax.random.key(0), GREEDY)
 
 
-def _time(program: Callable, arguments: tuple[Any, ...], rounds: int) -> tuple[Any, tuple[float, ...], float]:
+def _time(program: Any, arguments: tuple[Any, ...], rounds: int) -> tuple[Any, tuple[float, ...], float]:
     """The result, seconds of each round, and seconds of compilation of a jitted program.
 
     The first and the last of its arguments are static.

@@ -5,6 +5,7 @@ Components state the latter (``models.components``); if a component does not, it
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 
 from efftrain.measure.cost.parameters import HEAD, active_size, embedding_paths, parameters, passes
 from efftrain.measure.cost.traced_flops import traced_flops
+from efftrain.models.components import RouterConfig
 from efftrain.models.config import Attention, BlockConfig, ModelConfig
 from efftrain.models.moe import MoE
 
@@ -46,11 +48,14 @@ def other_flops(block: BlockConfig, model: ModelConfig, length: int, keys: float
     total = _stated(attention.score_flops(keys), trace.attention)
     if isinstance(attention, Attention):
         mod = attention.score_mod
-        stated = attention.position.other_flops(), 0.0 if mod is None else mod.score_flops(keys)
-        total += trace.attention() - attention.score_flops(length) if None in stated else sum(stated)
+        position, scores = attention.position.other_flops(), 0.0 if mod is None else mod.score_flops(keys)
+        if position is None or scores is None:
+            total += trace.attention() - attention.score_flops(length)
+        else:
+            total += position + scores
     total += _stated(mlp.other_flops(), trace.mlp)
     if isinstance(mlp, MoE) and mlp.router is not None:
-        total += _stated(mlp.router.other_flops(), trace.router)
+        total += _stated(mlp.router.other_flops(), partial(trace.router, mlp, mlp.router))
     return total + _stated(block.residual.other_flops(), lambda: trace.block() - trace.attention() - trace.mlp())
 
 
@@ -84,13 +89,13 @@ class _Trace:
 
         return self._beyond(config, build, self._x, *ids)
 
-    def router(self) -> float:
-        moe, bias_e = self._block.mlp, jax.ShapeDtypeStruct((self._block.mlp.n_experts,), jnp.float32)
+    def router(self, moe: MoE, config: RouterConfig) -> float:
+        bias_e = jax.ShapeDtypeStruct((moe.n_experts,), jnp.float32)
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
-            return moe.router.build(moe, self._model.d_model, rngs=rngs)
+            return config.build(moe, self._model.d_model, rngs=rngs)
 
-        return self._beyond(moe.router, build, self._x, self._ids, bias_e)
+        return self._beyond(config, build, self._x, self._ids, bias_e)
 
     def block(self) -> float:
         config = self._block.residual

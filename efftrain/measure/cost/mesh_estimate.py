@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from efftrain.measure.cost.flops import (
@@ -22,6 +21,7 @@ from efftrain.measure.cost.flops import (
 )
 from efftrain.measure.cost.parameters import count_parameters, parameters
 from efftrain.models.config import MlpConfig, ModelConfig, standard_attention
+from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
 from efftrain.ops.fused_linear_loss import CHUNK_ELEMENTS
 from efftrain.sharding.roofline import Roofline, axis_bandwidth, sent_bytes
@@ -53,13 +53,13 @@ class Estimate:
 
 
 def estimate(
-    model: nnx.Module,
+    model: Decoder,
     training: Training,
     state: Any,
     mesh: Mesh,
     topology: Topology,
     *,
-    teacher: nnx.Module | None = None,
+    teacher: Decoder | None = None,
     frozen: Any = None,
 ) -> Estimate:
     """Estimates memory, FLOPs and traffic of a training step on one device.
@@ -98,7 +98,7 @@ def estimate(
 
 
 def axis_traffic(
-    model: nnx.Module, training: Training, sizes: dict[str, int], teacher: nnx.Module | None = None
+    model: Decoder, training: Training, sizes: dict[str, int], teacher: Decoder | None = None
 ) -> dict[tuple[str, ...], float]:
     """Bytes that one device sends in a step along each group of mesh axes.
 
@@ -160,7 +160,7 @@ def _scores(config: ModelConfig, training: Training, tokens: float, layer: Any, 
     return tokens * attention.n_heads / tensor * keys * 4
 
 
-def _hbm_bytes(model: nnx.Module, training: Training, state: Any, tokens: float, tensor: int, width: int) -> float:
+def _hbm_bytes(model: Decoder, training: Training, state: Any, tokens: float, tensor: int, width: int) -> float:
     config: ModelConfig = model.config
     passes = 4 if config.remat == "full" else 3
     weights = passes * training.n_microbatches * count_parameters(model).total / tensor * width

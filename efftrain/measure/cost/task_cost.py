@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from efftrain.data.tasks.items import TaskIds
-from efftrain.data.tasks.task import Task
+from efftrain.data.tasks.task import Task, answers
 from efftrain.measure.cost.flops import decode_flops, prefill_flops
 from efftrain.measure.cost.latency import in_turns, measure_latency
 from efftrain.measure.cost.parameters import count_parameters, stored_bytes
@@ -25,7 +25,7 @@ def usual(task: Task, ids: TaskIds) -> tuple[int, int]:
     read = int(np.median([len(tokens) + 2 for tokens, _ in ids.encode([e.text for e in task.test])]))
     if task.labels:
         return read, 1
-    return read, int(np.median([len(tokens) + 1 for tokens, _ in ids.encode([e.answer for e in task.test])]))
+    return read, int(np.median([len(tokens) + 1 for tokens, _ in ids.encode(answers(task.test))]))
 
 
 def cost(task: Task, model: Decoder, ids: TaskIds) -> dict[str, float]:

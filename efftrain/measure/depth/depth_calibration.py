@@ -13,7 +13,7 @@ from efftrain.errors import ConfigError, RunError
 from efftrain.measure.depth.exit_curves import RULES
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.self_speculation import SelfSpeculation
-from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe
+from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, Rule
 from efftrain.train.inputs import model_digest
 from efftrain.train.run.directory import read_json
 
@@ -46,7 +46,7 @@ class Calibrated:
             )
         return SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])
 
-    def exit(self, rule: str = "similarity") -> ConfidenceExit:
+    def exit(self, rule: Rule = "similarity") -> ConfidenceExit:
         """The early exit with the threshold that leaves out the most layers within the risk of the calibration.
 
         Args:

@@ -23,13 +23,13 @@ from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe
 from efftrain.progress import console
 
 
-def whole_rows(held_out: HeldOut, n: int, size: int) -> list[dict[str, np.ndarray]]:
+def whole_rows(held_out: HeldOut, n: int, size: int) -> list[Mapping[str, np.ndarray]]:
     """The first ``n`` rows, or as many as there are, in batches of ``size``; batches with padding rows are left out."""
     rows = itertools.islice(held_out.batches(size), n // size)
     return [row for row in rows if np.asarray(row["mask"]).any(1).all()]
 
 
-def rows_to_report(held_out: HeldOut, n: int, size: int) -> list[dict[str, np.ndarray]]:
+def rows_to_report(held_out: HeldOut, n: int, size: int) -> list[Mapping[str, np.ndarray]]:
     """As ``whole_rows``, for the rows of ``held_out.reporting``.
 
     Raises:

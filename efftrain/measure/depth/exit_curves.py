@@ -17,15 +17,15 @@ from efftrain.measure.depth.speculation import timed
 from efftrain.measure.quality.row_documents import Rows, losses_by_document
 from efftrain.measure.quality.token_classes import CLASSES
 from efftrain.models.decoder import Decoder
-from efftrain.models.decoding.generate import AllLayers, decode_tokens, read_prompts
+from efftrain.models.decoding.generate import AllLayers, Depth, decode_tokens, read_prompts
 from efftrain.models.decoding.sampling import GREEDY
 from efftrain.models.decoding.unrolled import unrolled
-from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, confidence, exit_states, fit_exit_probe
+from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, Rule, confidence, exit_states, fit_exit_probe
 from efftrain.models.depth.routed_depth import RoutedDepth, causally_routed
 from efftrain.ops.cross_entropy import token_nll
 from efftrain.progress import Progress
 
-RULES = ("similarity", "gap", "probe")
+RULES: tuple[Rule, ...] = ("similarity", "gap", "probe")
 # Quantiles of the confidence that are tried as thresholds, from nearly all tokens with all layers to few layers.
 QUANTILES = (0.999, 0.99, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
 
@@ -67,6 +67,7 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
         x_btd, exit_ebtd, _ = model.states(
             row["tokens"], segments_bt=row["segments"], positions_bt=row["positions"], exits_e=jnp.arange(n - 1)
         )
+        assert exit_ebtd is not None  # asked for with exits_e
         before = [model.embedding(row["tokens"]), *exit_ebtd]
         wanted = model.exit_logits(x_btd).argmax(-1)
         agree = jnp.stack([model.exit_logits(x).argmax(-1) == wanted for x in exit_ebtd])
@@ -134,14 +135,15 @@ def measure_exit(
       class of the target.
     """
     graph, state = nnx.split(model)
-    totals, differs = None, []
+    totals: list[np.ndarray] = []
+    differs = []
     for row, full_bt in zip(rows, full, strict=True):
         differs_bt, *sums = _row_with_exits(
             graph, state, {k: row[k] for k in ROW}, full_bt, exit_, threshold, probe, text.classes
         )
         differs.append(np.asarray(differs_bt))
         sums = [np.asarray(a, np.float64) for a in sums]
-        totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
+        totals = sums if not totals else [a + b for a, b in zip(totals, sums, strict=True)]
     nats, histogram_cl = totals
     counted, documents = (np.concatenate([row[name] for row in rows]) for name in ("mask", "documents"))
     losses = losses_by_document(np.concatenate(differs), counted, documents).tolist()
@@ -187,7 +189,7 @@ def _depths(histogram_cl: np.ndarray) -> dict[str, Any]:
 def measure_seconds(
     model: Decoder,
     prompt_bp: np.ndarray,
-    thresholds: Mapping[str, float],
+    thresholds: Mapping[Rule, float],
     probe: ExitProbe,
     n_new: int,
     rounds: int = 5,
@@ -209,7 +211,7 @@ def measure_seconds(
     key, exits = jax.random.key(0), ConfidenceExit().exit_layers(model.config.n_layers)
     lengths = np.full(len(prompt_bp), prompt_bp.shape[1], np.int32)
     first, cache = read_prompts(graph, state, prompt_bp, lengths, key, n_new, GREEDY)
-    runs = {"all layers": (AllLayers(), 0.0)}
+    runs: dict[str, tuple[Depth, float]] = {"all layers": (AllLayers(), 0.0)}
     runs |= {rule: (ConfidenceExit(rule=rule, threshold=0.0, exits=exits), t) for rule, t in thresholds.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     layers: dict[str, float] = {}
@@ -243,7 +245,7 @@ def routed_depths(model: Decoder, rows: Rows, text: TokenTable) -> dict[str, Any
             layers_bt += more_bt
         return _histogram(layers_bt, classes_v[row["targets"]], row["mask"], most)
 
-    total = 0
+    total = np.zeros(())
     with Progress("depths", len(rows), unit="rows") as progress:
         for row in rows:
             found = of_row(state, {k: row[k] for k in ROW}, jnp.asarray(text.classes))

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from efftrain.models.decoding.unrolled import unrolled
 
 
 def measure_speculation(
-    model: Decoder, prompts: list[np.ndarray], speculation: SelfSpeculation, n_new: int, rounds: int = 1
+    model: Decoder, prompts: Sequence[np.ndarray], speculation: SelfSpeculation, n_new: int, rounds: int = 1
 ) -> dict[str, Any]:
     """Times self-speculative and plain greedy decoding alternately on the same prompts, without the prefill.
 
@@ -38,7 +38,7 @@ def measure_speculation(
     graph, state = nnx.split(unrolled(model))
     key = jax.random.key(0)
     times, identical, accepted, drafted = [], True, 0, 0
-    for number, prompt in enumerate(prompts * rounds):
+    for number, prompt in enumerate([*prompts] * rounds):
         lengths = np.full(len(prompt), prompt.shape[1], np.int32)
         first, cache = read_prompts(graph, state, prompt, lengths, key, n_new + extra_slots(speculation), GREEDY)
         plain = partial(

@@ -142,7 +142,7 @@ def batch_nats(graph: nnx.GraphDef, state: nnx.State, batch: Batch, byte_digits_
     metrics = next_token_loss(nnx.merge(graph, state), batch, None)[2]
     digits_kb = jnp.where(batch["mask"], byte_digits_kv[:, batch["targets"]], 0).sum(-1)
     counts_k3 = jax.vmap(counts.total)(digits_kb)
-    passes, n_tokens = metrics.get("depth/passes", (0.0, 0.0))
+    passes, n_tokens = metrics.get("depth/passes", (jnp.float32(0), jnp.float32(0)))
     return metrics["loss"][0], batch["mask"].sum(dtype=jnp.int32), passes, n_tokens, *counts_k3.reshape(-1)
 
 

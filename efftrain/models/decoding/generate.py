@@ -48,7 +48,7 @@ class Generation:
 def generate(
     model: Decoder,
     prompts_bp: Prompts,
-    prompt_lengths_b: Array | None = None,
+    prompt_lengths_b: Array | np.ndarray | None = None,
     *,
     n_new: int,
     sampling: Sampling = GREEDY,
@@ -92,7 +92,7 @@ def generate(
 def generate_report(
     model: Decoder,
     prompts_bp: Prompts,
-    prompt_lengths_b: Array | None = None,
+    prompt_lengths_b: Array | np.ndarray | None = None,
     *,
     n_new: int,
     sampling: Sampling = GREEDY,

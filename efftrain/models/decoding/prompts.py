@@ -8,10 +8,10 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 
-Prompts = Array | Sequence[Sequence[int]]
+Prompts = Array | np.ndarray | Sequence[Sequence[int]]
 
 
-def padded(prompts: Prompts, lengths_b: Array | None) -> tuple[Array, Array]:
+def padded(prompts: Prompts, lengths_b: Array | np.ndarray | None) -> tuple[Array, Array]:
     """Returns prompts as an array (batch, longest) int32, padded on the right, and their lengths (batch,).
 
     Args:
@@ -21,9 +21,10 @@ def padded(prompts: Prompts, lengths_b: Array | None) -> tuple[Array, Array]:
     Raises:
       ConfigError: there is no prompt, a prompt is empty, or lists come with lengths.
     """
-    if hasattr(prompts, "shape"):
+    if not isinstance(prompts, Sequence):
         batch, longest = prompts.shape
-        return prompts, jnp.full(batch, longest, jnp.int32) if lengths_b is None else lengths_b
+        lengths_b = jnp.full(batch, longest, jnp.int32) if lengths_b is None else lengths_b
+        return jnp.asarray(prompts), jnp.asarray(lengths_b)
     if lengths_b is not None:
         raise ConfigError("prompts are lists, which have their own lengths; leave prompt_lengths_b out")
     sizes = [len(prompt) for prompt in prompts]

@@ -49,4 +49,4 @@ def _apart(state: nnx.State, n: int, donate: bool) -> list[nnx.State]:
 
 @partial(jax.jit, static_argnums=1)
 def _split(stacked: Array, n: int) -> list[Array]:
-    return jax.lax.split(stacked, [1] * n, axis=0)
+    return list(jax.lax.split(stacked, [1] * n, axis=0))

@@ -258,4 +258,5 @@ def fit_exit_probe(hidden_end: Array, agree_en: Array, *, steps: int = 300, rate
         updates, state = optimizer.update(jax.grad(loss_of)(probe), state)
         return (optax.apply_updates(probe, updates), state), None
 
-    return jax.jit(lambda carry: jax.lax.scan(step, carry, None, steps)[0][0])((probe, optimizer.init(probe)))
+    state = optimizer.init(probe)  # ty: ignore[invalid-argument-type]  # any pytree, which chex's ArrayTree does not say
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, None, steps)[0][0])((probe, state))

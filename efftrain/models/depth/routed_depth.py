@@ -9,7 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,14 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.models.block import Layer
 from efftrain.models.cache import RoutedCache
 from efftrain.models.config import BlockConfig, DepthConfig, ModelConfig
 from efftrain.models.depth.depth_router import Causal, ChosenTokens, Router, best, causal_metrics, first, mark
 from efftrain.models.depth.routed_tokens import RoutedTokens, divisible, gated, put, take
 from efftrain.models.stack import add_metrics
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class RoutedDepthConfig(DepthConfig):
     def passes(self) -> tuple[float, ...]:
         return tuple(c for c in self.capacities() for _ in range(self.layers_of_a_round()))
 
-    def build(self, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, block: BlockConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> "RoutedDepth":
         return RoutedDepth(self, block, model, rngs=rngs)
 
     def expected(self, level: int, tokens: int) -> int:
@@ -142,7 +145,7 @@ class Recursion(RoutedDepthConfig):
         return self.n_layers
 
 
-class RoutedDepth(nnx.Module):
+class RoutedDepth(Layer):
     """Rounds of layers with a router before each round that fewer tokens pass than the one before.
 
     Attributes:
@@ -311,7 +314,7 @@ class RoutedDepth(nnx.Module):
         return figures
 
 
-def causally_routed(model: nnx.Module) -> nnx.Module:
+def causally_routed(model: ModelT) -> ModelT:
     """Returns a copy of the model, of the same arrays, whose routed layers decide each token alone, as in decoding."""
     copy = nnx.merge(*nnx.split(model), copy=True)
     for _, module in nnx.iter_modules(copy):

@@ -87,10 +87,8 @@ def experts_on_mesh(x_btd: Array, experts_btk: Array, gates_btk: Array, weights:
     rows = (*activation_axes("batch"), *activation_axes("length")) or None
     # A device has some of the hidden columns, so that its outputs are parts of a sum over ``tensor``. They keep that
     # axis and are summed outside, where the compiler sums once in the forward pass and not at all in the backward pass.
-    parts = Experts(
-        y=PartitionSpec(tensor or None, *tokens), loads_e=PartitionSpec(rows), dropped=PartitionSpec(rows),
-        saliency_e=PartitionSpec(rows),
-    )  # fmt: skip
+    y = PartitionSpec(tensor or None, *tokens)
+    parts = Experts(y, *(PartitionSpec(rows) for _ in range(3)))  # ty: ignore[invalid-argument-type]  # specs as leaves
 
     def on_one_device(*arrays) -> Experts:
         with jax.named_scope("experts"):

@@ -188,7 +188,7 @@ class RoutedExperts(nnx.Module):
         self, x_btd: Array, tokens_bt: Array | None = None, segments_bt: Array | None = None
     ) -> tuple[Array, dict]:
         config, n = self.config, x_btd.shape[0] * x_btd.shape[1]
-        if config.router is None:
+        if isinstance(self.router, nnx.Variable):
             logits_ne = router_logits(x_btd.reshape(n, -1), self.router[...])
             routing = route(
                 logits_ne,

@@ -1,6 +1,8 @@
 """Upcycling: turns a trained dense decoder into a mixture of experts that computes the same function."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -71,9 +73,9 @@ def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
             )
 
 
-def _fill(stack: Block, layers: list[Block]) -> None:
+def _fill(stack: nnx.Module, layers: Sequence[nnx.Module]) -> None:
     """Writes the parameters of single layers into a stacked block."""
-    routed = isinstance(stack.mlp, RoutedExperts)
+    routed = isinstance(stack, Block) and isinstance(stack.mlp, RoutedExperts)
     for path, variable in nnx.to_flat_state(nnx.state(stack, nnx.Param)):
         if path[:2] == ("mlp", "router"):
             continue
@@ -84,6 +86,7 @@ def _fill(stack: Block, layers: list[Block]) -> None:
 
 
 def _variable(module: nnx.Module, path: tuple) -> nnx.Variable:
+    found: Any = module
     for name in path:
-        module = getattr(module, name)
-    return module
+        found = getattr(found, name)
+    return found

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from efftrain.sharding import hosts
 
 
 @contextlib.contextmanager
-def reading_errors(checkpoint: Path | epath.Path) -> Iterator[None]:
+def reading_errors(checkpoint: Path | epath.Path) -> Generator[None]:
     """Turns errors while reading a checkpoint, where there is no other to fall back to, into a ``RunError``.
 
     Args:
@@ -35,7 +35,7 @@ def reading_errors(checkpoint: Path | epath.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing_errors(directory: Path | epath.Path) -> Iterator[None]:
+def writing_errors(directory: Path | epath.Path) -> Generator[None]:
     """Turns file system errors, which Orbax wraps in several ways and often raises a save later, into ``RunError``s.
 
     Args:
@@ -55,7 +55,7 @@ def writing_errors(directory: Path | epath.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def all_or_none() -> Generator[None]:
     """Makes an error on one process an error on all, because they compute together what follows.
 
     Raises:

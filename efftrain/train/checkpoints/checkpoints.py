@@ -60,7 +60,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         place = epath.Path(directory)
-        self.directory = place if "://" in str(directory) else Path(directory).absolute()
+        self.directory: Path | epath.Path = place if "://" in str(directory) else Path(directory).absolute()
         self._lock = None
         if not read_only:
             check_writable(epath.Path(self.directory))

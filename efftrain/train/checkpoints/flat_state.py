@@ -1,13 +1,16 @@
 """States as flat dictionaries from path to array, as checkpoints hold them, and the comparison of two of them."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from efftrain.config import difference, digest
 from efftrain.errors import RunError
 from efftrain.train.checkpoints.fingerprints import fingerprints
+
+if TYPE_CHECKING:
+    from etils import epath
 
 
 def flatten(state: Any) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def _name(path: tuple) -> str:
     return jax.tree_util.keystr(tuple(key for key in path if key != in_variable), simple=True, separator="/")
 
 
-def check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_same(where: "Path | epath.Path", saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     lines = difference(
         {k: str(tuple(v.shape)) for k, v in saved.items()},
         {k: str(tuple(v.shape)) for k, v in wanted.items()},

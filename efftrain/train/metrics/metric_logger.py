@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ class MetricLogger:
                 stack.callback(end)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """Counts the time in this context as the given phase (see ``Timing``), and marks it in a profile."""
         with self._timing.phase(name), jax.profiler.TraceAnnotation(name):
             yield
@@ -149,6 +149,7 @@ class MetricLogger:
         return figures
 
     def _write(self, number: int, values: Mapping[str, float], split: str, arrays: Mapping[str, list] = {}) -> None:
+        assert self._log is not None  # only the first process calls this
         self._log.write(number, values, split=split, arrays=arrays)
         for sink in self._sinks:
             sink.write(number, values, split)

@@ -75,9 +75,10 @@ class Events:
         from tensorboardX.proto import event_pb2
 
         directory.mkdir(exist_ok=True)
-        self._proto, self._writer = event_pb2, EventsWriter(str(directory / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=after_step + 1, session_log=start))
+        self._proto: Any = event_pb2  # has classes that are made at run time
+        self._writer = EventsWriter(str(directory / "events"))
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._writer.write_event(self._proto.Event(wall_time=time.time(), step=after_step + 1, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboardX.summary import Summary

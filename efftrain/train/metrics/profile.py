@@ -70,7 +70,7 @@ class Profiler:
 
     def after(self, number: int) -> None:
         """Must be called after the step was dispatched; waits for the last chosen step and ends the trace."""
-        if self._running and number == self._chosen[1]:
+        if self._running and self._chosen is not None and number == self._chosen[1]:
             self._logger.flush()
             self._stop(f"steps {self._chosen[0]} to {self._chosen[1]}")
 

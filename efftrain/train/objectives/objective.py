@@ -8,11 +8,10 @@ divides once, by the global count. What the sums over a micro-batch cannot expre
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
@@ -23,12 +22,13 @@ from efftrain.ops.divergence import distillation_loss
 from efftrain.ops.platform import conditional
 from efftrain.sharding.rules import shard_count
 
-Batch = Mapping[str, Array]  # a micro-batch also has the entry WHOLE
+# Arrays by name, of JAX or, outside of jit, of NumPy; a micro-batch also has the entry WHOLE.
+Batch = Mapping[str, Any]
 WHOLE = "whole"  # the entry of a micro-batch that holds the ``Whole`` to which it belongs
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count)
 AUXILIARY = "loss/auxiliary"  # name of the metric for the model's auxiliary loss
 Weighting = Literal["depth", "equal"]
-Objective = Callable[[nnx.Module, Batch, Array | None], tuple[Array, Array, Metrics]]
+Objective = Callable[[Decoder, Batch, Array | None], tuple[Array, Array, Metrics]]
 
 
 def next_token_loss(model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
@@ -94,7 +94,7 @@ def auxiliary_loss(
       The auxiliary loss as a sum over targets (0 if the model has none), and the other metrics, with the auxiliary loss
       under the name ``AUXILIARY``.
     """
-    others = dict(metrics)
+    others: dict[str, Any] = dict(metrics)  # ``auxiliary`` is no pair
     if "auxiliary" not in others:
         return 0.0, others
     if WHOLE in batch:
@@ -216,6 +216,7 @@ class EarlyExitLoss:
             return next_token_loss(model, batch, key)
         n = model.config.n_layers
         whole = whole_of(batch, key)
+        assert whole.key is not None  # a micro-batch with a key is part of a batch with one
         exit_key, token_key, _ = jax.random.split(whole.key, 3)
         key = jax.random.split(key, 3)[2]
         exits_e = self._exits(model, exit_key)
@@ -226,6 +227,7 @@ class EarlyExitLoss:
             key=key,
             exits_e=exits_e,
         )
+        assert exit_ebtd is not None  # asked for with exits_e
         count = n_targets(batch)
         loss = _cross_entropy(model, model.norm(x_btd), batch)
         some = partial(_every, stride=self.stride, first=jax.random.randint(token_key, (), 0, self.stride))
@@ -237,12 +239,13 @@ class EarlyExitLoss:
         def losses_of(exit_ebtd: Array) -> Array:
             return jnp.stack([_cross_entropy(model, model.norm(some(x)), part) for x in exit_ebtd])
 
-        started = self._steps(model, "after") >= self.after if self.after else True
+        there_e = exits_e < n - 1  # the last exit of a step may be beyond the last layer
         if self.after:
+            started = self._steps(model, "after") >= self.after
             exit_losses = conditional(started, losses_of, lambda x: jnp.zeros(len(x)), exit_ebtd)
+            there_e &= started
         else:
             exit_losses = losses_of(exit_ebtd)
-        there_e = (exits_e < n - 1) & started  # the last exit of a step may be beyond the last layer
         weights_l = exit_weights(n, self.scale, self.weighting)
         weights_e = jnp.where(there_e, weights_l[jnp.minimum(exits_e, n - 1)], 0)
         exits = (exit_losses * weights_e).sum() / jnp.maximum(share, 1e-9)

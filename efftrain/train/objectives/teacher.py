@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,7 @@ def _abstract(model: Decoder, mesh: Mesh, rules: ShardingRules) -> nnx.State:
     return with_shardings(state, state_shardings(state, mesh, rules))
 
 
+@runtime_checkable
 class TeacherObjective(Protocol):
     """An objective that needs a teacher or the run's progress; ``fit`` accepts it in place of an ``Objective``.
 
@@ -82,7 +83,8 @@ class TeacherObjective(Protocol):
       teacher: the frozen model that it reads. None: it has no teacher.
     """
 
-    teacher: Teacher | None
+    @property
+    def teacher(self) -> Teacher | None: ...
 
     def at(self, teacher: Decoder | None, progress: Array) -> Objective:
         """Returns the objective of a step.
@@ -112,7 +114,7 @@ class Together:
     def at(self, teacher: Decoder | None, progress: Array) -> Objective:
         first = self.first.at(teacher, progress)
 
-        def both(model: nnx.Module, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        def both(model: Decoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
             loss, count, metrics = first(model, batch, key)
             more, n, others = self.second(model, batch, key)
             more -= others.get(AUXILIARY, (0.0, n))[0]
@@ -133,6 +135,7 @@ def objective_at(objective: Objective | TeacherObjective, frozen: nnx.State | No
       frozen: variables of the objective's teacher, or None.
       progress: () float32, the share of the run's steps that are done.
     """
-    if not hasattr(objective, "at"):
+    if not isinstance(objective, TeacherObjective):
         return objective
-    return objective.at(None if frozen is None else objective.teacher.merge(frozen), progress)
+    teacher = objective.teacher
+    return objective.at(None if frozen is None or teacher is None else teacher.merge(frozen), progress)

@@ -78,7 +78,7 @@ class Run:
     ):
         self.path, self.config = Path(path), to_json(config)
         self._script = script or getattr(sys.modules["__main__"], "__file__", None)
-        self._identity = run_identity(config, inputs or {}, alone=script is not None)
+        self._identity: dict[str, Any] = run_identity(config, inputs or {}, alone=script is not None)
         self._sources = run_sources(config, alone=script is not None)
         self.checkpoints = checkpoint_directory(self.path, self.config)
         hosts.agree({"configuration": self.config} | process_code())

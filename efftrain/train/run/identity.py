@@ -95,9 +95,9 @@ def with_entry(history: list[dict[str, Any]], entry: dict[str, Any]) -> list[dic
     If the code is the same as that of the last entry, no entry is added; if the run went back to an older checkpoint,
     the last entry then begins there.
     """
-    *others, last = history or [None]
-    if last is None or any(last[name] != entry[name] for name in ("code", "sources")):
+    if not history or any(history[-1][name] != entry[name] for name in ("code", "sources")):
         return [*history, entry]
+    *others, last = history
     return [*others, entry | {"first_step": min(last["first_step"], entry["first_step"])}]
 
 
@@ -118,7 +118,8 @@ def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str
     Raises:
       RunError: the inputs have changed, or the run is finished and the code has changed.
     """
-    before = before or {"code": None, "inputs": {}}
+    nothing: dict[str, Any] = {"code": None, "inputs": {}}
+    before = before or nothing
     inputs = {_INPUTS.get(name, name): value for name, value in before["inputs"].items()}
     for name, value in now["inputs"].items():
         if inputs.get(name, value) != value:

@@ -1,14 +1,14 @@
 """One clear error where a run cannot be written to the file system."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from efftrain.errors import RunError
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Generator[None]:
     """Turns a file system error in the context into a ``RunError`` that names this path."""
     try:
         yield

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Interruption:
     def __init__(self) -> None:
         self.asked: str | None = None
         self._ends_work = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # what ``signal.signal`` returned
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,6 +139,6 @@ def with_votes(step: Step) -> Step:
         state: TrainState, batch: Mapping[str, jax.Array], frozen: nnx.State | None = None
     ) -> tuple[TrainState, Metrics]:
         state, metrics = step(state, {name: rows for name, rows in batch.items() if name != VOTES}, frozen)
-        return state, metrics | {VOTES: (jnp.max(batch[VOTES]), 1)}
+        return state, metrics | {VOTES: (jnp.max(batch[VOTES]), jnp.int32(1))}
 
     return voting

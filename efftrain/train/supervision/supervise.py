@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from efftrain.errors import ConfigError
 from efftrain.progress import console
@@ -88,7 +89,7 @@ class _Child:
         self._command, self._progress_file = list(command), progress_file
         self._process: subprocess.Popen | None = None
         self._signals: list[int] = []
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # what ``signal.signal`` returned
 
     def __enter__(self) -> "_Child":
         for number in FORWARDED:

@@ -5,7 +5,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,12 @@ class Watchdog:
 
     def timeout_s(self, status: WatchdogStatus) -> float:
         """Returns how many seconds the present step or phase may last."""
-        if status.phase not in IN_STEP or status.median_s is None:
+        if status.phase not in IN_STEP or status.median_s is None or self.factor is None:
             return max(self.aside_s, self.min_s)
         return max(self.min_s, self.factor * status.median_s)
 
     @contextlib.contextmanager
-    def watch(self, timing: Timing, directory: Path) -> Iterator[None]:
+    def watch(self, timing: Timing, directory: Path) -> Generator[None]:
         """Watches the loop in this context from a thread.
 
         If the loop hangs, each process appends its stacks to ``stacks-PROCESS.txt`` in the directory.

@@ -6,7 +6,7 @@ bytes.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -52,10 +52,13 @@ Event = bytes | MemberEnd | Damage
 class Decompressor(Protocol):
     """Decompresses one member; has the interface of ``zlib.decompressobj``."""
 
-    eof: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool: ...
 
-    def decompress(self, data: bytes) -> bytes: ...
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
 
 
 class Gzip:
@@ -169,7 +172,7 @@ def unpack(file: BinaryIO, packing: Gzip | Zstd | None, start: int = 0) -> Itera
         packed = yield from _member(file, packing, file.tell() - len(packed), packed)
 
 
-def _member(file: BinaryIO, packing: Gzip | Zstd, at: int, packed: bytes) -> Iterator[Event]:
+def _member(file: BinaryIO, packing: Gzip | Zstd, at: int, packed: bytes) -> Generator[Event, None, bytes]:
     """Yields one member, or the damage in its place; returns the compressed bytes that were read after it.
 
     Args:

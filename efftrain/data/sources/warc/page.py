@@ -103,7 +103,8 @@ def decode_page(content: bytes, content_type: str) -> str:
             return text
     if (text := _lenient(content, "utf-8")) is not None:
         return text
-    detected = _python_name(detect_encoding(content, from_html_meta=False)) or "utf-8"
+    label = detect_encoding(content, from_html_meta=False)
+    detected = (_python_name(label) if label else None) or "utf-8"
     for name in [*(name for name in declared if name not in _MULTI_BYTE), detected]:
         if (text := _strict(content, name)) is not None:
             return text
@@ -157,7 +158,8 @@ def _without_chunks(body: bytes, truncated: bool) -> bytes:
         at = size.end() + n_bytes
         if at > len(body) and not truncated:
             raise UnpackError(f"the last chunk ends {at - len(body):,} bytes after the body")
-        at = _LINE_END.match(body, at).end()
+        line_end = _LINE_END.match(body, at)
+        at = line_end.end() if line_end else at
     return b"".join(parts)
 
 

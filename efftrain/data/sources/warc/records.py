@@ -285,7 +285,8 @@ class _Reader:
 
     def _drop_line_ends(self) -> int:
         self._fill(MAX_HEADER)
-        blank = _LINE_ENDS.match(self._data)[0]
+        found = _LINE_ENDS.match(self._data)
+        blank = found[0] if found else b""
         self._drop(len(blank))
         return blank.count(b"\n")
 

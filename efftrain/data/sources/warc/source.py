@@ -74,16 +74,16 @@ class Warc(PathSource):
         if record.block is None:
             return self._too_large(place, url)
         if kind == "response":
-            return self._page(place, url, record)
+            return self._page(place, url, record, record.block)
         return self._document(place, url, record.block)
 
-    def _page(self, place: str, url: str, record: Record) -> Document | Skipped:
+    def _page(self, place: str, url: str, record: Record, block: bytes) -> Document | Skipped:
         from resiliparse.extract.html2text import extract_plain_text
 
         protocol = _media_type(record.fields.get("content-type", "application/http"))
         if protocol != "application/http":
             return Skipped(place, self.source, "not_html", f"{protocol} {url}")
-        response = parse_response(record.block)
+        response = parse_response(block)
         if response is None:
             return self._bad(place, f"the response does not begin with an HTTP status line: {url}", record)
         content_type = response.fields.get("content-type", "")

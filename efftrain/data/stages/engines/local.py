@@ -91,5 +91,7 @@ def _begin_worker() -> None:
 
 def _end_with_parent() -> None:
     """Ends this worker with its parent; otherwise it would wait for items for ever after the parent was killed."""
-    connection.wait([parent_process().sentinel])
+    parent = parent_process()
+    assert parent is not None  # this is a worker
+    connection.wait([parent.sentinel])
     os._exit(1)
