@@ -36,7 +36,7 @@ MOST_MEMORY = 1.5 * 2**30
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_go_when_memory_is_short():
-    """A worker that keeps every compiled program holds gigabytes in the end; one that keeps none compiles them again."""
+    """A worker that keeps all compiled programs holds gigabytes in the end; one that keeps none compiles them again."""
     yield
     if "jax" in sys.modules and resident_bytes() > MOST_MEMORY:
         sys.modules["jax"].clear_caches()

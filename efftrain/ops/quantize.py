@@ -57,6 +57,7 @@ class QuantizedArray:
         """Returns the numbers before scaling, int8 or float8."""
         return unpack(self.packed, self.format, self.axis)
 
+    @partial(jax.jit, inline=True)  # one small program for each shape instead of a dozen
     def dequantize(self) -> Array:
         """Returns float32 numbers in the original shape."""
         return _scaled(self.levels().astype(jnp.float32), self.scale, self.group, self.axis)
@@ -94,6 +95,7 @@ def stored_scale(step: Array, format: Format) -> Array:
     return rounded.astype(format.scale_dtype)
 
 
+@partial(jax.jit, static_argnames=("format", "axis"), inline=True)
 def quantize(x: Array, format: Format, axis: int = -2, *, scale: Array | None = None) -> QuantizedArray:
     """Quantises an array to the nearest numbers of a format.
 

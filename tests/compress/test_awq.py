@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, forward, relative_error
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward, relative_errors
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.quantization.awq import CLIPS, clipped, part_errors, shared_inputs, tried_factors
 from efftrain.compress.quantization.convert import convert
@@ -93,7 +93,7 @@ def test_clips_are_the_best_of_those_that_are_tried_for_each_group_and_output(fo
                 errors.append(np.square(x[:, part] @ (value - w[part, f])).sum())
             assert np.square(x[:, part] @ (found[part, f] - w[part, f])).sum() == pytest.approx(min(errors), rel=1e-2)
     errors = [
-        relative_error(jnp.asarray(a, jnp.float32) - given[0], *given[:2])
+        relative_errors(jnp.asarray(a, jnp.float32), *given[:2])[1]
         for a in (found, quantize(given[0], format).dequantize())
     ]
     assert errors[0] < 0.97 * errors[1]

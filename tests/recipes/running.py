@@ -5,6 +5,7 @@ already, which saves the three seconds of imports that a tiny run would spend mo
 """
 
 import atexit
+import io
 import multiprocessing
 import os
 import runpy
@@ -59,7 +60,7 @@ def execute(arguments: list[str], environment: dict[str, str], output: str) -> N
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb", closefd=False), write_through=True) for n in (1, 2))
     sys.orig_argv = [sys.executable, *arguments]
     code = 1
     try:

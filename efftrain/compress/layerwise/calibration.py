@@ -234,19 +234,32 @@ def inputs_of(outer: Decoder, calibration: CalibrationRows) -> np.ndarray:
     return np.asarray(outer.embedding(jnp.asarray(calibration.tokens)))
 
 
-def relative_error(change_df: Array, weight_df: Array, hessian_dd: Array) -> float:
-    """Root mean square of the change of a product's output over that of the output itself.
+def relative_errors(after: Array, before: Array, hessian_dd: Array | None) -> tuple[float, float | None]:
+    """Root mean squares of the changes of a matrix and of its outputs, each over that of the thing itself.
 
     Args:
-      change_df: change of the matrix (d, f).
-      weight_df: the matrix before the change.
-      hessian_dd: sum of ``x x^T`` of its inputs.
+      after: the changed matrix (..., d, f).
+      before: the matrix before the change.
+      hessian_dd: sum of ``x x^T`` of its inputs. None: they were not observed.
+
+    Returns:
+      The error of the weights, and that of the outputs; None without a Hessian.
     """
+    weight_error, output_error = _relative_errors(after, before, hessian_dd)
+    return float(weight_error), None if output_error is None else float(output_error)
+
+
+@jax.jit
+def _relative_errors(after: Array, before: Array, hessian_dd: Array | None) -> tuple[Array, Array | None]:
+    def ratio(change: Array, whole: Array) -> Array:
+        return jnp.sqrt(change / jnp.maximum(whole, 1e-30))
 
     def energy(a_df: Array) -> Array:
         return (jnp.matmul(hessian_dd, a_df, precision="highest") * a_df).sum()
 
-    return float(jnp.sqrt(energy(change_df) / jnp.maximum(energy(weight_df), 1e-30)))
+    change = after - before
+    weight_error = ratio(jnp.square(change).sum(), jnp.square(before).sum())
+    return weight_error, None if hessian_dd is None else ratio(energy(change), energy(before))
 
 
 Hessians = Mapping[str, Array]

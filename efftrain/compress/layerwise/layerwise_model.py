@@ -124,9 +124,15 @@ def assemble(config: ModelConfig, outer: Decoder, layers: list[nnx.State]) -> De
     for name in flatten(state):
         if name.startswith(BLOCKS):
             position, _, inner = name.removeprefix(BLOCKS).partition("/")
-            found[name] = jnp.stack([flat.pop(inner) for flat in flat_layers[int(position) :: len(config.pattern)]])
+            found[name] = _together([flat.pop(inner) for flat in flat_layers[int(position) :: len(config.pattern)]])
     return nnx.merge(graph, unflatten(found, state))
 
 
+@jax.jit
 def _apart(array: Array) -> list[Array]:
     return [jnp.squeeze(part, 0) for part in jax.lax.split(array, [1] * len(array), axis=0)]
+
+
+@jax.jit
+def _together(parts: list[Array]) -> Array:
+    return jnp.stack(parts)

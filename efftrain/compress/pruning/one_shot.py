@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, hessians, idle_experts, relative_error, unreached
+from efftrain.compress.layerwise.calibration import CalibrationRows, hessians, idle_experts, relative_errors, unreached
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.layerwise.second_order import damped, sparse_gpt
 from efftrain.compress.quantization.convert import ConversionReport, Converted, quantized_bytes
@@ -164,9 +164,7 @@ def _prune(
         after = value.dequantize()
         store(module, attribute, value)
         bytes_after = quantized_bytes(value)
-    change = after - before
-    weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
-    output_error = None if hessian is None else relative_error(change, before, hessian)
+    weight_error, output_error = relative_errors(after, before, hessian)
     return Converted(
         name,
         str(before.dtype) if format is None else format_name(format),

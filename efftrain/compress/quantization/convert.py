@@ -14,7 +14,7 @@ from efftrain.compress.layerwise.calibration import (
     CalibrationSize,
     hessians,
     idle_experts,
-    relative_error,
+    relative_errors,
     unreached,
 )
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
@@ -199,9 +199,7 @@ def _convert(
         assert hessian is not None or not clip  # its inputs were seen
         value = quantized(module, attribute) if hessian is None or not clip else clipped(before, hessian, rule.weights)
     after = value.dequantize()
-    change = after - before
-    weight_error = float(jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(before), 1e-30))
-    output_error = None if hessian is None else relative_error(change, before, hessian)
+    weight_error, output_error = relative_errors(after, before, hessian)
     store(module, attribute, value)
     zeros = count_zeros(after) / after.size
     return Converted(
