@@ -1,12 +1,14 @@
 """The decoder: a causal language model of an embedding, a stack of blocks and a head."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import AbstractMesh
 
 from efftrain.errors import ConfigError
 from efftrain.models.block import Layer
@@ -234,4 +236,10 @@ def extend_layers(
 
 def abstract_decoder(config: ModelConfig) -> Decoder:
     """Returns the decoder with shapes in place of arrays, to count parameters without memory."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(*_abstract_parts(config, jax.sharding.get_abstract_mesh()), copy=True)
+
+
+@lru_cache(maxsize=64)
+def _abstract_parts(config: ModelConfig, mesh: AbstractMesh) -> tuple[nnx.GraphDef, nnx.State]:
+    """Kept, because tracing a model takes a hundred times as long as merging its parts."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))

@@ -30,8 +30,8 @@ def stack_layers(build: Callable[[nnx.Rngs], LayerT], n: int, rngs: nnx.Rngs) ->
       n: number of layers.
       rngs: a key is split off for each layer.
     """
-    layer_def, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    states = jax.vmap(lambda key: nnx.state(build(nnx.Rngs(params=key))))(jax.random.split(rngs.params(), n))
+    keys = jax.random.split(rngs.params(), n)
+    layer_def, states = jax.vmap(lambda key: nnx.split(build(nnx.Rngs(params=key))))(keys)
     return nnx.merge(layer_def, jax.tree.map(_with_layer_axis(n), states, is_leaf=is_variable))
 
 

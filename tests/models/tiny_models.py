@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
-from efftrain.models.decoder import Decoder
+from efftrain.models.decoder import Decoder, abstract_decoder
 
 PLAIN = BlockConfig(attention=Attention(n_heads=4, n_kv_heads=2, d_head=4, n_blocks=1), mlp=Dense(d_ff=24))
 LOCAL = BlockConfig(
@@ -32,7 +32,7 @@ def build(model_config: ModelConfig, seed: int = 0) -> Decoder:
             return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
         return jnp.asarray(rng.normal(size=leaf.shape) * leaf.shape[-2] ** -0.5, jnp.float32)
 
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(abstract_decoder(model_config))
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, shapes))
 
 

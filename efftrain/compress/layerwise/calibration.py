@@ -254,12 +254,12 @@ def _relative_errors(after: Array, before: Array, hessian_dd: Array | None) -> t
     def ratio(change: Array, whole: Array) -> Array:
         return jnp.sqrt(change / jnp.maximum(whole, 1e-30))
 
-    def energy(a_df: Array) -> Array:
-        return (jnp.matmul(hessian_dd, a_df, precision="highest") * a_df).sum()
-
     change = after - before
     weight_error = ratio(jnp.square(change).sum(), jnp.square(before).sum())
-    return weight_error, None if hessian_dd is None else ratio(energy(change), energy(before))
+    if hessian_dd is None:
+        return weight_error, None
+    energies = [(jnp.matmul(hessian_dd, a_df, precision="highest") * a_df).sum() for a_df in (change, before)]
+    return weight_error, ratio(*energies)
 
 
 Hessians = Mapping[str, Array]
