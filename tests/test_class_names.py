@@ -192,7 +192,7 @@ def test_a_script_may_use_a_name_that_a_field_had(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from dataclasses import dataclass\nfrom efftrain.data.rules.base import AtMost\n\n"
-        "@dataclass(frozen=True, kw_only=True)\nclass Own(AtMost):\n    limit: int = 1\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Own(AtMost):\n    limit: int = 1\n    threshold: int = 1\n"
     )
     own = import_script(path).Own(threshold=2, limit=3)
     assert from_json(to_json(own), script=sys.modules[type(own).__module__]) == own

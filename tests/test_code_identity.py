@@ -21,7 +21,7 @@ from efftrain.data.rules import AtMost
 @dataclass(frozen=True, kw_only=True)
 class Shouting(AtMost):
     name = "shouting"
-    limit: float = 0.5
+    threshold: float = 0.5
 
     def score(self, text):
         return 0.0
@@ -55,7 +55,7 @@ def test_the_source_of_a_rule_and_of_what_it_imports_counts(script):
 def test_a_base_class_in_another_script_counts(script, tmp_path):
     import_script(script)
     (tmp_path / "louder.py").write_text(
-        f"from {SCRIPT_PREFIX}essays import Shouting\nclass Louder(Shouting):\n    limit: float = 0.9\n"
+        f"from {SCRIPT_PREFIX}essays import Shouting\nclass Louder(Shouting):\n    threshold: float = 0.9\n"
     )
     assert code_identity(import_script(tmp_path / "louder.py").Louder()).keys() == {
         "efftrain", "louder.py", "essays.py", "my_words",

@@ -31,7 +31,7 @@ from efftrain.data.rules import AtMost
 @dataclass(frozen=True, kw_only=True)
 class Slow(AtMost):
     name: ClassVar[str] = "slow"
-    limit: float = 1.0
+    threshold: float = 1.0
 
     def score(self, text):
         Path("started").touch()

@@ -56,6 +56,14 @@ class Many(AtLeast):
     name: ClassVar[str] = "many"
 
 
+def test_a_rule_that_names_its_threshold_as_before_is_told_the_new_name():
+    with pytest.raises(ConfigError, match="the field limit of the rule Old is now called threshold; rename it"):
+
+        @dataclass(frozen=True, kw_only=True)
+        class Old(AtMost):
+            limit: float = 1.0
+
+
 def table(**thresholds: float) -> ScoreTable:
     return ScoreTable(
         table=Path("scores.parquet"), digest="0" * 32, **{"low": -math.inf, "high": math.inf} | thresholds

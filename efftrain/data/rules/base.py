@@ -46,6 +46,10 @@ class AtMost:
     name: ClassVar[str]
     threshold: float
 
+    def __init_subclass__(cls) -> None:
+        if "limit" in vars(cls) and not hasattr(cls, "threshold"):  # as earlier versions called the threshold
+            raise ConfigError(f"the field limit of the rule {cls.__name__} is now called threshold; rename it")
+
     def score(self, text: Text) -> float:
         raise NotImplementedError
 
