@@ -90,6 +90,7 @@ def test_unknown_verb_or_flag_ends_with_code_2(arguments):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.smoke
 def test_doctor_shows_versions_devices_mesh_and_layout():
     done = efftrain("doctor", "--fake-devices", "8", XLA_FLAGS="", JAX_PLATFORMS="")
     assert done.returncode == 0, done.stderr

@@ -57,6 +57,7 @@ def through_json(value):
     return from_json(json.loads(json.dumps(to_json(value))))
 
 
+@pytest.mark.smoke
 def test_a_model_survives():
     assert through_json(MODEL) == MODEL
     assert hash(through_json(MODEL)) == hash(MODEL)  # the pattern is a tuple again

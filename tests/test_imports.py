@@ -9,6 +9,7 @@ HEAVY = ("jax", "flax", "tensorflow", "tensorflow_datasets", "orbax", "optax", "
 
 
 @pytest.mark.parametrize("module", ["efftrain", "efftrain.cli.main", "efftrain.recipe", "efftrain.sharding.mesh"])
+@pytest.mark.smoke
 def test_import_is_light(module):
     program = f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
     assert run(program) == ""

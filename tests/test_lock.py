@@ -39,6 +39,7 @@ def take(folder: Path) -> Lock:
     return Lock(folder / "lock", folder / "run")
 
 
+@pytest.mark.smoke
 def test_a_second_process_is_refused_with_the_number_and_host_of_the_first(tmp_path, hold):
     first = hold()
     sentence = f"{tmp_path}/run is in use by process {first.pid} on {HOST}; wait for it or choose another --out"

@@ -62,6 +62,7 @@ MAIN = "\nfrom efftrain.recipe import run_recipe\nif __name__ == '__main__': run
 
 
 @pytest.mark.parametrize("end", ["", MAIN], ids=["bare", "run_recipe"])
+@pytest.mark.smoke
 def test_a_configuration_that_is_wrong_while_its_script_is_read_is_one_sentence_with_its_line(end, tmp_path):
     script = tmp_path / "mine.py"
     script.write_text("from efftrain.models.config import Dense\n\nconfigs = {'cpu': Dense(d_ff=0)}\n" + end)

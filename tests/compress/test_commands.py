@@ -52,6 +52,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("command", "changes", "message"), REFUSED)
+@pytest.mark.smoke
 def test_an_option_or_a_combination_is_refused_in_one_sentence(command, changes, message):
     with pytest.raises(ConfigError) as error:
         command(**NEEDED[command] | changes)

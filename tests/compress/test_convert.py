@@ -88,6 +88,7 @@ def test_rounding_gives_what_training_for_it_computes_to_the_bit(name, unrolled)
     assert all(m.why for m in report.matrices if m.method == "none")
 
 
+@pytest.mark.smoke
 def test_learned_steps_become_the_scales():
     model = build(config(quantization=weights(INT4, learned_step=True)))
     converted, _ = convert(LayerwiseModel.of(model), model.config.quantization)

@@ -32,6 +32,7 @@ def stacked(model: nnx.Module) -> dict[str, np.ndarray]:
     return {name: np.asarray(getattr(m, a)[...]) for name, m, a in matrices(model) if name.startswith("blocks/")}
 
 
+@pytest.mark.smoke
 def test_wanda_ranks_each_output_by_size_times_norm_of_the_input():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(50, 12)) * rng.uniform(0.1, 3, 12), rng.normal(size=(12, 7))

@@ -64,6 +64,7 @@ def removed(corpus) -> dict[str, tuple[str, float]]:
     return {row["id"]: (row["rule"], row["score"]) for row in rows}
 
 
+@pytest.mark.smoke
 def test_what_copies_from_training_leaves_the_held_out_splits(corpus, texts):
     where, gone = split_of(corpus), removed(corpus)
     held_out = {"contaminated/validation", "contaminated/test"}

@@ -44,6 +44,7 @@ def test_ordinary_code_passes_every_rule():
         (FewLetters(threshold=0.5), "a + [] == 1", 1 / 7),
     ],
 )
+@pytest.mark.smoke
 def test_score_of_a_hand_made_reject(rule, text, score):
     verdict = rule(Text(text))
     assert not verdict.keep

@@ -78,6 +78,7 @@ def test_the_scope_holds_for_repeats_and_lines_too(tmp_path, base, within, n_cop
     assert sum(line in text for text in texts.values()) == 1 + n_copies
 
 
+@pytest.mark.smoke
 def test_a_copy_with_one_word_changed_is_found_where_lines_are_removed_too(tmp_path, base):
     """Taking the shared lines out first would leave of the copy its one changed line, and nothing to know it by."""
     lines = [" ".join(base["00"].split()[start : start + 12]) for start in range(0, WORDS, 12)]

@@ -45,6 +45,7 @@ def copy(corpus, tmp_path) -> Path:
     return shutil.copytree(corpus.path, tmp_path / "copy")
 
 
+@pytest.mark.smoke
 def test_every_document_comes_back_unchanged(corpus, documents):
     found = {d.id: d.text for split in SPLITS for d in corpus.documents(split)}
     assert found == read_all(documents)
@@ -59,6 +60,7 @@ def test_no_package_is_in_two_splits(corpus):
 
 
 @pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.smoke
 def test_the_token_stream_is_the_documents_one_after_the_other(corpus, split):
     expected = []
     for document in corpus.documents(split):

@@ -63,6 +63,7 @@ class Trainer:
         return card
 
 
+@pytest.mark.smoke
 def test_every_variant_runs_with_every_seed_and_is_summed_up(tmp_path):
     train = Trainer(tmp_path)
     found = compare(VARIANTS, train, out=tmp_path, seeds=(0, 1))

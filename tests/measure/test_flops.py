@@ -103,6 +103,7 @@ def test_prefill_agrees_with_xla():
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.smoke
 def test_llama_by_hand(tied, scan):
     """Grouped queries: 8 heads of 8 share 2 heads of keys and values."""
     config = llama(

@@ -32,6 +32,7 @@ def model():
     return Decoder(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.smoke
 def test_a_full_scorecard(model, tmp_path):
     (tmp_path / "checkpoint" / "deep").mkdir(parents=True)
     (tmp_path / "checkpoint" / "a").write_bytes(b"x" * 100)

@@ -42,6 +42,7 @@ def drawn(model):
     return np.asarray(generate(model, prompts(0), LENGTHS, n_new=N_NEW, sampling=DRAW, key=jax.random.key(5)))
 
 
+@pytest.mark.smoke
 def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass(model, greedy):
     for prompt, length, continuation in zip(prompts(0), LENGTHS, greedy, strict=True):
         row = list(prompt[:length])

@@ -101,6 +101,7 @@ def test_a_packed_document_reads_as_it_does_alone(model):
     np.testing.assert_allclose(packed[:1, 4:9], alone, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_a_later_token_never_moves_an_earlier_logit(model):
     tokens = tiny.tokens()
     changed = tokens.copy()

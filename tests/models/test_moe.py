@@ -62,6 +62,7 @@ def test_every_dispatch_is_the_reference(reference, change, scan):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=str(path))
 
 
+@pytest.mark.smoke
 def test_every_parameter_learns_also_with_one_expert_a_token():
     _, gradient = loss_and_gradient(with_mlp(replace(ROUTED, top_k=1, n_shared=1)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):

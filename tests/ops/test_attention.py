@@ -41,6 +41,7 @@ def naive(q, k, v, segments=None, window=None):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "packed"])
 @pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.smoke
 def test_each_token_attends_to_what_it_may_see(kv_heads, segments, window):
     q, k, v = draw(kv_heads=kv_heads)
     out = attend(q, k, v, segments_bs=segments, window=window)

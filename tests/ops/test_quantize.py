@@ -37,6 +37,7 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 
 @pytest.mark.parametrize(("qtype", "bits", "group"), [("int8", 8, None), ("int4", 4, None), ("int4", 4, 32)])
+@pytest.mark.smoke
 def test_levels_and_scales_are_those_of_qwix(qtype, bits, group):
     x = normal(64, 24)
     oracle = qwix.quantize(x, qtype, channelwise_axes=[1], tiled_axes={0: group} if group else None)

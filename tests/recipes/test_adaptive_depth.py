@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import run
+from running import run, run_alone
 
 import efftrain
 from efftrain import data
@@ -48,7 +48,7 @@ def command(name: str, corpus: Path, out: Path, *changes: str, blocks: int = 1) 
 @pytest.fixture(scope="module")
 def layerskip(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "layerskip"
-    code, output = run(command("layerskip", corpus, out, *LAYERSKIP.split()))
+    code, output = run_alone(command("layerskip", corpus, out, *LAYERSKIP.split()))
     assert code == 0, output
     return out / "layerskip-seed0"
 

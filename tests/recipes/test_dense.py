@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from flax import nnx
-from running import run, start
+from running import run, run_alone, start
 from texts import build_corpus
 
 import efftrain
@@ -52,7 +52,7 @@ def command(corpus):
 @pytest.fixture(scope="module")
 def unbroken(command, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    code, output = run(command(out))
+    code, output = run_alone(command(out))
     assert code == 0, output
     return out
 
@@ -62,6 +62,7 @@ def computed(out: Path, split: str) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.endswith("_s") and k != "mfu"} for row in read_metrics(out, split)]
 
 
+@pytest.mark.smoke
 def test_a_run_leaves_metrics_a_scorecard_and_a_model(unbroken, corpus):
     assert [row["step"] for row in computed(unbroken, "train")] == list(range(1, STEPS + 1))
     assert [row["step"] for row in computed(unbroken, "validation")] == [8, 16, 24]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import compress, logits, run, start
+from running import compress, logits, run, run_alone, start
 
 import efftrain
 from efftrain import data
@@ -50,7 +50,7 @@ def keep(*arguments: str | Path) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def student(command, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "student"
-    code, output = run(command(out))
+    code, output = run_alone(command(out))
     assert code == 0, output
     assert all(name in output for name in ("teacher", "student-text", "student"))
     return out

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import run
+from running import run, run_alone
 
 import efftrain
 from efftrain import data
@@ -36,7 +36,7 @@ def command(recipe: str, corpus: Path, out: Path, *changes: str) -> list[str]:
 def compared(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "moe"
     for seeds in (["1"], ["0", "1"]):  # the second one finds the runs of the first
-        code, output = run(command("moe.py", corpus, out, *ROUTED, "--compare", "dense", "--seeds", *seeds))
+        code, output = run_alone(command("moe.py", corpus, out, *ROUTED, "--compare", "dense", "--seeds", *seeds))
         assert code == 0, output
     assert output.count("train: 6/6") == 3
     return out

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import compress, logits, run, start
+from running import compress, logits, run, run_alone, start
 
 import efftrain
 from efftrain.compress.layerwise.second_order import DAMPING
@@ -42,7 +42,7 @@ def command(corpus):
 @pytest.fixture(scope="module")
 def sparse(command, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "sparse"
-    code, output = run(command(out))
+    code, output = run_alone(command(out))
     assert code == 0, output
     return out
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from running import compress, logits, run, start
+from running import compress, logits, run, run_alone, start
 
 import efftrain
 from efftrain.measure.quality.held_out import reporting
@@ -43,7 +43,7 @@ def command(corpus):
 @pytest.fixture(scope="module")
 def trained(command, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "int4"
-    code, output = run(command(out))
+    code, output = run_alone(command(out))
     assert code == 0, output
     return out
 

@@ -26,6 +26,7 @@ def quickstart():
         ("", None),
     ],
 )
+@pytest.mark.smoke
 def test_a_sample_is_shown_as_far_as_it_is_python(quickstart, drawn, shown):
     assert quickstart.PROMPT == PROMPT
     assert quickstart.python_code(PROMPT + drawn) == ("" if shown is None else PROMPT + shown)

@@ -52,7 +52,7 @@ def shop(tmp_path_factory) -> Path:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    code, output = run(whole)
+    code, output = run_alone(whole)
     assert code == 0, output
     assert "continuing from step" in output or "is trained already" in output
     return out

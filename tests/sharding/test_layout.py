@@ -48,6 +48,7 @@ def shards(state):
     return {name: state[name][...].addressable_shards[0].data.shape for name in SHARDS}
 
 
+@pytest.mark.smoke
 def test_jitted_init_makes_each_device_its_shard_only(mesh, abstract):
     state = jax.jit(build, out_shardings=state_shardings(abstract, mesh))()
     assert shards(state) == SHARDS

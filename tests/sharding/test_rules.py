@@ -15,6 +15,7 @@ def mesh():
     return make_mesh(MeshConfig(fsdp=4, tensor=2))
 
 
+@pytest.mark.smoke
 def test_each_dimension_goes_to_its_axis(mesh):
     assert DEFAULT_RULES.resolve(("embed", "mlp"), (8, 6), mesh) == PartitionSpec("fsdp", "tensor")
     assert DEFAULT_RULES.resolve(("layers", "embed", None), (3, 8, 5), mesh) == PartitionSpec(None, "fsdp")

@@ -54,6 +54,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.smoke
 def test_the_commands_are_printed_and_not_run(machine, script):
     words, expected = COMMANDS[script]
     first, dashes, rest = words.partition(" -- ")

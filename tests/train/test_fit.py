@@ -19,6 +19,7 @@ from efftrain.train.optimizers import AdamW
 from efftrain.train.run.directory import load
 
 
+@pytest.mark.smoke
 def test_metrics_have_a_row_for_each_step_in_order(unbroken):
     rows = read_metrics(unbroken[0])
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -62,6 +63,7 @@ def test_the_step_is_traced_once_and_never_again(tmp_path):
     assert len(traced) == 1
 
 
+@pytest.mark.smoke
 def test_figures_are_kept_and_a_finished_run_does_nothing(unbroken, tmp_path, capsys):
     out, fitted = unbroken
     assert fitted.figures.keys() >= {"compile_s", "program_bytes", "tokens_per_s", "step_s_p50", "step_s_p95"}
