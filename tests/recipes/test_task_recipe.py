@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import run, start
+from running import run, run_alone, start
 
 import efftrain
 from efftrain.compress.task.task import predict
