@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ if FAKE_DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE_DEVICES}=8".strip()
 
 # Most of the tests' time is compilation: without optimisation, fusions as plain LLVM code (half the time of the MLIR
-# emitters), and a program in one part, not 32.
-for flag in ("backend_optimization_level=0", "cpu_use_fusion_emitters=false", "cpu_parallel_codegen_split_count=1"):
+# emitters), and a program in one part, not 32. libtpu ends the process over flags that it does not know.
+flags = ["backend_optimization_level=0"]
+if find_spec("libtpu") is None:
+    flags += ["cpu_use_fusion_emitters=false", "cpu_parallel_codegen_split_count=1"]
+for flag in flags:
     if f"--xla_{flag.partition('=')[0]}" not in os.environ["XLA_FLAGS"]:
         os.environ["XLA_FLAGS"] += f" --xla_{flag}"
 
