@@ -8,7 +8,7 @@ import numpy as np
 import efftrain
 from efftrain.compress.task.task_run import general_ids
 from efftrain.data.tasks.task import Example, Task
-from efftrain.measure.cost.task_cost import cost, side_by_side, size
+from efftrain.measure.cost.task_cost import cost, seconds_to_answer, size
 from efftrain.measure.quality.few_shot import few_shot
 from efftrain.measure.quality.probe import fit_probe, frozen_features
 from efftrain.measure.quality.task_scores import classification
@@ -37,7 +37,7 @@ def probe_on_task(general: Path, task: Task, tokenizer: Path | None = None) -> d
     found = classification(probe(features(task.test)), task.numbers(task.test))
     extra = probe.weights_fl.size + probe.bias_l.size
     sizes = {"parameters": size(model)["parameters"] + extra, "bytes": size(model)["bytes"] + 4 * extra}
-    times = side_by_side(task, {"model": (model, ids)})  # the probe itself is one small product
+    times = seconds_to_answer(task, {"model": (model, ids)})  # the probe itself is one small product
     return found | sizes | {"l2": probe.l2, "latency_s": times["model"]} | cost(task, model, ids)
 
 

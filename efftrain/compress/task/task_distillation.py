@@ -21,7 +21,7 @@ from efftrain.compress.task.task_texts import Augmentation
 from efftrain.config import digest
 from efftrain.data.tasks.items import TaskIds
 from efftrain.data.tasks.task import Task
-from efftrain.measure.cost.task_cost import cost, side_by_side, size
+from efftrain.measure.cost.task_cost import cost, seconds_to_answer, size
 from efftrain.measure.measurements import Measurements
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization, QuantizationRule
@@ -98,7 +98,7 @@ def distil_task(
         models[name] = (small, own)
     rule = QuantizationRule(layers="blocks/.*|embedding", weights=Integer(bits=8))
     models["student, 8 bits"] = (convert_run(out / f"student-seed{seed}", None, Quantization(rules=(rule,))), own)
-    times = store.cell(f"latency, seed {seed}", lambda: side_by_side(task, models))
+    times = store.cell(f"latency, seed {seed}", lambda: seconds_to_answer(task, models))
 
     def figures(name: str) -> dict[str, float]:
         model, ids = models[name]

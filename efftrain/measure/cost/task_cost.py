@@ -35,7 +35,7 @@ def cost(task: Task, model: Decoder, ids: TaskIds) -> dict[str, float]:
     return {"flops": flops, "tokens": read}
 
 
-def side_by_side(task: Task, models: Mapping[str, tuple[Decoder, TaskIds]]) -> dict[str, float]:
+def seconds_to_answer(task: Task, models: Mapping[str, tuple[Decoder, TaskIds]]) -> dict[str, float]:
     """Seconds to answer one question of median length, for each model; the models take turns, see ``in_turns``."""
 
     def answer(model: Decoder, ids: TaskIds) -> dict[str, float]:
