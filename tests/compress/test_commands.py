@@ -46,7 +46,7 @@ REFUSED = [
     (StructuredPrune, {"axis": "any"}, "--axis any needs shapes to be tried; add --search 4 and --recovery-tokens"),
     (StructuredPrune, {"search": 1, "recovery": ONE}, "--search is 1; give 2 shapes or more"),
     (StructuredPrune, {"search": 4}, "--search trains each shape; add --recovery-tokens"),
-    (RecoveryTraining, {"tokens": 0}, "--recovery-tokens is 0; give at least 1, or leave it out"),
+    (RecoveryTraining, {"tokens": 0}, "--recovery-tokens is 0; give at least 1, or remove the flag"),
     (RecoveryTraining, {"rounds": 0}, "--rounds is 0; give at least 1"),
 ]
 

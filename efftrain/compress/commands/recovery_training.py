@@ -22,7 +22,7 @@ class RecoveryTraining:
 
     def __post_init__(self):
         if self.tokens < 1:
-            raise ConfigError(f"--recovery-tokens is {self.tokens}; give at least 1, or leave it out")
+            raise ConfigError(f"--recovery-tokens is {self.tokens}; give at least 1, or remove the flag")
         if self.rounds < 1:
             raise ConfigError(f"--rounds is {self.rounds}; give at least 1")
 
