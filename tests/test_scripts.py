@@ -124,7 +124,7 @@ def test_ctrl_c_in_a_corpus_build_says_in_one_line_what_is_kept_and_how_to_go_on
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert output.splitlines()[-1] == (
-        "interrupted; the parts that are done are kept in corpus.incomplete, and the same command goes on from there"
+        "interrupted; the completed parts are kept in corpus.incomplete, and the same command continues from there"
     )
     assert (tmp_path / "corpus.incomplete").is_dir()
 
