@@ -198,8 +198,8 @@ def _source(module: types.ModuleType) -> bytes:
         path = spec.origin if spec else path
     if path is None or not Path(path).is_file():
         raise ConfigError(
-            f"a class or function of this configuration was defined in {module.__name__}, of which there is no "
-            "source file; write it into a .py file, so that a change of it is noticed"
+            f"a class or function of this configuration was defined in {module.__name__}, which has no source "
+            "file; define it in a .py file, so that changes of its code are noticed"
         )
     return Path(path).read_bytes()
 

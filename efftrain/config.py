@@ -85,7 +85,7 @@ def _decode(value: Any, annotation: Any, script: types.ModuleType | None) -> Any
         needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
         if missing := [name for name in needed if name not in given]:
             raise ConfigError(
-                f"{value['type']} lacks its field {missing[0]!r}; it was written by another version of efftrain"
+                f"{value['type']} lacks the field {missing[0]!r}; it was written by another version of efftrain"
             )
         return cls(**{k: _decode(v, hints[k], script) for k, v in given.items()})
     # Of a union, such as an optional field, the member that a JSON list or object can represent.

@@ -102,7 +102,7 @@ def _huge_pages() -> str:
         return "on" if HUGE_PAGES in tunables else f"off, because GLIBC_TUNABLES={tunables} was set"
     kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not kernel.exists():
-        return "this system has none"
+        return "not available on this system"
     if "[madvise]" in kernel.read_text():
         return f"recipes switch them on (GLIBC_TUNABLES={HUGE_PAGES})"
     return "on for every program" if "[always]" in kernel.read_text() else f"off, because {kernel} says never"

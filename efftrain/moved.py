@@ -111,8 +111,8 @@ def old_names(module: str) -> Callable[[str], Any]:
                 raise AttributeError(f"module {module!r}, now {where}, has no attribute {name!r}") from None
         home = getattr(found, "__module__", where)
         warnings.warn(
-            f"{module}.{name} is now {home}.{getattr(found, '__name__', name)}; import it from there, the old name "
-            "goes with the next version",
+            f"{module}.{name} is now {home}.{getattr(found, '__name__', name)}; import it from there, because "
+            "the next version removes the old name",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -24,7 +24,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 JAX_CACHE = "JAX_COMPILATION_CACHE_DIR"
 
-INTERRUPTED = "interrupted; the same command goes on from what is complete, or starts again where nothing is"
+INTERRUPTED = "interrupted; the same command continues from what is complete, or starts again if nothing is"
 
 
 def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None) -> Config:
@@ -109,7 +109,7 @@ def flag_hint(config: Any, flag: str) -> str | None:
     if isinstance(found, property):
         meaning = (found.__doc__ or "").strip().split("\n")[0].rstrip(".")
         return f"{flag} follows from other fields ({meaning}); set these: {flags}"
-    return f"there is no {flag}; there are: {flags}"
+    return f"there is no flag {flag}; the flags are: {flags}"
 
 
 @contextlib.contextmanager

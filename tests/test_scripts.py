@@ -124,7 +124,7 @@ def test_ctrl_c_in_a_corpus_build_says_in_one_line_what_is_kept_and_how_to_go_on
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert output.splitlines()[-1] == (
-        "interrupted; the parts that are done are kept in corpus.incomplete, and the same command goes on from there"
+        "interrupted; the completed parts are kept in corpus.incomplete, and the same command continues from there"
     )
     assert (tmp_path / "corpus.incomplete").is_dir()
 
@@ -137,7 +137,7 @@ def test_ctrl_c_in_any_command_is_one_line_and_code_130():
     )
     done = run("-c", program)
     assert done.returncode == 130
-    assert done.stderr.startswith("interrupted; the same command goes on")
+    assert done.stderr.startswith("interrupted; the same command continues")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -195,7 +195,7 @@ def test_an_unknown_flag_is_answered_with_the_flags_in_its_place():
     hint = flag_hint(config, "--model.n-layers")
     assert "follows from other fields (``n_repeats`` times the blocks of ``pattern``" in hint
     assert "--model.n-repeats" in hint
-    assert flag_hint(config, "--steps") == "there is no --steps; there are: --model, --rows"
+    assert flag_hint(config, "--steps") == "there is no flag --steps; the flags are: --model, --rows"
     assert "--model.pattern.0.mlp.d-ff" in flag_hint(config, "--model.pattern.0.mlp.width")
     for known in ("--rows", "--model.n-repeats", "--model.n_repeats", "--model.no-scan", "--help", "--other.rows"):
         assert flag_hint(config, known) is None

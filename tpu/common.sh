@@ -54,13 +54,13 @@ shared_option() {
 check_shared() {
     [[ -n $name ]] || fail 2 "give the name of the TPU; see $(basename "$0") --help"
     [[ $name =~ ^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$ ]] ||
-        fail 2 "$name is no name for a TPU; use a letter, then lowercase letters, digits and dashes, 42 at most"
+        fail 2 "$name is not a valid name for a TPU; use a letter, then lowercase letters, digits and dashes, 42 at most"
     check_place
 }
 
 check_place() {
-    [[ -n $project ]] || fail 2 "no project; give --project or set CLOUDSDK_CORE_PROJECT"
-    [[ -n $zone ]] || fail 2 "no zone; give --zone or set CLOUDSDK_COMPUTE_ZONE"
+    [[ -n $project ]] || fail 2 "the project is not set; give --project or set CLOUDSDK_CORE_PROJECT"
+    [[ -n $zone ]] || fail 2 "the zone is not set; give --zone or set CLOUDSDK_COMPUTE_ZONE"
     place=("--project=$project" "--zone=$zone")
     same_place=(--project "$project" --zone "$zone")
     ((dry_run)) || command -v gcloud >/dev/null || fail 2 "gcloud is not installed; see cloud.google.com/sdk/docs/install"

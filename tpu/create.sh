@@ -4,13 +4,13 @@
 #   create.sh NAME --type TYPE [--spot] [--slices N] [--wait MINUTES] [--service-account EMAIL]
 #             [--project PROJECT] [--zone ZONE] [--dry-run]
 #
-#   --type             Google's name: v5litepod-16, v6e-64 (chips), v4-32, v5p-32 (TensorCores: 2 a chip)
-#   --spot             cheaper, and may be taken away at any time; else on demand
-#   --slices           so many slices of this type, joined by the data-centre network (default 1)
-#   --wait             give up waiting after so many minutes (default 60; 0: do not wait); the request stays in the queue
-#   --service-account  what the workers are to Google Cloud, for example to the bucket; default: that of the project
+#   --type             Google's name: v5litepod-16, v6e-64 (chips), v4-32, v5p-32 (TensorCores: 2 per chip)
+#   --spot             cheaper, but may be preempted at any time; default: on demand
+#   --slices           number of slices of this type, joined by the data-centre network (default 1)
+#   --wait             minutes after which to stop waiting (default 60; 0: do not wait); the request stays in the queue
+#   --service-account  identity of the workers, which needs access to the bucket; default: that of the project
 #   --project, --zone  default: CLOUDSDK_CORE_PROJECT, CLOUDSDK_COMPUTE_ZONE
-#   --dry-run          print the commands, run none
+#   --dry-run          print the commands without running them
 #
 # Exit codes: 2 wrong argument, 3 NAME exists already or failed, 4 no quota, 5 still waiting, 1 any other failure.
 
@@ -39,7 +39,7 @@ while read -r prefix image cores; do
         runtime=$image chips=$((BASH_REMATCH[1] / cores))
     fi
 done <<<"$accelerators"
-[[ -n $runtime ]] || fail 2 "--type is '$type'; give v5litepod-N (v5e) or v6e-N with N chips, v4-N or v5p-N with N TensorCores, 2 a chip"
+[[ -n $runtime ]] || fail 2 "--type is '$type'; give v5litepod-N (v5e) or v6e-N with N chips, v4-N or v5p-N with N TensorCores, 2 per chip"
 
 nodes=("--node-id=$name")
 if ((slices > 1)); then nodes=("--node-count=$slices" "--node-prefix=$name"); fi
@@ -62,7 +62,7 @@ scratch
 echo "asking for $slices x $type: $((slices * chips)) chips${spot:+, spot}" >&2
 if ! request 2>&1 | tee "$work/answer" >&2; then
     answer=$(<"$work/answer")
-    [[ $answer != *ALREADY_EXISTS* ]] || fail 3 "there is a TPU $name already; use it, choose another name, or delete it with delete.sh"
+    [[ $answer != *ALREADY_EXISTS* ]] || fail 3 "the TPU $name exists already; use it, choose another name, or delete it with delete.sh"
     after=$(state) || after=unknown
     if [[ $after == ABSENT ]]; then after='nothing was created'; else after=$(leftover "$after"); fi
     if [[ $answer == *RESOURCE_EXHAUSTED* || $answer == *[Qq]uota* ]]; then

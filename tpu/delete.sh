@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Deletes a TPU with its slices, their disks and its place in the queue. What is on a bucket stays.
+# Deletes a TPU with its slices, their disks and its place in the queue. Files in a bucket stay.
 #
 #   delete.sh NAME [--project PROJECT] [--zone ZONE] [--dry-run]
 #
-# Exit codes: 0 also where there was nothing to delete, 1 it may still exist.
+# Exit codes: 0 also if there was nothing to delete, 1 the TPU may still exist.
 
 set -euo pipefail
 # shellcheck source=common.sh
@@ -21,7 +21,7 @@ if ! ((dry_run)); then
         exit
     fi
 fi
-run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet || fail 1 "gcloud could not delete, see above; $(leftover "$current")"
+run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet || fail 1 "gcloud could not delete the TPU, see above; $(leftover "$current")"
 ((dry_run)) && exit
 read_state
 [[ $current == ABSENT ]] || fail 1 "gcloud reported success, but $(leftover "$current")"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Copies this checkout to all workers of a TPU and installs it there with the extra "tpu". Again after every change.
+# Copies this checkout to all workers of a TPU and installs it with the extra "tpu". Run it again after every change.
 #
 #   install.sh NAME [--project PROJECT] [--zone ZONE] [--dry-run]
 #
-# What goes: the newest commit and every change that git does not ignore, so that a run names its commit in
-# environment.json. It needs no job running on the workers. It replaces ~/efftrain/src, and leaves ~/efftrain/work as it
-# is, in which jobs start and runs lie. Exit codes: 3 TPU not ACTIVE, 6 a worker failed.
+# It copies the newest commit and every change that git does not ignore, so that a run names its commit in
+# environment.json. No job may be running on the workers. It replaces ~/efftrain/src, and does not touch
+# ~/efftrain/work, in which jobs start and runs are stored. Exit codes: 3 TPU not ACTIVE, 6 a worker failed.
 
 set -euo pipefail
 # shellcheck source=common.sh

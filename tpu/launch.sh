@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a recipe on all workers of a TPU. It goes on when this script and the ssh session have ended.
+# Starts a recipe on all workers of a TPU. It continues after this script and the ssh session have ended.
 #
 #   launch.sh NAME [--max-restarts N] [--project PROJECT] [--zone ZONE] [--dry-run] -- RECIPE CONFIG [FLAGS]
 #
@@ -7,7 +7,7 @@
 #
 # On each worker: efftrain train RECIPE CONFIG FLAGS --max-restarts N (default 3), in ~/efftrain/work, where runs stay
 # when install.sh replaces the checkout; its output in ~/efftrain/train.log. The same launch continues the run that it
-# finds. Where one worker does not start, those that did are stopped again. Exit codes: 3 TPU not ACTIVE, 6 a worker
+# finds. If a worker does not start, the others are stopped again. Exit codes: 3 TPU not ACTIVE, 6 a worker
 # failed.
 
 set -euo pipefail
@@ -21,7 +21,7 @@ while (($#)) && [[ $1 != -- ]]; do
         *) shared_option "$@" && shift "$taken" ;;
     esac
 done
-(($# > 2)) || fail 2 "give the recipe and its configuration behind --, for example: -- recipes/dense.py v5e-64"
+(($# > 2)) || fail 2 "give the recipe and its configuration after --, for example: -- recipes/dense.py v5e-64"
 shift
 check_shared
 is_count "$restarts" || fail 2 "--max-restarts is $restarts; give a whole number"

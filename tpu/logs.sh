@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Shows the end of the log of every worker, or follows that of one.
+# Shows the end of the log of every worker, or follows the log of one worker.
 #
 #   logs.sh NAME [--lines N] [--follow [--slice S] [--worker W]] [--project PROJECT] [--zone ZONE] [--dry-run]
 #
-#   --lines           of each worker (default 20); 1000000 shows all: logs.sh NAME --lines 1000000 >all.log
-#   --follow          go on showing what comes, until Ctrl-C; the job does not mind
-#   --slice, --worker whose log is followed (default 0 and 0, which writes the metrics)
+#   --lines           number of lines per worker (default 20); 1000000 shows all: logs.sh NAME --lines 1000000 >all.log
+#   --follow          show new lines until Ctrl-C, which does not affect the job
+#   --slice, --worker the worker to follow (default 0 and 0, which writes the metrics)
 
 set -euo pipefail
 # shellcheck source=common.sh
@@ -23,7 +23,7 @@ while (($#)); do
 done
 check_shared
 for number in "$lines" "$slice" "$worker"; do
-    is_count "$number" || fail 2 "$number is no whole number; see logs.sh --help"
+    is_count "$number" || fail 2 "$number is not a whole number; see logs.sh --help"
 done
 
 if ((follow)); then

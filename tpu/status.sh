@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows a TPU and the job on each of its workers; without NAME, every queued resource of the zone, as each takes quota.
+# Shows a TPU and the job on each of its workers; without NAME, every queued resource of the zone, because each uses quota.
 #
 #   status.sh [NAME] [--project PROJECT] [--zone ZONE] [--dry-run]
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stops the job on all workers with SIGTERM: it saves and ends. The TPU stays, and goes on costing money.
+# Stops the job on all workers with SIGTERM: it saves and ends. The TPU stays and still costs money.
 #
 #   stop.sh NAME [--seconds N] [--project PROJECT] [--zone ZONE] [--dry-run]
 #

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Keeps a run going until it is finished: creates the TPU, installs, launches, and does so again after a preemption.
-# The run continues from its checkpoints, which for a spot TPU must be on a bucket, as its disks go with it.
+# The run continues from its checkpoints, which must be on a bucket for a spot TPU, because a preemption deletes the disks.
 #
 #   watch.sh NAME --type TYPE [--spot] [--slices N] [--service-account EMAIL] [--max-restarts N] [--max-recoveries N]
 #            [--project PROJECT] [--zone ZONE] [--dry-run] -- RECIPE CONFIG [FLAGS]
 #
-#   --max-restarts    of a job that crashed on a healthy TPU, see launch.sh (default 3)
-#   --max-recoveries  give up after so many new TPUs and new launches together (default 20); the pause before each
+#   --max-restarts    restarts of a job that crashed on a healthy TPU, see launch.sh (default 3)
+#   --max-recoveries  number of new TPUs and new launches, after which to give up (default 20); the pause before each
 #                     doubles, from TPU_POLL_SECONDS (default 30) to 32 times that, until the job has run again
 #   the others        see create.sh; RECIPE CONFIG FLAGS: see launch.sh
 #
-# A TPU that is there already is used as it is. This script must stay alive (tmux, a small VM); ended and called again, it
-# goes on where things stand. It deletes a TPU only to replace it: "watch.sh ... && delete.sh NAME" ends the costs.
+# A TPU that exists already is used as it is. This script must stay alive (tmux, a small VM); when called again, it
+# continues from the present state. It deletes a TPU only to replace it: "watch.sh ... && delete.sh NAME" ends the costs.
 #
 # Exit codes: 0 the job finished on all workers, 3 it was stopped by stop.sh, 4 no quota, 6 the job failed,
 # 5 gave up after --max-recoveries, 1 gcloud failed five times in a row.
@@ -31,7 +31,7 @@ while (($#)) && [[ $1 != -- ]]; do
         *) shared_option "$@" && shift "$taken" ;;
     esac
 done
-(($# > 2)) || fail 2 "give the recipe and its configuration behind --, for example: -- recipes/dense.py v5e-64"
+(($# > 2)) || fail 2 "give the recipe and its configuration after --, for example: -- recipes/dense.py v5e-64"
 shift
 check_shared
 [[ -n $type ]] || fail 2 "give the --type of the TPU; see create.sh --help"
@@ -58,7 +58,7 @@ if ((dry_run)); then # once through a run without an accident
     exit
 fi
 
-trap 'fail 1 "no longer watching, but a job that runs goes on; $(leftover)"' INT TERM
+trap 'fail 1 "the script stopped watching, but a running job continues; $(leftover)"' INT TERM
 scratch
 
 recoveries=0 pause=$poll troubles=0 doubts=0
@@ -73,12 +73,12 @@ recover() { # recover REASON: counts, and waits longer each time
 trouble() { # once is bad luck; gcloud has tried for a minute by itself
     troubles=$((troubles + 1))
     ((troubles < 5)) || fail 1 "$1, five times in a row, see above; $(leftover)"
-    say "$1; looking again"
+    say "$1; trying again"
 }
 
 replace() { # a queued resource that lost its machines never gets new ones, and takes quota until it is deleted
     recover "$1"
-    "$here/delete.sh" "$name" "${same_place[@]}" || trouble "it could not be deleted"
+    "$here/delete.sh" "$name" "${same_place[@]}" || trouble "the TPU could not be deleted"
 }
 
 start() { # start COMMAND: what starts the job
@@ -97,12 +97,12 @@ look_at_jobs() { # of an ACTIVE TPU, all of whose workers answered
         elif [[ -n $codes ]]; then
             "$here/logs.sh" "$name" "${same_place[@]}" --lines 5 >&2 || true
             stop || true
-            fail 6 "the job failed (exit code $codes) and was stopped everywhere; its last words are above; $(leftover ACTIVE)"
+            fail 6 "the job failed (exit code $codes) and was stopped everywhere; the ends of its logs are above; $(leftover ACTIVE)"
         elif grep -qxE 'lost|finished 75' <<<"$states"; then
             # Saved and ended, or gone with its machine: a preemption shows itself as a state within the next looks.
             doubts=$((doubts + 1))
             if ((doubts > 2)); then
-                recover "the job ended on a TPU that stays"
+                recover "the job ended although the TPU is healthy"
                 start new_start
             fi
         else
@@ -126,9 +126,9 @@ while :; do
         ABSENT) # create.sh says what is wrong with the arguments or the quota, and neither mends itself
             code=0
             create || code=$?
-            case $code in 0) ;; 2 | 4) exit "$code" ;; *) trouble "it could not be created" ;; esac
+            case $code in 0) ;; 2 | 4) exit "$code" ;; *) trouble "the TPU could not be created" ;; esac
             ;;
-        SUSPENDED | FAILED) replace "it is $current" ;;
+        SUSPENDED | FAILED) replace "the TPU is $current" ;;
         ACTIVE)
             if grep -qE '^slice [^ ]+ (PREEMPTED|TERMINATED),' "$work/status"; then
                 replace "a slice was preempted"
@@ -141,7 +141,7 @@ while :; do
             ;;
         '')
             cat "$work/errors" >&2
-            trouble "its state cannot be read"
+            trouble "the state of the TPU cannot be read"
             ;;
         *) troubles=0 ;; # in the queue, being made, or being taken away
     esac

@@ -102,7 +102,7 @@ stop() {
             running || break
             sleep 0.2
         done
-        ! running || fail "the job still runs $1 s after SIGTERM; it may be saving: look at logs.sh, and call stop.sh again"
+        ! running || fail "the job still runs $1 s after SIGTERM; it may be saving a checkpoint; look at logs.sh and call stop.sh again"
     fi
     confirm "$(status)"
 }

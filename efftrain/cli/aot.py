@@ -24,7 +24,7 @@ def aot(
     Args:
       recipe: a recipe script.
       config: the name of one of its configurations; the first one by default.
-      topology: such as v5e:8x8, v6e:4x4, v5p:2x2x2, v4:2x2x4, or cpu:8 to try this out.
+      topology: the TPU slice, such as v5e:8x8, v6e:4x4, v5p:2x2x2, v4:2x2x4, or cpu:8 to try this out.
       search: rank the mesh shapes that fit by formulas, and compile the best few.
       compile: number of mesh shapes that a search compiles.
       json: print one JSON object.

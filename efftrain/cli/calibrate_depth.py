@@ -27,13 +27,13 @@ def calibrate_depth(
       run: the directory of a training run.
       corpus: corpus whose validation split is used to choose and whose test split to report; by default that of the
         run.
-      exits: numbers of layers that draft; by default 1 up to half of the model's.
+      exits: numbers of layers that draft; by default 1 to half of the model's layers.
       drafts: lengths of a draft, in tokens.
-      prompts: number of prompts that are continued, each alone.
+      prompts: number of prompts that are continued, one at a time.
       n_new: number of new tokens after each prompt.
       rows: rows of the validation split for the confidence curves; their choices are measured on the test split.
       risk: the share of tokens that an exit may change.
-      error: the probability that it changes more.
+      error: the probability with which an exit may change a larger share.
     """
     from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate
     from efftrain.measure.depth.depth_table import summary

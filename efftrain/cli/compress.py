@@ -35,13 +35,13 @@ def quantize(
     Args:
       run: the directory of a training run.
       weights: number format of the weights: int8, int4:g32, fp8, ternary:g32, where g32 means that 32 numbers share a
-        scale (by default all those of an output). By default the format that the run was trained for. With a budget:
+        scale (by default all numbers of an output). By default the format that the run was trained for. With a budget:
         several, such as int8,int4:g32.
       activations: number format of the inputs of the weights, such as int8, with one scale per token; by default float.
       cache: number format of keys and values in decoding, such as int8; by default float.
       layers: a regular expression for the names of matrices, such as blocks/.*/mlp/.* or blocks/.*|embedding.
       method: round to nearest (rtn), or use the inputs on calibration text (gptq, awq).
-      budget: bytes of the blocks' matrices as a share of float32; each layer gets the format that it can bear.
+      budget: bytes of the blocks' matrices as a share of float32; sensitive layers get formats with more bits.
       rows: rows of calibration text, or of each trial of a budget.
       out: the new run directory; by default the run's name with these options.
       corpus: corpus for calibration and evaluation; by default that of the run.
@@ -128,7 +128,7 @@ def structured(
     """Make a run's model smaller and faster (structured pruning), in a run directory of its own.
 
     Such as: efftrain compress structured runs/dense --ratio 0.33 --recovery-tokens 400000. The least important units,
-    heads, channels or layers go. When interrupted, the same command continues.
+    heads, channels or layers are removed. When interrupted, the same command continues.
 
     Args:
       run: the directory of a training run.
@@ -163,9 +163,13 @@ def _recovery(tokens: int | None, rounds: int, distill: bool) -> "RecoveryTraini
     if tokens is not None:
         return RecoveryTraining(tokens=tokens, rounds=rounds, distill=distill)
     if distill:
-        raise ConfigError("--distill says how recovery trains; add --recovery-tokens with a number of tokens")
+        raise ConfigError(
+            "--distill has no effect without recovery training; add --recovery-tokens with a number of tokens"
+        )
     if rounds != 1:
-        raise ConfigError("--rounds needs training between them; add --recovery-tokens with a number of tokens")
+        raise ConfigError(
+            "--rounds has no effect without recovery training; add --recovery-tokens with a number of tokens"
+        )
     return None
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def report(dir: Path, /, *, out: Path | None = None) -> None:
-    """Write one HTML page that works offline: filter statistics, scores, near duplicates, rejects, alarms.
+    """Write one HTML page that works offline: filter statistics, scores, near duplicates, removed documents, alerts.
 
     Args:
       dir: the folder of the corpus.
@@ -30,8 +30,8 @@ def inspect(
       dir: the folder of the corpus.
       rule: show only documents that this rule removed.
       source: show only documents of this source.
-      seed: show a random choice instead of the first documents; another seed gives another choice.
-      limit: number of documents to show; by default 20 with a seed or if stdin is no terminal, otherwise all.
+      seed: show a random sample instead of the first documents; another seed gives another sample.
+      limit: number of documents to show; by default 20 with a seed or if stdin is not a terminal, otherwise all.
     """
     from efftrain.data.report.inspect import inspect_corpus
 

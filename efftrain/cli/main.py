@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
     of = {f.__name__: tyro.conf.subcommand(f.__name__, constructor=f) for f in functions}
 
     def corpus(command: Annotated[Any, of["report"]] | Annotated[Any, of["inspect"]]) -> None:
-        """Look at what a corpus was made of and what was removed from it."""
+        """Show what a corpus was made of and what was removed from it."""
 
     def compress(
         command: Annotated[Any, of["quantize"]] | Annotated[Any, of["prune"]] | Annotated[Any, of["structured"]],
@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     own, recipe_arguments = _split_train(arguments)
 
     def train(recipe: Path, /, *, max_restarts: int = 3) -> None:
-        """Run a recipe, and start it again after a crash, a kill or a preemption; it continues from its newest
+        """Run a recipe, and restart it after a crash, a kill or a preemption; it continues from its newest
         checkpoint.
 
         All other arguments after the recipe belong to the recipe, such as cpu and --out in: efftrain train
@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         Args:
           recipe: the script.
-          max_restarts: give up after this many restarts in a row that brought no newer checkpoint.
+          max_restarts: number of consecutive restarts without a newer checkpoint after which to give up.
         """
         from efftrain.train.supervision.supervise import supervise
 

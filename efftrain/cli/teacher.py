@@ -23,13 +23,13 @@ def teacher(
     the vocabulary is over 65,536), and about 1 for each of --samples. When interrupted, the same command continues.
 
     Args:
-      run: the directory of the teacher's run; a compressed one can teach too.
-      top_k: store this many of the largest probabilities at each position, and the sum of the others; by default 64.
-      samples: instead, sample this many tokens of each distribution, 255 at most: an unbiased estimate of it.
-      rows: store only the first rows of the split, this many; documents are in shuffled order.
-      split: split of the corpus.
+      run: the directory of the teacher's run; it may be a compressed run.
+      top_k: number of largest probabilities to store at each position, with the sum of the others; by default 64.
+      samples: instead of top_k, number of tokens to sample at each position, at most 255: an unbiased estimate.
+      rows: number of rows to store, from the beginning of the split; documents are in shuffled order.
+      split: split of the corpus to store predictions for.
       length: tokens per row; by default as in the run's training. Students train on rows of the same length.
-      batch_size: rows that the teacher reads at once.
+      batch_size: number of rows per batch of the teacher.
       seed: seed of the sampling.
       corpus: the corpus on which the students will train; by default that of the run.
       out: the folder to write; by default the run's name with these options.

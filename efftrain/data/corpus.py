@@ -95,7 +95,7 @@ class CorpusConfig:
         if self.end_of_text is not None and self.tokenizer is None:
             raise ConfigError(
                 f"corpus.end_of_text is {self.end_of_text!r} and corpus.tokenizer is None; a tokenizer that is trained "
-                f"has {END_OF_TEXT}, so leave it None, or give the tokenizer that has this token"
+                f"has {END_OF_TEXT}, so set end_of_text to None, or tokenizer to one that has this token"
             )
         for name in ("tokenizer_sample", "block", "shard_bytes"):
             if getattr(self, name) < 1:
@@ -211,7 +211,7 @@ class Corpus:
         """Raises ConfigError if a model with ``vocab_size`` entries is too small for the tokenizer of this corpus."""
         if vocab_size < self.vocab_size:
             raise ConfigError(
-                f"model.vocab_size is {vocab_size} and the tokenizer of {self.path} has {self.vocab_size} entries; "
+                f"model.vocab_size is {vocab_size}, but the tokenizer of {self.path} has {self.vocab_size} entries; "
                 f"use at least {self.vocab_size}"
             )
 

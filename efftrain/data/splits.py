@@ -34,8 +34,8 @@ class SplitByGroup:
     def __post_init__(self):
         if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
             raise ConfigError(
-                f"split.validation {self.validation} and split.test {self.test} must not be negative, and must "
-                "leave something to train on"
+                f"split.validation {self.validation} and split.test {self.test} must not be negative, and their "
+                "sum must be below 1"
             )
 
     @property

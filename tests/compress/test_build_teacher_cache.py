@@ -251,7 +251,7 @@ def test_a_killed_build_goes_on_with_the_shards_that_are_whole(run, tmp_path, ca
     before = whole.stat().st_mtime_ns, whole.stat().st_ino
     options = CacheOptions(top_k=K, rows=ROWS, batch_size=4)
     build_cache(run, options, out=out)
-    assert "going on with it" in capfd.readouterr().err
+    assert "continuing it" in capfd.readouterr().err
     assert not unfinished.exists()
     kept = out / "train-00000.array_record"
     assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == before
@@ -275,7 +275,7 @@ def test_an_unfinished_build_of_another_plan_starts_again(run, tmp_path, monkeyp
     options = CacheOptions(top_k=None, samples=9, rows=ROWS, batch_size=4)
     straight = records(build_cache(run, options, out=tmp_path / "straight"))
     for then, message in (
-        (replace(options, batch_size=7), "going on with it"),
+        (replace(options, batch_size=7), "continuing it"),
         (replace(options, seed=5), "starting again"),
     ):
         calls.clear()

@@ -59,7 +59,7 @@ def train(out: Path, corpus: Path, source: Path | None = None, **training) -> No
 
 
 def test_every_command_refuses_it(run, corpus, other, tmp_path):
-    differ = rf"the tokenizers of \S+ and of the run {run} differ: entry \d+ is '.+' in the one and '.+' in the other"
+    differ = rf"the tokenizers of \S+ and of the run {run} differ: entry \d+ is '.+' in one and '.+' in the other"
     out = tmp_path / "out"
     ways = {
         "resume_from": lambda: train(out, other.path, resume_from=f"{run}@40"),

@@ -145,7 +145,7 @@ def test_weights_come_back_and_equal_weights_are_equal_files(path, tmp_path):
 def test_missing_or_replaced_file_is_refused(path):
     rule = NgramClassifier.load(path)
     write_weights(path, LinearWeights(random_weights(1), 0.25))
-    with pytest.raises(CorpusError, match=r"weights\.npz holds other weights than the rule was made with"):
+    with pytest.raises(CorpusError, match=r"weights\.npz holds other weights than those the rule was made with"):
         rule.score(Text("some text"))
     path.unlink()
     with pytest.raises(CorpusError, match=r"there is no classifier .*weights\.npz"):

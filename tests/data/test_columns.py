@@ -144,7 +144,7 @@ def test_a_file_without_the_column_and_a_junk_file_are_treated_alike(tmp_path, k
     assert [item.id for item in items if isinstance(item, Document)] == ["k", f"e{ending}:0"]
     lost = {item.id[0]: item for item in items if isinstance(item, Skipped)}
     assert {key: item.rule for key, item in lost.items()} == dict.fromkeys("abd", UNREADABLE)
-    assert "no column 'text'; there are: body, n" in lost["a"].detail
+    assert "no column 'text'; the columns are: body, n" in lost["a"].detail
     assert [lost[key].n_bytes for key in "abd"] == [(tmp_path / f"{key}{ending}").stat().st_size for key in "abd"]
 
 

@@ -95,10 +95,10 @@ def test_a_path_with_dots_finds_a_field_inside(tmp_path):
     [
         (b'{"body": "a", "url": "b", "data": {}}', "there is no field 'text'; the fields are: body, url, data"),
         (b"{}", "there is no field 'text'; the fields are: none"),
-        (b'{"text": null, "n": 1}', "the field 'text' is null and no string; the fields are: text, n"),
-        (b'{"text": ["a"]}', "the field 'text' is a list and no string"),
-        (b'"a"', "there is a string where an object with a field 'text' is expected"),
-        (b"17", "there is a number where an object"),
+        (b'{"text": null, "n": 1}', "the field 'text' is null, not a string; the fields are: text, n"),
+        (b'{"text": ["a"]}', "the field 'text' is a list, not a string"),
+        (b'"a"', "expected an object with a field 'text', found a string"),
+        (b"17", "found a number"),
         (b'{"text": "broken', "it is not JSON (Invalid control character"),
         (b"plain words", "begins with b'plain words'"),
         (b"[" * 100_000, "recursion"),
@@ -157,7 +157,7 @@ def test_a_cut_array_is_an_unreadable_file(tmp_path):
     for size in range(1, len(content)):
         (tmp_path / "a.json").write_text(content[:size])
         *_, lost = read(JsonLines(path=tmp_path))
-        assert (getattr(lost, "rule", None), "cut" in lost.detail) == (UNREADABLE, True), size
+        assert (getattr(lost, "rule", None), "truncated" in lost.detail) == (UNREADABLE, True), size
 
 
 def test_an_array_larger_than_a_range_is_one_piece_in_little_memory(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_weights_must_be_positive(config, weight):
 
 
 def test_a_batch_that_does_not_divide_is_refused(config):
-    with pytest.raises(ConfigError, match="does not divide among 3"):
+    with pytest.raises(ConfigError, match="is not divisible by the 3 processes"):
         data.batches(config, 0, 3)
     with pytest.raises(ConfigError, match="not one of 2"):
         data.batches(config, 2, 2)

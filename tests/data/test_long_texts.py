@@ -83,7 +83,7 @@ def test_a_document_that_is_cut_inside_a_word_is_named(tmp_path, config_for, wri
     (folder / "p03" / "base64.txt").write_text("".join(random.Random(0).choices("abcdefgh", k=PART_CHARS + 9)))
     corpus = data.build(config_for(folder), tmp_path / "out")
     assert corpus.manifest["tokenizer"]["cut_documents"] == 1
-    assert "1 documents, first p03/base64.txt, are long" in " ".join(capfd.readouterr().err.split())
+    assert "1 long documents, such as p03/base64.txt, have no space" in " ".join(capfd.readouterr().err.split())
     for split in corpus.splits:
         assert corpus.token_bytes()[corpus.tokens(split)[:]].sum() == corpus.splits[split]["bytes"]
 

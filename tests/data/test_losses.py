@@ -144,7 +144,7 @@ def interrupt(*_):
 def test_a_rule_that_raises_names_document_rule_and_reason(folder, tmp_path, rule):
     (folder / "c.jsonl.gz").unlink()
     reason = "ValueError: no seven, please" if isinstance(rule, Fragile) else "AttributeError: .*missing"
-    with pytest.raises(CorpusError, match=rf"'{rule.name}' cannot judge the document a\.jsonl@\d+ of crawl: {reason}"):
+    with pytest.raises(CorpusError, match=rf"'{rule.name}' failed on the document a\.jsonl@\d+ of crawl: {reason}"):
         build(config_for(folder, rules=(rule,)), tmp_path / "out")
 
 
@@ -173,7 +173,7 @@ def test_scores_with_a_gap_are_used_again(folder, tmp_path):
         config_for(folder, rules=(Fragile(threshold=0.5),)), tmp_path / "out", on_error="skip", overwrite=True
     )
     assert again.filter_statistics[-1]["documents"] == 799
-    with pytest.raises(CorpusError, match="'fragile' cannot judge"):
+    with pytest.raises(CorpusError, match="'fragile' failed on"):
         build(config_for(folder, rules=(Fragile(threshold=0.2),)), tmp_path / "out", overwrite=True)
 
 
@@ -188,7 +188,7 @@ def test_a_rule_that_no_worker_can_have_is_one_sentence(folder, tmp_path):
     class Local(Picky):
         pass
 
-    with pytest.raises(ConfigError, match="define its class at the top of a module"):
+    with pytest.raises(ConfigError, match="define its class at the top level of a module"):
         build(config_for(folder, rules=(Local(),)), tmp_path / "out")
 
 
@@ -252,7 +252,7 @@ def test_an_id_that_two_documents_have_is_refused(tmp_path):
     config = data.CorpusConfig(
         sources=(data.JsonLines(path=tmp_path / "a.jsonl", id_field="id"),), rules=(), vocabulary=300
     )
-    with pytest.raises(CorpusError, match=r"1 documents have the id of another one, first 'same'"):
+    with pytest.raises(CorpusError, match=r"1 documents have the id of another document, such as 'same'"):
         build(config, tmp_path / "out")
 
 

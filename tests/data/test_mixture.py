@@ -73,7 +73,7 @@ def test_a_weight_of_less_than_a_row_is_said(corpus, second, shown):
     config = LoaderConfig(corpora=parts, length=16, batch_size=4)
     show_mixture(config, 1000 * config.length)
     (warning,) = (line for line in shown.getvalue().splitlines() if "weight 1e-06" in line)
-    assert f"warning: weight 1e-06 of {second.path} is 0.001 of the run's 1,000 rows" in warning
+    assert f"warning: weight 1e-06 of {second.path} amounts to 0.001 of the run's 1,000 rows" in warning
     loader = batches(replace(config, shuffle=False))
     only = batches(replace(config, corpora=config.corpora[:1], shuffle=False))
     assert all((next(loader)["tokens"] == next(only)["tokens"]).all() for _ in range(250))

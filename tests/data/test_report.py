@@ -357,7 +357,7 @@ def stages(*rows):
         ({"unreadable": {"files": 0, "first": []}}, []),
         (
             {"unreadable": {"files": 2, "first": ["a.gz@7: the file ends", "b.gz@9: the file ends"]}},
-            ["2 files could not be read to the end, and nobody knows how much is missing; first a.gz@7"],
+            ["2 files could not be read to the end, such as a.gz@7"],
         ),
         ({"funnel": stages(("seen", 1000, 0), ("failed/mine", 1, 0), ("kept", 999, 0))}, ["failed/mine drops 0%"]),
         ({"split_by": "document"}, ["There are fewer groups of documents than splits"]),

@@ -301,8 +301,8 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(corpus, documents, tm
     capfd.readouterr()
     again = data.build(config_for(documents), out)
     said = capfd.readouterr().err
-    assert "going on with it" in said
-    assert ("Reading and judging" in said) == stage.startswith("reading")  # what was done is not done again
+    assert "continuing it" in said
+    assert ("Reading and filtering" in said) == stage.startswith("reading")  # what was done is not done again
     assert not unfinished_path(out).exists()
     assert not beside(out).exists()
     assert difference(corpus.manifest["files"], again.manifest["files"]) == []

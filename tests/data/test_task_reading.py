@@ -41,8 +41,8 @@ def test_csv_and_json_lines_say_the_same(tmp_path):
         ("empty.csv", "text,label\na,b\n  ,b\n", ("line 3", "'text' is empty")),
         ("nolabel.csv", "text,label\na,b\nc,\n", ("line 3", "'label' is empty")),
         ("blank.csv", "text,label\na,b\n\nc,d\n", ("line 3", "0 fields")),
-        ("fields.csv", "text,label\na, b,c\n", ("line 2", "3 fields", "quote fields that hold commas")),
-        ("twice.csv", "text,text,label\na,b,c\n", ("line 1", "'text' is there twice")),
+        ("fields.csv", "text,label\na, b,c\n", ("line 2", "3 fields", "quote fields that contain commas")),
+        ("twice.csv", "text,text,label\na,b,c\n", ("line 1", "'text' appears twice")),
         ("header.csv", "text,label\n", ("no examples",)),
         ("nothing.jsonl", "", ("no examples",)),
         ("json.jsonl", '{"text": "a", "label": "b"}\n{"text": "a", label}\n', ("line 2", "not JSON")),
@@ -127,7 +127,7 @@ def test_labels_that_cannot_be_learnt_are_named(files):
     with pytest.raises(CorpusError, match=r"more\.csv, line 3: label 'zebra'"):
         open_task(files)
     write(files.labelled, "text,label\nx,a\ny,a\n")
-    with pytest.raises(CorpusError, match="one label alone"):
+    with pytest.raises(CorpusError, match="only one label"):
         open_task(files)
     with pytest.raises(ConfigError, match=r"files\.validation is 1"):
         replace(files, validation=1.0)

@@ -32,7 +32,7 @@ def test_ids_stand_behind_the_tokenizers_and_come_back_from_a_run(ids, tmp_path)
     again = TaskIds.read(tmp_path)
     assert again.labels == ids.labels
     assert all((a == b).all() for a, b in zip(again.encode(TEXTS)[3], ids.encode(TEXTS)[3], strict=True))
-    with pytest.raises(RunError, match=r"holds no labels\.txt"):
+    with pytest.raises(RunError, match=r"has no labels\.txt"):
         TaskIds.read(tmp_path / "none")
 
 
@@ -145,7 +145,7 @@ def test_processes_feed_the_parts_of_one_batch(ids):
         batch, halves = next(whole), [next(part) for part in parts]
         for name in batch:
             np.testing.assert_array_equal(batch[name], np.concatenate([half[name] for half in halves]))
-    with pytest.raises(ConfigError, match="does not divide among 3"):
+    with pytest.raises(ConfigError, match="is not divisible by the 3 processes"):
         batches(ids, part=(0, 3))
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_trained_on_is_refused(ids):
     with pytest.raises(ConfigError, match=r"word_dropout is 1\.0"):
         batches(ids, word_dropout=1.0)
     mixed = questions(ids, TEXTS[:1], [0]) + questions(ids, TEXTS[1:2], [1], np.zeros((1, 3), np.float32))
-    with pytest.raises(ConfigError, match="let it label all of them"):
+    with pytest.raises(ConfigError, match="others have none; label all of them"):
         TaskBatches(mixed, length=48, batch_size=1, seed=0, n_labels=3)
     assert examples_per_row(mixed, 4) == 1
     longest = max(len(item) for item in questions(ids, TEXTS))

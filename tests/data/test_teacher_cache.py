@@ -314,8 +314,8 @@ def one_sentence(message: str) -> bool:
     ("changes", "error", "message"),
     [
         ({"corpus": "0" * 32}, CorpusError, "was made from another corpus than .*; make one with: efftrain teacher"),
-        ({"split": "validation", "rows": 5}, ConfigError, "made for split 'validation' and loader.split is 'train'"),
-        ({"length": 16}, ConfigError, "made for rows of 16 tokens and rows have 32 here; use 16, or"),
+        ({"split": "validation", "rows": 5}, ConfigError, "made for split 'validation', but loader.split is 'train'"),
+        ({"length": 16}, ConfigError, "made for rows of 16 tokens, but rows have 32 here; use a length of 16, or"),
     ],
 )
 def test_a_cache_of_other_rows_is_refused(config, corpus, tmp_path, changes, error, message):
@@ -374,7 +374,7 @@ def test_what_is_no_cache_is_refused(copy, corpus, tmp_path):
     (tmp_path / "nowhere.incomplete").mkdir()
     assert "a build was interrupted" in refused(tmp_path / "nowhere")
     assert "is not a teacher cache" in refused(tmp_path)
-    assert "has format 1 and a teacher cache" in refused(corpus.path)
+    assert "has format 1, but this version reads teacher caches" in refused(corpus.path)
     with pytest.raises(CorpusError, match="has corpus format teacher-cache-1"):
         data.open(copy)
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -393,19 +393,19 @@ def test_another_teacher_is_named(made):
 def test_parts_that_do_not_fit_together_are_refused(config, corpus, made, tmp_path):
     part = config.corpora[0]
     taught = replace(part, teacher=made)
-    with pytest.raises(ConfigError, match="some parts have a teacher and others have none"):
+    with pytest.raises(ConfigError, match="some parts have a teacher cache and others have none"):
         data.batches(replace(config, corpora=(part, taught)))
     drawn = write(tmp_path / "drawn", corpus, plan_for(corpus, kind="sampled", n=4, seed=0))
     other = write(tmp_path / "other", corpus, plan_for(corpus, teacher="e" * 32))
     for folder in (drawn, other):
-        with pytest.raises(ConfigError, match="different teachers or kinds"):
+        with pytest.raises(ConfigError, match="different teachers or are of different kinds"):
             data.batches(replace(config, corpora=(taught, replace(part, teacher=folder))))
 
 
 def test_more_rows_than_there_are_are_refused(config, made):
     with pytest.raises(ConfigError, match=r"rows of .* is 0; give at least 1"):
         with_part(config, rows=0)
-    with pytest.raises(ConfigError, match=r"rows is 1000000 and split 'train' of .* rows of 32 tokens"):
+    with pytest.raises(ConfigError, match=r"rows is 1000000, but split 'train' of .* rows of 32 tokens"):
         data.batches(with_part(config, rows=10**6))
-    with pytest.raises(ConfigError, match=rf"rows is {ROWS + 1} and .* holds {ROWS} rows"):
+    with pytest.raises(ConfigError, match=rf"rows is {ROWS + 1}, but .* has {ROWS} rows"):
         data.batches(with_part(config, teacher=made, rows=ROWS + 1))

@@ -174,7 +174,7 @@ def test_a_split_can_be_written_to_a_manifest():
 @pytest.mark.parametrize(
     ("kind", "fields", "words"),
     [
-        (AtPattern, {"pattern": "("}, r"AtPattern\.pattern '\(' is no regular expression"),
+        (AtPattern, {"pattern": "("}, r"AtPattern\.pattern '\(' is not a valid regular expression"),
         (AtPattern, {"pattern": "", "max_bytes": 3}, r"AtPattern\.max_bytes is 3; give 4 to"),
         (AtBlankLines, {"max_bytes": 1 << 30}, r"AtBlankLines\.max_bytes"),
         (AtBlankLines, {"min_bytes": 20, "max_bytes": 10}, r"AtBlankLines\.min_bytes is 20"),

@@ -41,7 +41,7 @@ def test_a_wrong_length_loses_its_own_record(tmp_path, kind, error):
     (lost,) = losses(items)
     assert (lost.rule, lost.n_bytes) == ("bad_record", len(wrong))
     assert url(3) in lost.detail
-    assert f"{len(wrong):,} bytes were passed over" in lost.detail
+    assert f"{len(wrong):,} bytes were skipped" in lost.detail
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -161,7 +161,7 @@ def test_bad_input_is_one_sentence(command, student, cache, tmp_path):
     names = {number: token for token, number in entries.items()}
     entries[names[290]], entries[names[291]] = 291, 290
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert f"entry 290 is {names[290]!r} in the one and {names[291]!r}" in refused("--teacher", other)
+    assert f"entry 290 is {names[290]!r} in one and {names[291]!r}" in refused("--teacher", other)
     assert "distill.beta needs the teacher itself" in refused("--cache", cache, "--distill.beta", "0.5")
     assert "was made by another teacher" in refused("--cache", cache, "--teacher", student)
     assert "holds 48 rows" in refused("--cache", cache, "--rows", "49")

@@ -65,7 +65,7 @@ def test_a_name_that_is_taken_is_not_touched(machine):
     machine.active()
     done = machine.run("create", "n", "--type", "v6e-8")
     assert done.returncode == 3
-    assert "there is a TPU n already" in done.stderr
+    assert "the TPU n exists already" in done.stderr
     assert machine.calls("delete") == []
 
 
@@ -133,15 +133,15 @@ def test_status_without_a_name_lists_what_takes_quota(machine):
         ("create", "n --type v6e-8 --wait soon", "--wait is soon"),
         ("create", "n --type", "--type needs a value"),
         ("create", "--type v6e-8", "give the name of the TPU"),
-        ("create", "My_TPU --type v6e-8", "My_TPU is no name for a TPU"),
+        ("create", "My_TPU --type v6e-8", "My_TPU is not a valid name for a TPU"),
         ("create", "n m --type v6e-8", "unexpected argument m"),
         ("delete", "n --force", "unknown option --force"),
-        ("launch", "n", "give the recipe and its configuration behind --"),
+        ("launch", "n", "give the recipe and its configuration after --"),
         ("launch", "n -- recipes/nothing.py cpu", "there is no recipe recipes/nothing.py"),
         ("launch", "n --max-restarts x -- recipes/dense.py cpu", "--max-restarts is x"),
         ("fetch", "n runs/dense", "give NAME RUN FOLDER"),
-        ("fetch", "n ../other here", "../other is no path in ~/efftrain/work"),
-        ("logs", "n --lines all", "all is no whole number"),
+        ("fetch", "n ../other here", "../other is not a path in ~/efftrain/work"),
+        ("logs", "n --lines all", "all is not a whole number"),
         ("watch", "n --type v6e-8 --spot -- recipes/dense.py cpu", "a spot TPU loses its disks"),
         ("watch", "n -- recipes/dense.py cpu", "give the --type"),
     ],
@@ -156,6 +156,9 @@ def test_a_mistake_is_one_sentence_before_anything_is_called(machine, script, wo
 
 def test_project_and_zone_must_be_known(machine):
     done = machine.run("delete", "n", CLOUDSDK_CORE_PROJECT="")
-    assert (done.returncode, done.stderr) == (2, "error: no project; give --project or set CLOUDSDK_CORE_PROJECT\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: the project is not set; give --project or set CLOUDSDK_CORE_PROJECT\n",
+    )
     assert machine.run("delete", "n", "--zone", "y", "--project", "q").returncode == 0
     assert "--project=q --zone=y" in machine.calls()[0]

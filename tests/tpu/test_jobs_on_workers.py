@@ -235,4 +235,4 @@ def test_a_fetch_that_broke_off_says_that_the_folder_is_not_whole(machine, tmp_p
     machine.set(fail={"rsync": ["ERROR: 403"]})
     done = machine.run("fetch", "n", "gs://b/dense", str(tmp_path / "dense"))
     assert done.returncode == 1
-    assert "is not whole; call fetch.sh again" in done.stderr
+    assert "is incomplete; call fetch.sh again" in done.stderr

@@ -37,7 +37,7 @@ def test_after_a_preemption_the_same_launch_goes_to_a_new_tpu(machine):
     creates, starts = machine.calls("create"), [call for call in machine.calls("ssh") if "worker.sh start" in call]
     assert creates[0] == creates[1]
     assert starts[0] == starts[1]
-    assert "it is SUSPENDED; recovery 1 of 20" in done.stdout
+    assert "the TPU is SUSPENDED; recovery 1 of 20" in done.stdout
 
 
 def test_one_preempted_slice_of_an_active_tpu_replaces_all(machine):
@@ -100,7 +100,7 @@ def test_five_of_them_are_not(machine):
     done = watch(machine)
     assert done.returncode == 1
     assert len(machine.calls("describe")) == 5
-    assert "its state cannot be read, five times in a row" in done.stderr
+    assert "the state of the TPU cannot be read, five times in a row" in done.stderr
 
 
 def test_what_stop_ended_stays_ended(machine):
@@ -125,7 +125,7 @@ def test_a_running_job_is_taken_over_and_survives_the_watcher(machine):
     watcher.terminate()
     errors = watcher.communicate(timeout=30)[1]
     assert watcher.returncode == 1
-    assert "no longer watching, but a job that runs goes on; n may exist" in errors
+    assert "the script stopped watching, but a running job continues; n may exist" in errors
     assert machine.verbs("start") == ["start"]
     assert "worker n-w0 running" in machine.run("status", "n").stdout
 

@@ -95,7 +95,9 @@ class Decontaminate:
                 raise ConfigError(f"decontaminate.{name} is {getattr(self, name)}; it is a share, from 0 to below 1")
         names = [item.name for item in self.sets]
         if taken := sorted({*names} & {*SPLITS}):
-            raise ConfigError(f"decontaminate.sets has one named {taken[0]!r}, like a split; give it another name")
+            raise ConfigError(
+                f"decontaminate.sets has a set named {taken[0]!r}, which is the name of a split; give it another name"
+            )
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"decontaminate.sets has two sets named {min(twice)!r}; give each a name of its own")
 
@@ -232,7 +234,7 @@ def _texts(item: EvaluationSet) -> Iterator[bytes]:
         for document in item.source.documents(piece):
             if not isinstance(document, Document):
                 raise CorpusError(
-                    f"{document.id} of the evaluation set {item.name!r} cannot be read ({document.detail}); mend it, "
-                    "because what is not read cannot be kept out of training"
+                    f"{document.id} of the evaluation set {item.name!r} cannot be read ({document.detail}); fix it, "
+                    "because only text that can be read can be kept out of training"
                 )
             yield document.text.encode(errors="replace")

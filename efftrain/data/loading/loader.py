@@ -59,8 +59,8 @@ class Part:
         n_taught = len(TeacherCache.open(self.teacher, verify=False))
         if self.rows is not None and self.rows > n_taught:
             raise ConfigError(
-                f"loader.corpora: rows is {self.rows} and {self.teacher} holds {n_taught} rows; read no more, or make "
-                "a larger cache with efftrain teacher"
+                f"loader.corpora: rows is {self.rows}, but the teacher cache {self.teacher} has {n_taught} rows; set "
+                f"rows to at most {n_taught}, or make a larger cache with efftrain teacher"
             )
         return self.rows or n_taught
 
@@ -194,7 +194,8 @@ def batches(config: LoaderConfig, process_index: int = 0, process_count: int = 1
         raise ConfigError(f"process {process_index} is not one of {process_count}")
     if config.batch_size % process_count:
         raise ConfigError(
-            f"loader.batch_size {config.batch_size} does not divide among {process_count} processes; use a multiple"
+            f"loader.batch_size is {config.batch_size}, which is not divisible by the {process_count} processes; use a "
+            f"multiple of {process_count}"
         )
     opened = [corpora.open(part.path, verify=verify) for part in config.corpora]
     _check_same_tokenizer(opened)
@@ -211,15 +212,16 @@ def _open_caches(config: LoaderConfig, opened: list[Corpus], *, verify: bool) ->
     folders = [part.teacher for part in config.corpora if part.teacher is not None]
     if folders and len(folders) < len(config.corpora):
         raise ConfigError(
-            "loader.corpora: some parts have a teacher and others have none; give all of them one, or none"
+            "loader.corpora: some parts have a teacher cache and others have none; set teacher for all parts or for "
+            "none"
         )
     caches = [TeacherCache.open(folder, verify=verify) for folder in folders]
     for corpus, cache in zip(opened, caches, strict=bool(caches)):
         cache.check_corpus(corpus, config.split, config.length)
         if (cache.plan.kind, cache.plan.teacher) != (caches[0].plan.kind, caches[0].plan.teacher):
             raise ConfigError(
-                f"{caches[0].path} and {cache.path} are of different teachers or kinds; make both with the same run "
-                "and options"
+                f"{caches[0].path} and {cache.path} come from different teachers or are of different kinds; make both "
+                "with the same run and options"
             )
     return caches
 
@@ -237,8 +239,8 @@ def _rows(config: LoaderConfig, opened: list[Corpus], caches: list[TeacherCache]
         if (n_rows := part.n_rows()) is not None:
             if n_rows > len(packed):
                 raise ConfigError(
-                    f"loader.corpora: rows is {n_rows} and split {config.split!r} of {corpus.path} has {len(packed)} "
-                    f"rows of {config.length} tokens; give fewer, or None for all"
+                    f"loader.corpora: rows is {n_rows}, but split {config.split!r} of {corpus.path} has {len(packed)} "
+                    f"rows of {config.length} tokens; give at most {len(packed)}, or None for all"
                 )
             rows = rows[:n_rows]
         # Grain shuffles epoch e with seed + e. Hashing prevents that adjacent seeds or parts have an order in common.

@@ -95,13 +95,13 @@ def _n_tokens(part: "Part", config: "LoaderConfig") -> int:
 
 def _too_few(part: "Part", rows: float, n_rows: int) -> str:
     return (
-        f"warning: weight {part.weight:g} of {part.path} is {rows:.2g} of the run's {n_rows:,} rows, so that it may "
-        "give none; raise its weight, train on more tokens, or take it out of the mixture"
+        f"warning: weight {part.weight:g} of {part.path} amounts to {rows:.2g} of the run's {n_rows:,} rows, so that "
+        "possibly no row is read from it; raise its weight, train on more tokens, or remove it from the mixture"
     )
 
 
 def _warning(path: Path, repeats: float) -> str:
     return (
-        f"warning: {path} is repeated {repeats:.1f} times; beyond {REPEATS:g} epochs repeats teach little "
-        "(Muennighoff et al. 2023): lower its weight, add text, or train on fewer tokens"
+        f"warning: {path} is repeated {repeats:.1f} times; after {REPEATS:g} epochs, repeated text improves a "
+        "model little (Muennighoff et al. 2023): lower its weight, add text, or train on fewer tokens"
     )

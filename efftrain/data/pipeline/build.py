@@ -103,8 +103,8 @@ def build(
             manifest = store.write_manifest(folder, {**wanted, "inputs": inputs, **content})
     except KeyboardInterrupt as stop:
         raise Interrupted(
-            f"interrupted; the parts that are done are kept in {store.unfinished_path(out)}, and the same command goes "
-            "on from there"
+            f"interrupted; the completed parts are kept in {store.unfinished_path(out)}, and the same command "
+            "continues from there"
         ) from stop
     finally:
         if own:
@@ -113,7 +113,7 @@ def build(
     for sentence in found[:ALARMS]:
         console.print(f"warning: {sentence}", style="yellow", markup=False)
     if len(found) > ALARMS:
-        more = f"warning: {len(found) - ALARMS} more of them: efftrain corpus report {out}"
+        more = f"warning: {len(found) - ALARMS} more warnings are in the report: efftrain corpus report {out}"
         console.print(more, style="yellow", markup=False)
     return corpora.open(out, verify=False)  # the checksums have just been computed
 
@@ -154,8 +154,8 @@ class _Build:
             contaminated = decontaminate(engine, work, left, split_of, config.decontaminate)
         if not (left.alive & (split_of == 0)).any():
             raise CorpusError(
-                "no document is left to train on after decontamination; raise decontaminate.threshold, or check what "
-                "the evaluation sets hold"
+                "no document is left to train on after decontamination; raise decontaminate.threshold, or check the "
+                "contents of the evaluation sets"
             )
         join_tables(left.exclusion_logs, self.folder / "removed.parquet")
         parts = [kept.folder / f"{stem(number)}.scores.parquet" for number in range(len(pieces))]
@@ -194,8 +194,8 @@ class _Build:
             scores=scores,
         )
         self._forget_unreadable(len(pieces))
-        summaries = run_stage(self.engine, self.work, "read", read, len(pieces), "Reading and judging")
-        _check_readable(_unreadable(summaries), self.max_unreadable, "the sources lost")
+        summaries = run_stage(self.engine, self.work, "read", read, len(pieces), "Reading and filtering")
+        _check_readable(_unreadable(summaries), self.max_unreadable, "the sources have")
         return summaries
 
     def _forget_unreadable(self, n_pieces: int) -> None:
@@ -224,9 +224,9 @@ def _check_readable(unreadable: Mapping[str, Any], max_files: int, what: str) ->
     n_files = unreadable.get("files", 0)
     if n_files > max_files:
         raise CorpusError(
-            f"{what} {n_files} file{'s' * (n_files > 1)} that could not be read to the end, first "
-            f"{unreadable['first'][0]}; mend or remove {'them' if n_files > 1 else 'it'} and run the same command "
-            f"again (with --overwrite where the corpus is there), or allow the loss with max_unreadable={n_files} "
+            f"{what} {n_files} file{'s' * (n_files > 1)} that could not be read to the end, such as "
+            f"{unreadable['first'][0]}; repair or remove {'them' if n_files > 1 else 'it'} and run the same command "
+            f"again (with --overwrite if the corpus exists), or allow the loss with max_unreadable={n_files} "
             f"(--max-unreadable {n_files})"
         )
 
@@ -244,9 +244,9 @@ def _check_ids(left: Survivors) -> None:
             )
             if id == other:  # equal hashes may also be a collision
                 raise CorpusError(
-                    f"{len(same)} documents have the id of another one, first {id!r} (of {source} and of "
-                    f"{other_source}); name a field that tells them apart, or none, so that a document is named after "
-                    "its place in its file"
+                    f"{len(same)} documents have the id of another document, such as {id!r} (in {source} and in "
+                    f"{other_source}); choose an id field with unique values, or none, so that a document is named "
+                    "after its position in its file"
                 )
 
 
@@ -310,5 +310,5 @@ def _scores_to_reuse(out: Path, config: CorpusConfig, wanted: Mapping[str, Any])
     if not same or manifest["scoring"] != scoring(_rules(config)) or (manifest.get("unreadable") or {}).get("files"):
         return None
     store.check_files(out, manifest | {"files": {SCORES: manifest["files"][SCORES]}}, contents=True)
-    console.print(f"using the scores in {out / SCORES} again: only thresholds differ", markup=False)
+    console.print(f"reusing the scores in {out / SCORES}, because only thresholds differ", markup=False)
     return out / SCORES, tuple(np.concatenate([[0], np.cumsum(manifest["pieces"])])[:-1].tolist())

@@ -82,7 +82,7 @@ class Read:
                 except RuleFailed as error:
                     if self.on_error == "stop":
                         raise CorpusError(
-                            f"{error.rule!r} cannot judge the document {item.id} of {item.source}: {error}; mend the "
+                            f"{error.rule!r} failed on the document {item.id} of {item.source}: {error}; fix the "
                             "rule, or drop such documents with on_error='skip' (--on-error skip)"
                         ) from error
                     output.fail(item, text, error)
@@ -108,11 +108,13 @@ class Read:
         except EfftrainError:
             raise
         except Exception as error:
-            where = f"after {last}" if last else f"at the beginning of {piece.files[0][0] if piece.files else 'it'}"
+            where = (
+                f"after {last}" if last else f"at the beginning of {piece.files[0][0] if piece.files else 'its piece'}"
+            )
             detail = f"{type(source).__name__} raised {describe_error(error)} {where}"
             if self.on_error == "stop":
                 raise CorpusError(
-                    f"{detail}; mend the source, or go on without the rest of its piece with on_error='skip' "
+                    f"{detail}; fix the source, or continue without the rest of its piece with on_error='skip' "
                     "(--on-error skip)"
                 ) from error
             yield Skipped(last or f"piece {number}", label or type(source).__name__, UNREADABLE, detail)

@@ -40,12 +40,12 @@ def write_report(corpus: Path | str, out: Path | str | None = None, *, seed: int
     folder = corpus.resolve()
     out = Path(out) if out is not None else folder.with_name(f"{folder.name}-report.html")
     if out.resolve().is_relative_to(folder):
-        raise ConfigError(f"--out {out} lies inside the corpus {corpus}; choose a place outside")
+        raise ConfigError(f"--out {out} lies inside the corpus {corpus}; choose a path outside it")
     page = _render(_content(corpus, folder.name, manifest, seed))
     try:
         out.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose another place") from error
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose another path") from error
     return out
 
 

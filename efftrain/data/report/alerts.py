@@ -25,8 +25,8 @@ def alarms(manifest: Mapping[str, Any]) -> list[str]:
 def _unreadable(found: Mapping[str, Any]) -> Iterator[str]:
     if n_files := found.get("files"):
         yield (
-            f"{n_files:,} file{'s' * (n_files > 1)} could not be read to the end, and nobody knows how much is "
-            f"missing; first {found['first'][0]}."
+            f"{n_files:,} file{'s' * (n_files > 1)} could not be read to the end, such as "
+            f"{found['first'][0]}; the amount of missing text is unknown."
         )
 
 
@@ -34,7 +34,7 @@ def _canary(found: Mapping[str, Any] | None) -> Iterator[str]:
     if not found or not (canary := found.get("canary")):
         return
     if not canary["planted"]:
-        yield "No canary was planted, so nothing shows that the search for near duplicates works."
+        yield "No canary was planted, so it is unknown how many near duplicates the search finds."
     elif canary["found"] < RECALL * canary["planted"]:
         yield (
             f"Of {canary['planted']:,} planted duplicates only {canary['found']:,} were found: near duplicates are "
@@ -58,13 +58,13 @@ def _splits(manifest: Mapping[str, Any]) -> Iterator[str]:
 def _tokenizer(found: Mapping[str, Any]) -> Iterator[str]:
     if found.get("lossless") is False:
         yield (
-            f"The tokenizer does not give back the text: {found['lost']:.2%} of the bytes of a sample are lost or "
-            "replaced, and a model of its tokens can neither read nor write them."
+            f"Decoding does not restore the text: the tokenizer loses or replaces {found['lost']:.2%} of the bytes of "
+            "a sample, and a model that is trained on its tokens can neither read nor write them."
         )
     if n_cut := found.get("cut_documents"):
         yield (
-            f"{n_cut:,} documents, first {found['first_cut']}, are long and have no space to cut them at, so they were "
-            "tokenized in parts: their tokens at the cuts may differ from those of the whole text."
+            f"{n_cut:,} long documents, such as {found['first_cut']}, have no space at which they can be cut, so they "
+            "were tokenized in parts: tokens at the cuts may differ from those of the whole text."
         )
 
 
@@ -75,7 +75,7 @@ def _decontamination(sets: Mapping[str, Any]) -> Iterator[str]:
         elif short := figures.get("short"):
             yield (
                 f"{short:,} of {figures['documents']:,} documents of the evaluation set {name} are too short to be "
-                "looked for inside of training documents; give its questions together with their answers or context."
+                "searched for inside training documents; give its questions together with their answers or context."
             )
 
 

@@ -155,7 +155,7 @@ def read_weights(path: Path) -> LinearWeights:
         raise CorpusError(f"{path} is not a classifier, or damaged ({error}); train it again") from error
     if found["format"] != FORMAT:
         raise CorpusError(
-            f"{path} has classifier format {found['format']} and this version reads {FORMAT}; train it again"
+            f"{path} has classifier format {found['format']}, but this version reads format {FORMAT}; train it again"
         )
     linear = LinearWeights(found["weights"], float(found["bias"]))
     if linear.weights.shape != (found["n_buckets"],) or linear.digest != found["digest"]:
@@ -170,7 +170,7 @@ def _checked_weights(path: Path, digest: str) -> LinearWeights:
     linear = read_weights(path)
     if linear.digest != digest:
         raise CorpusError(
-            f"{path} holds other weights than the rule was made with (expected {digest[:8]}.., found "
+            f"{path} holds other weights than those the rule was made with (expected {digest[:8]}.., found "
             f"{linear.digest[:8]}..); make the rule again with NgramClassifier.load"
         )
     return linear

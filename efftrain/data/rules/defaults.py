@@ -33,5 +33,5 @@ def default_rules(kinds: Iterable[str]) -> tuple[Rule | RuleSet | Edit, ...]:
         raise ConfigError(f"a source has kind {unknown[0]!r}; use one of {', '.join(_DEFAULTS)}, or set corpus.rules")
     if len(distinct) != 1:
         held = " and ".join(distinct) or "nothing"
-        raise ConfigError(f"the sources hold {held}, which has no common default rules; set corpus.rules")
+        raise ConfigError(f"the sources hold {held}, for which there are no default rules; set corpus.rules")
     return _DEFAULTS[distinct[0]]

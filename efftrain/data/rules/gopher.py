@@ -195,7 +195,7 @@ class Gopher:
 def _check_language(language: str, as_datatrove: bool) -> None:
     stop_words(language)
     if as_datatrove and language != "en":
-        raise ConfigError(f"language is {language!r} with as_datatrove, which has English words; use language='en'")
+        raise ConfigError(f"language is {language!r}, but as_datatrove supports only English; use language='en'")
 
 
 def _has_letter(text: Text) -> np.ndarray:

@@ -81,7 +81,7 @@ def quantile_thresholds(table: Path | str, column: str, low: float, high: float)
       CorpusError: the table is missing or damaged, or has no scores.
     """
     if not 0 <= low < high <= 1:
-        raise ConfigError(f"quantiles low {low} and high {high} are no range; use 0 <= low < high <= 1")
+        raise ConfigError(f"quantiles low {low} and high {high} are not a range; use 0 <= low < high <= 1")
     scores = _read(Path(table), column)[1]
     scores = scores[~np.isnan(scores)].astype(np.float64)
     if not len(scores):
@@ -93,7 +93,7 @@ def quantile_thresholds(table: Path | str, column: str, low: float, high: float)
 def _checked_scores(table: Path, column: str, digest: str) -> tuple[np.ndarray, np.ndarray]:
     if (found := _digest(table)) != digest:
         raise CorpusError(
-            f"{table} is another table than the rule was made with (expected {digest[:8]}.., found {found[:8]}..); "
+            f"{table} is not the table the rule was made with (expected {digest[:8]}.., found {found[:8]}..); "
             "make the rule again with ScoreTable.load"
         )
     return _read(table, column)
@@ -121,7 +121,7 @@ def _read(table: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(joined, kind="stable")
     joined = joined[order]
     if (repeats := int((joined[1:] == joined[:-1]).sum())) > 0:
-        raise CorpusError(f"{table} has {repeats:,} ids more than once; give every document an id of its own")
+        raise CorpusError(f"{table} has {repeats:,} repeated ids; give every document a unique id")
     return joined, np.concatenate(scores)[order]
 
 

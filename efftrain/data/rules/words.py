@@ -27,7 +27,7 @@ def stop_words(language: str) -> frozenset[str]:
     """
     if language not in STOP_WORDS:
         raise ConfigError(
-            f"language is {language!r}, of which no stop words are known; use one of {', '.join(sorted(STOP_WORDS))}, "
+            f"language is {language!r}, for which no stop words are known; use one of {', '.join(sorted(STOP_WORDS))}, "
             "or rules without StopWords"
         )
     return STOP_WORDS[language]

@@ -95,4 +95,4 @@ def _checked(stream: "pa.RecordBatchStreamReader", path: Path) -> Iterator["pa.R
         file.seek(0, os.SEEK_END)
         file.seek(max(file.tell() - len(_END_OF_STREAM), 0))
         if file.read() != _END_OF_STREAM:
-            raise OSError("the file is cut: it has no end-of-stream mark")
+            raise OSError("the file is truncated: it has no end-of-stream mark")

@@ -140,8 +140,8 @@ def check_local(field: str, path: object) -> None:
     """Raises ConfigError if a path is a URL."""
     if _URL.match(str(path)):
         raise ConfigError(
-            f"{field} is {str(path)!r}, and only files on a local or mounted file system are read; copy them to a "
-            "folder, or mount the store, and give that path"
+            f"{field} is {str(path)!r}, but only files on a local or mounted file system can be read; copy them to "
+            "a folder, or mount the store, and give that path"
         )
 
 
@@ -233,7 +233,9 @@ def walk(root: Path | str, skip: Collection[str] = _MARKERS, *, hidden: bool = F
         with os.scandir(root) as listed:
             entries = sorted(listed, key=lambda entry: entry.name)
     except OSError as error:
-        raise CorpusError(f"the folder {root} cannot be listed ({error.strerror}); mend it or move it away") from error
+        raise CorpusError(
+            f"the folder {root} cannot be listed ({error.strerror}); repair it or move it away"
+        ) from error
     folders = []
     for entry in entries:
         if entry.name in skip or (entry.name.startswith(".") and not hidden):

@@ -53,7 +53,7 @@ class Columns(PathSource):
         Raises LookupError if there is no text column.
         """
         if not _has(schema, self.column):
-            raise LookupError(f"there is no column {self.column!r}; there are: {', '.join(schema.names)}")
+            raise LookupError(f"there is no column {self.column!r}; the columns are: {', '.join(schema.names)}")
         asked = [name for name in self._asked() if _has(schema, name)]
         rest = [field.name for field in schema if _is_scalar(field.type) and field.name not in (*asked, *RESERVED)]
         return asked + rest

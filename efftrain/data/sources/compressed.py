@@ -213,7 +213,7 @@ def _members(file: BinaryIO, packing: _Packing) -> Iterator[bytes]:
             if not member.eof and not packed and getattr(member, "needs_input", True):
                 packed = file.read(_CHUNK)
                 if not packed:
-                    raise EOFError("the file is cut: it ends inside its compressed data")
+                    raise EOFError("the file is truncated: it ends inside its compressed data")
         packed = member.unused_data or file.read(_CHUNK)
         while packed and not (packed := packed.lstrip(packing.padding) if packing.padding else packed):
             packed = file.read(_CHUNK)

@@ -49,7 +49,9 @@ class AtPattern:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ConfigError(f"AtPattern.pattern {self.pattern!r} is no regular expression: {error}") from None
+            raise ConfigError(
+                f"AtPattern.pattern {self.pattern!r} is not a valid regular expression: {error}"
+            ) from None
 
 
 Cut = AtBlankLines | AtPattern

@@ -34,7 +34,8 @@ class HuggingFaceDataset(Arrow):
             ) from error
         if state.get("_indices_data_files"):
             raise CorpusError(
-                f"{folder} holds a selection that was not applied; save it again with a newer version of datasets"
+                f"{folder} holds a selection of rows that was not applied; save it again with a newer version of "
+                "datasets"
             )
         if not names:
             raise CorpusError(f"{folder} holds no rows; check the source")

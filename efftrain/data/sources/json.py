@@ -79,7 +79,7 @@ class JsonLines(PathSource):
         try:
             row = json.loads(record)
             if not isinstance(row, dict):
-                raise TypeError(f"there is {_kind(row)} where an object with a field {self.text_field!r} is expected")
+                raise TypeError(f"expected an object with a field {self.text_field!r}, found {_kind(row)}")
             text = _field(row, self.text_field)
             if not isinstance(text, str):
                 raise TypeError(self._no_text(row, text))
@@ -100,7 +100,7 @@ class JsonLines(PathSource):
     def _no_text(self, row: dict[str, Any], found: Any) -> str:
         names = ", ".join(list(row)[:_SHOWN]) + (", ..." if len(row) > _SHOWN else "") or "none"
         missing = found is None and self.text_field not in row
-        what = "there is no field {!r}" if missing else "the field {!r} is " + f"{_kind(found)} and no string"
+        what = "there is no field {!r}" if missing else "the field {!r} is " + f"{_kind(found)}, not a string"
         return f"{what.format(self.text_field)}; the fields are: {names}"
 
 
@@ -169,7 +169,7 @@ def objects(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes 
         place += len(chunk)
     take(rest)
     if depth or in_string or in_array:
-        raise EOFError("the file is cut: it ends inside a JSON " + ("object" if depth or in_string else "array"))
+        raise EOFError("the file is truncated: it ends inside a JSON " + ("object" if depth or in_string else "array"))
     yield from found()
 
 

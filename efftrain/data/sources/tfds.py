@@ -88,7 +88,7 @@ class Tfds:
         """
         assert piece.stop is not None  # see ``pieces``
         rows = builder.as_data_source(self.split)
-        cut = ValueError("the shard is cut or damaged: the record is empty")
+        cut = ValueError("the shard is truncated or damaged: the record is empty")
         cut_gives_empty = _kind(builder) == "array_record"
         for start in range(piece.start, piece.stop, _BLOCK):
             numbers = range(start, min(start + _BLOCK, piece.stop))
@@ -120,7 +120,7 @@ class Tfds:
                     yield number, builder.info.features.deserialize_example_np(record)
                 number += 1
             if number < stop:
-                raise ValueError(f"the shard ends here, and the dataset's metadata count {stop - number} more")
+                raise ValueError(f"the shard ends here, but the dataset's metadata count {stop - number} more records")
         except Exception as error:  # protobuf and TFDS raise their own classes for a damaged record
             yield from ((left, error) for left in range(max(number, piece.start), stop))
 
@@ -188,7 +188,7 @@ class Tfds:
             )
         if self.text_feature and self.text_feature not in names:
             raise CorpusError(
-                f"the feature {self.text_feature!r} of {self.name_or_directory} is no text; use one of {names}"
+                f"the feature {self.text_feature!r} of {self.name_or_directory} is not text; use one of {names}"
             )
         return self.text_feature or names[0]
 

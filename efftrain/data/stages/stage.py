@@ -69,8 +69,8 @@ class Stage:
             task = pickle.dumps(self.task)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ConfigError(
-                f"a rule or source of this corpus cannot be given to a worker ({error}); define its class at the top "
-                "of a module or script, and keep open files and functions out of its fields"
+                f"a rule or source of this corpus cannot be pickled for a worker ({error}); define its class at the "
+                "top level of a module or script, and keep open files and functions out of its fields"
             ) from error
         strings = {value for _, value, _ in pickletools.genops(task) if isinstance(value, str)}
         scripts = {

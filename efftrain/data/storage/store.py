@@ -56,7 +56,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise CorpusError(
-                f"{folder} has corpus format {manifest['format']} and this version reads {FORMAT}; build it again"
+                f"{folder} has corpus format {manifest['format']}, but this version reads format {FORMAT}; build it "
+                "again"
             )
     except (ValueError, KeyError, TypeError) as error:
         raise CorpusError(f"{path} is damaged ({error!r}); build the corpus again") from error
@@ -81,7 +82,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, contents: bool, hi
         if not path.is_file():
             raise CorpusError(f"{path} is missing; {hint}")
         if (size := path.stat().st_size) != recorded["bytes"]:
-            raise CorpusError(f"{path} has {size:,} bytes and its manifest says {recorded['bytes']:,}; {hint}")
+            raise CorpusError(f"{path} has {size:,} bytes, but its manifest records {recorded['bytes']:,}; {hint}")
     if not contents:
         return
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -115,7 +116,7 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / MANIFEST).is_file():
-        raise CorpusError(f"{out} exists and is not a corpus; choose another folder")
+        raise CorpusError(f"{out} exists but is not a corpus; choose another folder")
     if overwrite:
         return False
     manifest = read_manifest(out)
@@ -126,8 +127,8 @@ def is_built(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
     if changed:
         shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise CorpusError(
-            f"{out} was built from something else ({shown}); choose another folder, delete this one, or replace it "
-            "with overwrite=True (--overwrite of scripts under data/)"
+            f"{out} was built from other inputs, parameters or code ({shown}); choose another folder, delete this one, "
+            "or replace it with overwrite=True (--overwrite of scripts under data/)"
         )
     return True
 
@@ -209,8 +210,8 @@ def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
     content = json.dumps({**plan, "environment": _environment() | {"commit": None}}, sort_keys=True)
     if folder.exists():
         same = (folder / "plan.json").is_file() and (folder / "plan.json").read_text() == content
-        what = "going on with it" if same else "of other inputs, parameters or code; starting again"
-        console.print(f"{folder} is left from a build that was interrupted; {what}", markup=False)
+        what = "continuing it" if same else "starting again, because inputs, parameters or code have changed"
+        console.print(f"{folder} is left from an interrupted build; {what}", markup=False)
         if same:
             return
         shutil.rmtree(folder)

@@ -138,7 +138,7 @@ class TeacherCache:
             ) from error
         if made_from != row_digest(row):
             raise CorpusError(
-                f"row {number} of {self.path} is not that of the corpus: the cache was made from other data; "
+                f"row {number} of {self.path} differs from that row of the corpus: the cache was made from other data; "
                 f"delete the folder and {_command(self.path)}"
             )
         return taught
@@ -157,13 +157,13 @@ class TeacherCache:
             )
         if self.plan.split != split:
             raise ConfigError(
-                f"{self.path} was made for split {self.plan.split!r} and loader.split is {split!r}; leave the teacher "
-                f"out, or make another cache with: efftrain teacher RUN --split {split}"
+                f"{self.path} was made for split {self.plan.split!r}, but loader.split is {split!r}; train without a "
+                f"teacher, or make another cache with: efftrain teacher RUN --split {split}"
             )
         if self.plan.length != length:
             raise ConfigError(
-                f"{self.path} was made for rows of {self.plan.length} tokens and rows have {length} here; use "
-                f"{self.plan.length}, or make another cache with: efftrain teacher RUN --length {length}"
+                f"{self.path} was made for rows of {self.plan.length} tokens, but rows have {length} here; use a "
+                f"length of {self.plan.length}, or make another cache with: efftrain teacher RUN --length {length}"
             )
 
     def check_teacher(self, teacher: str) -> None:
@@ -174,8 +174,8 @@ class TeacherCache:
         """
         if self.plan.teacher != teacher:
             raise ConfigError(
-                f"{self.path} was made by another teacher ({self.made_by}); name that run, or make another cache with: "
-                "efftrain teacher RUN"
+                f"{self.path} was made by another teacher ({self.made_by}); use that run as the teacher, or make "
+                "another cache with: efftrain teacher RUN"
             )
 
     @property
@@ -198,7 +198,7 @@ def read_cache_manifest(path: Path) -> dict[str, Any]:
         raise CorpusError(f"{path / MANIFEST} is damaged ({error!r}); {_command(path)}") from error
     if found != FORMAT:
         raise CorpusError(
-            f"{path} has format {found!r} and a teacher cache of this version has {FORMAT!r}; {_command(path)}"
+            f"{path} has format {found!r}, but this version reads teacher caches of format {FORMAT!r}; {_command(path)}"
         )
     return manifest
 

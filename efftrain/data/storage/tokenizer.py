@@ -98,7 +98,7 @@ def find_end_of_text(tokenizer: "Tokenizer", name: str | None = None) -> str:
         return found
     problem = "no token is known to end a document" if name is None else f"it has no token {name!r}"
     raise ConfigError(
-        f"{problem}; set corpus.end_of_text to the token that ends a document, the special tokens are: "
+        f"{problem}; set corpus.end_of_text to the token that ends a document; the special tokens are: "
         f"{', '.join(map(repr, special_tokens(tokenizer))) or 'none'}"
     )
 
@@ -125,9 +125,9 @@ def first_difference(one: "Tokenizer", other: "Tokenizer") -> str | None:
     mine, theirs = ({number: token for token, number in t.get_vocab().items()} for t in (one, other))
     for number in range(max(vocabulary_size(one), vocabulary_size(other))):
         if mine.get(number) != theirs.get(number):
-            return f"entry {number} is {mine.get(number)!r} in the one and {theirs.get(number)!r} in the other"
+            return f"entry {number} is {mine.get(number)!r} in one and {theirs.get(number)!r} in the other"
     if tokenizer_json(one) != tokenizer_json(other):
-        return "their entries are the same, and their merges or normalisation are not"
+        return "their entries are the same, but their merges or normalisation differ"
     return None
 
 

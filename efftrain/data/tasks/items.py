@@ -96,7 +96,7 @@ class TaskIds:
           RunError: the folder has no ``labels.txt``.
         """
         if not (folder / "labels.txt").exists():
-            raise RunError(f"{folder} holds no labels.txt; give the run of a model of a task")
+            raise RunError(f"{folder} has no labels.txt; give the run directory of a task model")
         labels = (folder / "labels.txt").read_text(encoding="utf-8").split("\n")[:-1]
         path = folder / "tokenizer.json"
         return TaskIds(load_tokenizer(path), tuple(labels), marked_end_of_text(path))

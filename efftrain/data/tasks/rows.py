@@ -37,7 +37,7 @@ def pack(items: Sequence[Item], length: int, per_row: int) -> list[list[int]]:
     for i, item in enumerate(items):
         if len(item) > length:
             raise ConfigError(
-                f"an example has {len(item)} tokens and a row {length}; set training.length to {len(item)} or more"
+                f"an example has {len(item)} tokens, but a row has {length}; set training.length to {len(item)} or more"
             )
         if len(item) > room or len(rows[-1]) == per_row:
             rows.append([])
@@ -120,10 +120,11 @@ class TaskBatches:
             raise ConfigError(f"word_dropout is {word_dropout}; give a share from 0 to below 1")
         if batch_size % part[1]:
             raise ConfigError(
-                f"training.batch_size {batch_size} does not divide among {part[1]} processes; use a multiple"
+                f"training.batch_size is {batch_size}, which is not divisible by the {part[1]} processes; use a "
+                f"multiple of {part[1]}"
             )
         if len({item.teacher is None for item in items if item.asks}) > 1:
-            raise ConfigError("some examples have a teacher's logits and others none; let it label all of them")
+            raise ConfigError("some examples have a teacher's logits and others have none; label all of them")
         self._items, self._length, self._batch_size, self._seed = items, length, batch_size, seed
         self._n_labels, self._word_dropout, self._part = n_labels, word_dropout, part
         self._per_row = examples_per_row(items, length)

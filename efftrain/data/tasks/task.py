@@ -137,7 +137,7 @@ def open_task(files: TaskFiles) -> Task:
     labels = () if files.generates else tuple(sorted(set(answers(labelled))))
     if not files.generates:
         if len(labels) < 2:
-            raise CorpusError(f"{files.labelled} has one label alone ({labels[0]!r}); a task needs at least 2")
+            raise CorpusError(f"{files.labelled} has only one label ({labels[0]!r}); a task needs at least 2")
         _check_labels(files.test, test, labels)
         _check_labels(files.unlabelled, unlabelled, labels)
     tested, removed = {same_text(e.text) for e in test}, Counter()
@@ -180,11 +180,11 @@ def read_examples(path: Path, text: str, label: str, *, label_needed: bool = Tru
         for column in (text, label) if label_needed else (text,):
             if column not in fields:
                 there = ", ".join(map(str, fields)) or "none"
-                raise CorpusError(f"{path}, line {line}: there is no column {column!r}; there are: {there}")
+                raise CorpusError(f"{path}, line {line}: there is no column {column!r}; the columns are: {there}")
         given = {column: fields[column] for column in (text, label) if column in fields}
         for column, value in given.items():
             if not isinstance(value, str) or (not value.strip() and (label_needed or column == text)):
-                what = "is empty" if isinstance(value, str) else f"is {value!r} and no text"
+                what = "is empty" if isinstance(value, str) else f"is {value!r}, not text"
                 raise CorpusError(f"{path}, line {line}: {column!r} {what}; fill it in or remove the line")
         given = {column: clean_lines(value) for column, value in given.items()}
         found.append(Example(given[text], given.get(label) or None, line))
@@ -220,16 +220,16 @@ def _csv_records(path: Path, content: str) -> Iterator[Record]:
         except csv.Error as error:
             raise CorpusError(
                 f"{path}: the record that begins in line {begins} is not CSV ({error}); close its quotation marks, and "
-                "double those inside of a quoted field"
+                "double those inside a quoted field"
             ) from None
         if header is None:
             header = row
             if twice := [name for name, n in Counter(header).items() if n > 1]:
-                raise CorpusError(f"{path}, line {begins}: column {twice[0]!r} is there twice; rename one")
+                raise CorpusError(f"{path}, line {begins}: column {twice[0]!r} appears twice; rename one")
         elif len(row) != len(header):
             raise CorpusError(
-                f"{path}, line {begins}: {len(row)} fields where the header has {len(header)}; quote fields that hold "
-                "commas"
+                f"{path}, line {begins}: the record has {len(row)} fields, but the header has {len(header)}; quote "
+                "fields that contain commas"
             )
         else:
             yield begins, dict(zip(header, row, strict=True))
@@ -240,7 +240,7 @@ def _json_records(path: Path, content: str) -> Iterator[Record]:
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
-            raise CorpusError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
+            raise CorpusError(f"{path}, line {number} is not JSON ({error.msg}); fix or remove it") from None
         if not isinstance(fields, dict):
             raise CorpusError(f"{path}, line {number} is not a JSON object; write {{...}} with a field for each column")
         yield number, fields
@@ -250,7 +250,8 @@ def _check_labels(path: Path | None, examples: Sequence[Example], labels: tuple[
     for example in examples:
         if example.answer is not None and example.answer not in labels:
             raise CorpusError(
-                f"{path}, line {example.line}: label {example.answer!r} has no labelled example; add some, or mend it"
+                f"{path}, line {example.line}: label {example.answer!r} has no labelled example; add some, or correct "
+                "it"
             )
 
 
@@ -279,7 +280,7 @@ def _split(files: TaskFiles, examples: list[Example], labels: tuple[str, ...]) -
             what = f"label {label!r} has" if labels else "there is"
             raise CorpusError(
                 f"{files.labelled}: {what} {len(members)} example{'' if len(members) == 1 else 's'} that the test file "
-                "does not hold; give at least 2, one to train and one to validate on"
+                "does not hold; give at least 2, one for training and one for validation"
             )
         n = min(max(1, round(files.validation * len(members))), len(members) - 1)
         held_out.update(random.permutation(members)[:n].tolist())

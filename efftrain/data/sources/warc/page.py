@@ -110,7 +110,7 @@ def decode_page(content: bytes, content_type: str) -> str:
             return text
     if (text := _lenient(content, detected)) is not None:
         return text
-    raise UnicodeError(f"the page is neither in {' nor '.join(dict.fromkeys([*declared, 'utf-8', detected]))}")
+    raise UnicodeError(f"the page is not valid {' or '.join(dict.fromkeys([*declared, 'utf-8', detected]))}")
 
 
 def _declared_encodings(content: bytes, content_type: str) -> list[str]:

@@ -246,13 +246,13 @@ class _Reader:
             return "the header of this record does not end"
         header = bytes(self._data[version.end() - 1 : end.start()])
         if sorted(map(bytes.lower, _NEEDED.findall(header))) != [b"content-length", b"warc-type"]:
-            return "the header of this record has not one WARC-Type and one Content-Length"
+            return "the header of this record does not have exactly one WARC-Type and one Content-Length"
         if _VERSION.search(header):
-            return "the header of this record runs into the next"
+            return "the header of this record runs into the next record"
         fields = header_fields(header)
         length = fields["content-length"]
         if not (length.isascii() and length.isdigit() and len(length) < 20):
-            return f"the Content-Length of this record is {length!r}"
+            return f"the Content-Length of this record is {length!r}, not a number of bytes"
         return _Header(fields, end.end() - start, int(length))
 
     def _drop_to_header(self, start: int) -> int:

@@ -58,7 +58,7 @@ class Warc(PathSource):
                 yield Skipped(f"{name}@{place}", self.source, UNREADABLE, f"after this place: {error}")
 
     def _lost(self, name: str, lost: Lost) -> Skipped:
-        what = f"{lost.n_bytes:,} bytes were passed over" + ", which may be many records" * lost.rest
+        what = f"{lost.n_bytes:,} bytes were skipped" + ", which may be many records" * lost.rest
         detail = f"{lost.reason}; {what}: {lost.url}".removesuffix(": ")
         rule = UNREADABLE if lost.rest else "bad_record"
         return Skipped(f"{name}@{lost.place}", self.source, rule, detail, lost.n_bytes)

@@ -67,8 +67,8 @@ class Local:
         except BrokenProcessPool as error:
             self.close()  # the next build starts new processes
             raise CorpusError(
-                f"a worker of stage {stage.name!r} died, most likely for want of memory; run the same command again "
-                f"with fewer processes than {self.n_workers} to go on from here"
+                f"a worker of stage {stage.name!r} died, most likely because memory ran out; run the same command "
+                f"again with fewer processes than {self.n_workers} to continue from here"
             ) from error
         finally:
             for future in futures:
