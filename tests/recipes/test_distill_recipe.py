@@ -61,7 +61,7 @@ def cache(student) -> Path:
     out = student.with_name("kept")
     code, output = keep(student.with_name("teacher"), "--top-k", "64", "--rows", "48", "--out", out)
     assert code == 0, output
-    assert "bytes a token" in output
+    assert "bytes per token" in output
     return out
 
 
