@@ -73,7 +73,7 @@ def test_a_teacher_and_its_student(student, corpus):
     assert len(rows) == STEPS
     assert rows[-1]["loss/teacher"] < rows[0]["loss/teacher"]
     figures = json.loads((student / "scorecard.json").read_text())["figures"]
-    assert "by the objective, beside the model" in figures["train_flops_per_token"]["note"]
+    assert "in the objective, outside the model" in figures["train_flops_per_token"]["note"]
     assert (student / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
 
 

@@ -189,7 +189,7 @@ def test_bad_input_is_one_sentence(dense, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     before = sorted(p.name for p in dense.parent.iterdir())
     cases = {
-        ("prune", "--sparsity", "1.5"): "sparsity is 1.5; it is the share that goes",
+        ("prune", "--sparsity", "1.5"): "sparsity is 1.5; it is the share of weights to remove",
         ("prune", "--sparsity", "3:5", "--method", "magnitude"): "groups of 5 do not divide its 16 inputs",
         ("prune", "--sparsity", "0.5", "--weights", "int8", "--layers", "blocks/.*|embedding"): (
             "only blocks are quantised"

@@ -243,7 +243,7 @@ def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
     """Raises ConfigError if the vocabularies of student and teacher differ in size."""
     if student.vocab_size != teacher.vocab_size:
         raise ConfigError(
-            f"model.vocab_size is {student.vocab_size} and that of the teacher is {teacher.vocab_size}; give the "
+            f"model.vocab_size is {student.vocab_size} and the teacher's is {teacher.vocab_size}; give the "
             "student the same size, including entries that only pad the vocabulary"
         )
 
