@@ -23,7 +23,7 @@ CARD = Scorecard("dense", FIGURES, {"cpu": "a test", "packages": {"jax": "0.10"}
     [(None, "measured"), (None, "counted"), (None, "modelled"), (1.0, "unavailable"), (0.0, "unavailable")],
 )
 def test_a_value_and_unavailable_exclude_each_other(value, method):
-    with pytest.raises(ValueError, match=f"cannot be called {method}"):
+    with pytest.raises(ValueError, match=f"cannot have the method {method}"):
         Figure(value, "s", method)
 
 

@@ -52,7 +52,7 @@ class Figure:
         if self.method not in get_args(Method):
             raise ValueError(f"the method of a figure is {self.method!r}; use one of {', '.join(get_args(Method))}")
         if (self.value is None) != (self.method == "unavailable"):
-            raise ValueError(f"a figure with value {self.value} cannot be called {self.method}")
+            raise ValueError(f"a figure with value {self.value} cannot have the method {self.method}")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"{self.value} is not finite; use not_measured with a note that says what happened")
 
