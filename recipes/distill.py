@@ -153,7 +153,9 @@ def compare_ways(config: Config) -> Comparison:
     """Compares students on the text alone, with cached predictions, on fewer tokens, with the teacher; then starts."""
     base, out = replace(config, compare=False, seeds=()), config.out.parent
     if base.distill is None or base.cache is not None:
-        raise ConfigError("--compare makes its cache and compares a taught student with others; give distill, no cache")
+        raise ConfigError(
+            "--compare makes its own cache and compares a distilled student with others; give distill and no cache"
+        )
     if base.teacher is None:
         found_or_trained(teacher_beside(base))
         base = replace(base, teacher=teacher_beside(base).out)

@@ -73,7 +73,7 @@ def main(config: Config) -> Scorecard:
     corpus = python.main(python.Config(out=config.corpus, standard_library_only=True, processes=1))
     model, card = train_and_score(config, *program(config))
     if written := max(map(python_code, samples(model, corpus)), key=len):
-        console.print(f"what the model makes of it, the longest Python of {DRAWS} samples:\n{written}", markup=False)
+        console.print(f"text from the model, the longest Python of {DRAWS} samples:\n{written}", markup=False)
     console.print(table([card]))
     return card
 

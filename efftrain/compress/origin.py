@@ -76,7 +76,7 @@ def rounds_are_done(
         write_json(stages / FILE_NAME, made_from)
         return False
     if not (stages / FILE_NAME).exists():
-        raise RunError(f"{stages} was made by an earlier version or is not of this command; choose another --out")
+        raise RunError(f"{stages} was made by an earlier version or by another command; choose another --out")
     before, finished = read_json(stages / FILE_NAME), (out / SCORECARD).exists()
     reason = made_otherwise(before, made_from)
     if _of_old_command(before):

@@ -121,8 +121,8 @@ def recovery_training(run: Path, tokens: int, *, sparse: bool, number: int = 1, 
     steps = tokens // (before.batch_size * before.length)
     if steps < 1:
         raise ConfigError(
-            f"--recovery-tokens leaves {tokens} tokens for a round or a trial, and a step has "
-            f"{before.batch_size * before.length}; give more, or fewer --rounds"
+            f"--recovery-tokens leaves {tokens} tokens for each round or trial, and one step takes "
+            f"{before.batch_size * before.length}; give more tokens, or fewer --rounds"
         )
     return replace(
         before,

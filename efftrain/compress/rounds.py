@@ -101,7 +101,7 @@ def in_best_shape(
         write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]})
     bpb = []
     for i, shape in enumerate(shapes):
-        console.print(f"shape {i + 1} of {len(shapes)} that were found: {shape}", markup=False)
+        console.print(f"shape {i + 1} of {len(shapes)} found: {shape}", markup=False)
         cut = folder / f"{i + 1}-cut"
         make_stage(run, replace(once, shape=shape), text, cut)
         card = recover(
@@ -115,7 +115,9 @@ def in_best_shape(
         )
         bpb.append(card.value("bpb"))
     if np.isnan(bpb).all():
-        raise RunError(f"no shape of {folder} has finite bits per byte after its training; cut off less")
+        raise RunError(
+            f"no shape of {folder} has finite bits per byte after its training; remove less (a smaller --ratio)"
+        )
     figures = {"bpb": bpb, "split": CHOICES, "rows": options.rows}
     write_json(folder / SHAPES, made_from | {"shapes": [to_json(shape) for shape in shapes]} | figures)
     return replace(once, shape=shapes[int(np.nanargmin(bpb))])

@@ -58,7 +58,7 @@ def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_
             checkpoints.wait()
         os.rename(unfinished, out)
     except OSError as error:
-        raise RunError(f"cannot write {out} ({error}); free the disk or choose another --out") from error
+        raise RunError(f"cannot write {out} ({error}); free disk space or choose another --out") from error
 
 
 def _is_ours(unfinished: Path) -> bool:

@@ -123,5 +123,5 @@ def _writing(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"cannot write {path} ({error.strerror}); free the disk and give the same command again"
+            f"cannot write {path} ({error.strerror}); free disk space and give the same command again"
         ) from error

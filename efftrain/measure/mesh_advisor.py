@@ -44,13 +44,13 @@ def search(target: Target, topology: Topology, *, n_compiled: int = 2) -> tuple[
         except ConfigError as error:
             refused = refused or str(error)
     if not found:
-        raise ConfigError(f"no mesh of {len(topology.devices)} devices takes {target.name} ({refused})")
+        raise ConfigError(f"{target.name} cannot be split over any mesh of {len(topology.devices)} devices ({refused})")
     fitting = [e for e in found if e.memory_bytes <= (topology.chip.hbm_bytes if topology.chip else math.inf)]
     if not fitting:
         least = min(found, key=lambda e: e.memory_bytes)
         raise ConfigError(
             f"{target.name} does not fit {topology.name} on any mesh: the smallest needs about "
-            f"{least.memory_bytes / 1e9:.1f} GB a device; use remat, more micro-batches or a larger slice"
+            f"{least.memory_bytes / 1e9:.1f} GB per device; use remat, more micro-batches or a larger slice"
         )
     ranked = sorted(fitting, key=lambda e: (e.times.step_s, e.times.ici_s, e.memory_bytes))
     reports = [compile_target(target.with_mesh(MeshConfig(**e.mesh)), topology) for e in ranked[:n_compiled]]

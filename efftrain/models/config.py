@@ -229,8 +229,8 @@ class ModelConfig:
         for block in self.pattern:
             if self.quantization.cache is not None and not block.attention.quantizes_cache:
                 raise ConfigError(
-                    f"quantization.cache is set, and {type(block.attention).__name__} keeps its cache in its own way; "
-                    "leave quantization.cache None, or let its cache follow it and set quantizes_cache"
+                    f"quantization.cache is set, and {type(block.attention).__name__} does not support it; leave "
+                    "quantization.cache None, or quantise the cache of this module and set quantizes_cache"
                 )
 
     @property

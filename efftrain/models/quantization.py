@@ -61,11 +61,13 @@ class QuantizationRule:
         try:
             re.compile(self.layers)
         except re.error as error:
-            raise ConfigError(f"quantization: layers {self.layers!r} is no regular expression ({error})") from error
+            raise ConfigError(f"quantization: layers {self.layers!r} is not a regular expression ({error})") from error
         if self.activations is not None and self.activations.group is not None:
-            raise ConfigError("quantization: activations have one scale a token; leave their group out")
+            raise ConfigError("quantization: activations have one scale per token; leave their group out")
         if self.learned_step and (self.weights is None or isinstance(self.weights, Float8)):
-            raise ConfigError("quantization: learned_step needs weights of an integer format; set weights or leave it")
+            raise ConfigError(
+                "quantization: learned_step needs weights of an integer format; set weights, or leave learned_step out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +307,9 @@ def _give_rule(name: str, module: nnx.Module, attribute: str, rule: Quantization
         raise ConfigError(f"quantization of {name}: {error}") from error
     if rule.learned_step:
         if axis != -2:
-            raise ConfigError(f"quantization of {name}: the steps of a table cannot be learned; give it its own rule")
+            raise ConfigError(
+                f"quantization of {name}: learned_step cannot be used for an embedding table; give it a rule without it"
+            )
         shape, axes, units = list(variable.shape), list(metadata["axes"]), list(metadata["units"])
         shape[axis] = units[axis] = shape[axis] // size
         axes[axis] = "groups"

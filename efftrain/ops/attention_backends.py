@@ -98,7 +98,7 @@ def choose_backend(backend: Backend, dtype: Any, d_head: int, length: int) -> Ba
         if backend == "cudnn" and (reason := can(masked=False)):  # ``cudnn_attention`` checks again with segments
             raise ConfigError(f"attention.backend 'cudnn' {reason}")
         if reason := _failure(backend, here, d_head, length_class):
-            raise ConfigError(f"{reason}; use attention.backend 'xla', or another jax")
+            raise ConfigError(f"{reason}; use attention.backend 'xla', or another version of jax")
         return backend
     chosen: Backend = next((name for name, where in PLATFORM.items() if where == here), "xla")
     # As if the row had segments: the caller may pass them or not, and the choice should be the same for both.
@@ -174,7 +174,7 @@ def difference(backend: Backend, device: jax.Device, *, d_head: int = 64, length
                 error = np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
                 if not error < 0.03:
                     return (
-                        f"attention.backend {backend!r} gives another {what} than the reference for {name} on "
+                        f"attention.backend {backend!r} differs from the reference in the {what} for {name} on "
                         f"{device.device_kind} (relative error {error:.2g})"
                     )
     return None

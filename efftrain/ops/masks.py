@@ -185,4 +185,6 @@ def unpack_bits(packed: Array, size: int, axis: int) -> Array:
 
 def _check_sparsity(sparsity: float) -> None:
     if not 0 <= sparsity < 1:
-        raise ConfigError(f"sparsity is {sparsity}; it is the share that goes, give a number from 0 to below 1")
+        raise ConfigError(
+            f"sparsity is {sparsity}; it is the share of weights to remove, give a number from 0 to below 1"
+        )

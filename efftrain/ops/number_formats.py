@@ -136,7 +136,7 @@ def parse_format(text: str) -> AnyFormat:
     }
     if name not in formats or (rest and not (rest[0] == "g" and rest[1:].isdigit())):
         raise ConfigError(
-            f"{text!r} is no number format; use one of {', '.join(formats)}, with a group where wanted, such as "
+            f"{text!r} is not a number format; use one of {', '.join(formats)}, optionally with a group, such as "
             "int4:g32"
         )
     format = formats[name]

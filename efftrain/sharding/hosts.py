@@ -303,7 +303,7 @@ def _await_coordinator(address: str, wait_s: float) -> None:
         except OSError as error:
             if time.monotonic() > end - 0.2:
                 raise ConfigError(
-                    f"the coordinator {address} cannot be reached since {wait_s:.0f} s ({error.strerror or error}); "
+                    f"the coordinator {address} cannot be reached within {wait_s:.0f} s ({error.strerror or error}); "
                     "check that process 0 runs there, that the name resolves here, and that the firewall lets the "
                     "port pass"
                 ) from error

@@ -109,7 +109,7 @@ def layout_table(state: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
     whole = sum(row.bytes_total for row in rows)
     kept = sum(row.bytes_per_device for row in rows if row.replicated)
     table.add_row(f"total ({decimal(whole)} in all)", *[""] * 4, decimal(sum(r.bytes_per_device for r in rows)))
-    table.add_row("of it on every device", *[""] * 4, decimal(kept))
+    table.add_row("of which replicated", *[""] * 4, decimal(kept))
     return table
 
 

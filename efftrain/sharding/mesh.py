@@ -41,7 +41,7 @@ class MeshConfig:
         sizes = self.sizes()
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise ConfigError(f"mesh.{axis} is {size}; give a positive number, or -1 for what is left")
+                raise ConfigError(f"mesh.{axis} is {size}; give a positive number, or -1 for the remaining devices")
         if (open_axes := [a for a, n in sizes.items() if n == -1]) and len(open_axes) > 1:
             raise ConfigError(f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1; leave only one of them open")
         if self.slices < 1:
@@ -71,7 +71,7 @@ class MeshConfig:
         if fixed != n_devices:
             raise ConfigError(
                 f"mesh: {shape} needs {fixed} devices and there are {n_devices}; change one axis, or set "
-                "it to -1 to take what is left"
+                "it to -1 to take the remaining devices"
             )
         return self
 

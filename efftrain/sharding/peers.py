@@ -142,7 +142,7 @@ def _delay_abort() -> None:
 
 def _lost(number: int) -> dict[str, Any]:
     return {
-        "sentence": f"process {number} of this run ended or cannot be reached any more; look at its log, then start "
+        "sentence": f"process {number} of this run ended or cannot be reached; look at its log, then start "
         "the same command on all hosts: it continues from the newest checkpoint",
         "code": EXIT_LOST,
     }

@@ -123,7 +123,7 @@ def _describe(name: str, kind: str, shape: tuple[int, ...], generation: Generati
         )
     except Exception as error:  # a RuntimeError of the plugin, whose class differs between versions of jax
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--topology {name} cannot be had ({reason}); {_known()}") from error
+        raise ConfigError(f"--topology {name} is not available ({reason}); {_known()}") from error
 
 
 def _cpu(name: str, size: str) -> Topology:

@@ -110,7 +110,7 @@ def train_classifier(
         texts += [text.encode(errors="replace") for text in sampled]
         labels += [label] * len(sampled)
         if len(sampled) < 2:
-            raise CorpusError(f"{len(sampled)} {name} examples are too few for a classifier; give some hundreds")
+            raise CorpusError(f"{len(sampled)} {name} examples are too few for a classifier; give several hundred")
     labels = np.array(labels, bool)
     hashes = np.array([stable_hash(text.decode(), f"held out {config.seed}") for text in texts], np.uint64)
     held_out = hashes < np.uint64(int(config.held_out * 2**64))

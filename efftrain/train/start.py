@@ -68,7 +68,9 @@ def start_from(model: Decoder, state: TrainState) -> TrainState:
     def place(new: nnx.State, old: nnx.State) -> nnx.State:
         shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, old)]
         if shapes[0] != shapes[1]:
-            raise RunError("the initial model has other variables than the one to be trained; build both alike")
+            raise RunError(
+                "the initial model has other variables than the model to train; build both from the same configuration"
+            )
         # A copy, because the step donates its state and the caller keeps the model.
         return jax.tree.map(lambda a, b: copy_to(a, b.sharding), new, old)
 
@@ -85,8 +87,8 @@ def with_warning_of_zeros(initial: Callable[[], Decoder]) -> Callable[[], Decode
         if share := zeros_share(model):
             console.print(
                 f"warning: {share:.0%} of the weights of the initial model's blocks are zero, and this training fills "
-                "them; to keep them zero, give fit(wrap=hold_zeros().around(training)), which "
-                "efftrain.compress.pruning.sparsify has",
+                "them; to keep them zero, give fit(wrap=hold_zeros().around(training)), with "
+                "hold_zeros of efftrain.compress.pruning.sparsify",
                 style="yellow",
                 markup=False,
             )

@@ -292,11 +292,11 @@ def test_an_unfinished_build_of_another_plan_starts_again(run, tmp_path, monkeyp
 def test_a_cache_that_is_there_is_not_built_again_and_never_replaced(run, corpus, tmp_path, monkeypatch, capfd):
     options = CacheOptions(top_k=K, rows=ROWS)
     out = build_cache(run, options, out=tmp_path / "cache")
-    assert "bytes a token" in capfd.readouterr().err
+    assert "bytes per token" in capfd.readouterr().err
     before = {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]}
     monkeypatch.setattr(teacher_cache, "largest", None)
     assert build_cache(run, replace(options, batch_size=3), out=out) == out
-    assert "is there already" in capfd.readouterr().err
+    assert "already exists" in capfd.readouterr().err
     other = write_run(tmp_path / "other", sharp(MODEL, seed=1), corpus)
     for teacher, wanted, field in (
         (run, replace(options, top_k=K + 1), "n: 8 -> 9"),
@@ -368,8 +368,8 @@ def test_another_teacher_than_that_of_the_cache_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_k": None}, "--top-k is None and --samples is None; give one of them"),
-        ({"samples": 5}, "--top-k is 64 and --samples is 5; give one of them"),
+        ({"top_k": None}, "--top-k is None and --samples is None; set exactly one of them"),
+        ({"samples": 5}, "--top-k is 64 and --samples is 5; set exactly one of them"),
         ({"top_k": 0}, "--top-k is 0; give at least 1"),
         ({"rows": 0}, "--rows is 0"),
         ({"batch_size": 0}, "--batch-size is 0"),

@@ -112,7 +112,7 @@ def test_experts_that_no_token_of_the_text_reached_are_named():
         row = next(m for m in report.matrices if m.name == "blocks/0/mlp/gate")
         assert row.method == how
         names = ", ".join(map(str, idle))
-        assert row.why.startswith(f"{method} is for dense products")
+        assert row.why.startswith(f"{method} applies only to dense products")
         assert row.why.endswith(f"; no token of the calibration reached the experts {names}")
         assert "reached" not in next(m for m in report.matrices if m.name == "blocks/0/attention/out").why
     pieces = LayerwiseModel.of(model)

@@ -148,13 +148,13 @@ def test_the_report_says_what_a_method_was_not_for():
     assert (rows["blocks/0/mlp/up"].method, rows["blocks/0/mlp/up"].why) == ("gptq", "")
     assert (rows["blocks/1/mlp/gate"].method, rows["blocks/1/mlp/gate"].why) == (
         "rtn",
-        "gptq is for dense products",
+        "gptq applies only to dense products",
     )
     assert rows["blocks/1/mlp/shared/up"].method == "gptq"
-    assert rows["head"].why == "gptq is for the products of blocks"
+    assert rows["head"].why == "gptq applies only to the products of blocks"
     routed = build(MODELS["mixture of depths, scan"])
     _, report = convert(LayerwiseModel.of(routed), weights(INT4), method="awq", calibration=calibration())
-    assert {m.why for m in report.matrices if m.name.startswith("blocks/1/")} == {"awq is for plain blocks"}
+    assert {m.why for m in report.matrices if m.name.startswith("blocks/1/")} == {"awq applies only to plain blocks"}
 
 
 def test_no_more_is_held_than_the_float_model_and_two_layers():
@@ -215,7 +215,7 @@ def test_a_budget_is_tried_on_float_matrices(tmp_path):
     plain = build(config(pattern=(PLAIN,), n_repeats=1))
     np.testing.assert_array_equal(seen[0], logits(trained_for(plain, weights(INT8)), tokens()))
     np.testing.assert_array_equal(logits(model, tokens()), before)
-    with pytest.raises(ConfigError, match="int8 and fp8 take as many bytes; leave one of them out"):
+    with pytest.raises(ConfigError, match="int8 and fp8 take the same number of bytes; leave one of them out"):
         choose_formats(model, (INT8, Float8()), 0.2, bpb, Measurements(tmp_path / "choice.json", {}, {}))
     n = len(seen)
     choose_formats(
@@ -280,7 +280,7 @@ def test_a_budget_goes_to_the_layers_that_need_it(tmp_path):
     assert n == 1 + 4 * 2
     assert choose_formats(model, formats, 0.22, bpb, Measurements(tmp_path / "choice.json", {}, {})) == choice
     assert len(calls) == n
-    with pytest.raises(ConfigError, match=r"--budget 0\.1 is below 0\.1875, the share of int4:g8 everywhere"):
+    with pytest.raises(ConfigError, match=r"--budget 0\.1 is below 0\.1875, the share with int4:g8 in all blocks"):
         choose_formats(model, formats, 0.1, bpb, Measurements(tmp_path / "choice.json", {}, {}))
     # A part whose bits per byte are not finite in a format has it last.
     spoiled = iter([1.0, *(1.1,) * 4, math.nan, *(1.1,) * 3])

@@ -116,7 +116,7 @@ def test_no_file_holds_what_json_has_no_word_for(tmp_path):
 
 def test_a_comparison_with_a_run_that_diverged_is_written(tmp_path):
     cards = [Scorecard("a", {"bpb": Figure(1.5, "bits/byte", "measured")}, {})]
-    cards += [Scorecard("b", {"bpb": not_measured("bits/byte", "it came out as nan")}, {})]
+    cards += [Scorecard("b", {"bpb": not_measured("bits/byte", "the computed value is nan")}, {})]
     found = Comparison((0, 1), {"moe": cards, "dense": [cards[0]] * 2}, {"moe": {}, "dense": {}})
     gain, spread = found.gap("moe", "dense")
     found.write(tmp_path / "comparison.json", gain=gain, spread=spread, mean=found.mean("dense", "bpb"))

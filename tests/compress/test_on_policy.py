@@ -107,7 +107,7 @@ def test_text_without_answers_needs_a_prompt_and_the_end_of_its_corpus(tmp_path)
     end = corpus.end_of_text_id
     OnPolicy(prompt=4, end_token=end).check_text(corpus.path)
     OnPolicy(prompt=4, end_token=None).check_text(corpus.path)
-    with pytest.raises(ConfigError, match=r"no prompts of its own; set distill\.on-policy\.prompt"):
+    with pytest.raises(ConfigError, match=r"has no prompts; set distill\.on-policy\.prompt"):
         OnPolicy(end_token=end).check_text(corpus.path)
     with pytest.raises(ConfigError, match=rf"is not the end of text of \S+; set it to {end}, or None"):
         OnPolicy(prompt=4, end_token=end + 1).check_text(corpus.path)

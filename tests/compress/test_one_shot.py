@@ -113,7 +113,7 @@ def test_experts_are_pruned_by_magnitude_and_the_report_says_so():
     )
     assert report.idle_experts == {}
     by_name = {m.name.removeprefix("blocks/1/"): m for m in report.matrices if m.name.startswith("blocks/1/")}
-    assert by_name["mlp/gate"].why == "wanda is for dense products of plain blocks"
+    assert by_name["mlp/gate"].why == "wanda applies only to dense products of plain blocks"
     assert by_name["mlp/shared/up"].method == "wanda"
     assert by_name["attention/query"].sparsity == 0
     experts = stacked(pruned)["blocks/0/mlp/down"]
@@ -167,7 +167,7 @@ def test_a_model_that_is_trained_for_a_quantisation_stays_one():
         np.testing.assert_array_equal(layers[layers != 0], want[layers != 0])
         assert np.count_nonzero(layers) == layers.size // 2
     learned = Quantization(rules=(replace(rules[0], learned_step=True),))
-    with pytest.raises(ConfigError, match="has learned its steps"):
+    with pytest.raises(ConfigError, match="step sizes of the run were learned"):
         prune(LayerwiseModel.of(model), HALF, calibration=calibration(), quantization=learned)
 
 

@@ -392,7 +392,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (lambda: Sparsity(structure=SemiStructured(), distribution=Global()), "n:m is the same"),
         (lambda: Sparsity(score=RigL()), "Constant"),
         (lambda: Sparsity(layers="("), "regular expression"),
-        (lambda: Sparsity(schedule=Iterative(sparsity=0.8)), "the same to both"),
+        (lambda: Sparsity(schedule=Iterative(sparsity=0.8)), "both the same value"),
         (lambda: Sparsity(schedule=Gradual(end=0.9)).around(tiny.TRAINING), "decays from 0.8"),
         (lambda: Sparsity(schedule=OneShot(at=1.0)).around(replace(tiny.TRAINING, schedule=Cosine())), "the last one"),
         (lambda: run(Sparsity(layers="blocks/9/.*"), steps=1), "matches no matrix; they are blocks/0/attention/key"),

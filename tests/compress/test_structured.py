@@ -375,7 +375,7 @@ REFUSED = [
     ({}, {"d_model": 13}, r"shape\.d_model is 13, which rounds to all 16 channels; use 8"),
     ({}, {"d_model": 3}, r"shape\.d_model is 3, less than half a multiple of 8; use 8"),
     ({}, {"n_layers": 5}, r"shape\.n_layers is 5 and the model has 4; give at most 4"),
-    ({}, {"n_layers": 1}, r"shape\.n_layers is 1 of 4, and the first and the last layer stay; keep at least 2"),
+    ({}, {"n_layers": 1}, r"shape\.n_layers is 1 of 4, and the first and the last layer are never removed; keep"),
     ({"n_repeats": 1}, {"n_layers": 1}, r"shape\.n_layers is 1 of 2.*keep at least 2"),
     ({}, {"ffn": 0.3}, r"shape\.ffn is 0\.3, which leaves layer 1 none of its 12 units; use 0\.334"),
     ({}, {"heads": 0.1}, r"shape\.heads is 0\.1, which leaves layer 0 none of its 2 KV groups; use 0\.5"),

@@ -33,7 +33,7 @@ def test_layers_at_equal_distances_up_to_the_last(n, of, want):
     assert found[-1] == of - 1
     assert list(found) == sorted(set(found))
     assert found == want
-    with pytest.raises(ConfigError, match="give the student no more"):
+    with pytest.raises(ConfigError, match="use at most as many layers"):
         spread_layers(of + 1, of)
 
 
@@ -73,7 +73,7 @@ def narrow(model: ModelConfig) -> ModelConfig:
 
 def test_another_head_size_cannot_be_cut():
     block = replace(PLAIN, attention=replace(PLAIN.attention, d_head=8))
-    with pytest.raises(ConfigError, match="start it at random"):
+    with pytest.raises(ConfigError, match="initialise it at random"):
         cut_from(LayerwiseModel.of(build(DEEP)), DEEP.replace(pattern=(block,)), calibration())
 
 

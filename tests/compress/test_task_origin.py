@@ -60,5 +60,5 @@ def test_a_run_of_a_task_is_of_one_vocabulary_and_one_code(ids, tmp_path, monkey
         train(other)
     assert (tmp_path / "run" / "tokenizer.json").read_text() == left
     monkeypatch.setattr(code_identity, "package_identity", lambda rooms: "another version")
-    with pytest.raises(RunError, match=r"was trained by other code \(changed since: efftrain\)"):
+    with pytest.raises(RunError, match=r"was trained with other code \(changed since: efftrain\)"):
         train(ids)

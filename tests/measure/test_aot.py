@@ -136,7 +136,7 @@ def test_large_replicated_parameters_and_padded_shards_are_warned_of():
     big, small = placed((512, 512), PartitionSpec("fsdp")), placed((512,), PartitionSpec())
     assert parameter_warnings([big, small], mesh, tiled=True) == []
     (found,) = parameter_warnings([big, placed((256, 256), PartitionSpec())], mesh, tiled=True)
-    assert "on every device whole (0.3 MB)" in found
+    assert "replicated on every device (0.3 MB)" in found
     transposed = placed((512, 256), PartitionSpec(None, "fsdp"))  # a shard of 512 x 32 lies in memory as 32 x 512
     assert parameter_warnings([transposed], mesh, tiled=True) == []
     narrow = placed((4, 96, 800), PartitionSpec(None, "fsdp"))

@@ -104,7 +104,7 @@ def test_finished_runs_of_other_code_are_refused(tmp_path, monkeypatch):
     compare(VARIANTS, Trainer(tmp_path), out=tmp_path, seeds=(0,))
     assert (tmp_path / "narrow-seed0" / "environment.json").read_bytes() == before
     monkeypatch.setattr(code_identity, "package_identity", lambda rooms: "another version")
-    with pytest.raises(RunError, match=r"narrow-seed0 was trained by other code \(changed since: efftrain\)"):
+    with pytest.raises(RunError, match=r"narrow-seed0 was trained with other code \(changed since: efftrain\)"):
         compare(VARIANTS, Trainer(tmp_path), out=tmp_path, seeds=(0,))
 
 
@@ -119,7 +119,7 @@ def test_finished_runs_of_a_corpus_that_was_built_anew_are_refused(tmp_path):
     tokens = "a"
     compare(variants(), Trainer(tmp_path), out=tmp_path / "runs", seeds=(0,))
     tokens = "b"
-    with pytest.raises(RunError, match=r"narrow-seed0 holds a run .* what corpus names has changed"):
+    with pytest.raises(RunError, match=r"narrow-seed0 holds a run .* the contents of corpus have changed"):
         compare(variants(), Trainer(tmp_path), out=tmp_path / "runs", seeds=(0,))
 
 

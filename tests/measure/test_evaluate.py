@@ -150,7 +150,7 @@ def test_rows_without_text_are_refused(model):
     special = make_batches(1)
     special[0]["targets"] = np.zeros_like(special[0]["targets"])
     for batches in ([], special):
-        with pytest.raises(CorpusError, match="no target that stands for text"):
+        with pytest.raises(CorpusError, match="contain no text to predict"):
             Evaluator(lambda batches=batches: batches, TOKEN_BYTES)(model)
 
 

@@ -109,8 +109,8 @@ def test_a_program_from_the_cache_was_not_compiled(model, monkeypatch, cached, n
 def test_what_is_not_finite_is_not_measured(model, monkeypatch):
     monkeypatch.setattr(score_module, "LATENCY_BATCHES", ())
     card = score(model, name="diverged", length=24, quality={"bpb": float("nan"), "loss": float("inf")})
-    assert (card.figures["bpb"].value, card.figures["bpb"].note) == (None, "it came out as nan")
-    assert card.figures["loss"].note == "it came out as inf"
+    assert (card.figures["bpb"].value, card.figures["bpb"].note) == (None, "the computed value is nan")
+    assert card.figures["loss"].note == "the computed value is inf"
 
 
 def test_peak_memory_is_the_devices_where_it_reports(monkeypatch):

@@ -23,15 +23,15 @@ CARD = Scorecard("dense", FIGURES, {"cpu": "a test", "packages": {"jax": "0.10"}
     [(None, "measured"), (None, "counted"), (None, "modelled"), (1.0, "unavailable"), (0.0, "unavailable")],
 )
 def test_a_value_and_unavailable_exclude_each_other(value, method):
-    with pytest.raises(ValueError, match=f"cannot be called {method}"):
+    with pytest.raises(ValueError, match=f"cannot have the method {method}"):
         Figure(value, "s", method)
 
 
 def test_what_is_no_number_is_no_figure():
     for value in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="is no figure"):
+        with pytest.raises(ValueError, match="is not finite"):
             Figure(value, "bits/byte", "measured")
-    with pytest.raises(ValueError, match="and not 'guessed'"):
+    with pytest.raises(ValueError, match="method of a figure is 'guessed'"):
         Figure(1.0, "s", "guessed")
 
 
@@ -168,7 +168,7 @@ def test_the_table_of_a_run_fits_80_columns_with_every_name_and_value_whole():
         "decode_energy_per_token": not_measured("J/token", "this version has no command that measures it"),
         "decode_flops_per_token": Figure(1.234e9, "FLOP/token", "counted", "behind a context of 128"),
         "train_flops_per_token": Figure(6.06e11, "FLOP/token", "counted", "rows of 128, forward and backward, causal"),
-        "parameters_active": Figure(813_000, "parameters", "counted", "that one token uses"),
+        "parameters_active": Figure(813_000, "parameters", "counted", "used by one token"),
         "loss": Figure(3.74671, "nats/token", "measured", "validation split"),
     }
     console = Console(width=80, record=True, file=io.StringIO())

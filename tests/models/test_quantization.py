@@ -251,7 +251,7 @@ def test_a_stored_model_is_the_same_on_a_mesh(name):
             weights(Integer(bits=4, group=5)),
             r"quantization of blocks/0/attention/key: the group of 5 does not divide 16",
         ),
-        (weights(INT8, "embedding", learned_step=True), "the steps of a table cannot be learned"),
+        (weights(INT8, "embedding", learned_step=True), "learned_step cannot be used for an embedding table"),
     ],
 )
 def test_what_does_not_fit_is_refused(quantization, message):
@@ -262,11 +262,11 @@ def test_what_does_not_fit_is_refused(quantization, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: QuantizationRule(weights=INT8, activations=INT4), "activations have one scale a token"),
+        (lambda: QuantizationRule(weights=INT8, activations=INT4), "activations have one scale per token"),
         (lambda: QuantizationRule(learned_step=True), "learned_step needs weights of an integer format"),
         (lambda: QuantizationRule(weights=Float8(), learned_step=True), "learned_step needs weights"),
         (lambda: Quantization(cache=INT4), "the cache has one scale for each token and head"),
-        (lambda: weights(INT8, "("), "is no regular expression"),
+        (lambda: weights(INT8, "("), "is not a regular expression"),
     ],
 )
 def test_a_rule_that_cannot_be_is_refused(make, message):

@@ -285,7 +285,7 @@ def test_what_cannot_be_is_refused():
         (lambda: MixtureOfDepths(capacity=1.5), "mixture_of_depths.capacity is 1.5"),
         (lambda: MixtureOfDepths(room=0.5), "mixture_of_depths.room is 0.5"),
         (lambda: MixtureOfDepths(causal="guess"), "mixture_of_depths.causal is 'guess'"),
-        (lambda: Recursion(shares=(0.5, 1.0)), "no round may have more tokens"),
+        (lambda: Recursion(shares=(0.5, 1.0)), "give no round a larger share"),
         (lambda: Recursion(shares=()), r"recursion.shares is \(\)"),
         (lambda: Recursion(n_layers=0), "recursion.n_layers is 0"),
     ):

@@ -173,7 +173,7 @@ def test_what_cannot_draft_is_refused(model):
         generate(m, prompts(), LENGTHS, n_new=3, **changes)
 
     for exit_layer in (0, 4, 9):
-        message = f"speculation.exit_layer is {exit_layer} and the model has 4 layers; an exit stands after 1 to 3"
+        message = f"speculation.exit_layer is {exit_layer} and the model has 4 layers; give 1 to 3"
         with pytest.raises(ConfigError, match=message):
             run(depth=SelfSpeculation(exit_layer=exit_layer))
     with pytest.raises(ConfigError, match=r"speculation\.n_draft is 0"):

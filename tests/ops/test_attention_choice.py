@@ -133,10 +133,10 @@ def does_not_compile(q, k, v, **_):
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        (ignores_segments, "gives another output than the reference for segments and a window on cpu"),
-        (ignores_window, "gives another output than the reference for segments and a window on cpu"),
-        (groups_otherwise, "gives another output than the reference for segments and a window on cpu"),
-        (no_gradient, "gives another gradient of k than"),
+        (ignores_segments, "differs from the reference in the output for segments and a window on cpu"),
+        (ignores_window, "differs from the reference in the output for segments and a window on cpu"),
+        (groups_otherwise, "differs from the reference in the output for segments and a window on cpu"),
+        (no_gradient, "differs from the reference in the gradient of k for"),
         (does_not_compile, "does not run on cpu with heads of 64 in rows of 256: no such instruction; use"),
     ],
 )
@@ -151,7 +151,7 @@ def test_kernel_that_is_wrong_is_found_out(fresh, monkeypatch, broken, words):
 def test_auto_leaves_a_wrong_kernel_with_a_warning_once_and_processes_must_agree(fresh, monkeypatch):
     monkeypatch.setattr(attention_backends, "splash_attention", ignores_segments)
     monkeypatch.setitem(attention_backends.PLATFORM, "splash", "cpu")
-    with pytest.warns(UserWarning, match="gives another output .* takes 'xla', which is slower"):
+    with pytest.warns(UserWarning, match="differs from the reference in the output .* takes 'xla', which is slower"):
         assert choose_backend("auto", "bfloat16", 64, 256) == "xla"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match="so that all processes agree"):

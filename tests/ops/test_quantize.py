@@ -146,8 +146,8 @@ def test_what_does_not_divide_is_refused():
         (lambda: Integer(bits=3), "bits is 3; use 8 or 4"),
         (lambda: Integer(group=0), "group is 0; give a positive number"),
         (lambda: Integer(scale_dtype="float16"), "scale_dtype is 'float16'"),
-        (lambda: parse_format("int5"), "'int5' is no number format; use one of int8, int4, ternary, fp8"),
-        (lambda: parse_format("int4:32"), "'int4:32' is no number format"),
+        (lambda: parse_format("int5"), "'int5' is not a number format; use one of int8, int4, ternary, fp8"),
+        (lambda: parse_format("int4:32"), "'int4:32' is not a number format"),
     ],
 )
 def test_a_format_that_does_not_exist_is_refused(make, message):

@@ -61,7 +61,7 @@ def cache(student) -> Path:
     out = student.with_name("kept")
     code, output = keep(student.with_name("teacher"), "--top-k", "64", "--rows", "48", "--out", out)
     assert code == 0, output
-    assert "bytes a token" in output
+    assert "bytes per token" in output
     return out
 
 
@@ -73,7 +73,7 @@ def test_a_teacher_and_its_student(student, corpus):
     assert len(rows) == STEPS
     assert rows[-1]["loss/teacher"] < rows[0]["loss/teacher"]
     figures = json.loads((student / "scorecard.json").read_text())["figures"]
-    assert "by the objective, beside the model" in figures["train_flops_per_token"]["note"]
+    assert "in the objective, outside the model" in figures["train_flops_per_token"]["note"]
     assert (student / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
 
 

@@ -71,7 +71,7 @@ def test_half_of_the_weights_are_gone_and_what_is_stored_is_smaller(sparse, dens
     np.testing.assert_array_equal(logits(efftrain.load(out)), logits(efftrain.load(sparse)))
     code, output = compress("quantize", dense)
     assert code == 2
-    assert "was not trained for a quantisation and has no zeros; say what to do" in output
+    assert "was not trained for quantisation and has no zeros; give a number format" in output
 
 
 def test_a_dense_run_is_pruned_at_once_and_stays_as_it_is(dense, tmp_path):
@@ -189,7 +189,7 @@ def test_bad_input_is_one_sentence(dense, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     before = sorted(p.name for p in dense.parent.iterdir())
     cases = {
-        ("prune", "--sparsity", "1.5"): "sparsity is 1.5; it is the share that goes",
+        ("prune", "--sparsity", "1.5"): "sparsity is 1.5; it is the share of weights to remove",
         ("prune", "--sparsity", "3:5", "--method", "magnitude"): "groups of 5 do not divide its 16 inputs",
         ("prune", "--sparsity", "0.5", "--weights", "int8", "--layers", "blocks/.*|embedding"): (
             "only blocks are quantised"
@@ -197,10 +197,10 @@ def test_bad_input_is_one_sentence(dense, tmp_path):
         ("prune", "--sparsity", "0.5", "--out", tmp_path / "mine"): "exists and is not a converted model",
         ("structured", "--ratio", "0.99"): "keep is",
         ("structured", "--ratio", "0.3", "--search", "2", "--recovery-tokens", "500"): (
-            "--recovery-tokens leaves 50 tokens for a round or a trial"
+            "--recovery-tokens leaves 50 tokens for each round or trial"
         ),
         ("structured", "--ratio", "0.3", "--recovery-tokens", "10"): (
-            "--recovery-tokens leaves 10 tokens for a round or a trial, and a step has 64"
+            "--recovery-tokens leaves 10 tokens for each round or trial, and one step takes 64"
         ),
         ("structured", "--ratio", "0.3", "--recovery-tokens", "640", "--out", tmp_path / "mine"): (
             "was not made by this command"

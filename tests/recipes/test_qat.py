@@ -146,8 +146,8 @@ def test_bad_input_is_one_sentence(trained, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     cases = {
-        (plain,): "was not trained for a quantisation and has no zeros; say what to do, such as --weights int8",
-        (plain, "--weights", "int3"): "'int3' is no number format; use one of int8, int4, ternary, fp8",
+        (plain,): "was not trained for quantisation and has no zeros; give a number format, such as --weights int8",
+        (plain, "--weights", "int3"): "'int3' is not a number format; use one of int8, int4, ternary, fp8",
         (plain, "--weights", "int8", "--layers", "nothing"): "matches no matrix; they are blocks/0/attention/key",
         (plain, "--weights", "int4:g32"): "the group of 32 does not divide 16 inputs; use a divisor",
         (plain, "--cache", "int8:g4"): "the cache has one scale for each token and head",

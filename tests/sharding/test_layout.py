@@ -131,7 +131,7 @@ def test_the_table_shows_axes_and_sums(mesh, abstract):
     assert "144 bytes" in lines["query"]
     assert "replicated" in lines["scale"]
     assert "224 bytes" in lines["total (1.6 kB in all)"]
-    assert "32 bytes" in lines["of it on every device"]
+    assert "32 bytes" in lines["of which replicated"]
 
 
 def test_counts_and_keys_are_replicated(mesh):

@@ -46,7 +46,9 @@ def test_a_url_stays_one(tmp_path):
 @pytest.mark.parametrize("place", ["file/checkpoints", "/proc/checkpoints"])
 def test_a_place_that_cannot_be_written_to_stops_the_run_before_its_first_step(tmp_path, place):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunError, match=r"cannot write a checkpoint to \S*checkpoints \(.*\); free the disk, mend") as e:
+    with pytest.raises(
+        RunError, match=r"cannot write a checkpoint to \S*checkpoints \(.*\); free disk space, correct"
+    ) as e:
         tiny.train(tmp_path / "run", checkpoints=str(tmp_path / place))
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -73,7 +73,7 @@ def test_of_two_rows_of_a_step_the_newer_stays_and_rows_come_in_order(tmp_path, 
     (tmp_path / "metrics.jsonl").write_bytes(content)
     assert continued(tmp_path) == [(step, 44.0 if step == 4 else float(step)) for step in range(1, N_ROWS + 2)]
     assert [row["bpb"] for row in read_metrics(tmp_path, "validation")] == [2.0]
-    assert "1 line gave way to a newer row of the same step" in " ".join(capfd.readouterr().err.split())
+    assert "1 line replaced by a newer row of the same step" in " ".join(capfd.readouterr().err.split())
     (copy,) = tmp_path.glob("metrics.jsonl.damaged-*")
     assert copy.read_bytes() == content
     continued(tmp_path)

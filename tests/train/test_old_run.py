@@ -49,7 +49,7 @@ def test_it_goes_on_and_ends_as_a_run_of_today(old, unbroken, capfd):
     fitted = tiny.train(old, keep_checkpoints=1)
     said = " ".join(capfd.readouterr().err.split())
     assert "continuing from step 3" in said
-    assert f"{old} was begun by other code and continues with this one (changed since: efftrain" in said
+    assert f"{old} was started with other code and continues with this code (changed since: efftrain" in said
     tiny.assert_same_parameters(fitted.model, unbroken[1].model, atol=2e-4)
     rows = [[row["loss"] for row in read_metrics(run)] for run in (old, unbroken[0])]
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4)

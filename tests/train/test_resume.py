@@ -182,7 +182,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_continues(crashed, ends_like):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
     try:
         with pytest.raises(
-            RunError, match=r"cannot write a checkpoint to \S+checkpoints \(.*\); free the disk"
+            RunError, match=r"cannot write a checkpoint to \S+checkpoints \(.*\); free disk space"
         ) as caught:
             tiny.train(crashed)
     finally:

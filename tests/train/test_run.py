@@ -78,7 +78,7 @@ def test_checkpoints_that_stay_behind_are_not_forgotten(crashed, tmp_path):
     """With another folder a run began again at step 1, and dropped the rows that it had."""
     elsewhere, before = tmp_path / "elsewhere", hashes(crashed)
     with pytest.raises(
-        RunError, match=r"elsewhere has no checkpoint and the run .* has its own in .*; move them there"
+        RunError, match=r"elsewhere has no checkpoint, and the run .* keeps its checkpoints in .*; move them there"
     ):
         Run(crashed, changed(checkpoints=str(elsewhere)))
     assert hashes(crashed) == before

@@ -94,7 +94,7 @@ def test_a_changed_block_is_named_when_a_run_goes_on(script, tmp_path, capfd):
     script.write_text(SCRIPT.replace("SCALE = 1.0", "SCALE = 2.0"))
     Run(out, import_script(script).Config(), script=script)
     said = " ".join(capfd.readouterr().err.split())
-    assert f"warning: {out} was begun by other code and continues with this one (changed since: mine.py)" in said
+    assert f"warning: {out} was started with other code and continues with this code (changed since: mine.py)" in said
     assert load_model_config(out).pattern[0].mlp.SCALE == 2.0
     Run(out, import_script(script).Config(), script=script)
     assert "warning" not in capfd.readouterr().err
@@ -107,7 +107,9 @@ def test_a_finished_run_of_a_changed_block_is_refused_and_stays_as_it_is(script,
     Run(out, import_script(script).Config(), script=script)
     assert files(out) == before
     script.write_text(SCRIPT.replace("SCALE = 1.0", "SCALE = 2.0"))
-    with pytest.raises(RunError, match=r"was trained by other code \(changed since: mine\.py\); choose another --out"):
+    with pytest.raises(
+        RunError, match=r"was trained with other code \(changed since: mine\.py\); choose another --out"
+    ):
         Run(out, import_script(script).Config(), script=script)
     assert files(out) == before
     assert load_model_config(out).pattern[0].mlp.SCALE == 1.0
@@ -132,7 +134,7 @@ def test_a_changed_loss_in_the_running_script_counts(script, tmp_path):
     script.write_text(SCRIPT.replace("return 0.0", "return 2.0"))
     code, said = start()
     assert code == 2
-    assert "was trained by other code" in " ".join(said.split())
+    assert "was trained with other code" in " ".join(said.split())
 
 
 def test_a_changed_module_beside_the_recipe_is_named_and_the_old_sources_stay(tmp_path, monkeypatch, capfd):
@@ -194,7 +196,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_says_so(script, tmp_path):
 def test_an_edit_of_the_package_counts(unbroken, monkeypatch):
     Run(unbroken[0], tiny.Config())
     monkeypatch.setattr(code_identity, "package_identity", lambda rooms: "another version")
-    with pytest.raises(RunError, match=r"was trained by other code \(changed since: efftrain\)"):
+    with pytest.raises(RunError, match=r"was trained with other code \(changed since: efftrain\)"):
         Run(unbroken[0], tiny.Config())
 
 
@@ -205,9 +207,11 @@ def test_other_inputs_are_refused_and_those_that_are_gone_are_not(tmp_path):
     run(corpus="a", source="b")
     (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     run(corpus="a")
-    with pytest.raises(RunError, match=r"from something else: what corpus names has changed; choose another --out"):
+    with pytest.raises(
+        RunError, match=r"with another input: the contents of corpus have changed; choose another --out"
+    ):
         run(corpus="c")
-    with pytest.raises(RunError, match="what source names has changed"):
+    with pytest.raises(RunError, match="the contents of source have changed"):
         run(source="c")
 
 
@@ -215,12 +219,12 @@ def test_an_input_that_an_earlier_version_called_otherwise_counts(tmp_path):
     Run(tmp_path / "run", tiny.Config(), inputs={"training.branch": "one"})
     (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     Run(tmp_path / "run", tiny.Config(), inputs={"training.resume_from": "one"})
-    with pytest.raises(RunError, match=r"what training\.resume_from names has changed"):
+    with pytest.raises(RunError, match=r"the contents of training\.resume_from have changed"):
         Run(tmp_path / "run", tiny.Config(), inputs={"training.resume_from": "two"})
 
 
 def test_a_run_of_an_earlier_version_goes_on(crashed, capfd):
     (crashed / "identity.json").unlink()
     Run(crashed, tiny.Config(), inputs={"corpus": "a"})
-    assert "was begun by other code" in " ".join(capfd.readouterr().err.split())
+    assert "was started with other code" in " ".join(capfd.readouterr().err.split())
     assert json.loads((crashed / "identity.json").read_text())["inputs"] == {"corpus": "a"}

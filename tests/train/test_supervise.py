@@ -84,7 +84,7 @@ def test_it_gives_up_where_restarts_bring_no_newer_checkpoint(tmp_path):
     code, said = run.finish()
     assert code == 1
     assert run.starts == 1 + 1 + 2
-    assert "and 2 restarts in a row brought no checkpoint after step 3; mend what its last lines say" in said
+    assert "and 2 restarts in a row brought no checkpoint after step 3; correct the error in its last lines" in said
     assert [text for text in ("restart 1 of 2", "restart 2 of 2", "restart 3") if text in said] == [
         "restart 1 of 2",
         "restart 2 of 2",

@@ -36,14 +36,15 @@ def rules_of(
         return trained
     if stored is None and trained:
         if layers != ALL_BLOCKS:
-            raise ConfigError("the run has layers of its own that it was trained for; leave --layers out")
+            raise ConfigError("the run was trained with its own quantization rules; leave --layers out")
         return tuple(replace(rule, activations=inputs) for rule in trained)
     rule = QuantizationRule(layers=layers, weights=stored, activations=inputs)
     if any(r.learned_step for r in trained):
         if (same := replace(rule, learned_step=True)) in trained:
             return (same,)
         console.print(
-            "warning: the run has learned its steps for other rules; scales are made anew (kept without --weights)",
+            "warning: the run learned its step sizes for other rules, and new scales are computed; leave --weights "
+            "out to keep the learned ones",
             style="yellow",
         )
     return (rule,)

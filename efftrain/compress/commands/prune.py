@@ -47,11 +47,11 @@ class Prune:
         check_rows(self.rows)
         structure, quantized = self.structure, bool(self.weights or self.activations)
         if self.method not in get_args(PruneMethod):
-            raise ConfigError(f"--method is {self.method}; prune knows {', '.join(get_args(PruneMethod))}")
+            raise ConfigError(f"--method is {self.method}; use one of {', '.join(get_args(PruneMethod))}")
         if quantized and self.method != "sparsegpt":
             raise ConfigError(
-                f"--weights and --activations need --method sparsegpt and it is {self.method}; leave them out and "
-                "quantise the new run"
+                f"--weights and --activations need --method sparsegpt, but --method is {self.method}; leave both out "
+                "and quantise the pruned run"
             )
         if quantized and self.recovery is not None:
             raise ConfigError(

@@ -49,7 +49,7 @@ class Quantize:
     def __post_init__(self):
         check_rows(self.rows)
         if self.method not in get_args(Method):
-            raise ConfigError(f"--method is {self.method}; quantize knows {', '.join(get_args(Method))}")
+            raise ConfigError(f"--method is {self.method}; use one of {', '.join(get_args(Method))}")
         several = "," in (self.weights or "")
         if self.budget is not None:
             if not 0 < self.budget < 1:
@@ -61,7 +61,7 @@ class Quantize:
         elif several:
             raise ConfigError(f"--weights is {self.weights}; give one format, or a --budget to choose by")
         if self.layers != ALL_BLOCKS and not (self.weights or self.activations):
-            raise ConfigError("--layers is given and not what to do with them; add --weights or --activations")
+            raise ConfigError("--layers is given without a number format; add --weights or --activations")
         for text in (self.weights or "").split(","):
             QuantizationRule(weights=parse(text), activations=parse(self.activations))
         Quantization(cache=parse(self.cache))
@@ -104,7 +104,8 @@ class Quantize:
             model = efftrain.load(run)
             if not zeros_share(model):
                 raise ConfigError(
-                    f"{run} was not trained for a quantisation and has no zeros; say what to do, such as --weights int8"
+                    f"{run} was not trained for quantisation and has no zeros; give a number format, such as "
+                    "--weights int8"
                 )
             return model, {"bytes_share": None, "matrices": []}
         pieces, unrolled = LayerwiseModel.read(run), chosen is not None

@@ -55,7 +55,7 @@ class StructuredPrune:
             if value not in values:
                 raise ConfigError(f"--{name} is {value}; use one of {', '.join(values)}")
         if self.search is None and self.axis == "any":
-            raise ConfigError("--axis any needs shapes to be tried; add --search 4 and --recovery-tokens")
+            raise ConfigError("--axis any needs a search over shapes; add --search 4 and --recovery-tokens")
         if self.search is not None and self.search < 2:
             raise ConfigError(f"--search is {self.search}; give 2 shapes or more")
         if self.search is not None and self.recovery is None:

@@ -62,9 +62,7 @@ class CacheOptions:
 
     def __post_init__(self):
         if (self.top_k is None) == (self.samples is None):
-            raise ConfigError(
-                f"--top-k is {self.top_k} and --samples is {self.samples}; give one of them, the other is None"
-            )
+            raise ConfigError(f"--top-k is {self.top_k} and --samples is {self.samples}; set exactly one of them")
         for name in ("top_k", "samples", "rows", "length", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -101,7 +99,7 @@ def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None,
     Raises:
       EfftrainError: run, corpus and options do not fit each other, or ``out`` holds something else.
     """
-    check_single_process("a teacher's predictions are kept")
+    check_single_process("a teacher's predictions are cached")
     run = Path(run).resolve()
     config, settings = load_model_config(run), read_json(run / "config.json")
     opened, rows = _open_rows(run, config, settings, options, corpus)
@@ -109,12 +107,12 @@ def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None,
     model = efftrain.load(run)
     if not routes_causally(model):
         raise ConfigError(
-            f"the model of {run} chooses tokens by looking ahead, so that it predicts no next token and cannot teach; "
-            "train it with causal 'predictor' or 'auxiliary'"
+            f"the model of {run} chooses tokens by looking ahead, so that it does not predict the next token and "
+            "cannot teach; train it with causal 'predictor' or 'auxiliary'"
         )
     plan, code = _plan(model, opened, rows, options), code_identity(config, rooms=ROOMS)
     if _is_there(out, plan, code):
-        console.print(f"{out} is there already, of the same teacher, rows and options; nothing to do", markup=False)
+        console.print(f"{out} already exists for the same teacher, rows and options; nothing to do", markup=False)
         return out
     predict = _predictor(causally_routed(model), plan)
     n_tokens = min(plan.rows * plan.length, opened.n_tokens(plan.split))
@@ -124,7 +122,7 @@ def build_cache(run: Path, options: CacheOptions, *, corpus: Path | None = None,
         made_by = {"run": run.name, "step": newest_step(run, settings), "code": code}
         store.write_manifest(folder, content | {"made_by": made_by})
     console.print(
-        f"{out}: {n_tokens:,} tokens, {content['bytes_per_token']} bytes a token, {content['bytes'] / 1e6:,.1f} MB",
+        f"{out}: {n_tokens:,} tokens, {content['bytes_per_token']} bytes per token, {content['bytes'] / 1e6:,.1f} MB",
         markup=False,
     )
     return out
@@ -269,7 +267,9 @@ def _open_rows(
         raise ConfigError(f"the configuration of {run} names no corpus; give one with --corpus")
     length = options.length or settings["training"]["length"]
     if length > config.max_length:
-        raise ConfigError(f"--length is {length} and model.max_length of {run} is {config.max_length}; give no more")
+        raise ConfigError(
+            f"--length is {length} and model.max_length of {run} is {config.max_length}; use a shorter length"
+        )
     opened = data.open(corpus or settings["corpus"])
     opened.check_model(config.vocab_size)
     check_tokenizer(run, opened.path)
@@ -277,7 +277,7 @@ def _open_rows(
     if options.rows is not None and options.rows > len(rows):
         raise ConfigError(
             f"--rows is {options.rows} and split {options.split!r} of {opened.path} has {len(rows)} rows of {length} "
-            "tokens; give fewer, or leave it out for all"
+            "tokens; give fewer, or leave --rows out to use all"
         )
     return opened, rows
 

@@ -64,7 +64,7 @@ class Distill:
                 raise ConfigError(f"distill.temperature is {value}; give a positive number")
         if self.on_policy is not None and self.alpha != Ramp(start=1.0):
             raise ConfigError(
-                "distill.alpha gives weight to the text, and answers of on_policy are none; leave it at 1"
+                "distill.alpha below 1 adds the cross entropy of the text, which on_policy answers do not have; use 1"
             )
         if not 0 <= self.beta <= 1:
             raise ConfigError(f"distill.beta is {self.beta}; give 0 for forward KL, 1 for reverse KL, or between")
@@ -98,7 +98,9 @@ class FromTeacher:
             return next_token_loss(model, batch, key)
         how, configs = self.how, (model.config, teacher.config)
         if (length := batch["tokens"].shape[1]) > teacher.config.max_length:
-            raise ConfigError(f"rows have {length} tokens and the teacher reads {teacher.config.max_length}; cut them")
+            raise ConfigError(
+                f"rows have {length} tokens and the teacher reads at most {teacher.config.max_length}; use shorter rows"
+            )
         is_text = True
         if how.on_policy is not None:
             own, key = jax.random.split(key)
@@ -154,7 +156,9 @@ class FromCache:
         plain = Distill(alpha=self.how.alpha)
         for name in ("temperature", "beta", "features", "on_policy"):
             if getattr(self.how, name) != getattr(plain, name):
-                raise ConfigError(f"distill.{name} needs the teacher itself and not its cache; leave it, or the cache")
+                raise ConfigError(
+                    f"distill.{name} needs the teacher itself, but a teacher cache is given; leave one of them out"
+                )
 
     def at(self, teacher: Decoder | None, progress: Array) -> Objective:
         return partial(self._loss, progress)
@@ -202,8 +206,8 @@ def distilled(
     check_vocabulary(student, teacher.config)
     if not routes_causally(teacher.abstract_model()):
         raise ConfigError(
-            "the teacher chooses tokens by looking ahead, so that it predicts no next token; train one with causal "
-            "'predictor' or 'auxiliary'"
+            "the teacher chooses tokens by looking ahead, so that it does not predict the next token; train one "
+            "with causal 'predictor' or 'auxiliary'"
         )
     if how.features is not None:
         how.features.layers_read(student, teacher.config)
@@ -239,8 +243,8 @@ def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
     """Raises ConfigError if the vocabularies of student and teacher differ in size."""
     if student.vocab_size != teacher.vocab_size:
         raise ConfigError(
-            f"model.vocab_size is {student.vocab_size} and the teacher's {teacher.vocab_size}; entries that only fill "
-            "up count too, so give the student as many"
+            f"model.vocab_size is {student.vocab_size} and the teacher's is {teacher.vocab_size}; give the "
+            "student the same size, including entries that only pad the vocabulary"
         )
 
 

@@ -46,7 +46,7 @@ class HiddenStates:
         for i, j in pairs:
             if not (0 <= i < n and 0 <= j < m):
                 raise ConfigError(
-                    f"features.layers has {(i, j)}, and student and teacher have {n} and {m} layers; count from 0"
+                    f"features.layers has {(i, j)}, but student and teacher have {n} and {m} layers; count from 0"
                 )
         return pairs
 
@@ -118,7 +118,7 @@ class Relations:
         for name, n in (("query", attention.n_heads), ("key", attention.n_kv_heads)):
             if n * attention.d_head % self.heads:
                 raise ConfigError(
-                    f"features.heads is {self.heads}, which does not divide the {n * attention.d_head} numbers of a "
+                    f"features.heads is {self.heads}, which does not divide the {n * attention.d_head} features of a "
                     f"{name} of the {whose}; use a divisor"
                 )
         return layer
@@ -130,7 +130,7 @@ class Relations:
             block = model.layers()[self._layer(whose, model.config)]
             if not isinstance(block, Block) or not isinstance(block.attention, SelfAttention):
                 raise ConfigError(
-                    f"features.{whose}_layer has no queries and keys of efftrain's own; choose another one"
+                    f"features.{whose}_layer is a layer without efftrain's own queries and keys; choose another one"
                 )
             h_btd = block.attention_norm(x_ebtd[0])
             products = block.attention.query, block.attention.key, block.attention.value

@@ -56,9 +56,7 @@ class OnPolicy:
     def check_text(self, corpus: Path) -> None:
         """Raises ConfigError if these options do not fit a corpus of text, which has no prompts and answers."""
         if self.prompt is None:
-            raise ConfigError(
-                "text without answers has no prompts of its own; set distill.on-policy.prompt, such as 64"
-            )
+            raise ConfigError("a corpus without answers has no prompts; set distill.on-policy.prompt, such as 64")
         end = data.open(corpus, verify=False).end_of_text_id
         if self.end_token not in (None, end):
             raise ConfigError(
@@ -79,7 +77,9 @@ class OnPolicy:
           ConfigError: the rows are too short for a prompt and an answer, or are sharded along their length.
         """
         if shard_count("length") > 1:
-            raise ConfigError("on_policy draws answers whole; set training.mesh.context to 1")
+            raise ConfigError(
+                "on_policy cannot sample answers that are split over devices; set training.mesh.context to 1"
+            )
         tokens_bt, mask_bt = batch["tokens"], batch["mask"]
         length = tokens_bt.shape[1]
         longest = length - self.n_new if self.prompt is None else self.prompt

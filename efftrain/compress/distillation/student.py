@@ -21,7 +21,7 @@ from efftrain.models.moe import MoE
 def spread_layers(n_student: int, n_teacher: int) -> tuple[int, ...]:
     """Indices of teacher layers at equal distances, including the last one: 3 layers of 6 are (1, 3, 5)."""
     if not 1 <= n_student <= n_teacher:
-        raise ConfigError(f"model.n_layers is {n_student} and the teacher has {n_teacher}; give the student no more")
+        raise ConfigError(f"model.n_layers is {n_student} and the teacher has {n_teacher}; use at most as many layers")
     return tuple(-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student))
 
 
@@ -53,8 +53,8 @@ def cut_from(teacher: LayerwiseModel, student: ModelConfig, calibration: Calibra
     model, _ = structured_prune(teacher, shape_within(student, teacher.config), importance(teacher, calibration))
     if not same_parameters(model.config, student):
         raise ConfigError(
-            "model is not of a shape that can be cut out of its teacher (the same vocabulary, head size and kinds of "
-            "layers, and equal layers); start it at random"
+            "model cannot be cut out of its teacher, which needs the same vocabulary, head size and kinds of layers, "
+            "and layers of equal size; initialise it at random"
         )
     return model
 
@@ -77,7 +77,9 @@ def shape_within(student: ModelConfig, teacher: ModelConfig) -> Shape:
     elif isinstance(s.mlp, MoE) and isinstance(t.mlp, MoE):
         experts = s.mlp.n_experts / t.mlp.n_experts
     else:
-        raise ConfigError("model and its teacher have other kinds of feed-forward layers; start it at random")
+        raise ConfigError(
+            "model and its teacher have different kinds of feed-forward layers; initialise the model at random"
+        )
     return Shape(
         d_model=student.d_model,
         ffn=ffn,

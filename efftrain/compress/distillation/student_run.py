@@ -129,7 +129,9 @@ def initial_student(config: StudentRun) -> Decoder:
         return cut_from(pieces, config.model, text.calibration(CALIBRATION_ROWS))
     model = from_layers(pieces, spread_layers(config.model.n_layers, pieces.config.n_layers))
     if not same_parameters(model.config, config.model):
-        raise ConfigError("a student of its teacher's layers has its widths too; change model, or begin at random")
+        raise ConfigError(
+            "a student of its teacher's layers needs its teacher's widths; change model, or initialise it at random"
+        )
     return model
 
 

@@ -39,7 +39,9 @@ def inverse_factor(hessian_dd: Array, damping: float = DAMPING) -> tuple[Array, 
     """
     hessian = np.asarray(hessian_dd)
     if not np.isfinite(hessian).all():
-        raise ConfigError("the products of the calibration's inputs are not finite; calibrate a model that works")
+        raise ConfigError(
+            "the products of the calibration's inputs are not finite; use a model with finite activations"
+        )
     unused, mean = (np.diag(hessian) == 0).astype(hessian.dtype), np.mean(np.diag(hessian))
     potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (hessian,))
     while damping <= MAX_DAMPING:

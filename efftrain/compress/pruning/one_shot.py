@@ -128,10 +128,14 @@ def _check(config: ModelConfig, structure: Structure, layers: str) -> None:
 def _check_rules(config: ModelConfig) -> None:
     for rule in config.quantization.rules:
         if rule.learned_step:
-            raise ConfigError("the run has learned its steps, for a dense model; prune the float run it began as")
+            raise ConfigError(
+                "the step sizes of the run were learned for dense weights; prune the float run that it began from"
+            )
     for name, module, attribute in matrices(abstract_decoder(config)):
         if not name.startswith("blocks/") and isinstance(getattr(module, attribute), Packed):
-            raise ConfigError(f"with --sparsity only blocks are quantised, and not {name}; use --layers 'blocks/.*'")
+            raise ConfigError(
+                f"with --sparsity only blocks are quantised, but --layers matches {name}; use --layers 'blocks/.*'"
+            )
 
 
 def _prune(
@@ -153,7 +157,7 @@ def _prune(
             mask = mask_by_magnitude(before, structure)
         after, why = (
             jnp.where(mask, before, 0),
-            "" if how == asked else f"{asked} is for dense products of plain blocks",
+            "" if how == asked else f"{asked} applies only to dense products of plain blocks",
         )
     n_bytes = variable.size * variable.dtype.itemsize
     if format is None:

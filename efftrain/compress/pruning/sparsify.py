@@ -75,21 +75,21 @@ class Sparsity:
         if isinstance(self.structure, SemiStructured) and not isinstance(self.distribution, Uniform):
             raise ConfigError("sparsity n:m is the same in every matrix; use the distribution Uniform")
         if isinstance(self.score, RigL) != isinstance(self.schedule, Constant):
-            raise ConfigError("the score RigL and the schedule Constant are for each other; use both or neither")
+            raise ConfigError("the score RigL and the schedule Constant need each other; use both or neither")
         if isinstance(self.score, RigL) and isinstance(self.distribution, Global):
             raise ConfigError("RigL exchanges weights within a matrix; use the distribution Uniform or ErdosRenyi")
         if isinstance(self.schedule, Iterative):
             if self.schedule.sparsity != self.structure.sparsity:
                 raise ConfigError(
                     f"iterative.sparsity is {self.schedule.sparsity} and that of the structure "
-                    f"{self.structure.sparsity}; give the same to both"
+                    f"{self.structure.sparsity}; give both the same value"
                 )
             if self.schedule.rewind and self._straight_through:
-                raise ConfigError("iterative.rewind and magnitude.straight_through do not fit; use one of them")
+                raise ConfigError("iterative.rewind and magnitude.straight_through cannot be combined; use one of them")
         try:
             re.compile(self.layers)
         except re.error as error:
-            raise ConfigError(f"sparsity.layers {self.layers!r} is no regular expression ({error})") from error
+            raise ConfigError(f"sparsity.layers {self.layers!r} is not a regular expression ({error})") from error
 
     @property
     def _straight_through(self) -> bool:
@@ -108,10 +108,10 @@ class Sparsity:
         if self.schedule.end > 1 - decay:
             raise ConfigError(
                 f"pruning ends at {self.schedule.end} of the steps and the learning rate decays from {1 - decay:g} on; "
-                "end pruning before, so that weights can make up for it"
+                "end pruning earlier, so that the weights can recover"
             )
         if round(self.schedule.end * training.steps) >= training.steps:
-            raise ConfigError(f"pruning ends at {self.schedule.end} of the steps, after the last one; end it before")
+            raise ConfigError(f"pruning ends at {self.schedule.end} of the steps, after the last one; end it earlier")
         return lambda inner: sparsify(inner, self, training.steps)
 
 

@@ -94,9 +94,13 @@ class Iterative:
     def __post_init__(self):
         _check_fractions(start=self.start, end=self.end)
         if self.rounds < 2 or not self.start < self.end:
-            raise ConfigError(f"{self.rounds} rounds from {self.start} to {self.end}; give 2 or more and start < end")
+            raise ConfigError(
+                f"iterative has {self.rounds} rounds from {self.start} to {self.end}; give 2 or more and start < end"
+            )
         if not 0 < self.sparsity < 1:
-            raise ConfigError(f"iterative.sparsity is {self.sparsity}; give that of the structure, between 0 and 1")
+            raise ConfigError(
+                f"iterative.sparsity is {self.sparsity}; give the sparsity of the structure, between 0 and 1"
+            )
 
     def _steps(self, n_steps: int) -> np.ndarray:
         return np.round(np.linspace(self.start, self.end, self.rounds) * n_steps).astype(int)
@@ -139,7 +143,9 @@ def _check_updates(schedule: Gradual | Constant) -> None:
     start, end, updates = schedule.start, schedule.end, schedule.updates
     _check_fractions(start=start, end=end)
     if not start < end or updates < 1:
-        raise ConfigError(f"pruning from {start} to {end} in {updates} updates; give start < end and 1 or more")
+        raise ConfigError(
+            f"the schedule prunes from {start} to {end} in {updates} updates; give start < end and 1 update or more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

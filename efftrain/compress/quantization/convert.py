@@ -157,7 +157,7 @@ def convert(
         each_layer(number + 1)
     for name, module, attribute in list(matrices(outer)):
         if not name.startswith("blocks/"):
-            why = f"{method} is for the products of blocks" if observe else ""
+            why = f"{method} applies only to the products of blocks" if observe else ""
             rows.append(_convert(name, module, attribute, "rtn", why, None))
     size = calibration.size if observe and calibration is not None else None
     return assemble(config, outer, states), ConversionReport(tuple(rows), size, all_idle)
@@ -170,15 +170,15 @@ def _how(
     if method == "rtn":
         return method, ""
     if not plain:
-        return "rtn", f"{method} is for plain blocks"
+        return "rtn", f"{method} applies only to plain blocks"
     if name not in observed:
-        return "rtn", f"{method} is for dense products"
+        return "rtn", f"{method} applies only to dense products"
     rule = rule_of(variable)
     if rule is not None and rule.learned_step:
         return "rtn", "its steps were learned"
     if method == "awq" and name not in factors:
-        why = "its inputs cannot be scaled: nothing before it, or a product beside it that stays as it is"
-        return (method, f"clipped alone; {why}") if is_clipped(name) else ("rtn", why)
+        why = "its inputs cannot be scaled: no weights before it, or another product of the same inputs is not scaled"
+        return (method, f"only clipped; {why}") if is_clipped(name) else ("rtn", why)
     return method, ""
 
 
@@ -188,7 +188,7 @@ def _convert(
     variable = getattr(module, attribute)
     rule, before, n_bytes = rule_of(variable), variable[...], variable.size * variable.dtype.itemsize
     if rule is None or rule.weights is None:
-        zeros, why = count_zeros(before) / before.size, "no rule has weights for it"
+        zeros, why = count_zeros(before) / before.size, "no rule sets a number format for its weights"
         return Converted(name, str(variable.dtype), "none", why, n_bytes, n_bytes, 0.0, None, zeros)
     damping = None
     if method == "gptq":

@@ -76,11 +76,11 @@ def choose_formats(
     for (larger, smaller), (more, less) in zip(itertools.pairwise(formats), itertools.pairwise(shares), strict=True):
         if more == less:
             names = f"{format_name(larger)} and {format_name(smaller)}"
-            raise ConfigError(f"--weights: {names} take as many bytes; leave one of them out")
+            raise ConfigError(f"--weights: {names} take the same number of bytes; leave one of them out")
     if budget < shares[-1]:
         raise ConfigError(
-            f"--budget {budget} is below {shares[-1]:.4f}, the share of {format_name(formats[-1])} everywhere; "
-            "give more, or a format of fewer bits"
+            f"--budget {budget} is below {shares[-1]:.4f}, the share with {format_name(formats[-1])} in all blocks; "
+            "give a larger budget, or a format of fewer bits"
         )
     at, costs = dict.fromkeys(parts, 0), {}
     if budget < shares[0]:
@@ -109,7 +109,7 @@ def _costs(values: "_Values", bpb: Callable[[Decoder], float], kept: Measurement
     if base is None:
         raise ConfigError(
             f"--weights: the model has no finite bits per byte in {format_name(formats[0])}, the largest format; add "
-            "one that it bears"
+            "a format of more bits"
         )
     with Progress("sensitivity", len(parts) * (len(formats) - 1), unit="trials") as progress:
         for part in parts:

@@ -158,7 +158,8 @@ def kept_layers(importance: Importance, n_layers: int) -> tuple[int, ...]:
         return tuple(range(n))
     if n_layers < 2:
         raise ConfigError(
-            f"shape.n_layers is {n_layers} of {n}, and the first and the last layer stay; keep at least {min(2, n)}"
+            f"shape.n_layers is {n_layers} of {n}, and the first and the last layer are never removed; keep "
+            f"at least {min(2, n)}"
         )
     first = min(range(1, n - n_dropped), key=lambda i: importance.block_influence(i, n_dropped))
     return (*range(first), *range(first + n_dropped, n))
@@ -244,7 +245,7 @@ def _check_rules(config: ModelConfig, new: ModelConfig, kept: Sequence[int]) -> 
         if rules[i] != old[number]:
             raise ConfigError(
                 f"quantization.rules gives layer {number} another rule when layers are dropped; use rules that do not "
-                "name places in the pattern, such as blocks/.*"
+                "name positions in the pattern, such as blocks/.*"
             )
 
 
@@ -263,5 +264,5 @@ def _check_shapes(model: Decoder, config: ModelConfig) -> None:
         if leaf.shape != wanted[name].shape:
             raise ConfigError(
                 f"{name} has the shape {leaf.shape} after the cut and {wanted[name].shape} in the smaller model; give "
-                "its axes the logical names that efftrain.models uses, and axes that stay whole other ones"
+                "its axes the logical names that efftrain.models uses, and other names to axes that are not cut"
             )

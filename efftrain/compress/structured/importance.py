@@ -126,8 +126,8 @@ def check_prunable(config: ModelConfig) -> None:
         check_standard(block, i)
         if block.depth != Full():
             raise ConfigError(
-                f"layer {i} has the depth policy {type(block.depth).__name__}; prune a model that every token passes "
-                "whole (Full)"
+                f"layer {i} has the depth policy {type(block.depth).__name__}; prune a model in which every token "
+                "passes every layer (Full)"
             )
 
 

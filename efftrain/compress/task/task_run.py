@@ -99,14 +99,12 @@ def general_ids(general: Path, task: Task, tokenizer: Path | None = None) -> Tas
         check_same_tokenizer(own, tokenizer, general, tokenizer)
     tokenizer = tokenizer or own
     if tokenizer is None:
-        raise ConfigError(
-            f"neither {general} nor its corpus has a tokenizer.json that is here; give it with --tokenizer"
-        )
+        raise ConfigError(f"no tokenizer.json was found for {general} or its corpus; give one with --tokenizer")
     found = load_tokenizer(tokenizer)
     if vocabulary_size(found) != size:
         raise ConfigError(
-            f"{tokenizer} has {vocabulary_size(found)} entries and the model of {general} {size}; give the tokenizer "
-            "that it was trained with"
+            f"{tokenizer} has {vocabulary_size(found)} entries and the model of {general} has {size}; give the "
+            "tokenizer that the model was trained with"
         )
     return TaskIds(found, task.labels, marked_end_of_text(tokenizer))
 

@@ -43,7 +43,9 @@ class Augmentation:
             if getattr(self, name) < 1:
                 raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be at least 1")
         if not self.temperature > 0:
-            raise ConfigError(f"augment.temperature is {self.temperature}; samples differ above 0 alone")
+            raise ConfigError(
+                f"augment.temperature is {self.temperature}; it must be above 0, or all samples are the same"
+            )
         if not 0 <= self.threshold < 1:
             raise ConfigError(f"augment.threshold is {self.threshold}; give a share from 0 to below 1")
 

@@ -204,7 +204,7 @@ def _read(compiled: Any) -> tuple[ProgramText | None, list[str]]:
         return ProgramText(compiled.as_text()), []
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        return None, [f"the program's text cannot be had ({reason}); FLOPs, bytes and times are by formulas"]
+        return None, [f"the text of the program is not available ({reason}); FLOPs, bytes and times come from formulas"]
 
 
 def _flops(model: Decoder, teacher: Decoder | None, training: Training) -> float:
@@ -224,7 +224,7 @@ def _kernel_flops(
     unknown, flops = text.kernels
     if not unknown:
         return flops
-    warnings.append(f"{unknown} runs of kernels state no FLOPs; what attention needs is added by formula")
+    warnings.append(f"{unknown} kernel calls state no FLOPs; the FLOPs of attention are added by formula")
     passes = FORWARD_AND_BACKWARD + (model.config.remat == "full")
     tokens = training.batch_size * training.length / mesh.size
     layers = [(layer, passes) for layer in model.config.layers]

@@ -12,7 +12,7 @@ def show(report: CompiledStep, console: Console) -> None:
     """Prints memory, FLOPs, times and traffic of one device, then the warnings."""
     mesh = ", ".join(f"{axis}={n}" for axis, n in report.mesh.items() if n > 1) or "one device"
     console.print(f"{report.target} on {report.topology}: {report.devices} devices, {mesh}", markup=False)
-    console.print(f"compiled in {report.compile_s:.0f} s; all figures are of one device and one step\n")
+    console.print(f"compiled in {report.compile_s:.0f} s; all figures are per device and step\n")
     memory = report.memory
     table = Table("memory", "bytes", title_justify="left")
     table.columns[1].justify = "right"
@@ -21,11 +21,11 @@ def show(report: CompiledStep, console: Console) -> None:
         table.add_row(name.replace("_", " "), decimal(getattr(memory, name)))
     table.add_section()
     share = "" if memory.limit is None else f" of {decimal(int(memory.limit))} ({memory.total / memory.limit:.0%})"
-    table.add_row("in all, with the program", decimal(memory.total) + share)
+    table.add_row("total, with the program", decimal(memory.total) + share)
     console.print(table)
 
     console.print(
-        f"{report.flops / 1e12:.3g} TFLOPs (counted from the {report.counted_from}), of it "
+        f"{report.flops / 1e12:.3g} TFLOPs (counted from the {report.counted_from}), of which "
         f"{report.model_flops / max(report.flops, 1):.0%} model FLOPs; {decimal(int(report.hbm_bytes))} through memory"
     )
     if report.times is None:
@@ -33,8 +33,9 @@ def show(report: CompiledStep, console: Console) -> None:
     else:
         times = report.times
         console.print(
-            f"at least {times.step_s * 1e3:.4g} ms a step, by {times.dominant}: compute {times.compute_s * 1e3:.4g}, "
-            f"HBM {times.hbm_s * 1e3:.4g}, ICI {times.ici_s * 1e3:.4g} ms (roofline; a bound, not a measurement)\n"
+            f"at least {times.step_s * 1e3:.4g} ms per step, limited by {times.dominant}: "
+            f"compute {times.compute_s * 1e3:.4g}, HBM {times.hbm_s * 1e3:.4g}, ICI {times.ici_s * 1e3:.4g} ms "
+            "(roofline; a bound, not a measurement)\n"
         )
     if report.collectives:
         table = Table("collective", "mesh axes", "in a loop", "times", "sent", "largest")
@@ -49,7 +50,7 @@ def show(report: CompiledStep, console: Console) -> None:
 
 def show_search(ranked: list[Estimate], console: Console, *, first: int = 10) -> None:
     """Prints the ``first`` fastest meshes of a search by formulas."""
-    table = Table("mesh", "step", "by", "memory", title=f"{len(ranked)} meshes that fit, by formulas")
+    table = Table("mesh", "step", "by", "memory", title=f"{len(ranked)} meshes that fit, estimated by formulas")
     for found in ranked[:first]:
         mesh = ", ".join(f"{axis}={n}" for axis, n in found.mesh.items() if n > 1) or "one device"
         step = f"{found.times.step_s * 1e3:.4g} ms"

@@ -28,13 +28,16 @@ def parameter_warnings(rows: list[Placed], mesh: Mesh, *, tiled: bool) -> list[s
         if row.bytes_total <= 0.01 * whole:
             continue
         if row.replicated and splitting > 1:
-            found.append(f"{row.path} is on every device whole ({row.bytes_total / 1e6:.1f} MB); give its axes a rule")
+            found.append(
+                f"{row.path} is replicated on every device ({row.bytes_total / 1e6:.1f} MB); give its axes a rule"
+            )
         padded = _padded_bytes(row, mesh)
         if tiled and padded > 1.1 * row.bytes_per_device:
             shard = " x ".join(map(str, _shard_shape(row, mesh)))
             found.append(
                 f"{row.path}: its shard of {shard} is padded to tiles of {TILE[0]} x {TILE[1]}, "
-                f"{padded / row.bytes_per_device:.2f} times its size; make its dimensions multiples, or split it less"
+                f"{padded / row.bytes_per_device:.2f} times its size; make its dimensions multiples of the tile, or "
+                "split it less"
             )
     return found
 
@@ -49,14 +52,15 @@ def loop_warnings(text: ProgramText, collectives: list[Traffic], params: Any) ->
       collectives: its traffic.
       params: abstract parameters, and those of a teacher.
     """
-    found = [f"loop {name}: its number of rounds could not be read; counted once" for name in text.unknown_loops]
+    found = [f"loop {name}: its number of iterations could not be read; counted once" for name in text.unknown_loops]
     largest = 0
     for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         stacked = "layers" in (leaf.get_metadata().get("axes") or ())
         largest = max(largest, leaf.size * 4 // (leaf.shape[0] if stacked else 1))
     found += [
         f"an all-gather over {'+'.join(row.axes)} in a loop makes {row.largest / 1e6:.1f} MB, and the largest "
-        f"parameter of a layer has {largest / 1e6:.1f} MB: an activation is gathered ({row.source}); constrain it"
+        f"parameter of a layer has {largest / 1e6:.1f} MB: an activation is gathered ({row.source}); "
+        "constrain its sharding"
         for row in collectives
         if row.kind == "all-gather" and row.in_loop and row.largest > largest
     ]

@@ -134,7 +134,7 @@ def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = Non
         found = {"chosen_on": {"split": CHOICES, "rows": options.rows}}
         report = {"split": held_out.split, "rows": size * len(report_on), "note": held_out.note}
         if model.config.n_layers < 2 and not has_routed_depth(model):
-            raise ConfigError(f"the model of {run} has one layer, and none to leave out")
+            raise ConfigError(f"the model of {run} has one layer, which cannot be skipped")
         if has_routed_depth(model):
             found = {"routed_depth": kept.cell("routed", lambda: routed_depths(model, report_on, report_text))}
         else:
@@ -188,7 +188,7 @@ def _split(rows: Rows, options: DepthCalibration) -> tuple[Rows, Rows]:
     if there < needed:
         raise ConfigError(
             f"calibration.rows is {options.rows}, too few to show a risk of {options.risk} at an error of "
-            f"{options.error}: after those for tuning, {there} documents begin in them and {needed} are needed; give "
+            f"{options.error}: {there} documents begin in the rows that tuning leaves and {needed} are needed; give "
             "more --rows, or a larger risk"
         )
     return rows[:n_tuning], held_out
@@ -258,7 +258,7 @@ def _choose(points: list[dict], options: DepthCalibration) -> dict[str, Any]:
     safe = last_safe([point["document_losses"] for point in points], options.risk, options.error)
     full = points[0]["bpb"]
     if full is None:
-        raise RunError("the model has no finite bits per byte with all its layers; calibrate one that works")
+        raise RunError("the model has no finite bits per byte with all its layers; calibrate another checkpoint")
     good = [p for p in points if p["bpb"] is not None and p["bpb"] <= full * (1 + QUALITY_LOSS)]
     curve = [_without_losses(point) for point in points]
     return {

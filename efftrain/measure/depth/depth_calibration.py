@@ -42,7 +42,7 @@ class Calibrated:
         best = self.values["self_speculation"]
         if best["exit_layer"] is None:
             raise ConfigError(
-                "depth.json has no draft that beats plain decoding and keeps its tokens; decode with all layers"
+                "depth.json has no draft that is faster than plain decoding at equal tokens; decode with all layers"
             )
         return SelfSpeculation(exit_layer=best["exit_layer"], n_draft=best["n_draft"])
 
@@ -58,7 +58,7 @@ class Calibrated:
         self._check_not_routed()
         found = self.values["confidence_exit"].get(rule)
         if not found:
-            raise ConfigError(f"depth.json knows no rule {rule!r}; use one of {', '.join(RULES)}")
+            raise ConfigError(f"depth.json has no rule {rule!r}; use one of {', '.join(RULES)}")
         if found["threshold"] is None:
             raise ConfigError(
                 f"depth.json has no threshold of rule {rule!r} within its risk; calibrate with a larger --risk or more "
@@ -69,7 +69,7 @@ class Calibrated:
     def _check_not_routed(self) -> None:
         if "routed_depth" in self.values:
             raise ConfigError(
-                "depth.json is of a model of routed depth, which saves its layers by itself; decode it as it is"
+                "depth.json is of a model of routed depth, which already skips layers; decode without depth"
             )
 
 

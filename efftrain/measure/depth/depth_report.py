@@ -39,7 +39,8 @@ def rows_to_report(held_out: HeldOut, n: int, size: int) -> list[Mapping[str, np
     if not rows:
         raise CorpusError(
             f"{held_out.corpus}: the {held_out.split} split has no {size} rows of {held_out.length} tokens to "
-            "report on that are not chosen on; give fewer --rows, or build the corpus with a larger test split"
+            "report on beside those that were used to choose; give fewer --rows, or build the corpus with a larger "
+            "test split"
         )
     return rows
 

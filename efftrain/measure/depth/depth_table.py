@@ -43,7 +43,7 @@ def summary(values: Mapping[str, Any]) -> Iterator[Table]:
         seconds = values["seconds"]
         limit = f"{QUALITY_LOSS:.0%}"
         table = Table(
-            "rule", "threshold", "layers", "bits/byte", "other tokens", "ms a token, 1 row", "8 rows",
+            "rule", "threshold", "layers", "bits/byte", "other tokens", "ms per token, 1 row", "8 rows",
             title=f"exit by confidence: the fewest layers at {limit} of quality, on the {of}", title_justify="left",
         )  # fmt: skip
         points = {"all layers": exits[RULES[0]]["all layers"]}

@@ -184,8 +184,8 @@ def _sized(documents: Iterable[Document | Skipped]) -> Iterator[tuple[Document, 
             yield document, n_bytes
         elif document.rule == UNREADABLE:
             raise CorpusError(
-                f"{document.id} of {document.source} cannot be read ({document.detail}), and nobody knows how many "
-                "documents would be without a score; mend the file, or take it out of the source"
+                f"{document.id} of {document.source} cannot be read ({document.detail}), so that an unknown "
+                "number of documents would have no score; repair the file, or remove it from the source"
             )
 
 

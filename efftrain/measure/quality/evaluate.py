@@ -95,7 +95,7 @@ class Evaluator:
         n_bytes = sum(digit / _BASE**place for place, digit in enumerate(sums_k))
         if not n_bytes:
             raise CorpusError(
-                "the evaluation rows have no target that stands for text; give a validation split that is not empty"
+                "the evaluation rows contain no text to predict; give a validation split that is not empty"
             )
         found = {"bpb": nats / math.log(2) / n_bytes, "loss": nats / n_targets}
         routed = sum(isinstance(block.depth, RoutedDepthConfig) for block in model.config.layers)

@@ -105,7 +105,7 @@ def reporting(
     n_rows = len(data.PackedRows(opened, CHOICES, length))
     if n_rows <= start:
         raise CorpusError(
-            f"{corpus} has no test split of a row of {length} tokens, and all {n_rows} rows of its validation split "
+            f"{corpus} has no test split with a row of {length} tokens, and all {n_rows} rows of its validation split "
             "would be used to choose; give fewer --rows, or build the corpus with a test split"
         )
     without = f"without the first {start} rows, on which something was chosen" if start else ""

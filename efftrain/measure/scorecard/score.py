@@ -21,7 +21,7 @@ from efftrain.sharding.chips import find_chip
 from efftrain.train.run.environment import environment
 
 LATENCY_BATCHES = (1, 8)
-DROPS = "experts drop what exceeds their capacity, so that it depends on the rows that are evaluated together"
+DROPS = "experts drop tokens above their capacity, so that the figure depends on the rows that are evaluated together"
 LOOKS_AHEAD = "the model chooses tokens by looking ahead, and cannot decode"
 
 
@@ -98,7 +98,7 @@ def quality_figures(values: Mapping[str, float] | None, split: str, note: str = 
         name: figure(name, unit) if name in values else not_measured(unit, LOOKS_AHEAD) for name, unit in units.items()
     }
     if "bpb_look_ahead" in values:
-        how = "with the choice of tokens that training makes, which looks ahead"
+        how = "with the token choice of training, which looks ahead"
         figures["bpb_look_ahead"] = figure("bpb_look_ahead", "bits/byte", how)
     if "mean_depth" in values:
         figures["mean_depth"] = figure("mean_depth", "layers/token")
@@ -114,7 +114,7 @@ def _size(model: Decoder, checkpoint: Path | None) -> dict[str, Figure]:
     parameters = count_parameters(model)
     counts = {
         "parameters_total": (parameters.total, "a tied head counts once" if model.config.tied_embedding else ""),
-        "parameters_active": (parameters.active, "that one token uses"),
+        "parameters_active": (parameters.active, "used by one token"),
         "parameters_embedding": (parameters.embedding, ""),
     }
     sizes = {
@@ -150,7 +150,7 @@ def _flops(
     per_token = training_flops(model, length, steps=steps) + extra
     convention = f"rows of {length}, forward and backward, causal attention halved"
     if extra:
-        convention += f"; {extra / per_token:.0%} of it by the objective, beside the model"
+        convention += f"; {extra / per_token:.0%} of it in the objective, outside the model"
     return {
         "train_flops_per_token": Figure(per_token, "FLOP/token", "counted", convention),
         "decode_flops_per_token": Figure(
@@ -170,7 +170,7 @@ def _training(given: Mapping[str, float], training_tokens: int | None) -> dict[s
         "step_s_p95": ("step_s_p95", "s", ""),
         "input_wait_share": ("input_wait_share", "share", "of the step time"),
         "mfu": ("mfu", "share", "model FLOPs of the dense bf16 peak"),
-        "checkpoint_share": ("checkpoint_share", "share", "of the loop's wall time that it waited for a checkpoint"),
+        "checkpoint_share": ("checkpoint_share", "share", "of the loop's wall time, spent waiting for checkpoints"),
         "evaluation_share": ("evaluation_share", "share", "of the loop's wall time"),
         "compile_s": ("compile_s", "s", _compiled(given)),
     }
@@ -243,5 +243,5 @@ def _peak_memory() -> Figure:
 
 def _finite(value: float, unit: str, method: Method, note: str, split: str = "") -> Figure:
     if not math.isfinite(value):
-        return Figure(None, unit, "unavailable", f"it came out as {value}", split)
+        return Figure(None, unit, "unavailable", f"the computed value is {value}", split)
     return Figure(float(value), unit, method, note, split)

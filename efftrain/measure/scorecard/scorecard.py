@@ -50,11 +50,11 @@ class Figure:
 
     def __post_init__(self):
         if self.method not in get_args(Method):
-            raise ValueError(f"a figure is {', '.join(get_args(Method))}, and not {self.method!r}")
+            raise ValueError(f"the method of a figure is {self.method!r}; use one of {', '.join(get_args(Method))}")
         if (self.value is None) != (self.method == "unavailable"):
-            raise ValueError(f"a figure with value {self.value} cannot be called {self.method}")
+            raise ValueError(f"a figure with value {self.value} cannot have the method {self.method}")
         if self.value is not None and not math.isfinite(self.value):
-            raise ValueError(f"{self.value} is no figure; use not_measured with a note that says what happened")
+            raise ValueError(f"{self.value} is not finite; use not_measured with a note that says what happened")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class Scorecard:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise RunError(f"cannot write {path} ({error.strerror}); free the disk or choose another --out") from error
+            raise RunError(
+                f"cannot write {path} ({error.strerror}); free disk space or choose another --out"
+            ) from error
 
     @staticmethod
     def of(value: Any) -> "Scorecard":

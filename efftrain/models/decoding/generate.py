@@ -112,7 +112,7 @@ def generate_report(
         depth.check(model.config)
         if max_layers_b is not None:
             raise ConfigError(
-                "max_layers_b has no effect in self-speculation, which answers for all layers; set only one of them"
+                "max_layers_b has no effect in self-speculation, which uses all layers; set only one of them"
             )
         extra = extra_slots(depth)
     elif isinstance(depth, ConfidenceExit) or max_layers_b is not None:

@@ -96,9 +96,7 @@ class ExitState:
 def check_exit(name: str, n_layers_passed: int, n_layers: int) -> None:
     """Raises ``ConfigError`` if there is no exit after this number of layers."""
     if not 1 <= n_layers_passed < n_layers:
-        raise ConfigError(
-            f"{name} is {n_layers_passed} and the model has {n_layers} layers; an exit stands after 1 to {n_layers - 1}"
-        )
+        raise ConfigError(f"{name} is {n_layers_passed} and the model has {n_layers} layers; give 1 to {n_layers - 1}")
 
 
 def check_layers(config: ModelConfig, technique: str) -> None:
@@ -107,7 +105,7 @@ def check_layers(config: ModelConfig, technique: str) -> None:
         if not block.depth.every_token:
             raise ConfigError(
                 f"{technique} needs a stack of blocks that every token passes once, and layer {i} has "
-                f"{type(block.depth).__name__}; such a model saves its layers by itself, leave {technique} out"
+                f"{type(block.depth).__name__}; such a model already skips layers, leave {technique} out"
             )
 
 

@@ -51,7 +51,7 @@ class RoutedDepthConfig(DepthConfig):
         if self.causal != "none" and self.causal_loss <= 0:
             raise ConfigError(f"{name}.causal_loss is {self.causal_loss}; give a positive number, or causal 'none'")
         if self.room < 1:
-            raise ConfigError(f"{name}.room is {self.room}; give at least 1, the capacity itself")
+            raise ConfigError(f"{name}.room is {self.room}; it multiplies the capacity, give at least 1")
 
     def capacities(self) -> tuple[float, ...]:
         """Share of a row's tokens in each round through the layers; no share is larger than the one before."""
@@ -105,7 +105,7 @@ class MixtureOfDepths(RoutedDepthConfig):
         self._check("mixture_of_depths")
         if not 0 < self.capacity <= 1:
             raise ConfigError(
-                f"mixture_of_depths.capacity is {self.capacity}; give a share of the tokens above 0, to 1"
+                f"mixture_of_depths.capacity is {self.capacity}; give a share of the tokens above 0 and up to 1"
             )
 
     def capacities(self) -> tuple[float, ...]:
@@ -134,9 +134,9 @@ class Recursion(RoutedDepthConfig):
         if self.n_layers < 1:
             raise ConfigError(f"recursion.n_layers is {self.n_layers}; it must be at least 1")
         if not self.shares or not 0 < min(self.shares) <= max(self.shares) <= 1:
-            raise ConfigError(f"recursion.shares is {self.shares}; give shares of the tokens above 0, to 1")
+            raise ConfigError(f"recursion.shares is {self.shares}; give shares of the tokens above 0 and up to 1")
         if any(later > earlier for earlier, later in itertools.pairwise(self.shares)):
-            raise ConfigError(f"recursion.shares is {self.shares}; no round may have more tokens than the one before")
+            raise ConfigError(f"recursion.shares is {self.shares}; give no round a larger share than the round before")
 
     def capacities(self) -> tuple[float, ...]:
         return self.shares

@@ -108,8 +108,8 @@ class MoE(MlpConfig):
             raise ConfigError("moe.saliency needs rows, which dispatch 'reference' does not make; use auto")
         if self.router is not None and self.z_loss:
             raise ConfigError(
-                f"moe.z_loss is {self.z_loss}, of the logits of the learned router, and moe.router is "
-                f"{type(self.router).__name__}; set z_loss to 0"
+                f"moe.z_loss is {self.z_loss}, but moe.router {type(self.router).__name__} has no logits to penalise; "
+                "set z_loss to 0"
             )
 
     @property

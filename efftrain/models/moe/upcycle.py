@@ -47,20 +47,22 @@ def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
     for name in ("vocab_size", "d_model", "n_layers", "tied_embedding"):
         if getattr(dense, name) != getattr(config, name):
             raise ConfigError(
-                f"model.{name} is {getattr(config, name)} and the dense model has {getattr(dense, name)}; upcycling "
-                "keeps it"
+                f"model.{name} is {getattr(config, name)} and the dense model has {getattr(dense, name)}; give both "
+                "the same value"
             )
     for i, (old, new) in enumerate(zip(dense.layers, config.layers, strict=True)):
         where = f"layer {i}: "
         if not isinstance(old.mlp, Dense):
             raise ConfigError(f"{where}the model to upcycle has {type(old.mlp).__name__} there; give a dense model")
         if not old.depth == new.depth == Full():
-            raise ConfigError(f"{where}a depth policy stands there; upcycling copies blocks that every token passes")
+            raise ConfigError(
+                f"{where}the block has a depth policy, and upcycling copies only blocks without one; use Full"
+            )
         if replace(old.attention, n_blocks=1, backend="auto") != replace(new.attention, n_blocks=1, backend="auto"):
-            raise ConfigError(f"{where}attention differs from the dense model's; upcycling keeps it")
+            raise ConfigError(f"{where}attention differs from the dense model's; give both the same attention")
         if not isinstance(new.mlp, MoE):
             if new.mlp != old.mlp:
-                raise ConfigError(f"{where}mlp is neither an MoE nor the dense model's; use one of both")
+                raise ConfigError(f"{where}mlp is neither an MoE nor that of the dense model; use one of the two")
         elif new.mlp.d_expert != old.mlp.d_ff:
             raise ConfigError(
                 f"{where}moe.d_expert is {new.mlp.d_expert} and the dense model's d_ff {old.mlp.d_ff}; upcycling "
@@ -68,7 +70,7 @@ def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
             )
         elif not new.mlp.gates_sum_to_one or new.mlp.n_shared:
             raise ConfigError(
-                f"{where}upcycling needs gates that sum to 1 and nothing beside them; use moe.top_k 2 or more, "
+                f"{where}upcycling needs gates that sum to 1 and no shared experts; use moe.top_k 2 or more, "
                 "moe.renormalize and moe.n_shared 0"
             )
 

@@ -49,7 +49,7 @@ def writing_errors(directory: Path | epath.Path) -> Generator[None]:
     except (OSError, ValueError) as error:
         ignore_late_callbacks()
         raise RunError(
-            f"cannot write a checkpoint to {directory} ({first_line(error)}); free the disk, then the same command "
+            f"cannot write a checkpoint to {directory} ({first_line(error)}); free disk space, then the same command "
             "continues from the newest complete checkpoint"
         ) from error
 

@@ -25,7 +25,7 @@ def check_writable(directory: epath.Path) -> None:
     def explain(error: BaseException) -> RunError:
         reason = getattr(error, "strerror", None) or first_line(error)
         return RunError(
-            f"cannot write a checkpoint to {directory} ({reason}); free the disk, mend its permissions or choose "
+            f"cannot write a checkpoint to {directory} ({reason}); free disk space, correct the permissions or choose "
             "another --out or --training.checkpoints"
         )
 
@@ -71,7 +71,7 @@ def lock_folder(directory: Path | epath.Path) -> Lock | None:
                 lock = Lock(beside(Path(directory)), Path(directory), option="--training.checkpoints")
             except OSError as error:
                 raise RunError(
-                    f"cannot lock {directory} ({error.strerror}); mend the permissions of its parent, or choose "
+                    f"cannot lock {directory} ({error.strerror}); correct the permissions of its parent, or choose "
                     "another --training.checkpoints"
                 ) from error
     return lock
@@ -98,7 +98,7 @@ def vanished(directory: Path | epath.Path, steps: Sequence[int]) -> bool:
     which = f" with checkpoints {', '.join(map(str, gone))}" if gone else ""
     console.print(
         f"warning: {directory}{which} was moved or deleted while the run goes on; the next checkpoint is complete and "
-        "stands in a new folder of that name; to keep the others, move them there",
+        "is written to a new folder of that name; to keep the others, move them there",
         style="yellow",
         markup=False,
     )

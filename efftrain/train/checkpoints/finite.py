@@ -31,8 +31,8 @@ def check_finite(array: Array, name: str, names: Iterable[str], source: object) 
         repeat = next(i for i in range(len(array)) if not _is_finite(array[i]))
         name = f"{inner} of layer {repeat * n_positions + int(position)}"
     raise RunError(
-        f"{source}: {name} holds numbers that are not finite (NaN or infinity), so that nothing can be made of this "
-        "model; take a checkpoint from before that, or train it again"
+        f"{source}: {name} holds numbers that are not finite (NaN or infinity), so that this model cannot be "
+        "used; take an earlier checkpoint, or train the model again"
     )
 
 

@@ -27,7 +27,7 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
 def check_unaltered(flat: dict[str, Any], saved: dict[str, int], data_state: Any, data_digest: str) -> None:
     for name, found in fingerprints(flat).items():
         if found != saved[name]:
-            raise ValueError(f"{name} has other bytes than were saved")
+            raise ValueError(f"{name} differs from what was saved")
     if digest(data_state) != data_digest:
         raise ValueError("the data iterator's state is not the one that was saved")
 

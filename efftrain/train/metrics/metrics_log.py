@@ -134,7 +134,7 @@ def _mend(path: Path, after_step: int) -> None:
     rows = sorted(newest.values(), key=lambda row: row["step"])
     n_older = len(past) - len(rows)
     losses = [f"{_lines(n_lost)} cannot be read"] if n_lost else []
-    losses += [f"{_lines(n_older)} gave way to a newer row of the same step"] if n_older else []
+    losses += [f"{_lines(n_older)} replaced by a newer row of the same step"] if n_older else []
     copied = ""
     if losses:
         shutil.copyfile(path, copy := _free_name(path, "damaged"))

@@ -133,7 +133,9 @@ class SelfDistillation:
         if key is None:
             return next_token_loss(model, batch, key)
         if not model.config.quantization.rules:
-            raise ConfigError("distillation from the float model needs model.quantization.rules; give one, or leave it")
+            raise ConfigError(
+                "distillation from the float model needs model.quantization.rules; set them, or leave distillation out"
+            )
         inputs = {"segments_bt": batch["segments"], "positions_bt": batch["positions"], "key": key}
         teacher = in_float(model)
         teacher_btd = teacher.hidden(batch["tokens"], **inputs)[0]

@@ -115,7 +115,7 @@ class Run:
             self._check_same_config()
             self._check_same_identity()
         elif made and read_json(self.path / "config.json") != self.config:
-            console.print(f"{self.path} holds a run without a step; this one takes its place", markup=False)
+            console.print(f"{self.path} holds a run that has made no step; the new run replaces it", markup=False)
         with writing(self.path):
             self.write_json("config.json", self.config)  # first: if killed now, the directory is already a run
             before = self._identity_before()
@@ -152,8 +152,8 @@ class Run:
         moved = place != self.checkpoints and steps_made(self.path, place, before) != "none"
         if moved and steps_made(self.path, self.checkpoints, self.config) == "none":
             raise RunError(
-                f"{self.checkpoints} has no checkpoint and the run {self.path} has its own in {place}; move them there "
-                "or give training.checkpoints as it was"
+                f"{self.checkpoints} has no checkpoint, and the run {self.path} keeps its checkpoints in {place}; move "
+                "them there, or give training.checkpoints as it was"
             )
 
     def _identity_before(self) -> dict[str, Any] | None:

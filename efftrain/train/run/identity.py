@@ -124,18 +124,18 @@ def check_identity(run: Path, before: Mapping[str, Any] | None, now: Mapping[str
     for name, value in now["inputs"].items():
         if inputs.get(name, value) != value:
             raise RunError(
-                f"{run} holds a run that was made from something else: what {name} names has changed; choose another "
-                "--out, or restore it to continue"
+                f"{run} holds a run with another input: the contents of {name} have changed; choose another --out, or "
+                "restore them to continue"
             )
     changed = changed_code(before["code"], now["code"])
     if changed and steps == "all":
         raise RunError(
-            f"{run} was trained by other code (changed since: {changed}); choose another --out, or delete it to train "
-            "again"
+            f"{run} was trained with other code (changed since: {changed}); choose another --out, or delete it to "
+            "train again"
         )
     if changed and steps == "some":
         console.print(
-            f"warning: {run} was begun by other code and continues with this one (changed since: {changed})",
+            f"warning: {run} was started with other code and continues with this code (changed since: {changed})",
             style="yellow",
             markup=False,
         )

@@ -26,8 +26,8 @@ def check_tokenizer(run: Path, corpus: Path) -> None:
     theirs = find_tokenizer(run)
     if theirs is None:
         raise ConfigError(
-            f"{run} has no {FILE_NAME}, so its tokens may be others than those of {corpus}; copy that of the corpus "
-            "it was trained on there"
+            f"{run} has no {FILE_NAME}, so its tokens may differ from those of {corpus}; copy that of the corpus it "
+            "was trained on into the run"
         )
     check_same_tokenizer(theirs, corpus / FILE_NAME, run, corpus)
 
@@ -49,6 +49,6 @@ def check_same_tokenizer(theirs: Path, ours: Path, run: Path, other: Path) -> No
     found = first_difference(load_tokenizer(ours), load_tokenizer(theirs))
     if found is not None:
         raise ConfigError(
-            f"the tokenizers of {other} and of the run {run} differ: {found}; the model of {run} reads no other, so "
+            f"the tokenizers of {other} and of the run {run} differ: {found}; the model of {run} needs its own, so "
             f"build a corpus with corpus.tokenizer {theirs}"
         )

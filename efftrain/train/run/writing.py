@@ -14,6 +14,6 @@ def writing(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"cannot write to {path} ({error.strerror or error}); choose another --out, or free the disk and give the "
-            "same command again"
+            f"cannot write to {path} ({error.strerror or error}); choose another --out, or free disk space and give "
+            "the same command again"
         ) from error

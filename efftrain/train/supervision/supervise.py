@@ -64,7 +64,7 @@ def supervise(command: Sequence[str], *, max_restarts: int, first_pause_s: float
                 if max_restarts:
                     console.print(
                         f"error: the recipe ended with code {code}, and {restarts} restarts in a row brought no "
-                        f"checkpoint after step {newest}; mend what its last lines say, then the same command "
+                        f"checkpoint after step {newest}; correct the error in its last lines, then the same command "
                         "continues",
                         style="red",
                         markup=False,
