@@ -260,7 +260,7 @@ def standard_attention(block: BlockConfig, technique: str) -> Attention:
     if not isinstance(block.attention, Attention):
         raise ConfigError(
             f"{technique} reads the heads of efftrain's Attention, and the model has {type(block.attention).__name__}; "
-            f"use a model with Attention, or leave {technique} out"
+            f"use a model with Attention, or remove {technique}"
         )
     return block.attention
 

@@ -63,10 +63,10 @@ class QuantizationRule:
         except re.error as error:
             raise ConfigError(f"quantization: layers {self.layers!r} is not a regular expression ({error})") from error
         if self.activations is not None and self.activations.group is not None:
-            raise ConfigError("quantization: activations have one scale per token; leave their group out")
+            raise ConfigError("quantization: activations have one scale per token; remove their group")
         if self.learned_step and (self.weights is None or isinstance(self.weights, Float8)):
             raise ConfigError(
-                "quantization: learned_step needs weights of an integer format; set weights, or leave learned_step out"
+                "quantization: learned_step needs weights of an integer format; set weights, or remove learned_step"
             )
 
 
@@ -88,7 +88,7 @@ class Quantization:
 
     def __post_init__(self):
         if self.cache is not None and self.cache.group is not None:
-            raise ConfigError("quantization: the cache has one scale for each token and head; leave its group out")
+            raise ConfigError("quantization: the cache has one scale for each token and head; remove its group")
 
 
 @runtime_checkable

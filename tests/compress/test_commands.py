@@ -12,7 +12,7 @@ from efftrain.errors import ConfigError
 
 ONE, TWO = (RecoveryTraining(tokens=4096, rounds=rounds) for rounds in (1, 2))
 NEEDED = {Quantize: {}, Prune: {"sparsity": "0.5"}, StructuredPrune: {"ratio": 0.3}, RecoveryTraining: {"tokens": 4096}}
-ALL_WEIGHTS = "--budget is for the weights of all blocks; leave --activations and --layers out"
+ALL_WEIGHTS = "--budget is for the weights of all blocks; remove --activations and --layers"
 SEVERAL = {"weights": "int8,int4", "budget": 0.2}
 REFUSED = [
     (Quantize, {"rows": 0}, "--rows is 0; give at least 1"),
@@ -37,7 +37,7 @@ REFUSED = [
     (Prune, {"weights": "int8", "method": "wanda"}, "--weights and --activations need --method sparsegpt"),
     (Prune, {"activations": "int8", "method": "magnitude"}, "--weights and --activations need --method sparsegpt"),
     (Prune, {"weights": "int8", "recovery": ONE}, "--recovery-tokens trains float weights; leave --weights"),
-    (Prune, {"sparsity": "2:4", "recovery": TWO}, "--sparsity 2:4 is reached in one round; leave --rounds out"),
+    (Prune, {"sparsity": "2:4", "recovery": TWO}, "--sparsity 2:4 is reached in one round; remove --rounds"),
     (StructuredPrune, {"rows": 0}, "--rows is 0; give at least 1"),
     (StructuredPrune, {"ratio": 1.2}, "--ratio is 1.2; give the share to remove, between 0 and 1"),
     (StructuredPrune, {"ratio": 0.0}, "--ratio is 0.0; give the share to remove, between 0 and 1"),

@@ -215,7 +215,7 @@ def test_a_budget_is_tried_on_float_matrices(tmp_path):
     plain = build(config(pattern=(PLAIN,), n_repeats=1))
     np.testing.assert_array_equal(seen[0], logits(trained_for(plain, weights(INT8)), tokens()))
     np.testing.assert_array_equal(logits(model, tokens()), before)
-    with pytest.raises(ConfigError, match="int8 and fp8 take the same number of bytes; leave one of them out"):
+    with pytest.raises(ConfigError, match="int8 and fp8 take the same number of bytes; remove one of them"):
         choose_formats(model, (INT8, Float8()), 0.2, bpb, Measurements(tmp_path / "choice.json", {}, {}))
     n = len(seen)
     choose_formats(

@@ -36,7 +36,7 @@ def rules_of(
         return trained
     if stored is None and trained:
         if layers != ALL_BLOCKS:
-            raise ConfigError("the run was trained with its own quantization rules; leave --layers out")
+            raise ConfigError("the run was trained with its own quantization rules; remove --layers")
         return tuple(replace(rule, activations=inputs) for rule in trained)
     rule = QuantizationRule(layers=layers, weights=stored, activations=inputs)
     if any(r.learned_step for r in trained):

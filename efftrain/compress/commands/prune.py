@@ -50,16 +50,16 @@ class Prune:
             raise ConfigError(f"--method is {self.method}; use one of {', '.join(get_args(PruneMethod))}")
         if quantized and self.method != "sparsegpt":
             raise ConfigError(
-                f"--weights and --activations need --method sparsegpt, but --method is {self.method}; leave both out "
+                f"--weights and --activations need --method sparsegpt, but --method is {self.method}; remove both "
                 "and quantise the pruned run"
             )
         if quantized and self.recovery is not None:
             raise ConfigError(
-                "--recovery-tokens trains float weights; leave --weights and --activations out, or train for them with "
+                "--recovery-tokens trains float weights; remove --weights and --activations, or train for them with "
                 "recipes/qat.py"
             )
         if self.recovery is not None and self.recovery.rounds > 1 and isinstance(structure, SemiStructured):
-            raise ConfigError(f"--sparsity {self.sparsity} is reached in one round; leave --rounds out")
+            raise ConfigError(f"--sparsity {self.sparsity} is reached in one round; remove --rounds")
         QuantizationRule(weights=parse(self.weights), activations=parse(self.activations))
 
     @property

@@ -57,7 +57,7 @@ class Quantize:
             if not several:
                 raise ConfigError("--budget chooses between formats; give several, such as --weights int8,int4:g32")
             if self.activations or self.layers != ALL_BLOCKS:
-                raise ConfigError("--budget is for the weights of all blocks; leave --activations and --layers out")
+                raise ConfigError("--budget is for the weights of all blocks; remove --activations and --layers")
         elif several:
             raise ConfigError(f"--weights is {self.weights}; give one format, or a --budget to choose by")
         if self.layers != ALL_BLOCKS and not (self.weights or self.activations):

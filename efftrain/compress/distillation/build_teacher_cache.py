@@ -277,7 +277,7 @@ def _open_rows(
     if options.rows is not None and options.rows > len(rows):
         raise ConfigError(
             f"--rows is {options.rows} and split {options.split!r} of {opened.path} has {len(rows)} rows of {length} "
-            "tokens; give fewer, or leave --rows out to use all"
+            "tokens; give fewer, or remove --rows to use all"
         )
     return opened, rows
 

@@ -157,7 +157,7 @@ class FromCache:
         for name in ("temperature", "beta", "features", "on_policy"):
             if getattr(self.how, name) != getattr(plain, name):
                 raise ConfigError(
-                    f"distill.{name} needs the teacher itself, but a teacher cache is given; leave one of them out"
+                    f"distill.{name} needs the teacher itself, but a teacher cache is given; remove one of them"
                 )
 
     def at(self, teacher: Decoder | None, progress: Array) -> Objective:

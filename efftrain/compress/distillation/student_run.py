@@ -70,7 +70,7 @@ def student_program(
 
     if config.distill is None:
         if config.cache is not None:
-            raise ConfigError("a cache has no effect without a distillation loss; leave the cache out, or give distill")
+            raise ConfigError("a cache has no effect without a distillation loss; remove the cache, or give distill")
         return build, next_token_loss
     if config.cache is not None:
         cache = data.TeacherCache.open(config.cache, verify=False)

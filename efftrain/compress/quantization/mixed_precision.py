@@ -76,7 +76,7 @@ def choose_formats(
     for (larger, smaller), (more, less) in zip(itertools.pairwise(formats), itertools.pairwise(shares), strict=True):
         if more == less:
             names = f"{format_name(larger)} and {format_name(smaller)}"
-            raise ConfigError(f"--weights: {names} take the same number of bytes; leave one of them out")
+            raise ConfigError(f"--weights: {names} take the same number of bytes; remove one of them")
     if budget < shares[-1]:
         raise ConfigError(
             f"--budget {budget} is below {shares[-1]:.4f}, the share with {format_name(formats[-1])} in all blocks; "

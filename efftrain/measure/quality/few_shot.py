@@ -73,7 +73,9 @@ def few_shot(
     most = model.config.max_length
     room = most - max(map(len, queries)) - max(map(len, names)) - 1
     if room < 0:
-        raise ConfigError(f"a question and a label do not fit into the {most} tokens of the model; leave long ones out")
+        raise ConfigError(
+            f"a question and a label do not fit into the {most} tokens of the model; remove the long ones"
+        )
     prompt, n_shown = [tokenizer.token_to_id(find_end_of_text(tokenizer, end_of_text))], 0
     for text, label in shown[:shots]:
         more = [*_asked(tokenizer, text), *tokenizer.encode(f" {words(label)}\n\n", add_special_tokens=False).ids]

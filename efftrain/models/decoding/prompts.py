@@ -26,7 +26,7 @@ def padded(prompts: Prompts, lengths_b: Array | np.ndarray | None) -> tuple[Arra
         lengths_b = jnp.full(batch, longest, jnp.int32) if lengths_b is None else lengths_b
         return jnp.asarray(prompts), jnp.asarray(lengths_b)
     if lengths_b is not None:
-        raise ConfigError("prompts are lists, which have their own lengths; leave prompt_lengths_b out")
+        raise ConfigError("prompts are lists, which have their own lengths; remove prompt_lengths_b")
     sizes = [len(prompt) for prompt in prompts]
     if not all(sizes) or not sizes:
         raise ConfigError(f"the prompts have {sizes} tokens; give at least one prompt, and each at least one token")

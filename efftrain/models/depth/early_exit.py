@@ -105,7 +105,7 @@ def check_layers(config: ModelConfig, technique: str) -> None:
         if not block.depth.every_token:
             raise ConfigError(
                 f"{technique} needs a stack of blocks that every token passes once, and layer {i} has "
-                f"{type(block.depth).__name__}; such a model already skips layers, leave {technique} out"
+                f"{type(block.depth).__name__}; such a model already skips layers; remove {technique}"
             )
 
 

@@ -134,7 +134,7 @@ class SelfDistillation:
             return next_token_loss(model, batch, key)
         if not model.config.quantization.rules:
             raise ConfigError(
-                "distillation from the float model needs model.quantization.rules; set them, or leave distillation out"
+                "distillation from the float model needs model.quantization.rules; set them, or remove distillation"
             )
         inputs = {"segments_bt": batch["segments"], "positions_bt": batch["positions"], "key": key}
         teacher = in_float(model)
