@@ -212,7 +212,7 @@ class Corpus:
         if vocab_size < self.vocab_size:
             raise ConfigError(
                 f"model.vocab_size is {vocab_size}, but the tokenizer of {self.path} has {self.vocab_size} entries; "
-                f"use at least {self.vocab_size}"
+                f"give --model.vocab-size {self.vocab_size}, or build the corpus with a smaller vocabulary"
             )
 
     def table(self) -> Table:
