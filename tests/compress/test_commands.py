@@ -36,7 +36,7 @@ REFUSED = [
     (Prune, {"weights": "int3"}, "'int3' is not a number format"),
     (Prune, {"weights": "int8", "method": "wanda"}, "--weights and --activations need --method sparsegpt"),
     (Prune, {"activations": "int8", "method": "magnitude"}, "--weights and --activations need --method sparsegpt"),
-    (Prune, {"weights": "int8", "recovery": ONE}, "--recovery-tokens trains float weights; leave --weights"),
+    (Prune, {"weights": "int8", "recovery": ONE}, "--recovery-tokens trains float weights; remove --weights"),
     (Prune, {"sparsity": "2:4", "recovery": TWO}, "--sparsity 2:4 is reached in one round; remove --rounds"),
     (StructuredPrune, {"rows": 0}, "--rows is 0; give at least 1"),
     (StructuredPrune, {"ratio": 1.2}, "--ratio is 1.2; give the share to remove, between 0 and 1"),

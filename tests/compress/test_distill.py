@@ -196,7 +196,7 @@ def test_relations_see_neither_the_future_nor_other_documents():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match=r"vocab_size is \d+ and the teacher's \d+"):
+    with pytest.raises(ConfigError, match=r"vocab_size is \d+ and the teacher's is \d+"):
         check_vocabulary(STUDENT, replace(STUDENT, vocab_size=STUDENT.vocab_size + 1))
     with pytest.raises(ConfigError, match=r"distill\.beta is 1.5"):
         Distill(beta=1.5)

@@ -200,7 +200,7 @@ def test_c4_strips_citations_and_leaves_a_clean_text_alone():
 
 @pytest.mark.parametrize("make", [Gopher, StopWords])
 def test_datatrove_has_english_words_alone(make):
-    with pytest.raises(ConfigError, match="language is 'de' with as_datatrove"):
+    with pytest.raises(ConfigError, match="language is 'de', but as_datatrove supports only English"):
         make(language="de", as_datatrove=True)
 
 

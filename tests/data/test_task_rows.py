@@ -97,7 +97,7 @@ def test_a_row_holds_whole_items_side_by_side(ids):
         assert not arrays["mask"][start:].any()
         assert (arrays["answers"][len(row) :] == -1).all()
         assert ((arrays["weights"] > 0) == arrays["mask"]).all()
-    with pytest.raises(ConfigError, match=r"a row 8; set training\.length to"):
+    with pytest.raises(ConfigError, match=r"but a row has 8; set training\.length to"):
         pack(items, 8, per_row)
 
 

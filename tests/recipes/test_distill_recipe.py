@@ -153,7 +153,7 @@ def test_bad_input_is_one_sentence(command, student, cache, tmp_path):
         assert not (out / "checkpoints").exists()
         return " ".join(output.split())
 
-    assert "model.vocab_size is 320 and the teacher's 300" in refused("--model.vocab-size", "320")
+    assert "model.vocab_size is 320 and the teacher's is 300" in refused("--model.vocab-size", "320")
     other = tmp_path / "other-teacher"
     shutil.copytree(student.with_name("teacher"), other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())

@@ -167,7 +167,7 @@ def test_bad_input_is_one_sentence(tmp_path):
         ("--labelled", tmp_path / "good.csv", "--test", tmp_path / "good.csv", "--text", "q"): "there is no column 'q'",
         ("--general", tmp_path): "holds no config.json",
         ("--alpha", "2"): "alpha is 2.0",
-        ("--student.training.length", "8"): "a row 8; set training.length to",
+        ("--student.training.length", "8"): "but a row has 8; set training.length to",
     }
     for arguments, message in cases.items():
         if arguments[0] in ("--alpha", "--student.training.length"):
