@@ -69,7 +69,15 @@ class SelfAttention(AttentionModule):
         heads, kv_heads, d_head = config.n_heads, config.n_kv_heads, config.d_head
 
         def into(n: int, axis: str) -> Linear:
-            return Linear(d_model, n * d_head, axes=("embed", axis), units=(d_model, n), dtype=dtype, rngs=rngs)
+            return Linear(
+                d_model,
+                n * d_head,
+                axes=("embed", axis),
+                units=(d_model, n),
+                dtype=dtype,
+                rngs=rngs,
+                bias=config.qkv_bias,
+            )
 
         self.query, self.key, self.value = (
             into(heads, "heads"),
@@ -84,8 +92,12 @@ class SelfAttention(AttentionModule):
             dtype=dtype,
             rngs=rngs,
             gain=(2 * n_layers) ** -0.5,
+            bias=config.out_bias,
         )
-        if config.qk_norm:
+        if config.qk_norm == "full":
+            self.query_norm = RMSNorm(heads * d_head, eps=model.norm_eps, axis="heads", units=heads)
+            self.key_norm = RMSNorm(kv_heads * d_head, eps=model.norm_eps, axis="kv_heads", units=kv_heads)
+        elif config.qk_norm:
             self.query_norm = RMSNorm(d_head, eps=model.norm_eps, axis="head_dim")
             self.key_norm = RMSNorm(d_head, eps=model.norm_eps, axis="head_dim")
         self.position = config.position.build(config, model, rngs=rngs)
@@ -124,16 +136,22 @@ class SelfAttention(AttentionModule):
         return self._queries(x_btd, positions_bt), *self._keys_and_values(x_btd, positions_bt)
 
     def _queries(self, x_btd: Array, positions_bt: Array) -> Array:
-        q_bthd = self._heads(self.query(x_btd), "heads")
-        if self.config.qk_norm:
-            q_bthd = self.query_norm(q_bthd)
-        return self.position.queries(q_bthd, positions_bt)
+        q_bthd = self._normalised_heads(self.query(x_btd), "heads", "query_norm")
+        q_bthd = self.position.queries(q_bthd, positions_bt)
+        if (scale := self.config.scale) is None:
+            return q_bthd
+        # Every kernel multiplies the scores with d_head ** -0.5.
+        return (q_bthd.astype(jnp.float32) * (scale * self.config.d_head**0.5)).astype(q_bthd.dtype)
 
     def _keys_and_values(self, x_btd: Array, positions_bt: Array) -> tuple[Array, Array]:
-        k_btkd = self._heads(self.key(x_btd), "kv_heads")
-        if self.config.qk_norm:
-            k_btkd = self.key_norm(k_btkd)
+        k_btkd = self._normalised_heads(self.key(x_btd), "kv_heads", "key_norm")
         return self.position.keys(k_btkd, positions_bt), self._heads(self.value(x_btd), "kv_heads")
+
+    def _normalised_heads(self, y: Array, axis: str, norm: str) -> Array:
+        if self.config.qk_norm == "full":
+            return self._heads(getattr(self, norm)(y), axis)
+        y = self._heads(y, axis)
+        return getattr(self, norm)(y) if self.config.qk_norm else y
 
     def _heads(self, y: Array, axis: str) -> Array:
         return constrain(y.reshape(*y.shape[:2], -1, self.config.d_head), "batch", "length", axis, None)

@@ -2,96 +2,21 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flax import nnx
 
 from efftrain.config import LATER
 from efftrain.errors import ConfigError
-from efftrain.models.components import (
-    AttentionConfig,
-    DepthConfig,
-    Dtype,
-    MlpConfig,
-    PositionConfig,
-    ResidualConfig,
-    ScoreModConfig,
-)
-from efftrain.models.positions import Rotary
+from efftrain.models.attention_config import Attention
+from efftrain.models.checks import one_of, positive
+from efftrain.models.components import AttentionConfig, DepthConfig, Dtype, MlpConfig, ResidualConfig
 from efftrain.models.quantization import Quantization
 
 if TYPE_CHECKING:
-    from efftrain.models.attention import SelfAttention
     from efftrain.models.block import Block
 
 Remat = Literal["none", "full", "dots"]
-AttentionBackend = Literal["auto", "xla", "splash", "cudnn"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attention(AttentionConfig):
-    """Grouped-query attention.
-
-    Attributes:
-      n_heads: number of query heads.
-      n_kv_heads: number of key and value heads; divides n_heads.
-      d_head: size of a head; even for rotary positions.
-      qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020), which is stable at high learning rates.
-      window: number of latest tokens that a token sees, itself included. None: all.
-      rope_theta: base of the rotary frequencies.
-      n_blocks: number of query blocks in training with the backend "xla", see ``ops.attention``.
-      backend: the kernel in training, see ``ops.attention_backends``. "auto": chosen by the platform of the mesh.
-      position: how queries and keys encode their positions.
-      score_mod: modifies the attention scores; "auto" then selects the backend "xla". None: no modification.
-    """
-
-    quantizes_cache: ClassVar[bool] = True
-
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    qk_norm: bool = False
-    window: int | None = None
-    rope_theta: float = 10_000.0
-    n_blocks: int = 4
-    backend: AttentionBackend = "auto"
-    position: PositionConfig = dataclasses.field(default_factory=Rotary, metadata=LATER)
-    score_mod: ScoreModConfig | None = dataclasses.field(default=None, metadata=LATER)
-
-    def __post_init__(self):
-        for name in ("n_heads", "n_kv_heads", "d_head", "n_blocks"):
-            _positive(f"attention.{name}", getattr(self, name))
-        if self.n_heads % self.n_kv_heads:
-            raise ConfigError(
-                f"attention.n_heads is {self.n_heads}, which attention.n_kv_heads {self.n_kv_heads} does not divide; "
-                "make it a multiple"
-            )
-        if self.d_head % 2 and isinstance(self.position, Rotary):
-            raise ConfigError(
-                f"attention.d_head is {self.d_head}; rotary embedding needs an even number, use {self.d_head + 1}"
-            )
-        if self.window is not None:
-            _positive("attention.window", self.window)
-        _one_of("attention.backend", self.backend, AttentionBackend)
-        if self.score_mod is not None and self.backend not in ("auto", "xla"):
-            raise ConfigError(
-                f"attention.backend is {self.backend!r}, a kernel that cannot take attention.score_mod "
-                f"({type(self.score_mod).__name__}); use 'auto' or 'xla'"
-            )
-
-    def build(self, model: "ModelConfig", *, rngs: nnx.Rngs) -> "SelfAttention":
-        from efftrain.models.attention import SelfAttention
-
-        return SelfAttention(self, model, rngs=rngs)
-
-    def empty_cache(self, model: "ModelConfig", batch: int, slots: int) -> Any:
-        from efftrain.models.cache import empty_layer_cache
-
-        return empty_layer_cache(self, model, batch, slots)
-
-    def score_flops(self, keys: float) -> float:
-        """FLOPs of the scores and the weighted values; positions and ``score_mod`` state their own."""
-        return 4.0 * self.n_heads * self.d_head * keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +30,7 @@ class Dense(MlpConfig):
     d_ff: int
 
     def __post_init__(self):
-        _positive("mlp.d_ff", self.d_ff)
+        positive("mlp.d_ff", self.d_ff)
 
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
         from efftrain.models.mlp import SwiGLU
@@ -221,11 +146,11 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_repeats", "max_length"):
-            _positive(f"model.{name}", getattr(self, name))
+            positive(f"model.{name}", getattr(self, name))
         if not self.pattern:
             raise ConfigError("model.pattern is empty; give it at least one BlockConfig")
-        _one_of("model.dtype", self.dtype, Dtype)
-        _one_of("model.remat", self.remat, Remat)
+        one_of("model.dtype", self.dtype, Dtype)
+        one_of("model.remat", self.remat, Remat)
         for block in self.pattern:
             if self.quantization.cache is not None and not block.attention.quantizes_cache:
                 raise ConfigError(
@@ -277,7 +202,7 @@ def llama(
     **changes,
 ) -> ModelConfig:
     """Returns the configuration of a plain dense decoder in the shape of Llama: one block, repeated."""
-    _positive("n_heads", n_heads)
+    positive("n_heads", n_heads)
     if d_model % n_heads:
         raise ConfigError(f"model.d_model is {d_model}, which n_heads {n_heads} does not divide; make it a multiple")
     attention = Attention(
@@ -291,13 +216,3 @@ def llama(
         max_length=max_length,
         **changes,
     )
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} is {value}; it must be at least 1")
-
-
-def _one_of(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ConfigError(f"{name} is {value!r}; use one of {', '.join(map(repr, get_args(choices)))}")

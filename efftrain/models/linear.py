@@ -9,7 +9,7 @@ from efftrain.ops.norm import rms_norm
 
 
 class Linear(nnx.Module):
-    """The one dense product of every model: ``y_...f = x_...d @ kernel_df``, without bias.
+    """The one dense product of every model: ``y_...f = x_...d @ kernel_df``, plus a bias if there is one.
 
     Args:
       d_in, d_out: sizes of the kernel.
@@ -17,6 +17,7 @@ class Linear(nnx.Module):
       units: number of indivisible pieces along each axis (heads, not their columns), for sharding. None: the sizes.
       dtype: dtype of the product; the kernel is float32.
       gain: factor of the initial kernel (LeCun normal).
+      bias: add a learned bias (d_out,), which starts at zero.
     """
 
     def __init__(
@@ -29,14 +30,18 @@ class Linear(nnx.Module):
         dtype: str,
         units: tuple[int, int] | None = None,
         gain: float = 1.0,
+        bias: bool = False,
     ):
         kernel = nnx.initializers.lecun_normal()(rngs.params(), (d_in, d_out)) * gain
         self.kernel = Matrix(kernel, axes=axes, units=units or (d_in, d_out), contraction=-2)
-        self.dtype = dtype
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((d_out,)), axes=axes[1:], units=(units or (d_in, d_out))[1:])
+        self.has_bias, self.dtype = bias, dtype
 
     def __call__(self, x: Array) -> Array:
         flat = x.reshape(-1, x.shape[-1])  # 2-D: XLA's fast product on CPU, forward and backward
-        return product(flat.astype(self.dtype), self, "kernel").reshape(*x.shape[:-1], -1)
+        y = product(flat.astype(self.dtype), self, "kernel").reshape(*x.shape[:-1], -1)
+        return y + self.bias[...].astype(y.dtype) if self.has_bias else y
 
     def cast_kernel(self) -> Array:
         """Returns the kernel (d_in, d_out) as the product uses it."""
@@ -68,10 +73,11 @@ class RMSNorm(nnx.Module):
       size: size of the normalised axis.
       eps: see ``ops.norm``.
       axis: logical axis name of the scale; "norm" for the hidden channels.
+      units: number of indivisible pieces of the axis, for sharding. None: the size.
     """
 
-    def __init__(self, size: int, *, eps: float, axis: str = "norm"):
-        self.scale = nnx.Param(jnp.ones((size,)), axes=(axis,), units=(size,))
+    def __init__(self, size: int, *, eps: float, axis: str = "norm", units: int | None = None):
+        self.scale = nnx.Param(jnp.ones((size,)), axes=(axis,), units=(units or size,))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:

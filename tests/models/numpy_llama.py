@@ -37,10 +37,13 @@ def _attention(config, params, x, positions, segments, eps):
     d = config.d_head
 
     def heads(name, n):
-        return (x @ params[name]["kernel"]).reshape(batch, length, n, d)
+        y = _linear(x, params[name])
+        if config.qk_norm == "full" and name != "value":
+            y = _norm(y, params[f"{name}_norm"]["scale"], eps)
+        return y.reshape(batch, length, n, d)
 
     q, k, v = heads("query", config.n_heads), heads("key", config.n_kv_heads), heads("value", config.n_kv_heads)
-    if config.qk_norm:
+    if config.qk_norm is True:
         q, k = _norm(q, params["query_norm"]["scale"], eps), _norm(k, params["key_norm"]["scale"], eps)
     turn = np.exp(1j * positions[..., None, None] * config.rope_theta ** (-2 * np.arange(d // 2) / d))
 
@@ -56,7 +59,11 @@ def _attention(config, params, x, positions, segments, eps):
             seen = [s for s in range(first, t + 1) if segments[b, s] == segments[b, t]]
             for h in range(config.n_heads):
                 g = h * config.n_kv_heads // config.n_heads
-                scores = k[b, seen, g] @ q[b, t, h] / np.sqrt(d)
+                scores = k[b, seen, g] @ q[b, t, h] * (config.scale or d**-0.5)
                 weights = np.exp(scores - scores.max())
                 out[b, t, h] = weights / weights.sum() @ v[b, seen, g]
-    return out.reshape(batch, length, -1) @ params["out"]["kernel"]
+    return _linear(out.reshape(batch, length, -1), params["out"])
+
+
+def _linear(x, params):
+    return x @ params["kernel"] + params.get("bias", 0)

@@ -30,7 +30,8 @@ def build(model_config: ModelConfig, seed: int = 0) -> Decoder:
             return jnp.zeros(leaf.shape, leaf.dtype)
         if any(word in jax.tree_util.keystr(path) for word in ("scale", "ratio")):
             return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
-        return jnp.asarray(rng.normal(size=leaf.shape) * leaf.shape[-2] ** -0.5, jnp.float32)
+        size = 4 if "bias" in jax.tree_util.keystr(path) else leaf.shape[-2]
+        return jnp.asarray(rng.normal(size=leaf.shape) * size**-0.5, jnp.float32)
 
     graph, shapes = nnx.split(abstract_decoder(model_config))
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, shapes))
