@@ -64,10 +64,8 @@ class Attention(AttentionConfig):
                 f"attention.n_heads is {self.n_heads}, which attention.n_kv_heads {self.n_kv_heads} does not divide; "
                 "make it a multiple"
             )
-        if self.d_head % 2 and isinstance(self.position, Rotary):
-            raise ConfigError(
-                f"attention.d_head is {self.d_head}; rotary embedding needs an even number, use {self.d_head + 1}"
-            )
+        if isinstance(self.position, Rotary):
+            self.position.check(self.d_head)
         if self.window is not None:
             positive("attention.window", self.window)
         if self.qk_norm not in (False, True, "full"):

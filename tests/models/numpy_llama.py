@@ -4,6 +4,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from efftrain.models.positions import Rotary
+
 
 def forward(model, tokens, segments=None, positions=None):
     """Logits (batch, length, vocab) of a ``Decoder``: layer i is repeat ``i // P`` of the pattern's block ``i % P``."""
@@ -45,13 +47,8 @@ def _attention(config, params, x, positions, segments, eps):
     q, k, v = heads("query", config.n_heads), heads("key", config.n_kv_heads), heads("value", config.n_kv_heads)
     if config.qk_norm is True:
         q, k = _norm(q, params["query_norm"]["scale"], eps), _norm(k, params["key_norm"]["scale"], eps)
-    turn = np.exp(1j * positions[..., None, None] * config.rope_theta ** (-2 * np.arange(d // 2) / d))
-
-    def rotate(y):
-        z = (y[..., : d // 2] + 1j * y[..., d // 2 :]) * turn
-        return np.concatenate([z.real, z.imag], axis=-1)
-
-    q, k = rotate(q), rotate(k)
+    if isinstance(config.position, Rotary):
+        q, k = (_rotate(a, positions, config.rope_theta, int(config.position.fraction * d)) for a in (q, k))
     out = np.zeros_like(q)
     for b in range(batch):
         for t in range(length):
@@ -63,6 +60,12 @@ def _attention(config, params, x, positions, segments, eps):
                 weights = np.exp(scores - scores.max())
                 out[b, t, h] = weights / weights.sum() @ v[b, seen, g]
     return _linear(out.reshape(batch, length, -1), params["out"])
+
+
+def _rotate(x, positions, theta, n):
+    turn = np.exp(1j * positions[..., None, None] * theta ** (-2 * np.arange(n // 2) / n))
+    z = (x[..., : n // 2] + 1j * x[..., n // 2 : n]) * turn
+    return np.concatenate([z.real, z.imag, x[..., n:]], axis=-1)
 
 
 def _linear(x, params):

@@ -12,6 +12,7 @@ from efftrain.config import digest, from_json, to_json
 from efftrain.errors import ConfigError
 from efftrain.models.config import Attention
 from efftrain.models.decoding.generate import prefill
+from efftrain.models.positions import NoPosition, Rotary
 
 ATTENTION = tiny.PLAIN.attention
 
@@ -28,6 +29,9 @@ CASES = {
     "biases": attention(qkv_bias=True, out_bias=True),
     "qk norm over all heads": attention(qk_norm="full"),
     "scale": attention(scale=0.3),
+    "rotated half": attention(position=Rotary(fraction=0.5)),
+    "odd heads": attention(d_head=5, position=Rotary(fraction=0.8)),
+    "no position": attention(position=NoPosition()),
 }
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efftrain.ops.rope import apply_rope, rope_angles
+from efftrain.ops.rope import apply_rope, rope_angles, rope_frequencies
 
 POSITIONS = np.array([[0, 1, 2, 17, 4000], [5, 5, 0, 1, 2]])
 
@@ -14,7 +14,7 @@ def draw(dtype="float32"):
 
 
 def rotate(x, positions=POSITIONS, theta=10_000.0):
-    return apply_rope(x, *rope_angles(jnp.asarray(positions), x.shape[-1], theta))
+    return apply_rope(x, *rope_angles(jnp.asarray(positions), rope_frequencies(x.shape[-1], theta)))
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500.0])
