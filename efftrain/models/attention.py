@@ -9,7 +9,7 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import LayerCache
-from efftrain.models.linear import Linear, RMSNorm
+from efftrain.models.linear import Linear
 from efftrain.ops.attention import cached_attention, causal_attention
 from efftrain.ops.attention_backends import attention, choose_backend
 from efftrain.ops.quantize import fake_quantize, group_size
@@ -94,12 +94,13 @@ class SelfAttention(AttentionModule):
             gain=(2 * n_layers) ** -0.5,
             bias=config.out_bias,
         )
+        norm, eps = model.norm.of_heads(), model.norm_eps
         if config.qk_norm == "full":
-            self.query_norm = RMSNorm(heads * d_head, eps=model.norm_eps, axis="heads", units=heads)
-            self.key_norm = RMSNorm(kv_heads * d_head, eps=model.norm_eps, axis="kv_heads", units=kv_heads)
+            self.query_norm = norm.build(heads * d_head, eps=eps, axis="heads", units=heads)
+            self.key_norm = norm.build(kv_heads * d_head, eps=eps, axis="kv_heads", units=kv_heads)
         elif config.qk_norm:
-            self.query_norm = RMSNorm(d_head, eps=model.norm_eps, axis="head_dim")
-            self.key_norm = RMSNorm(d_head, eps=model.norm_eps, axis="head_dim")
+            self.query_norm = norm.build(d_head, eps=eps, axis="head_dim")
+            self.key_norm = norm.build(d_head, eps=eps, axis="head_dim")
         self.position = config.position.build(config, model, rngs=rngs)
         if config.score_mod is not None:
             self.score_mod = config.score_mod.build(config, model, rngs=rngs)

@@ -6,7 +6,6 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
-from efftrain.models.linear import RMSNorm
 from efftrain.sharding.rules import constrain
 
 if TYPE_CHECKING:
@@ -57,9 +56,9 @@ class Block(Layer):
     """
 
     def __init__(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.attention_norm = model.norm.build(model.d_model, eps=model.norm_eps)
         self.attention = block.attention.build(model, rngs=rngs)
-        self.mlp_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.mlp_norm = model.norm.build(model.d_model, eps=model.norm_eps)
         self.mlp = block.mlp.build(model.d_model, n_layers=model.n_layers, dtype=model.dtype, rngs=rngs)
         self.reads_tokens, self.reads_segments = block.mlp.reads_tokens, block.mlp.reads_segments
 

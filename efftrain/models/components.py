@@ -131,6 +131,22 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """Base class of the norms of a model; a fork derives its own from it.
+
+    ``build`` returns a module that maps (..., size) to the same shape and dtype. Its variables have the logical axis
+    ``axis``, which consists of ``units`` indivisible pieces.
+    """
+
+    def build(self, size: int, *, eps: float, axis: str = "norm", units: int | None = None) -> nnx.Module:
+        raise _no_build(self)
+
+    def of_heads(self) -> "NormConfig":
+        """Returns the configuration of the norms of queries and keys."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResidualConfig:
     """Base class of the ways in which attention and feed-forward part join the residual stream of a block.
 

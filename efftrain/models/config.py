@@ -10,7 +10,8 @@ from efftrain.config import LATER
 from efftrain.errors import ConfigError
 from efftrain.models.attention_config import Attention
 from efftrain.models.checks import one_of, positive
-from efftrain.models.components import AttentionConfig, DepthConfig, Dtype, MlpConfig, ResidualConfig
+from efftrain.models.components import AttentionConfig, DepthConfig, Dtype, MlpConfig, NormConfig, ResidualConfig
+from efftrain.models.norms import RMS
 from efftrain.models.quantization import Quantization
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class ModelConfig:
         ("dots").
       layer_dropout: layers that training skips at random.
       quantization: which matrices are quantised, and whether the cache is.
+      norm: the form of all norms.
     """
 
     vocab_size: int
@@ -143,6 +145,7 @@ class ModelConfig:
     remat: Remat = "none"
     layer_dropout: LayerDropout = LayerDropout()
     quantization: Quantization = dataclasses.field(default_factory=Quantization)
+    norm: NormConfig = dataclasses.field(default=RMS(), metadata=LATER)
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_repeats", "max_length"):

@@ -14,7 +14,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.block import Layer
 from efftrain.models.cache import Cache
 from efftrain.models.config import ModelConfig
-from efftrain.models.linear import Embedding, Linear, RMSNorm
+from efftrain.models.linear import Embedding, Linear
 from efftrain.models.quantization import prepare
 from efftrain.models.stack import add_metrics, dropout_rates, dropout_strength, run_layers, stack_layers, unstack
 from efftrain.sharding.rules import constrain
@@ -43,7 +43,7 @@ class Decoder(nnx.Module):
             stack_layers(lambda keys, block=block: block.depth.build(block, config, rngs=keys), config.n_repeats, rngs)
             for block in config.pattern
         )
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = config.norm.build(config.d_model, eps=config.norm_eps)
         if not config.tied_embedding:
             self.head = Linear(
                 config.d_model, config.vocab_size, axes=("embed", "vocab"), dtype=config.dtype, rngs=rngs

@@ -1,11 +1,11 @@
-"""The three parametrised operations of which every model is made: a dense product, an embedding table, a norm."""
+"""The parametrised operations of which every model is made: a dense product, an embedding table, norms."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from efftrain.models.quantization import Matrix, product, read, read_rows
-from efftrain.ops.norm import rms_norm
+from efftrain.ops.norm import layer_norm, rms_norm
 
 
 class Linear(nnx.Module):
@@ -74,11 +74,29 @@ class RMSNorm(nnx.Module):
       eps: see ``ops.norm``.
       axis: logical axis name of the scale; "norm" for the hidden channels.
       units: number of indivisible pieces of the axis, for sharding. None: the size.
+      zero_centered: multiply with ``1 + scale``, where the scale starts at zero.
     """
 
-    def __init__(self, size: int, *, eps: float, axis: str = "norm", units: int | None = None):
-        self.scale = nnx.Param(jnp.ones((size,)), axes=(axis,), units=(units or size,))
-        self.eps = eps
+    def __init__(
+        self, size: int, *, eps: float, axis: str = "norm", units: int | None = None, zero_centered: bool = False
+    ):
+        start = jnp.zeros((size,)) if zero_centered else jnp.ones((size,))
+        self.scale = nnx.Param(start, axes=(axis,), units=(units or size,))
+        self.eps, self.zero_centered = eps, zero_centered
 
     def __call__(self, x: Array) -> Array:
-        return rms_norm(x, self.scale[...], self.eps)
+        scale = 1 + self.scale[...] if self.zero_centered else self.scale[...]
+        return rms_norm(x, scale, self.eps)
+
+
+class CentredNorm(nnx.Module):
+    """Layer normalisation with a learned scale and possibly a bias, see ``ops.norm``; arguments as of ``RMSNorm``."""
+
+    def __init__(self, size: int, *, eps: float, axis: str = "norm", units: int | None = None, bias: bool = True):
+        self.scale = nnx.Param(jnp.ones((size,)), axes=(axis,), units=(units or size,))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((size,)), axes=(axis,), units=(units or size,))
+        self.eps, self.has_bias = eps, bias
+
+    def __call__(self, x: Array) -> Array:
+        return layer_norm(x, self.scale[...], self.bias[...] if self.has_bias else None, self.eps)

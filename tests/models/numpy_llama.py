@@ -1,9 +1,12 @@
 """The decoder's truth: a Llama forward pass in NumPy float64, one token and one head at a time."""
 
+from functools import partial
+
 import jax
 import numpy as np
 from flax import nnx
 
+from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.positions import Rotary
 
 
@@ -18,35 +21,41 @@ def forward(model, tokens, segments=None, positions=None):
     segments = np.zeros_like(tokens) if segments is None else np.asarray(segments)
     x = params["embedding"]["table"][tokens]
     n_pattern = len(config.pattern)
+    norm = partial(_norm, eps=config.norm_eps, kind=config.norm)
+    head_norm = norm if isinstance(config.norm, RMS) else partial(_norm, eps=config.norm_eps, kind=RMS())
     for i in range(n_pattern * config.n_repeats):
         block, where = config.pattern[i % n_pattern], (i % n_pattern, i // n_pattern)
         layer = jax.tree.map(lambda a, where=where: a[where[1]], params["blocks"][where[0]])
-        normed = _norm(x, layer["attention_norm"]["scale"], config.norm_eps)
-        x = x + _attention(block.attention, layer["attention"], normed, positions, segments, config.norm_eps)
-        normed = _norm(x, layer["mlp_norm"]["scale"], config.norm_eps)
+        normed = norm(x, layer["attention_norm"])
+        x = x + _attention(block.attention, layer["attention"], normed, positions, segments, head_norm)
+        normed = norm(x, layer["mlp_norm"])
         gate, up = (normed @ layer["mlp"][name]["kernel"] for name in ("gate", "up"))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp"]["down"]["kernel"]
-    x = _norm(x, params["norm"]["scale"], config.norm_eps)
+    x = norm(x, params["norm"])
     return x @ (params["embedding"]["table"].T if config.tied_embedding else params["head"]["kernel"])
 
 
-def _norm(x, scale, eps):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+def _norm(x, params, eps, kind):
+    if isinstance(kind, LayerNorm):
+        x, scale = x - x.mean(-1, keepdims=True), params["scale"]
+    else:
+        scale = params["scale"] + kind.zero_centered
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale + params.get("bias", 0)
 
 
-def _attention(config, params, x, positions, segments, eps):
+def _attention(config, params, x, positions, segments, norm):
     batch, length, _ = x.shape
     d = config.d_head
 
     def heads(name, n):
         y = _linear(x, params[name])
         if config.qk_norm == "full" and name != "value":
-            y = _norm(y, params[f"{name}_norm"]["scale"], eps)
+            y = norm(y, params[f"{name}_norm"])
         return y.reshape(batch, length, n, d)
 
     q, k, v = heads("query", config.n_heads), heads("key", config.n_kv_heads), heads("value", config.n_kv_heads)
     if config.qk_norm is True:
-        q, k = _norm(q, params["query_norm"]["scale"], eps), _norm(k, params["key_norm"]["scale"], eps)
+        q, k = norm(q, params["query_norm"]), norm(k, params["key_norm"])
     if isinstance(config.position, Rotary):
         q, k = (_rotate(a, positions, config.rope_theta, int(config.position.fraction * d)) for a in (q, k))
     out = np.zeros_like(q)

@@ -12,6 +12,7 @@ from efftrain.config import digest, from_json, to_json
 from efftrain.errors import ConfigError
 from efftrain.models.config import Attention
 from efftrain.models.decoding.generate import prefill
+from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.positions import NoPosition, Rotary
 
 ATTENTION = tiny.PLAIN.attention
@@ -31,6 +32,9 @@ CASES = {
     "scale": attention(scale=0.3),
     "rotated half": attention(position=Rotary(fraction=0.5)),
     "odd heads": attention(d_head=5, position=Rotary(fraction=0.8)),
+    "zero-centred norms": attention(qk_norm=True) | {"norm": RMS(zero_centered=True)},
+    "layer norms": attention(qk_norm=True) | {"norm": LayerNorm(), "norm_eps": 0.1},
+    "layer norms without bias": {"norm": LayerNorm(bias=False)},
     "no position": attention(position=NoPosition()),
 }
 
