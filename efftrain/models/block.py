@@ -1,6 +1,6 @@
 """One transformer block: attention and a feed-forward part around the residual stream."""
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from flax import nnx
 from jax import Array
@@ -49,16 +49,21 @@ class FollowsStatistics(Protocol):
 class Block(Layer):
     """Pre-norm residual block with the attention and the feed-forward part that its configuration builds.
 
-    A subclass that replaces ``join`` is another kind of block, in training and in decoding.
+    A subclass that replaces ``norms``, the inputs of the parts or ``join`` is another kind of block, in training and
+    in decoding.
 
     Decoding has two parts, because early exits skip the second: ``write_cache`` puts the keys and values of new tokens
     into the cache, where later tokens need them, and ``attend_cached`` computes the block.
     """
 
+    norms: ClassVar[tuple[str, ...]] = ("attention_norm", "mlp_norm")  # the attributes that hold norms of the stream
+    attention_norm: nnx.Module
+    mlp_norm: nnx.Module
+
     def __init__(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs):
-        self.attention_norm = model.norm.build(model.d_model, eps=model.norm_eps)
+        for name in self.norms:
+            setattr(self, name, model.norm.build(model.d_model, eps=model.norm_eps))
         self.attention = block.attention.build(model, rngs=rngs)
-        self.mlp_norm = model.norm.build(model.d_model, eps=model.norm_eps)
         self.mlp = block.mlp.build(model.d_model, n_layers=model.n_layers, dtype=model.dtype, rngs=rngs)
         self.reads_tokens, self.reads_segments = block.mlp.reads_tokens, block.mlp.reads_segments
 
@@ -76,15 +81,23 @@ class Block(Layer):
         Returns:
           (batch, length, d_model) and metrics.
         """
-        attended_btd = self.attention(self.attention_norm(x_btd), positions_bt, segments_bt)
+        attended_btd = self.attention(self.attention_input(x_btd), positions_bt, segments_bt)
         return self._join(x_btd, attended_btd, tokens_bt, segments_bt)
+
+    def attention_input(self, x_btd: Array) -> Array:
+        """Returns what attention reads, from the stream before the block."""
+        return self.attention_norm(x_btd)
+
+    def mlp_input(self, x_btd: Array) -> Array:
+        """Returns what the feed-forward part reads, from the stream that ``join`` gives it."""
+        return self.mlp_norm(x_btd)
 
     def join(
         self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None, segments_bt: Array | None
     ) -> tuple[Array, dict]:
         """Returns the stream after the block, and metrics, from the stream before it and the output of attention."""
         x_btd += attended_btd
-        out_btd, metrics = self.feed_forward(self.mlp_norm(x_btd), tokens_bt, segments_bt)
+        out_btd, metrics = self.feed_forward(self.mlp_input(x_btd), tokens_bt, segments_bt)
         return x_btd + out_btd, metrics
 
     def feed_forward(self, x_btd: Array, tokens_bt: Array | None, segments_bt: Array | None) -> tuple[Array, dict]:
@@ -137,12 +150,12 @@ class Block(Layer):
         tokens_bt: Array | None = None,
     ) -> tuple[Array, Any]:
         """``write_cache`` and ``attend_cached`` for an empty cache, whose slots need not be read."""
-        out_btd, cache = self.attention.prefill(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
+        out_btd, cache = self.attention.prefill(self.attention_input(x_btd), positions_bt, cache, slots_bt)
         return self._join(x_btd, out_btd, tokens_bt)[0], cache
 
     def write_cache(self, x_btd: Array, positions_bt: Array, cache: Any, slots_bt: Array | None = None) -> Any:
         """Returns the cache with the new tokens in the consecutive slots ``slots_bt``. None: at their positions."""
-        return self.attention.write_cache(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
+        return self.attention.write_cache(self.attention_input(x_btd), positions_bt, cache, slots_bt)
 
     def attend_cached(
         self,
@@ -153,7 +166,7 @@ class Block(Layer):
         tokens_bt: Array | None = None,
     ) -> Array:
         """Computes the block for new tokens whose keys and values are in the cache; arguments as in ``prefill``."""
-        out_btd = self.attention.attend_cached(self.attention_norm(x_btd), positions_bt, cache, slots_bt)
+        out_btd = self.attention.attend_cached(self.attention_input(x_btd), positions_bt, cache, slots_bt)
         return self._join(x_btd, out_btd, tokens_bt)[0]
 
     def after_step(self, statistics: dict) -> dict:

@@ -150,8 +150,8 @@ class NormConfig:
 class ResidualConfig:
     """Base class of the ways in which attention and feed-forward part join the residual stream of a block.
 
-    A fork derives its own from it. ``build`` returns a ``models.block.Block``, or a subclass that replaces ``join``.
-    Depth policies wrap the built block.
+    A fork derives its own from it. ``build`` returns a ``models.block.Block``, or a subclass with another
+    ``join``. Depth policies wrap the built block.
     """
 
     def build(self, block: "BlockConfig", model: "ModelConfig", *, rngs: nnx.Rngs) -> "Block":

@@ -8,6 +8,7 @@ from flax import nnx
 
 from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.positions import Rotary
+from efftrain.models.residual import Parallel, PostNorm, Sandwich
 
 
 def forward(model, tokens, segments=None, positions=None):
@@ -26,13 +27,38 @@ def forward(model, tokens, segments=None, positions=None):
     for i in range(n_pattern * config.n_repeats):
         block, where = config.pattern[i % n_pattern], (i % n_pattern, i // n_pattern)
         layer = jax.tree.map(lambda a, where=where: a[where[1]], params["blocks"][where[0]])
-        normed = norm(x, layer["attention_norm"])
-        x = x + _attention(block.attention, layer["attention"], normed, positions, segments, head_norm)
-        normed = norm(x, layer["mlp_norm"])
-        gate, up = (normed @ layer["mlp"][name]["kernel"] for name in ("gate", "up"))
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp"]["down"]["kernel"]
+
+        def attend(x, block=block, layer=layer):
+            return _attention(block.attention, layer["attention"], x, positions, segments, head_norm)
+
+        x = _joined(block, layer, norm, x, attend)
     x = norm(x, params["norm"])
     return x @ (params["embedding"]["table"].T if config.tied_embedding else params["head"]["kernel"])
+
+
+def _joined(block, layer, norm, x, attend):
+    def normed(name, x):
+        return norm(x, layer[name])
+
+    def mlp(x):
+        return _mlp(layer["mlp"], x)
+
+    if isinstance(block.residual, PostNorm):
+        x = x + normed("attention_post_norm", attend(x))
+        return x + normed("mlp_post_norm", mlp(x))
+    if isinstance(block.residual, Sandwich):
+        x = x + normed("attention_post_norm", attend(normed("attention_norm", x)))
+        return x + normed("mlp_post_norm", mlp(normed("mlp_norm", x)))
+    attended = attend(normed("attention_norm", x))
+    if isinstance(block.residual, Parallel):
+        return x + attended + mlp(normed("attention_norm" if block.residual.shared_norm else "mlp_norm", x))
+    x = x + attended
+    return x + mlp(normed("mlp_norm", x))
+
+
+def _mlp(params, x):
+    gate, up = (_linear(x, params[name]) for name in ("gate", "up"))
+    return _linear(gate / (1 + np.exp(-gate)) * up, params["down"])
 
 
 def _norm(x, params, eps, kind):

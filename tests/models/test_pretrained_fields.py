@@ -14,6 +14,7 @@ from efftrain.models.config import Attention
 from efftrain.models.decoding.generate import prefill
 from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.positions import NoPosition, Rotary
+from efftrain.models.residual import Parallel, PostNorm, Sandwich
 
 ATTENTION = tiny.PLAIN.attention
 
@@ -35,6 +36,10 @@ CASES = {
     "zero-centred norms": attention(qk_norm=True) | {"norm": RMS(zero_centered=True)},
     "layer norms": attention(qk_norm=True) | {"norm": LayerNorm(), "norm_eps": 0.1},
     "layer norms without bias": {"norm": LayerNorm(bias=False)},
+    "norms after": block(residual=PostNorm()),
+    "norms on both sides": block(residual=Sandwich()),
+    "parallel": block(residual=Parallel(shared_norm=False)),
+    "parallel with one norm": block(residual=Parallel()),
     "no position": attention(position=NoPosition()),
 }
 

@@ -132,7 +132,7 @@ class Relations:
                 raise ConfigError(
                     f"features.{whose}_layer is a layer without efftrain's own queries and keys; choose another one"
                 )
-            h_btd = block.attention_norm(x_ebtd[0])
+            h_btd = block.attention_input(x_ebtd[0])
             products = block.attention.query, block.attention.key, block.attention.value
             both.append([product(h_btd) for product in products])
         # One row of each shard at a time, because the relations (heads, length, length) of all rows take much memory.
