@@ -86,6 +86,7 @@ NAMES = RENAMED | {
     "Fitted": "TrainResult",
     "Pieces": "LayerwiseModel",
     "Probe": "ExitProbe",
+    "SwiGLU": "FeedForward",
     "SlimReport": "StructuredPruneReport",
     "Taught": "TeacherObjective",
     "parse_branch": "parse_resume_from",

@@ -11,6 +11,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.attention_config import Attention
 from efftrain.models.checks import one_of, positive
 from efftrain.models.components import AttentionConfig, DepthConfig, Dtype, MlpConfig, NormConfig, ResidualConfig
+from efftrain.models.mlp import Activation, FeedForward
 from efftrain.models.norms import RMS
 from efftrain.models.quantization import Quantization
 
@@ -22,21 +23,35 @@ Remat = Literal["none", "full", "dots"]
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(MlpConfig):
-    """A SwiGLU feed-forward part: ``down(silu(gate(x)) * up(x))``. Shazeer 2020.
+    """A feed-forward part with a gate: ``down(activation(gate(x)) * up(x))``, by default SwiGLU. Shazeer 2020.
 
     Attributes:
       d_ff: size of the hidden layer.
+      activation: "silu" for SwiGLU, "gelu" or "gelu_tanh" (its approximation by tanh) for GeGLU, or "relu".
+      gated: False: no gate, ``down(activation(up(x)))`` (GPT-2).
+      bias: all products have a learned bias.
     """
 
     d_ff: int
+    activation: Activation = dataclasses.field(default="silu", metadata=LATER)
+    gated: bool = dataclasses.field(default=True, metadata=LATER)
+    bias: bool = dataclasses.field(default=False, metadata=LATER)
 
     def __post_init__(self):
         positive("mlp.d_ff", self.d_ff)
+        one_of("mlp.activation", self.activation, Activation)
 
     def build(self, d_model: int, *, n_layers: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Module:
-        from efftrain.models.mlp import SwiGLU
-
-        return SwiGLU(d_model, self.d_ff, n_layers=n_layers, dtype=dtype, rngs=rngs)
+        return FeedForward(
+            d_model,
+            self.d_ff,
+            n_layers=n_layers,
+            dtype=dtype,
+            rngs=rngs,
+            activation=self.activation,
+            gated=self.gated,
+            bias=self.bias,
+        )
 
     def other_flops(self) -> float:
         return 0.0

@@ -1,5 +1,6 @@
 """The decoder's truth: a Llama forward pass in NumPy float64, one token and one head at a time."""
 
+import math
 from functools import partial
 
 import jax
@@ -41,7 +42,7 @@ def _joined(block, layer, norm, x, attend):
         return norm(x, layer[name])
 
     def mlp(x):
-        return _mlp(layer["mlp"], x)
+        return _mlp(block.mlp, layer["mlp"], x)
 
     if isinstance(block.residual, PostNorm):
         x = x + normed("attention_post_norm", attend(x))
@@ -56,9 +57,19 @@ def _joined(block, layer, norm, x, attend):
     return x + mlp(normed("mlp_norm", x))
 
 
-def _mlp(params, x):
-    gate, up = (_linear(x, params[name]) for name in ("gate", "up"))
-    return _linear(gate / (1 + np.exp(-gate)) * up, params["down"])
+def _mlp(config, params, x):
+    activate = ACTIVATIONS[config.activation]
+    if not config.gated:
+        return _linear(activate(_linear(x, params["up"])), params["down"])
+    return _linear(activate(_linear(x, params["gate"])) * _linear(x, params["up"]), params["down"])
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: np.maximum(x, 0),
+}
 
 
 def _norm(x, params, eps, kind):

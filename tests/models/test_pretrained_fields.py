@@ -10,7 +10,7 @@ from numpy_llama import forward
 
 from efftrain.config import digest, from_json, to_json
 from efftrain.errors import ConfigError
-from efftrain.models.config import Attention
+from efftrain.models.config import Attention, Dense
 from efftrain.models.decoding.generate import prefill
 from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.positions import NoPosition, Rotary
@@ -40,6 +40,9 @@ CASES = {
     "norms on both sides": block(residual=Sandwich()),
     "parallel": block(residual=Parallel(shared_norm=False)),
     "parallel with one norm": block(residual=Parallel()),
+    "GeGLU": block(mlp=Dense(d_ff=24, activation="gelu")),
+    "ungated with biases": block(mlp=Dense(d_ff=24, activation="gelu_tanh", gated=False, bias=True)),
+    "ungated relu": block(mlp=Dense(d_ff=24, activation="relu", gated=False)),
     "no position": attention(position=NoPosition()),
 }
 
@@ -72,6 +75,7 @@ def test_configurations_of_earlier_versions_keep_their_digest():
     [
         (lambda: Attention(n_heads=2, n_kv_heads=1, d_head=4, qk_norm="all"), "attention.qk_norm is 'all'; use False"),
         (lambda: Attention(n_heads=2, n_kv_heads=1, d_head=4, scale=0.0), "attention.scale is 0.0; give a positive"),
+        (lambda: Dense(d_ff=4, activation="tanh"), "mlp.activation is 'tanh'; use one of 'silu', 'gelu', 'gelu_tanh'"),
     ],
 )
 def test_what_is_impossible_is_refused(build, message):

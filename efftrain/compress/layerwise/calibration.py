@@ -16,7 +16,7 @@ from efftrain.models.attention import SelfAttention
 from efftrain.models.block import Block
 from efftrain.models.decoder import Decoder
 from efftrain.models.linear import Linear
-from efftrain.models.mlp import SwiGLU
+from efftrain.models.mlp import FeedForward
 from efftrain.models.moe.layer import RoutedExperts
 
 ROWS = 8  # number of rows that a layer computes at once
@@ -197,7 +197,7 @@ def _same_input(layer: nnx.Module) -> dict[tuple[Any, ...], tuple[Any, ...]]:
     for path, module in nnx.iter_modules(layer):
         if isinstance(module, SelfAttention):
             found |= {(*path, name): (*path, "query") for name in ("key", "value")}
-        elif isinstance(module, SwiGLU):
+        elif isinstance(module, FeedForward) and module.gated:
             found[*path, "up"] = (*path, "gate")
     return found
 

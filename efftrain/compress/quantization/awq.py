@@ -18,7 +18,7 @@ from jax import Array
 from efftrain.compress.layerwise.calibration import CalibrationRows, Hessians, Tap, magnitudes
 from efftrain.models.attention import SelfAttention
 from efftrain.models.block import Block
-from efftrain.models.mlp import SwiGLU
+from efftrain.models.mlp import FeedForward
 from efftrain.models.quantization import in_float, rule_of
 from efftrain.ops.number_formats import Format
 from efftrain.ops.quantize import (
@@ -61,7 +61,7 @@ def shared_inputs(block: Block) -> list[Shared]:
         config = block.attention.config
         if config.n_heads == config.n_kv_heads:  # otherwise several heads read the same value
             found.append(Shared("attention/value/kernel", ("attention/out",)))
-    if isinstance(block.mlp, SwiGLU):
+    if isinstance(block.mlp, FeedForward):
         found.append(Shared("mlp/up/kernel", ("mlp/down",)))
         found.append(Shared("mlp_norm/scale", ("mlp/gate", "mlp/up"), "mlp"))
     # Kernels as sources come first: "value" and "up" must be divided before their own inputs are scaled and rounded.

@@ -16,7 +16,7 @@ from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.structured.shape import head_parts
 from efftrain.errors import ConfigError
 from efftrain.models.config import Attention, BlockConfig, Full, ModelConfig, PreNorm, standard_attention
-from efftrain.models.mlp import SwiGLU
+from efftrain.models.mlp import FeedForward
 from efftrain.models.moe.layer import RoutedExperts
 from efftrain.models.positions import Rotary
 from efftrain.progress import Progress
@@ -33,7 +33,7 @@ class Importance:
 
     Attributes:
       ffn: for each layer (d_ff,), the importance of the inputs of its ``down`` product; None if the layer has no dense
-        SwiGLU.
+        feed-forward part.
       heads: for each layer (n_kv_heads,), the L2 norm of the importance of the inputs of its ``out`` product over all
         query heads of a group. For a layer with one group (n_heads,), the norm over each query head.
       experts: for each layer (n_experts,), the gate times the norm of the expert's output, summed over the tokens that
@@ -152,7 +152,7 @@ def _observe(graph, state, x_btd, positions_bt, segments_bt) -> tuple[Array, dic
     layer, valid_bt = nnx.merge(graph, state), segments_bt > 0
     norms = {name: Tap(layer, name, valid_bt) for name in NORMS}
     out, down = Tap(layer.attention, "out", valid_bt), None
-    if isinstance(layer.mlp, SwiGLU):
+    if isinstance(layer.mlp, FeedForward):
         down = Tap(layer.mlp, "down", valid_bt)
     elif isinstance(layer.mlp, RoutedExperts):
         keep_saliency(layer.mlp)

@@ -13,7 +13,7 @@ from jax import Array
 from efftrain.config import LATER
 from efftrain.errors import ConfigError
 from efftrain.models.components import Dtype, MlpConfig, RouterConfig
-from efftrain.models.mlp import SwiGLU
+from efftrain.models.mlp import FeedForward
 from efftrain.models.moe.expert_parallel import ExpertRun, Experts, experts_on_mesh
 from efftrain.models.quantization import Matrix, read
 from efftrain.ops.grouped_matmul import Dispatch
@@ -182,7 +182,7 @@ class RoutedExperts(nnx.Module):
         self.bias = BalanceBias(jnp.zeros(n), axes=("choices",), units=(n,))
         self.starved = StarvedSteps(jnp.zeros(n, jnp.int32), axes=("choices",), units=(n,))
         if config.n_shared:
-            self.shared = SwiGLU(d_model, config.n_shared * f, n_layers=n_layers, dtype=dtype, rngs=rngs)
+            self.shared = FeedForward(d_model, config.n_shared * f, n_layers=n_layers, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x_btd: Array, tokens_bt: Array | None = None, segments_bt: Array | None = None
