@@ -65,6 +65,7 @@ class Block(Layer):
             setattr(self, name, model.norm.build(model.d_model, eps=model.norm_eps))
         self.attention = block.attention.build(model, rngs=rngs)
         self.mlp = block.mlp.build(model.d_model, n_layers=model.n_layers, dtype=model.dtype, rngs=rngs)
+        self.multiplier = model.residual_multiplier
         self.reads_tokens, self.reads_segments = block.mlp.reads_tokens, block.mlp.reads_segments
 
     def __call__(
@@ -96,9 +97,15 @@ class Block(Layer):
         self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None, segments_bt: Array | None
     ) -> tuple[Array, dict]:
         """Returns the stream after the block, and metrics, from the stream before it and the output of attention."""
-        x_btd += attended_btd
+        x_btd = self.add(x_btd, attended_btd)
         out_btd, metrics = self.feed_forward(self.mlp_input(x_btd), tokens_bt, segments_bt)
-        return x_btd + out_btd, metrics
+        return self.add(x_btd, out_btd), metrics
+
+    def add(self, x_btd: Array, *outs_btd: Array) -> Array:
+        """Adds outputs of the parts, times ``model.residual_multiplier``, to the stream."""
+        for out_btd in outs_btd:
+            x_btd = x_btd + (out_btd if self.multiplier == 1 else out_btd * self.multiplier)
+        return x_btd
 
     def feed_forward(self, x_btd: Array, tokens_bt: Array | None, segments_bt: Array | None) -> tuple[Array, dict]:
         """Computes the feed-forward part, with the token ids and the segments if it reads them."""

@@ -146,6 +146,12 @@ class ModelConfig:
       layer_dropout: layers that training skips at random.
       quantization: which matrices are quantised, and whether the cache is.
       norm: the form of all norms.
+      embedding_multiplier: factor of the embedded tokens, rounded to the dtype (Gemma: the root of d_model).
+      residual_multiplier: factor of the outputs of attention and feed-forward parts (Granite).
+      logits_multiplier: factor of the normalised states before the head (Granite).
+      logit_softcap: bound c of the logits, which become ``c tanh(logits / c)`` (Gemma 2). None: no bound.
+      head_bias: the head, which is then not tied, has a learned bias.
+      learned_positions: add a learned vector for each of ``max_length`` positions to the embedded tokens (GPT-2).
     """
 
     vocab_size: int
@@ -161,6 +167,12 @@ class ModelConfig:
     layer_dropout: LayerDropout = LayerDropout()
     quantization: Quantization = dataclasses.field(default_factory=Quantization)
     norm: NormConfig = dataclasses.field(default=RMS(), metadata=LATER)
+    embedding_multiplier: float = dataclasses.field(default=1.0, metadata=LATER)
+    residual_multiplier: float = dataclasses.field(default=1.0, metadata=LATER)
+    logits_multiplier: float = dataclasses.field(default=1.0, metadata=LATER)
+    logit_softcap: float | None = dataclasses.field(default=None, metadata=LATER)
+    head_bias: bool = dataclasses.field(default=False, metadata=LATER)
+    learned_positions: bool = dataclasses.field(default=False, metadata=LATER)
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_repeats", "max_length"):
@@ -169,6 +181,11 @@ class ModelConfig:
             raise ConfigError("model.pattern is empty; give it at least one BlockConfig")
         one_of("model.dtype", self.dtype, Dtype)
         one_of("model.remat", self.remat, Remat)
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_multiplier", "logit_softcap"):
+            if (factor := getattr(self, name)) is not None and not factor > 0:
+                raise ConfigError(f"model.{name} is {factor}; give a positive number")
+        if self.head_bias and self.tied_embedding:
+            raise ConfigError("model.head_bias needs a head of its own; set model.tied_embedding to False")
         for block in self.pattern:
             if self.quantization.cache is not None and not block.attention.quantizes_cache:
                 raise ConfigError(

@@ -17,6 +17,7 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.linear import Embedding, Linear
 from efftrain.models.quantization import prepare
 from efftrain.models.stack import add_metrics, dropout_rates, dropout_strength, run_layers, stack_layers, unstack
+from efftrain.ops.fused_linear_loss import VocabularyHead
 from efftrain.sharding.rules import constrain
 
 
@@ -46,8 +47,15 @@ class Decoder(nnx.Module):
         self.norm = config.norm.build(config.d_model, eps=config.norm_eps)
         if not config.tied_embedding:
             self.head = Linear(
-                config.d_model, config.vocab_size, axes=("embed", "vocab"), dtype=config.dtype, rngs=rngs
+                config.d_model,
+                config.vocab_size,
+                axes=("embed", "vocab"),
+                dtype=config.dtype,
+                rngs=rngs,
+                bias=config.head_bias,
             )
+        if config.learned_positions:
+            self.positions = Embedding(config.max_length, config.d_model, rngs=rngs, dtype=config.dtype, axis=None)
         if config.layer_dropout.rate:
             self.steps = StepCount(jnp.zeros((), jnp.int32), axes=(), units=())
         prepare(self, config.quantization)
@@ -68,7 +76,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, dict]:
         """Returns the normalised states before the head (batch, length, d_model), and metrics; see ``states``."""
         x_btd, _, metrics = self.states(tokens_bt, segments_bt=segments_bt, positions_bt=positions_bt, key=key)
-        return self.norm(x_btd), metrics
+        return self.normalised(x_btd), metrics
 
     def states(
         self,
@@ -98,7 +106,7 @@ class Decoder(nnx.Module):
         self._check_length(tokens_bt.shape[1])
         if positions_bt is None:
             positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
-        x_btd = constrain(self.embedding(tokens_bt), "batch", "length", None)
+        x_btd = constrain(self.embed(tokens_bt, positions_bt), "batch", "length", None)
         kept = self._kept(key, len(tokens_bt))
         x_btd, exit_ebtd, metrics = run_layers(
             self.blocks,
@@ -155,14 +163,14 @@ class Decoder(nnx.Module):
         n_valid_b = jnp.full(len(tokens_bt), length, jnp.int32) if n_valid_b is None else n_valid_b
         x_btd, layer_caches = extend_layers(
             layers or self.layers(),
-            self.embedding(tokens_bt),
+            self.embed(tokens_bt, positions_bt),
             positions_bt,
             cache.layers,
             fresh=fresh,
             valid_bt=jnp.arange(length) < n_valid_b[:, None],
             tokens_bt=tokens_bt,
         )
-        return self.norm(x_btd), Cache(layers=layer_caches, lengths_b=cache.lengths_b + n_valid_b)
+        return self.normalised(x_btd), Cache(layers=layer_caches, lengths_b=cache.lengths_b + n_valid_b)
 
     def after_step(self, statistics: list[dict]) -> dict:
         """Updates variables that are not trained but follow the data, from the ``statistics`` of a step.
@@ -193,19 +201,46 @@ class Decoder(nnx.Module):
             for (layer_def, _), layers in zip(split, states, strict=True)
         ]
 
+    def embed(self, tokens_bt: Array, positions_bt: Array) -> Array:
+        """Returns what the first layer reads, (batch, length, d_model), for tokens at these positions."""
+        x_btd, factor = self.embedding(tokens_bt), self.config.embedding_multiplier
+        if factor != 1:
+            x_btd = x_btd * jnp.asarray(factor, x_btd.dtype)
+        return x_btd + self.positions(positions_bt) if self.config.learned_positions else x_btd
+
+    def normalised(self, x: Array) -> Array:
+        """Returns what the head reads, (..., d_model), from the residual stream after any layer."""
+        x, factor = self.norm(x), self.config.logits_multiplier
+        return x if factor == 1 else x * factor
+
+    def vocabulary_head(self) -> VocabularyHead:
+        """Returns the head, with its kernel in the compute dtype, for logits and fused losses."""
+        config = self.config
+        kernel_dv = self.embedding.as_head() if config.tied_embedding else self.head.cast_kernel()
+        bias_v = self.head.bias[...] if config.head_bias else None
+        return VocabularyHead(kernel_dv, bias_v, config.logit_softcap)
+
     def head_kernel(self) -> Array:
-        """Returns the kernel of the head, (d_model, vocab) in the compute dtype."""
-        return self.embedding.as_head() if self.config.tied_embedding else self.head.cast_kernel()
+        """Returns the kernel of the head, (d_model, vocab) in the compute dtype, for models whose head is only that.
+
+        Raises:
+          ConfigError: the logits are more than products of ``norm(x)`` with the kernel.
+        """
+        for name, plain in (("head_bias", False), ("logit_softcap", None), ("logits_multiplier", 1.0)):
+            if (value := getattr(self.config, name)) != plain:
+                raise ConfigError(
+                    f"model.{name} is {value}, which head_kernel() does not include; use normalised() and "
+                    "vocabulary_head()"
+                )
+        return self.vocabulary_head().kernel_dv
 
     def logits(self, hidden: Array) -> Array:
         """Computes the head: (..., d_model) -> (..., vocab) in float32."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        product = jnp.matmul(flat, self.head_kernel(), preferred_element_type=jnp.float32)
-        return product.reshape(*hidden.shape[:-1], -1)
+        return self.vocabulary_head().logits(hidden)
 
     def exit_logits(self, x: Array) -> Array:
         """Logits (..., vocab) of the residual stream (..., d_model) after any layer: all exits share norm and head."""
-        return self.logits(self.norm(x))
+        return self.logits(self.normalised(x))
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_length:

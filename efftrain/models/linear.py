@@ -49,12 +49,19 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors: integers (...) -> (..., d_model)."""
+    """A table of vectors: integers (...) -> (..., d_model).
 
-    def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs, dtype: str):
+    Args:
+      vocab_size: number of vectors.
+      d_model: their size.
+      dtype: dtype of what is looked up; the table is float32.
+      axis: logical axis name of the vectors' indices.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs, dtype: str, axis: str | None = "vocab"):
         table = nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, d_model))
         # Scales are shared along a vector, which is what a lookup reads and what the tied head multiplies with a state.
-        self.table = Matrix(table, axes=("vocab", "embed"), units=(vocab_size, d_model), contraction=-1)
+        self.table = Matrix(table, axes=(axis, "embed"), units=(vocab_size, d_model), contraction=-1)
         self.dtype = dtype
 
     def __call__(self, tokens: Array) -> Array:

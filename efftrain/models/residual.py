@@ -72,9 +72,9 @@ class PostNormBlock(Block):
     def join(
         self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None, segments_bt: Array | None
     ) -> tuple[Array, dict]:
-        x_btd += self.attention_post_norm(attended_btd)
+        x_btd = self.add(x_btd, self.attention_post_norm(attended_btd))
         out_btd, metrics = self.feed_forward(self.mlp_input(x_btd), tokens_bt, segments_bt)
-        return x_btd + self.mlp_post_norm(out_btd), metrics
+        return self.add(x_btd, self.mlp_post_norm(out_btd)), metrics
 
 
 class SandwichBlock(PostNormBlock):
@@ -92,7 +92,7 @@ class ParallelBlock(Block):
         self, x_btd: Array, attended_btd: Array, tokens_bt: Array | None, segments_bt: Array | None
     ) -> tuple[Array, dict]:
         out_btd, metrics = self.feed_forward(self.mlp_input(x_btd), tokens_bt, segments_bt)
-        return x_btd + attended_btd + out_btd, metrics
+        return self.add(x_btd, attended_btd, out_btd), metrics
 
 
 class SharedNormBlock(ParallelBlock):

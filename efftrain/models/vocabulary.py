@@ -12,7 +12,7 @@ def with_vocabulary(model: Decoder, vocab_size: int, *, max_length: int | None =
     Args:
       model: a trained model, not quantised.
       vocab_size: vocabulary size of the new model.
-      max_length: ``max_length`` of the new model. None: as before.
+      max_length: ``max_length`` of the new model. None: as before. Learned vectors of further positions are new.
       rngs: random keys for the vectors of the new entries.
 
     Raises:
@@ -22,6 +22,7 @@ def with_vocabulary(model: Decoder, vocab_size: int, *, max_length: int | None =
     if vocab_size < before:
         raise ConfigError(f"the model has {before} entries and is to have {vocab_size}; entries can only be added")
     config = model.config.replace(vocab_size=vocab_size, max_length=max_length or model.config.max_length)
+    n = min(config.max_length, model.config.max_length)
     grown = Decoder(config, rngs=rngs)
     for name in ("blocks", "norm"):
         nnx.update(getattr(grown, name), nnx.state(getattr(model, name)))
@@ -30,4 +31,9 @@ def with_vocabulary(model: Decoder, vocab_size: int, *, max_length: int | None =
     if not config.tied_embedding:
         kernel = grown.head.kernel
         kernel[...] = kernel[...].at[:, :before].set(model.head.kernel[...])
+    if config.head_bias:
+        grown.head.bias[...] = grown.head.bias[...].at[:before].set(model.head.bias[...])
+    if config.learned_positions:
+        table = grown.positions.table
+        table[...] = table[...].at[:n].set(model.positions.table[...][:n])
     return grown

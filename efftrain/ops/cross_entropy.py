@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efftrain.ops.fused_linear_loss import choose_chunks, fused_linear_loss
+from efftrain.ops.fused_linear_loss import VocabularyHead, as_head, choose_chunks, fused_linear_loss
 
 
 def cross_entropy(
     x_btd: Array,
-    kernel_dv: Array,
+    head: VocabularyHead | Array,
     targets_bt: Array,
     weights_bt: Array,
     *,
@@ -20,7 +20,7 @@ def cross_entropy(
 
     Args:
       x_btd: (batch, length, d_model) hidden states, any float dtype.
-      kernel_dv: (d_model, vocab) head in x's dtype.
+      head: see ``fused_linear_loss``.
       targets_bt: (batch, length) integers.
       weights_bt: (batch, length) float32 or bool; a token with weight 0 does not count.
       n_chunks: number of chunks, from 1 to the length. None: chosen so that a chunk has at most ``CHUNK_ELEMENTS``
@@ -28,14 +28,15 @@ def cross_entropy(
       shards: number of devices over which the tokens are divided, for the choice of ``n_chunks``.
 
     Returns:
-      () float32 nats, summed. Differentiable in x and the kernel.
+      () float32 nats, summed. Differentiable in x and the head.
     """
     batch, length, _ = x_btd.shape
+    head = as_head(head)
     if n_chunks is None:
-        n_chunks = choose_chunks(length, batch * length * kernel_dv.shape[1] // shards)
+        n_chunks = choose_chunks(length, batch * length * head.kernel_dv.shape[1] // shards)
     # int32: the targets are compared with 0 .. vocab - 1, which may not fit into a smaller dtype.
     arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32)
-    return fused_linear_loss(_weighted_nll, x_btd, kernel_dv, arrays, n_chunks=n_chunks)[0]
+    return fused_linear_loss(_weighted_nll, x_btd, head, arrays, n_chunks=n_chunks)[0]
 
 
 def token_nll(logits: Array, targets: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from efftrain.ops.cross_entropy import at_targets
-from efftrain.ops.fused_linear_loss import choose_chunks, fused_linear_loss, logits_of
+from efftrain.ops.fused_linear_loss import VocabularyHead, as_head, choose_chunks, fused_linear_loss
 
 LOG_OF_ZERO = math.log(np.finfo(np.float32).tiny)  # used as the logarithm of a probability of 0, which is masked
 SMALLEST_TAIL = 1e-6  # added to a student's probability outside the kept tokens, since float32 resolves no less
@@ -86,11 +86,11 @@ def kept_divergence(student_logits: Array, ids: Array, probs: Array, *, tail: bo
 
 def distillation_loss(
     x_btd: Array,
-    kernel_dv: Array,
+    head: VocabularyHead | Array,
     targets_bt: Array,
     weights_bt: Array,
     teacher_btd: Array,
-    teacher_dv: Array,
+    teacher_head: VocabularyHead | Array,
     *,
     alpha: Array | float = 1.0,
     temperature: Array | float = 1.0,
@@ -104,9 +104,9 @@ def distillation_loss(
 
     Args:
       x_btd: (batch, length, d_model) states of the student.
-      kernel_dv: (d_model, vocab) head of the student.
+      head: head of the student, see ``fused_linear_loss``.
       targets_bt, weights_bt: see ``cross_entropy``.
-      teacher_btd, teacher_dv: states and head of the teacher, whose width may differ; not differentiated.
+      teacher_btd, teacher_head: states and head of the teacher, whose width may differ; not differentiated.
       alpha, temperature: () float32, or numbers.
       beta: see ``generalized_jsd``.
       n_chunks, shards: see ``cross_entropy``; a chunk has the logits of both models.
@@ -118,18 +118,19 @@ def distillation_loss(
     Source: Hinton et al. 2015, section 2.
     """
     batch, length, _ = x_btd.shape
+    head = as_head(head)
     if n_chunks is None:
-        n_chunks = choose_chunks(length, 2 * batch * length * kernel_dv.shape[1] // shards)
+        n_chunks = choose_chunks(length, 2 * batch * length * head.kernel_dv.shape[1] // shards)
     loss_of = partial(_to_teacher, beta=beta, as_is=isinstance(temperature, float | int) and temperature == 1)
     arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32), teacher_btd
-    constants = teacher_dv, jnp.float32(alpha), jnp.float32(temperature)
-    loss, (nll, divergence) = fused_linear_loss(loss_of, x_btd, kernel_dv, arrays, constants, n_chunks=n_chunks)
+    constants = as_head(teacher_head), jnp.float32(alpha), jnp.float32(temperature)
+    loss, (nll, divergence) = fused_linear_loss(loss_of, x_btd, head, arrays, constants, n_chunks=n_chunks)
     return loss, nll, divergence
 
 
 def kept_distillation_loss(
     x_btd: Array,
-    kernel_dv: Array,
+    head: VocabularyHead | Array,
     targets_bt: Array,
     weights_bt: Array,
     ids_btk: Array,
@@ -142,13 +143,12 @@ def kept_distillation_loss(
 ) -> tuple[Array, Array, Array]:
     """As ``distillation_loss``, from the part of the teacher's distribution in a cache; see ``kept_divergence``."""
     batch, length, _ = x_btd.shape
+    head = as_head(head)
     if n_chunks is None:
-        n_chunks = choose_chunks(length, batch * length * kernel_dv.shape[1] // shards)
+        n_chunks = choose_chunks(length, batch * length * head.kernel_dv.shape[1] // shards)
     arrays = targets_bt.astype(jnp.int32), weights_bt.astype(jnp.float32), ids_btk, probs_btk
     loss_of = partial(_to_kept, tail=tail)
-    loss, (nll, divergence) = fused_linear_loss(
-        loss_of, x_btd, kernel_dv, arrays, jnp.float32(alpha), n_chunks=n_chunks
-    )
+    loss, (nll, divergence) = fused_linear_loss(loss_of, x_btd, head, arrays, jnp.float32(alpha), n_chunks=n_chunks)
     return loss, nll, divergence
 
 
@@ -157,8 +157,8 @@ def kept_distillation_loss(
 
 def _to_teacher(logits: Array, arrays: tuple[Array, ...], constants: Any, *, beta: float, as_is: bool):
     targets, weights, teacher_states = arrays
-    teacher_dv, alpha, temperature = constants
-    teacher_logits = logits_of(teacher_states, teacher_dv)
+    teacher_head, alpha, temperature = constants
+    teacher_logits = teacher_head.logits(teacher_states)
     nll = -at_targets(_log_probabilities(logits), targets)
     if as_is:
         divergence = generalized_jsd(logits, teacher_logits, beta)

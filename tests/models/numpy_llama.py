@@ -21,7 +21,9 @@ def forward(model, tokens, segments=None, positions=None):
         np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else np.asarray(positions)
     )
     segments = np.zeros_like(tokens) if segments is None else np.asarray(segments)
-    x = params["embedding"]["table"][tokens]
+    x = params["embedding"]["table"][tokens] * config.embedding_multiplier
+    if config.learned_positions:
+        x = x + params["positions"]["table"][positions]
     n_pattern = len(config.pattern)
     norm = partial(_norm, eps=config.norm_eps, kind=config.norm)
     head_norm = norm if isinstance(config.norm, RMS) else partial(_norm, eps=config.norm_eps, kind=RMS())
@@ -32,12 +34,13 @@ def forward(model, tokens, segments=None, positions=None):
         def attend(x, block=block, layer=layer):
             return _attention(block.attention, layer["attention"], x, positions, segments, head_norm)
 
-        x = _joined(block, layer, norm, x, attend)
-    x = norm(x, params["norm"])
-    return x @ (params["embedding"]["table"].T if config.tied_embedding else params["head"]["kernel"])
+        x = _joined(block, layer, norm, x, attend, config.residual_multiplier)
+    x = norm(x, params["norm"]) * config.logits_multiplier
+    logits = x @ params["embedding"]["table"].T if config.tied_embedding else _linear(x, params["head"])
+    return logits if config.logit_softcap is None else config.logit_softcap * np.tanh(logits / config.logit_softcap)
 
 
-def _joined(block, layer, norm, x, attend):
+def _joined(block, layer, norm, x, attend, by):
     def normed(name, x):
         return norm(x, layer[name])
 
@@ -45,16 +48,16 @@ def _joined(block, layer, norm, x, attend):
         return _mlp(block.mlp, layer["mlp"], x)
 
     if isinstance(block.residual, PostNorm):
-        x = x + normed("attention_post_norm", attend(x))
-        return x + normed("mlp_post_norm", mlp(x))
+        x = x + by * normed("attention_post_norm", attend(x))
+        return x + by * normed("mlp_post_norm", mlp(x))
     if isinstance(block.residual, Sandwich):
-        x = x + normed("attention_post_norm", attend(normed("attention_norm", x)))
-        return x + normed("mlp_post_norm", mlp(normed("mlp_norm", x)))
+        x = x + by * normed("attention_post_norm", attend(normed("attention_norm", x)))
+        return x + by * normed("mlp_post_norm", mlp(normed("mlp_norm", x)))
     attended = attend(normed("attention_norm", x))
     if isinstance(block.residual, Parallel):
-        return x + attended + mlp(normed("attention_norm" if block.residual.shared_norm else "mlp_norm", x))
-    x = x + attended
-    return x + mlp(normed("mlp_norm", x))
+        return x + by * attended + by * mlp(normed("attention_norm" if block.residual.shared_norm else "mlp_norm", x))
+    x = x + by * attended
+    return x + by * mlp(normed("mlp_norm", x))
 
 
 def _mlp(config, params, x):

@@ -43,6 +43,14 @@ CASES = {
     "GeGLU": block(mlp=Dense(d_ff=24, activation="gelu")),
     "ungated with biases": block(mlp=Dense(d_ff=24, activation="gelu_tanh", gated=False, bias=True)),
     "ungated relu": block(mlp=Dense(d_ff=24, activation="relu", gated=False)),
+    "embedding multiplier": {"embedding_multiplier": 4.0, "tied_embedding": True},
+    "residual multiplier": {"residual_multiplier": 0.22},
+    "residual multiplier of norms after": block(residual=PostNorm()) | {"residual_multiplier": 0.22},
+    "residual multiplier of parallel parts": block(residual=Parallel()) | {"residual_multiplier": 0.22},
+    "logits multiplier": {"logits_multiplier": 0.125},
+    "logit softcap": {"logit_softcap": 0.7},
+    "head bias": {"head_bias": True, "logit_softcap": 3.0},
+    "learned positions": {"learned_positions": True},
     "no position": attention(position=NoPosition()),
 }
 
@@ -76,6 +84,11 @@ def test_configurations_of_earlier_versions_keep_their_digest():
         (lambda: Attention(n_heads=2, n_kv_heads=1, d_head=4, qk_norm="all"), "attention.qk_norm is 'all'; use False"),
         (lambda: Attention(n_heads=2, n_kv_heads=1, d_head=4, scale=0.0), "attention.scale is 0.0; give a positive"),
         (lambda: Dense(d_ff=4, activation="tanh"), "mlp.activation is 'tanh'; use one of 'silu', 'gelu', 'gelu_tanh'"),
+        (lambda: tiny.config(logit_softcap=0.0), "model.logit_softcap is 0.0; give a positive number"),
+        (
+            lambda: tiny.config(head_bias=True, tied_embedding=True),
+            "model.head_bias needs a head of its own; set model.tied_embedding to False",
+        ),
     ],
 )
 def test_what_is_impossible_is_refused(build, message):

@@ -37,7 +37,7 @@ class Bigram(nnx.Module):
     def hidden(self, tokens_bt, **others):
         return self.norm(self.embedding(tokens_bt)), {}
 
-    def head_kernel(self):
+    def vocabulary_head(self):
         return self.head.cast_kernel()
 
 

@@ -109,15 +109,15 @@ class FromTeacher:
         student_e, teacher_e = how.features.layers_read(*configs) if how.features else ([], [])
         inputs = {"segments_bt": batch["segments"], "positions_bt": batch["positions"]}
         t_btd, t_ebtd, _ = teacher.states(batch["tokens"], exits_e=_array(teacher_e), **inputs)
-        t_btd = jax.lax.stop_gradient(teacher.norm(t_btd))
+        t_btd = jax.lax.stop_gradient(teacher.normalised(t_btd))
         x_btd, x_ebtd, metrics = model.states(batch["tokens"], exits_e=_array(student_e), key=key, **inputs)
         loss, nll, divergence = distillation_loss(
-            model.norm(x_btd),
-            model.head_kernel(),
+            model.normalised(x_btd),
+            model.vocabulary_head(),
             batch["targets"],
             batch["mask"],
             t_btd,
-            teacher.head_kernel(),
+            teacher.vocabulary_head(),
             alpha=how.alpha.at(progress),
             temperature=how.temperature.at(progress),
             beta=how.beta,
@@ -172,7 +172,7 @@ class FromCache:
         )
         loss, nll, divergence = kept_distillation_loss(
             hidden_btd,
-            model.head_kernel(),
+            model.vocabulary_head(),
             batch["targets"],
             batch["mask"],
             batch["teacher_ids"],

@@ -61,7 +61,8 @@ def cut_from(teacher: LayerwiseModel, student: ModelConfig, calibration: Calibra
 
 def same_parameters(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configurations have the same parameters: they may differ in dtype, scan, remat and maximum length."""
-    how = {name: getattr(other, name) for name in ("dtype", "scan", "remat", "max_length")}
+    names = ["dtype", "scan", "remat"] + ([] if one.learned_positions else ["max_length"])
+    how = {name: getattr(other, name) for name in names}
     return one.replace(**how) == other
 
 

@@ -231,7 +231,7 @@ def _saliency(graph, state, x_btd, positions_bt, segments_bt) -> Array:
 
 def inputs_of(outer: Decoder, calibration: CalibrationRows) -> np.ndarray:
     """The input of the first layer: the embedded tokens (rows, length, d_model)."""
-    return np.asarray(outer.embedding(jnp.asarray(calibration.tokens)))
+    return np.asarray(outer.embed(*map(jnp.asarray, (calibration.tokens, calibration.positions))))
 
 
 def relative_errors(after: Array, before: Array, hessian_dd: Array | None) -> tuple[float, float | None]:

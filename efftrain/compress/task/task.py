@@ -95,7 +95,7 @@ class TaskLoss:
             found["loss/divergence"] = (divergence / self.temperature**2, n_asked)
         if self.text_weight:
             text = cross_entropy(
-                hidden_btd, model.head_kernel(), batch["targets"], batch["weights"],
+                hidden_btd, model.vocabulary_head(), batch["targets"], batch["weights"],
                 shards=shard_count("batch", "length"),
             )  # fmt: skip
             loss += self.text_weight * text

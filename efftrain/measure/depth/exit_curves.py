@@ -68,7 +68,7 @@ def tune(model: Decoder, rows: Rows) -> dict[str, Any]:
             row["tokens"], segments_bt=row["segments"], positions_bt=row["positions"], exits_e=jnp.arange(n - 1)
         )
         assert exit_ebtd is not None  # asked for with exits_e
-        before = [model.embedding(row["tokens"]), *exit_ebtd]
+        before = [model.embed(row["tokens"], row["positions"]), *exit_ebtd]
         wanted = model.exit_logits(x_btd).argmax(-1)
         agree = jnp.stack([model.exit_logits(x).argmax(-1) == wanted for x in exit_ebtd])
         measured = {
@@ -235,7 +235,7 @@ def routed_depths(model: Decoder, rows: Rows, text: TokenTable) -> dict[str, Any
     @jax.jit
     def of_row(state: nnx.State, row: Mapping[str, Array], classes_v: Array) -> Array:
         causal = nnx.merge(graph, state)
-        x_btd = causal.embedding(row["tokens"])
+        x_btd = causal.embed(row["tokens"], row["positions"])
         layers_bt = jnp.zeros(row["tokens"].shape, jnp.int32)
         for layer in causal.layers():
             if isinstance(layer, RoutedDepth):

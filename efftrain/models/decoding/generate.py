@@ -186,7 +186,8 @@ def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end
         by = partial(
             advance, model, depth.exits, depth.rule, threshold=threshold, probe=probe, max_layers_b=max_layers_b
         )
-        x_btd, positions_bt = model.embedding(token_b[:, None]), cache.lengths_b[:, None]
+        positions_bt = cache.lengths_b[:, None]
+        x_btd = model.embed(token_b[:, None], positions_bt)
         ended_bt = ~goes_on(token_b)[:, None]
         found, after = extend_until_sure(
             model, layers, x_btd, positions_bt, cache.layers, by, ended_bt, tokens_bt=token_b[:, None]

@@ -154,7 +154,7 @@ def _draft(
 
     def pass_layers(token_b: Array, j: Array | int, caches: tuple) -> tuple[Array, tuple]:
         token_b1, positions_b1 = token_b[:, None], cache.lengths_b[:, None] + j
-        return extend_layers(layers, model.embedding(token_b1), positions_b1, caches, tokens_bt=token_b1)
+        return extend_layers(layers, model.embed(token_b1, positions_b1), positions_b1, caches, tokens_bt=token_b1)
 
     def one(j: Array, carry: tuple) -> tuple:
         token_b, caches, states_bkd, drafts_bk, q_bkv = carry

@@ -190,7 +190,7 @@ def exit_states(
     exits = exit.exit_layers(model.config.n_layers)
     if positions_bt is None:
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
-    state = start(model.embedding(tokens_bt))
+    state = start(model.embed(tokens_bt, positions_bt))
     for i, layer in enumerate(model.layers()):
         y_btd, _ = layer(state.x_btd, positions_bt, segments_bt, tokens_bt)
         state = advance(model, exits, exit.rule, state, y_btd, i + 1, threshold=threshold, probe=probe)

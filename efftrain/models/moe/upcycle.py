@@ -13,6 +13,21 @@ from efftrain.models.config import Dense, Full, ModelConfig
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe.layer import MoE, RoutedExperts
 
+# Fields of ``ModelConfig`` in which the mixture and the dense model must agree.
+SAME = (
+    "vocab_size",
+    "d_model",
+    "n_layers",
+    "tied_embedding",
+    "norm",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_multiplier",
+    "logit_softcap",
+    "head_bias",
+    "learned_positions",
+)
+
 
 def upcycle(dense: Decoder, config: ModelConfig, *, rngs: nnx.Rngs) -> Decoder:
     """Returns a mixture of experts whose experts are copies of the dense feed-forward parts; the routers are new.
@@ -35,7 +50,10 @@ def upcycle(dense: Decoder, config: ModelConfig, *, rngs: nnx.Rngs) -> Decoder:
     check_upcycling(dense.config, config)
     routed = Decoder(config, rngs=rngs)
     layers = dense.layers()
-    for variable in ("embedding", "norm", *(() if config.tied_embedding else ("head",))):
+    parts = ["embedding", "norm"]
+    parts += [] if config.tied_embedding else ["head"]
+    parts += ["positions"] if config.learned_positions else []
+    for variable in parts:
         nnx.update(getattr(routed, variable), nnx.state(getattr(dense, variable)))
     for position, stack in enumerate(routed.blocks):
         _fill(stack, layers[position :: len(config.pattern)])
@@ -44,7 +62,7 @@ def upcycle(dense: Decoder, config: ModelConfig, *, rngs: nnx.Rngs) -> Decoder:
 
 def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
     """Raises ``ConfigError`` if ``upcycle`` cannot make a model of ``config`` from one of ``dense``."""
-    for name in ("vocab_size", "d_model", "n_layers", "tied_embedding"):
+    for name in (*SAME, *(("max_length",) if config.learned_positions else ())):
         if getattr(dense, name) != getattr(config, name):
             raise ConfigError(
                 f"model.{name} is {getattr(config, name)} and the dense model has {getattr(dense, name)}; give both "
@@ -58,11 +76,17 @@ def check_upcycling(dense: ModelConfig, config: ModelConfig) -> None:
             raise ConfigError(
                 f"{where}the block has a depth policy, and upcycling copies only blocks without one; use Full"
             )
+        if old.residual != new.residual:
+            raise ConfigError(f"{where}the residual form differs from the dense model's; give both the same residual")
         if replace(old.attention, n_blocks=1, backend="auto") != replace(new.attention, n_blocks=1, backend="auto"):
             raise ConfigError(f"{where}attention differs from the dense model's; give both the same attention")
         if not isinstance(new.mlp, MoE):
             if new.mlp != old.mlp:
                 raise ConfigError(f"{where}mlp is neither an MoE nor that of the dense model; use one of the two")
+        elif old.mlp != Dense(d_ff=old.mlp.d_ff):
+            raise ConfigError(
+                f"{where}experts are SwiGLU without biases, and the dense model's mlp is not; give such a model"
+            )
         elif new.mlp.d_expert != old.mlp.d_ff:
             raise ConfigError(
                 f"{where}moe.d_expert is {new.mlp.d_expert} and the dense model's d_ff {old.mlp.d_ff}; upcycling "

@@ -142,11 +142,11 @@ class SelfDistillation:
         hidden_btd, metrics = model.hidden(batch["tokens"], **inputs)
         mixed, loss, divergence = distillation_loss(
             hidden_btd,
-            model.head_kernel(),
+            model.vocabulary_head(),
             batch["targets"],
             batch["mask"],
             teacher_btd,
-            teacher.head_kernel(),
+            teacher.vocabulary_head(),
             alpha=self.weight / (1 + self.weight),
             shards=shard_count("batch", "length"),
         )
@@ -231,7 +231,7 @@ class EarlyExitLoss:
         )
         assert exit_ebtd is not None  # asked for with exits_e
         count = n_targets(batch)
-        loss = _cross_entropy(model, model.norm(x_btd), batch)
+        loss = _cross_entropy(model, model.normalised(x_btd), batch)
         some = partial(_every, stride=self.stride, first=jax.random.randint(token_key, (), 0, self.stride))
         part = {name: some(batch[name]) for name in ("targets", "mask")}
         # Counted over the whole batch, because a micro-batch may have no target at these tokens.
@@ -239,7 +239,7 @@ class EarlyExitLoss:
         share = n_seen / jnp.maximum(n_targets(whole.batch), 1.0)
 
         def losses_of(exit_ebtd: Array) -> Array:
-            return jnp.stack([_cross_entropy(model, model.norm(some(x)), part) for x in exit_ebtd])
+            return jnp.stack([_cross_entropy(model, model.normalised(some(x)), part) for x in exit_ebtd])
 
         there_e = exits_e < n - 1  # the last exit of a step may be beyond the last layer
         if self.after:
@@ -310,5 +310,5 @@ def exit_weights(n_layers: int, scale: float, weighting: Weighting = "depth") ->
 
 def _cross_entropy(model: Decoder, hidden_btd: Array, batch: Batch) -> Array:
     return cross_entropy(
-        hidden_btd, model.head_kernel(), batch["targets"], batch["mask"], shards=shard_count("batch", "length")
+        hidden_btd, model.vocabulary_head(), batch["targets"], batch["mask"], shards=shard_count("batch", "length")
     )
