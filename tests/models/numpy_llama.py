@@ -10,6 +10,7 @@ from flax import nnx
 from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.positions import Rotary
 from efftrain.models.residual import Parallel, PostNorm, Sandwich
+from efftrain.models.soft_cap import SoftCap
 
 
 def forward(model, tokens, segments=None, positions=None):
@@ -106,6 +107,8 @@ def _attention(config, params, x, positions, segments, norm):
             for h in range(config.n_heads):
                 g = h * config.n_kv_heads // config.n_heads
                 scores = k[b, seen, g] @ q[b, t, h] * (config.scale or d**-0.5)
+                if isinstance(config.score_mod, SoftCap):
+                    scores = config.score_mod.cap * np.tanh(scores / config.score_mod.cap)
                 weights = np.exp(scores - scores.max())
                 out[b, t, h] = weights / weights.sum() @ v[b, seen, g]
     return _linear(out.reshape(batch, length, -1), params["out"])

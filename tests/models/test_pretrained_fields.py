@@ -2,19 +2,26 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny_models as tiny
+from flax import nnx
 from numpy_llama import forward
 
 from efftrain.config import digest, from_json, to_json
 from efftrain.errors import ConfigError
 from efftrain.models.config import Attention, Dense
-from efftrain.models.decoding.generate import prefill
+from efftrain.models.decoding.generate import generate, prefill
+from efftrain.models.decoding.self_speculation import SelfSpeculation
+from efftrain.models.depth.early_exit import ConfidenceExit, exit_states
 from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.positions import NoPosition, Rotary
 from efftrain.models.residual import Parallel, PostNorm, Sandwich
+from efftrain.models.soft_cap import SoftCap
+from efftrain.train.objectives.objective import next_token_loss
 
 ATTENTION = tiny.PLAIN.attention
 
@@ -51,6 +58,7 @@ CASES = {
     "logit softcap": {"logit_softcap": 0.7},
     "head bias": {"head_bias": True, "logit_softcap": 3.0},
     "learned positions": {"learned_positions": True},
+    "score soft cap": attention(score_mod=SoftCap(cap=0.5), scale=0.7),
     "no position": attention(position=NoPosition()),
 }
 
@@ -73,6 +81,64 @@ def test_training_and_decoding_follow_the_formulas(changes):
         np.testing.assert_allclose(model.logits(hidden)[:, 0], truth[each, lengths + i], atol=5e-5)
 
 
+STREAMS = {
+    "gpt": block(residual=Parallel(), mlp=Dense(d_ff=24, gated=False)) | {"learned_positions": True, "head_bias": True},
+    "gemma": block(residual=Sandwich())
+    | {"embedding_multiplier": 4.0, "logit_softcap": 2.0, "tied_embedding": True, "norm": RMS(zero_centered=True)},
+    "granite": block(residual=PostNorm()) | {"residual_multiplier": 0.5, "logits_multiplier": 0.25},
+}
+
+
+@pytest.fixture(scope="module", params=STREAMS.values(), ids=STREAMS)
+def stream(request):
+    return tiny.build(tiny.config(**request.param))
+
+
+def test_exits_and_drafts_decode_the_tokens_of_the_formulas(stream):
+    """An exit that no token takes, and a draft that the whole model verifies."""
+    prompts, n_new = tiny.tokens(2, 5), 4
+    rows = prompts
+    for _ in range(n_new):
+        rows = np.concatenate([rows, forward(stream, rows)[:, -1:].argmax(-1)], axis=1)
+    for depth in (ConfidenceExit(threshold=2.0), SelfSpeculation(exit_layer=1, n_draft=2)):
+        found = generate(stream, prompts, np.array([5, 5]), n_new=n_new, depth=depth)
+        np.testing.assert_array_equal(found, rows[:, 5:])
+    left = exit_states(stream, rows, ConfidenceExit(threshold=2.0), 2.0)
+    np.testing.assert_allclose(stream.exit_logits(left.x_btd), forward(stream, rows), atol=5e-5)
+
+
+def test_the_training_loss_is_that_of_the_logits_with_its_gradients(stream):
+    graph, state = nnx.split(stream)
+    batch = tiny.rows(tiny.tokens(2, 9))
+
+    def plain(state):
+        model = nnx.merge(graph, state)
+        logits = model(batch["tokens"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).sum()
+
+    found = jax.jit(jax.value_and_grad(lambda state: next_token_loss(nnx.merge(graph, state), batch, None)[0]))(state)
+    wanted = jax.jit(jax.value_and_grad(plain))(state)
+    chex.assert_trees_all_close(found, wanted, atol=2e-5, rtol=2e-4)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(found[1]):
+        assert np.abs(gradient).max() > 1e-5, path
+
+
+def test_the_embedding_multiplier_is_rounded_to_the_dtype():
+    """As transformers does: 33.94 is 34 in bfloat16."""
+    model = tiny.build(tiny.config(embedding_multiplier=33.941, dtype="bfloat16"))
+    table = np.asarray(model.embedding.table[...].astype("bfloat16"), np.float32)
+    want = np.asarray((table[3] * 34).astype("bfloat16"), np.float32)
+    found = model.embed(np.array([[3]]), np.array([[0]]))
+    np.testing.assert_array_equal(np.asarray(found, np.float32)[0, 0], want)
+
+
+def test_the_bare_kernel_is_no_head_of_bounded_logits(stream):
+    config = stream.config
+    if config.head_bias or config.logit_softcap or config.logits_multiplier != 1:
+        with pytest.raises(ConfigError, match=r"which head_kernel\(\) does not include; use normalised\(\) and"):
+            stream.head_kernel()
+
+
 def test_configurations_of_earlier_versions_keep_their_digest():
     """No new field is written at its default. The digest is of the version before these fields."""
     assert digest(tiny.config()) == "7a080e209485360ffe781fa096bcf1d0"
@@ -84,6 +150,7 @@ def test_configurations_of_earlier_versions_keep_their_digest():
         (lambda: Attention(n_heads=2, n_kv_heads=1, d_head=4, qk_norm="all"), "attention.qk_norm is 'all'; use False"),
         (lambda: Attention(n_heads=2, n_kv_heads=1, d_head=4, scale=0.0), "attention.scale is 0.0; give a positive"),
         (lambda: Dense(d_ff=4, activation="tanh"), "mlp.activation is 'tanh'; use one of 'silu', 'gelu', 'gelu_tanh'"),
+        (lambda: SoftCap(cap=-1.0), "score_mod.cap is -1.0; give a positive number, or no score_mod"),
         (lambda: tiny.config(logit_softcap=0.0), "model.logit_softcap is 0.0; give a positive number"),
         (
             lambda: tiny.config(head_bias=True, tied_embedding=True),

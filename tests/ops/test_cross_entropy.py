@@ -11,7 +11,7 @@ import pytest
 
 from efftrain.ops import fused_linear_loss as module
 from efftrain.ops.cross_entropy import cross_entropy, token_nll
-from efftrain.ops.fused_linear_loss import choose_chunks
+from efftrain.ops.fused_linear_loss import VocabularyHead, choose_chunks
 
 BATCH, LENGTH, D, VOCAB = 3, 8, 5, 11
 
@@ -50,6 +50,22 @@ def test_value_and_gradients(n_chunks):
     chex.assert_trees_all_close(value_and_gradients(*given, n_chunks=n_chunks), truth(*given), rtol=1e-5, atol=2e-6)
     without_gradient = jax.jit(partial(cross_entropy, n_chunks=n_chunks))(*given)
     np.testing.assert_allclose(without_gradient, truth(*given)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 3])
+@pytest.mark.parametrize(("has_bias", "softcap"), [(True, None), (False, 1.5), (True, 1.5)])
+def test_a_head_with_a_bias_and_a_bound(n_chunks, has_bias, softcap):
+    x, kernel, targets, weights = draw()
+    bias = jnp.linspace(-1.0, 1.0, VOCAB) if has_bias else None
+
+    def plain(x, head):
+        logits = x @ head.kernel_dv + (0 if head.bias_v is None else head.bias_v)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
+
+    head = VocabularyHead(kernel, bias, softcap)
+    found = value_and_gradients(x, head, targets, weights, n_chunks=n_chunks)
+    chex.assert_trees_all_close(found, jax.value_and_grad(plain, (0, 1))(x, head), rtol=1e-4, atol=1e-5)
 
 
 def test_value_and_gradients_are_those_of_optax():

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from efftrain.ops.divergence import (
     kept_distillation_loss,
     kept_divergence,
 )
+from efftrain.ops.fused_linear_loss import VocabularyHead
 
 BATCH, LENGTH, D, WIDE, VOCAB = 3, 8, 5, 7, 11
 
@@ -266,3 +268,22 @@ def test_memory_does_not_grow_with_the_logits():
 
     assert temporary(1) > 2 * length * vocab * 4  # the measure does see them
     assert temporary(64) < temporary(1) / 10
+
+
+def test_heads_of_student_and_teacher_may_have_biases_and_bounds():
+    x, kernel, targets, weights, teacher, teacher_dv = draw()
+    head = VocabularyHead(kernel, jnp.linspace(-1.0, 1.0, VOCAB), 1.5)
+    teacher_head = VocabularyHead(teacher_dv, jnp.linspace(1.0, 0.0, VOCAB), 3.0)
+
+    def fused(x, head):
+        return distillation_loss(x, head, targets, weights, teacher, teacher_head, alpha=0.6, n_chunks=3)[0]
+
+    def plain(x, head):
+        logits = 1.5 * jnp.tanh((x @ head.kernel_dv + head.bias_v) / 1.5)
+        wanted = 3 * jnp.tanh((teacher @ teacher_dv + teacher_head.bias_v) / 3)
+        far = optax.losses.kl_divergence(jax.nn.log_softmax(logits), jax.nn.softmax(wanted))
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return ((0.6 * far + 0.4 * nll) * weights).sum()
+
+    found, want = (jax.value_and_grad(f, (0, 1))(x, head) for f in (fused, plain))
+    chex.assert_trees_all_close(found, want, rtol=1e-4, atol=1e-5)
