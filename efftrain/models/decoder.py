@@ -55,7 +55,9 @@ class Decoder(nnx.Module):
                 bias=config.head_bias,
             )
         if config.learned_positions:
-            self.positions = Embedding(config.max_length, config.d_model, rngs=rngs, dtype=config.dtype, axis=None)
+            self.positions = Embedding(
+                config.max_length, config.d_model, rngs=rngs, dtype=config.dtype, axis="positions"
+            )
         if config.layer_dropout.rate:
             self.steps = StepCount(jnp.zeros((), jnp.int32), axes=(), units=())
         prepare(self, config.quantization)

@@ -7,6 +7,9 @@ from jax import Array
 from efftrain.models.quantization import Matrix, product, read, read_rows
 from efftrain.ops.norm import layer_norm, rms_norm
 
+# Logical axes of tables and heads, whose matrices are not those of dense products inside of the model.
+TABLE_AXES = frozenset({"vocab", "positions"})
+
 
 class Linear(nnx.Module):
     """The one dense product of every model: ``y_...f = x_...d @ kernel_df``, plus a bias if there is one.
@@ -58,7 +61,7 @@ class Embedding(nnx.Module):
       axis: logical axis name of the vectors' indices.
     """
 
-    def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs, dtype: str, axis: str | None = "vocab"):
+    def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs, dtype: str, axis: str = "vocab"):
         table = nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, d_model))
         # Scales are shared along a vector, which is what a lookup reads and what the tied head multiplies with a state.
         self.table = Matrix(table, axes=(axis, "embed"), units=(vocab_size, d_model), contraction=-1)

@@ -134,6 +134,7 @@ DEFAULT_RULES = ShardingRules(
         # Kept whole.
         "layers": (),  # the scan slices it: if it were split, every layer would come from another device
         "norm": (),  # a vector: gathering it costs more than keeping it
+        "positions": (),  # of a learned table, which is small
         "head_dim": (),  # of normalised queries and keys; a vector too
         "choices": (),  # the experts as a router sees them: every token is compared with all of them
         "groups": (),  # the scales of a quantised matrix along its contraction: there are few

@@ -10,6 +10,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from efftrain.errors import ConfigError
+from efftrain.models.linear import TABLE_AXES
 from efftrain.sharding.layout import is_variable
 
 
@@ -124,7 +125,7 @@ def muon_dimensions(params: Any) -> Any:
     """
 
     def dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
-        if len(_own_axes(axes)) < 2 or "vocab" in axes:
+        if len(_own_axes(axes)) < 2 or not TABLE_AXES.isdisjoint(axes):
             return None
         return MuonDimensionNumbers(reduction_axis=len(axes) - 2, output_axis=len(axes) - 1)
 

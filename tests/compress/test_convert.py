@@ -19,11 +19,13 @@ from efftrain.compress.quantization.mixed_precision import choose_formats
 from efftrain.errors import ConfigError
 from efftrain.measure.cost.parameters import stored_bytes
 from efftrain.measure.measurements import Measurements, write_json
-from efftrain.models.config import LayerDropout
+from efftrain.models.config import Dense, LayerDropout
 from efftrain.models.decoder import Decoder
 from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.moe import MoE
+from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.quantization import Quantization, QuantizationRule, give_rules, matrices
+from efftrain.models.residual import Parallel, PostNorm, Sandwich
 from efftrain.ops.number_formats import Float8, Integer
 from efftrain.train.checkpoints.flat_state import flatten, unflatten
 
@@ -112,8 +114,28 @@ def test_methods_that_look_at_text_change_outputs_less(method):
     assert max(error for name, error in errors[method][1].items()) < 0.3
 
 
-def test_awq_changes_nothing_before_rounding():
-    block = LayerwiseModel.of(build(config(pattern=(MHA,), n_repeats=1))).layers[0]
+BIASED = replace(
+    MHA,
+    attention=replace(MHA.attention, qkv_bias=True, out_bias=True),
+    mlp=Dense(d_ff=24, activation="gelu", bias=True),
+)
+UNGATED = replace(MHA, mlp=Dense(d_ff=24, activation="gelu", gated=False, bias=True))
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "n"),
+    [
+        (MHA, RMS(), 7),
+        (BIASED, LayerNorm(), 7),
+        (replace(BIASED, residual=Sandwich()), RMS(zero_centered=True), 7),
+        (UNGATED, LayerNorm(), 5),  # all but the product after the activation
+        (replace(MHA, residual=PostNorm()), RMS(), 2),
+        (replace(MHA, residual=Parallel()), RMS(), 2),
+        (replace(MHA, residual=Parallel(shared_norm=False)), RMS(), 7),
+    ],
+)
+def test_awq_changes_nothing_before_rounding(layer, norm, n):
+    block = LayerwiseModel.of(build(config(pattern=(layer,), n_repeats=1, norm=norm))).layers[0]
     text = calibration()
     x = np.random.default_rng(0).normal(size=(24, 16, 16)).astype(np.float32) * np.linspace(
         0.1, 4, 16, dtype=np.float32
@@ -122,7 +144,7 @@ def test_awq_changes_nothing_before_rounding():
     give_rules(block, weights(INT4), "blocks/0/")
     factors = scale_inputs(block, x, text, found)
     give_rules(block, Quantization())
-    assert len(factors) == 7
+    assert len(factors) == n
     assert max(np.abs(f - 1).max() for f in factors.values()) > 0.1
     np.testing.assert_allclose(forward(block, x, text), before, atol=1e-4, rtol=1e-4)
 

@@ -27,7 +27,9 @@ from efftrain.models.decoding.generate import generate
 from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
 from efftrain.models.linear import Linear
 from efftrain.models.moe.layer import MoE, RoutedExperts
+from efftrain.models.norms import RMS
 from efftrain.models.quantization import Quantization, QuantizationRule
+from efftrain.models.residual import PostNorm
 from efftrain.ops.number_formats import Integer
 from efftrain.ops.routing import route
 
@@ -39,6 +41,19 @@ MODELS = {
     "two kinds, scan": config(pattern=(PLAIN, GQA), scan=True, n_repeats=3),
     "tied, layers left out": config(pattern=(PLAIN, GQA), tied_embedding=True, layer_dropout=LayerDropout(rate=0.1)),
     "experts": config(pattern=(PLAIN, ROUTED), n_repeats=2),
+    "biases and no gate": config(
+        pattern=(
+            replace(
+                PLAIN,
+                attention=replace(PLAIN.attention, qkv_bias=True, out_bias=True),
+                mlp=Dense(d_ff=24, activation="gelu", gated=False, bias=True),
+            ),
+        ),
+        learned_positions=True,
+        head_bias=True,
+        logit_softcap=5.0,
+        n_repeats=3,
+    ),
     "one KV head": config(pattern=(ONE_GROUP, GQA), n_repeats=2),
 }
 
@@ -166,7 +181,9 @@ def zeroed(model, report):
     return assemble(model.config, pieces.outer, [nnx.state(layer) for layer in pieces.layers])
 
 
-@pytest.mark.parametrize("name", ["two kinds, scan", "tied, layers left out", "experts", "one KV head"])
+@pytest.mark.parametrize(
+    "name", ["two kinds, scan", "tied, layers left out", "experts", "one KV head", "biases and no gate"]
+)
 def test_slicing_is_zeroing(name):
     model = build(MODELS[name])
     smaller, report = smaller_model(model, ffn=0.5, heads=0.5)
@@ -323,7 +340,7 @@ def test_the_pattern_is_the_shortest(pattern, kept, period):
     assert new.scan
 
 
-@pytest.mark.parametrize("name", ["two kinds, scan", "experts"])
+@pytest.mark.parametrize("name", ["two kinds, scan", "experts", "biases and no gate"])
 def test_a_smaller_model_draws_what_its_whole_rows_say(name):
     model = build(MODELS[name])
     smaller, report = smaller_model(model, d_model=8, ffn=0.5, heads=0.5, n_layers=model.config.n_layers - 1)
@@ -417,6 +434,15 @@ def test_impossible_shares_are_refused(changes, message):
         ({"quantization": Quantization(rules=(replace(INT4, learned_step=True),))}, "learned_step"),
         ({"pattern": (PLAIN, replace(PLAIN, depth=MixtureOfDepths(capacity=0.5)))}, "layer 1 has .* MixtureOfDepths"),
         ({"pattern": (replace(PLAIN, depth=Recursion(shares=(1.0, 0.5))),)}, "layer 0 has .* Recursion"),
+        (
+            {"norm": RMS(zero_centered=True)},
+            r"model.norm is RMS\(zero_centered=True\), whose .* prune a model with RMS",
+        ),
+        ({"pattern": (replace(PLAIN, residual=PostNorm()),)}, "layer 0 has PostNorm, .* Attention, Rotary and PreNorm"),
+        (
+            {"pattern": (replace(PLAIN, attention=replace(PLAIN.attention, qk_norm="full")),)},
+            "layer 0 has attention.qk_norm 'full', a norm over all heads",
+        ),
     ],
 )
 def test_models_that_cannot_be_pruned_are_refused(changes, message):
@@ -437,6 +463,17 @@ TOY = llama(vocab_size=64, d_model=64, n_layers=6, n_heads=8, n_kv_heads=4, d_ff
 COUNTED = {
     "llama": TOY,
     "tied": TOY.replace(tied_embedding=True),
+    "biases, positions, no gate": TOY.replace(
+        pattern=(
+            replace(
+                TOY.pattern[0],
+                attention=replace(TOY.pattern[0].attention, qkv_bias=True, out_bias=True),
+                mlp=Dense(d_ff=176, gated=False, bias=True),
+            ),
+        ),
+        learned_positions=True,
+        head_bias=True,
+    ),
     "local and experts": TOY.replace(
         pattern=(replace(LOCAL, mlp=Dense(d_ff=100)), replace(PLAIN, mlp=MoE(n_experts=8, d_expert=24, n_shared=1))),
         n_repeats=3,

@@ -10,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.decoding.generate import generate
+from efftrain.models.norms import LayerNorm
+from efftrain.models.residual import Sandwich
 from efftrain.ops.cross_entropy import cross_entropy
 from efftrain.sharding.layout import state_shardings
 from efftrain.sharding.mesh import MeshConfig, make_mesh
@@ -44,7 +46,7 @@ def loss_and_gradients(graph):
         hidden, _ = model.hidden(batch["tokens"], segments_bt=batch["segments"])
         total = cross_entropy(
             hidden,
-            model.head_kernel(),
+            model.vocabulary_head(),
             batch["targets"],
             batch["weights"],
             n_chunks=2,
@@ -59,6 +61,26 @@ def loss_and_gradients(graph):
 def on_one_device():
     graph, params = nnx.split(tiny.build(config(scan=False)))
     return params, loss_and_gradients(graph)(params, batch())
+
+
+@pytest.mark.parametrize("mesh_name", ["fsdp4-tensor2", "fsdp2-tensor2-context2"])
+def test_a_mesh_splits_biases_and_norms_over_all_heads(mesh_name):
+    attention = Attention(n_heads=4, n_kv_heads=2, d_head=4, qk_norm="full", qkv_bias=True, out_bias=True, n_blocks=2)
+    block = BlockConfig(attention=attention, mlp=Dense(d_ff=32, gated=False, bias=True), residual=Sandwich())
+    model_config = config(scan=False).replace(
+        pattern=(block,), n_repeats=1, norm=LayerNorm(), head_bias=True, logit_softcap=3.0, learned_positions=True
+    )
+    graph, params = nnx.split(tiny.build(model_config))
+    loss, gradients = loss_and_gradients(graph)(params, batch())
+    mesh = make_mesh(MESHES[mesh_name])
+    with use(mesh):
+        placed = jax.device_put(params, state_shardings(params, mesh))
+        spread = NamedSharding(mesh, PartitionSpec(("replica", "fsdp", "expert"), "context"))
+        mesh_loss, mesh_gradients = loss_and_gradients(graph)(placed, jax.device_put(batch(), spread))
+    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
+    chex.assert_trees_all_close(mesh_gradients, gradients, rtol=1e-5, atol=1e-5)
+    bias = placed.blocks[0].attention.query.bias[...]
+    assert bias.addressable_shards[0].data.size * mesh.shape["tensor"] == bias.size
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,8 @@ def _add_inputs(graph, statistic, sums, state, x_btd, positions_bt, segments_bt)
 @partial(jax.jit, static_argnums=0)
 def _saliency(graph, state, x_btd, positions_bt, segments_bt) -> Array:
     layer = nnx.merge(graph, state)
-    Tap(layer, "mlp_norm", segments_bt > 0)
+    if "mlp_norm" in layer.norms:
+        Tap(layer, "mlp_norm", segments_bt > 0)
     keep_saliency(layer.mlp)
     return layer(x_btd, positions_bt, segments_bt)[1]["statistics"]["saliency"]
 

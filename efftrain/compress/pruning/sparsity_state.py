@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efftrain.models.linear import TABLE_AXES
 from efftrain.models.quantization import Matrix
 from efftrain.ops.masks import unpack_bits
 from efftrain.sharding.layout import is_variable
@@ -52,7 +53,7 @@ class SparsifyState(NamedTuple):
 
 def may_be_pruned(leaf: Any) -> bool:
     """Whether a leaf of the parameters, or of a tree with their structure, is a matrix of a block."""
-    return isinstance(leaf, Matrix) and "vocab" not in leaf.get_metadata()["axes"]
+    return isinstance(leaf, Matrix) and TABLE_AXES.isdisjoint(leaf.get_metadata()["axes"])
 
 
 def matrix_name(path: tuple) -> str:

@@ -18,6 +18,7 @@ from jax import Array
 from efftrain.compress.layerwise.calibration import CalibrationRows, Hessians, Tap, magnitudes
 from efftrain.models.attention import SelfAttention
 from efftrain.models.block import Block
+from efftrain.models.linear import CentredNorm, RMSNorm
 from efftrain.models.mlp import FeedForward
 from efftrain.models.quantization import in_float, rule_of
 from efftrain.ops.number_formats import Format
@@ -41,7 +42,7 @@ class Shared:
     """Products that read the same input, which can therefore only be scaled together.
 
     Attributes:
-      source: path, in the block, of the parameter that produces the input and is divided by the factors.
+      source: path, in the block, of the norm or product that produces the input; its output is divided by the factors.
       products: paths of the products in the block.
       part: the part of the block whose output error decides between factors. None: the error of the output of the
         product, which is then the only one.
@@ -53,19 +54,29 @@ class Shared:
 
 
 def shared_inputs(block: Block) -> list[Shared]:
-    """The inputs that can be scaled in a plain block, in the order in which they must be scaled."""
-    found = []
+    """The inputs that can be scaled in a plain block, in the order in which they must be scaled.
+
+    The input of a part can be scaled if no other part reads the norm before it.
+    """
+    found, norms = [], {name: getattr(block, name) for name in block.norms}
+    own = {name for name, norm in norms.items() if isinstance(norm, RMSNorm | CentredNorm)}
+    if "mlp_norm" not in norms:  # both parts read the same norm, or none
+        own.clear()
     if isinstance(block.attention, SelfAttention):
         names = ("attention/query", "attention/key", "attention/value")
-        found.append(Shared("attention_norm/scale", names, "attention"))
+        if "attention_norm" in own:
+            found.append(Shared("attention_norm", names, "attention"))
         config = block.attention.config
         if config.n_heads == config.n_kv_heads:  # otherwise several heads read the same value
-            found.append(Shared("attention/value/kernel", ("attention/out",)))
+            found.append(Shared("attention/value", ("attention/out",)))
     if isinstance(block.mlp, FeedForward):
-        found.append(Shared("mlp/up/kernel", ("mlp/down",)))
-        found.append(Shared("mlp_norm/scale", ("mlp/gate", "mlp/up"), "mlp"))
-    # Kernels as sources come first: "value" and "up" must be divided before their own inputs are scaled and rounded.
-    return sorted(found, key=lambda shared: shared.source.endswith("scale"))
+        gated = block.mlp.gated
+        if gated:  # otherwise the activation is between the two products
+            found.append(Shared("mlp/up", ("mlp/down",)))
+        if "mlp_norm" in own:
+            found.append(Shared("mlp_norm", ("mlp/gate", "mlp/up") if gated else ("mlp/up",), "mlp"))
+    # Products as sources come first: "value" and "up" must be divided before their own inputs are scaled and rounded.
+    return sorted(found, key=lambda shared: shared.source.endswith("norm"))
 
 
 def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, hessians: Hessians) -> dict[str, Array]:
@@ -96,8 +107,7 @@ def scale_inputs(block: Block, x_ntd: np.ndarray, calibration: CalibrationRows, 
         factor_d = tried_pd[int(np.argmin(errors_p))]
         for kernel in kernels:
             kernel[...] = kernel[...] * factor_d[:, None]
-        source = _find(block, shared.source)
-        source[...] = source[...] / factor_d  # the columns of a kernel, or the scale of a norm
+        _divide(_find(block, shared.source), factor_d)
         factors |= dict.fromkeys(shared.products, factor_d)
     return factors
 
@@ -222,6 +232,15 @@ def _clipped_step(w_df: Array, hessian_dd: Array, format: Format) -> Array:
 def _rounded(w_df: Array, factor_d: Array, format: Format) -> Array:
     """The matrix rounded with its rows multiplied by factors, and then divided by them again."""
     return fake_quantize(w_df * factor_d[:, None], format) / factor_d[:, None]
+
+
+def _divide(source: nnx.Module, factor_d: Array) -> None:
+    """Divides the output of a norm or a dense product by factors, in place."""
+    for name in ("kernel", "scale", "bias"):
+        if hasattr(source, name):
+            variable = getattr(source, name)
+            shift = name == "scale" and isinstance(source, RMSNorm) and source.zero_centered
+            variable[...] = (1 + variable[...]) / factor_d - 1 if shift else variable[...] / factor_d
 
 
 def _find(module: nnx.Module, path: str):

@@ -18,6 +18,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.config import Attention, BlockConfig, Full, ModelConfig, PreNorm, standard_attention
 from efftrain.models.mlp import FeedForward
 from efftrain.models.moe.layer import RoutedExperts
+from efftrain.models.norms import RMS
 from efftrain.models.positions import Rotary
 from efftrain.progress import Progress
 
@@ -122,6 +123,10 @@ def check_prunable(config: ModelConfig) -> None:
             "quantization.rules has learned_step, and learned steps are those of whole matrices; prune the float model "
             "and train the smaller one for quantisation"
         )
+    if config.norm != RMS():
+        raise ConfigError(
+            f"model.norm is {config.norm}, whose output is not scaled as a cut corrects it; prune a model with RMS()"
+        )
     for i, block in enumerate(config.layers):
         check_standard(block, i)
         if block.depth != Full():
@@ -132,7 +137,7 @@ def check_prunable(config: ModelConfig) -> None:
 
 
 def check_standard(block: BlockConfig, i: int) -> None:
-    """Raises ``ConfigError`` if a fork has replaced the attention, its positions or scores, or the residual form."""
+    """Raises ``ConfigError`` for other attention, positions, scores or residuals than those of ``llama``."""
     attention = block.attention
     parts = [attention, block.residual, *([attention.position] if type(attention) is Attention else [])]
     own: list[object] = [
@@ -141,8 +146,13 @@ def check_standard(block: BlockConfig, i: int) -> None:
     own += [attention.score_mod] if type(attention) is Attention and attention.score_mod is not None else []
     if own:
         raise ConfigError(
-            f"layer {i} has {type(own[0]).__name__}, whose heads and channels cannot be cut; prune a model with the "
-            "attention and the blocks of efftrain"
+            f"layer {i} has {type(own[0]).__name__}, whose heads and channels cannot be cut; prune a model with "
+            "Attention, Rotary and PreNorm"
+        )
+    if attention.qk_norm == "full":
+        raise ConfigError(
+            f"layer {i} has attention.qk_norm 'full', a norm over all heads that cannot be cut; prune a model that "
+            "normalises each head (True) or none"
         )
 
 
