@@ -9,7 +9,7 @@ from jax import Array
 
 from efftrain.errors import ConfigError
 from efftrain.models.cache import LayerCache
-from efftrain.models.linear import Linear
+from efftrain.models.linear import Linear, scaled
 from efftrain.ops.attention import cached_attention, causal_attention
 from efftrain.ops.attention_backends import attention, choose_backend
 from efftrain.ops.quantize import fake_quantize, group_size
@@ -139,10 +139,9 @@ class SelfAttention(AttentionModule):
     def _queries(self, x_btd: Array, positions_bt: Array) -> Array:
         q_bthd = self._normalised_heads(self.query(x_btd), "heads", "query_norm")
         q_bthd = self.position.queries(q_bthd, positions_bt)
-        if (scale := self.config.scale) is None:
+        if self.config.scale is None:
             return q_bthd
-        # Every kernel multiplies the scores with d_head ** -0.5.
-        return (q_bthd.astype(jnp.float32) * (scale * self.config.d_head**0.5)).astype(q_bthd.dtype)
+        return scaled(q_bthd, self.config.scale * self.config.d_head**0.5)  # every kernel takes d_head ** -0.5
 
     def _keys_and_values(self, x_btd: Array, positions_bt: Array) -> tuple[Array, Array]:
         k_btkd = self._normalised_heads(self.key(x_btd), "kv_heads", "key_norm")

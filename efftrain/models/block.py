@@ -6,6 +6,7 @@ from flax import nnx
 from jax import Array
 
 from efftrain.errors import ConfigError
+from efftrain.models.linear import scaled
 from efftrain.sharding.rules import constrain
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Block(Layer):
     def add(self, x_btd: Array, *outs_btd: Array) -> Array:
         """Adds outputs of the parts, times ``model.residual_multiplier``, to the stream."""
         for out_btd in outs_btd:
-            x_btd = x_btd + (out_btd if self.multiplier == 1 else out_btd * self.multiplier)
+            x_btd = x_btd + scaled(out_btd, self.multiplier)
         return x_btd
 
     def feed_forward(self, x_btd: Array, tokens_bt: Array | None, segments_bt: Array | None) -> tuple[Array, dict]:

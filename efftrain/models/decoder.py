@@ -14,7 +14,7 @@ from efftrain.errors import ConfigError
 from efftrain.models.block import Layer
 from efftrain.models.cache import Cache
 from efftrain.models.config import ModelConfig
-from efftrain.models.linear import Embedding, Linear
+from efftrain.models.linear import Embedding, Linear, scaled
 from efftrain.models.quantization import prepare
 from efftrain.models.stack import add_metrics, dropout_rates, dropout_strength, run_layers, stack_layers, unstack
 from efftrain.ops.fused_linear_loss import VocabularyHead
@@ -212,8 +212,7 @@ class Decoder(nnx.Module):
 
     def normalised(self, x: Array) -> Array:
         """Returns what the head reads, (..., d_model), from the residual stream after any layer."""
-        x, factor = self.norm(x), self.config.logits_multiplier
-        return x if factor == 1 else x * factor
+        return scaled(self.norm(x), self.config.logits_multiplier)
 
     def vocabulary_head(self) -> VocabularyHead:
         """Returns the head, with its kernel in the compute dtype, for logits and fused losses."""

@@ -11,6 +11,11 @@ from efftrain.ops.norm import layer_norm, rms_norm
 TABLE_AXES = frozenset({"vocab", "positions"})
 
 
+def scaled(x: Array, factor: float) -> Array:
+    """Returns ``x * factor`` in x's dtype; the factor itself is not rounded to it. A factor of 1 costs nothing."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """The one dense product of every model: ``y_...f = x_...d @ kernel_df``, plus a bias if there is one.
 

@@ -13,7 +13,9 @@ from numpy_llama import forward
 
 from efftrain.config import digest, from_json, to_json
 from efftrain.errors import ConfigError
+from efftrain.measure.cost.flops import prefill_flops
 from efftrain.models.config import Attention, Dense
+from efftrain.models.decoder import abstract_decoder
 from efftrain.models.decoding.generate import generate, prefill
 from efftrain.models.decoding.self_speculation import SelfSpeculation
 from efftrain.models.depth.early_exit import ConfidenceExit, exit_states
@@ -21,6 +23,7 @@ from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.positions import NoPosition, Rotary
 from efftrain.models.residual import Parallel, PostNorm, Sandwich
 from efftrain.models.soft_cap import SoftCap
+from efftrain.models.vocabulary import with_vocabulary
 from efftrain.train.objectives.objective import next_token_loss
 
 ATTENTION = tiny.PLAIN.attention
@@ -137,6 +140,28 @@ def test_the_bare_kernel_is_no_head_of_bounded_logits(stream):
     if config.head_bias or config.logit_softcap or config.logits_multiplier != 1:
         with pytest.raises(ConfigError, match=r"which head_kernel\(\) does not include; use normalised\(\) and"):
             stream.head_kernel()
+
+
+@pytest.mark.parametrize("max_length", [30, 16])
+def test_a_larger_vocabulary_keeps_head_bias_and_learned_positions(max_length):
+    model = tiny.build(tiny.config(learned_positions=True, head_bias=True, n_repeats=1))
+    grown = with_vocabulary(model, 34, max_length=max_length, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(grown(tiny.tokens())[..., :29], model(tiny.tokens()), atol=1e-6)
+    assert grown(tiny.tokens()).shape == (2, 11, 34)
+
+
+def test_no_part_but_products_counts_as_flops():
+    """Biases, norms and looked-up positions cost nothing; without its gate the feed-forward part has two products."""
+    plain, gated = tiny.config(n_repeats=1, pattern=(tiny.PLAIN,)), 2 * 16 * 24
+    fields = {"learned_positions": True, "head_bias": True, "logit_softcap": 2.0, "norm": LayerNorm()}
+    for residual in (PostNorm(), Sandwich(), Parallel()):
+        mlp = Dense(d_ff=24, gated=False, bias=True)
+        layer = replace(
+            tiny.PLAIN, mlp=mlp, residual=residual,
+            attention=replace(ATTENTION, qkv_bias=True, out_bias=True, scale=0.3, score_mod=SoftCap(cap=3.0)),
+        )  # fmt: skip
+        found = abstract_decoder(plain.replace(pattern=(layer,), **fields))
+        assert prefill_flops(found, 11) == pytest.approx(prefill_flops(abstract_decoder(plain), 11) - gated)
 
 
 def test_configurations_of_earlier_versions_keep_their_digest():

@@ -13,6 +13,8 @@ from efftrain.models.config import BlockConfig, Dense
 from efftrain.models.decoder import Decoder
 from efftrain.models.moe import MoE
 from efftrain.models.moe.upcycle import upcycle
+from efftrain.models.norms import LayerNorm
+from efftrain.models.residual import PostNorm
 
 DENSE = config(pattern=(PLAIN,), n_repeats=4, tied_embedding=False)
 ROUTED = MoE(n_experts=4, top_k=2, d_expert=PLAIN.mlp.d_ff)
@@ -31,6 +33,19 @@ def test_the_mixture_computes_what_the_dense_model_does(mlps, scores):
     routed = upcycle(dense, with_mlps(*mlps), rngs=nnx.Rngs(0))
     np.testing.assert_allclose(routed(tokens()), dense(tokens()), atol=2e-5, rtol=1e-5)
     assert routed.config.pattern[-1].mlp.n_experts == 4
+
+
+def test_a_dense_model_with_learned_positions_and_a_head_bias():
+    fields = {"learned_positions": True, "head_bias": True, "norm": LayerNorm(), "logit_softcap": 2.0}
+    dense = build(DENSE.replace(n_repeats=1, **fields))
+    routed = upcycle(dense, DENSE.with_blocks(mlp=ROUTED).replace(n_repeats=1, **fields), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(routed(tokens()), dense(tokens()), atol=2e-5, rtol=1e-5)
+
+
+def test_an_ungated_dense_model_is_refused():
+    dense = build(DENSE.with_blocks(mlp=replace(PLAIN.mlp, gated=False)))
+    with pytest.raises(ConfigError, match="layer 0: experts are SwiGLU without biases"):
+        upcycle(dense, with_mlps(ROUTED), rngs=nnx.Rngs(0))
 
 
 def test_experts_part_when_trained():
@@ -55,6 +70,12 @@ def test_experts_part_when_trained():
             DENSE.replace(pattern=(replace(PLAIN, attention=replace(PLAIN.attention, window=3)),)),
             r"layer 0: attention differs",
         ),
+        (with_mlps(ROUTED, norm=LayerNorm()), r"model\.norm is LayerNorm\(bias=True\) and the dense model has RMS"),
+        (
+            with_mlps(ROUTED, residual_multiplier=0.5),
+            r"model\.residual_multiplier is 0\.5 and the dense model has 1\.0",
+        ),
+        (DENSE.with_blocks(mlp=ROUTED, residual=PostNorm()), r"layer 0: the residual form differs"),
     ],
 )
 def test_a_mixture_of_another_shape_is_refused(target, message):

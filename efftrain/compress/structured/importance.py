@@ -149,7 +149,7 @@ def check_standard(block: BlockConfig, i: int) -> None:
             f"layer {i} has {type(own[0]).__name__}, whose heads and channels cannot be cut; prune a model with "
             "Attention, Rotary and PreNorm"
         )
-    if attention.qk_norm == "full":
+    if type(attention) is Attention and attention.qk_norm == "full":
         raise ConfigError(
             f"layer {i} has attention.qk_norm 'full', a norm over all heads that cannot be cut; prune a model that "
             "normalises each head (True) or none"
