@@ -1,4 +1,4 @@
-"""Seven forks of one tiny recipe, a component each: trained, decoded, loaded and counted as they are."""
+"""Eight forks of one tiny recipe, a component each: trained, decoded, loaded and counted as they are."""
 
 import difflib
 import functools
@@ -32,6 +32,7 @@ from efftrain.train.metrics.metrics_log import read_metrics
 HERE, MOST_LINES = Path(__file__).parent, 25
 FORKS = (
     "learned_positions",
+    "norm_and_scaling",
     "alibi",
     "latent_attention",
     "parallel_block",
