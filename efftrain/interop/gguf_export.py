@@ -164,7 +164,7 @@ def _stored(tensor: ExportTensor) -> np.ndarray:
     largest = float(np.abs(values).max())
     if not largest <= (_FLOAT32 if tensor.type == "F32" else _FLOAT16):  # NaN is not, either
         raise ConfigError(
-            f"the tensor {tensor.name!r} has the value {largest}, which {tensor.type} cannot hold; write finite values, "
-            "and large ones as F32"
+            f"the tensor {tensor.name!r} has the value {largest}, which {tensor.type} cannot hold; write finite values "
+            "(large ones as F32)"
         )
     return quantize(values, GGMLQuantizationType[tensor.type])
