@@ -4,15 +4,16 @@ Source of names and expressions: llm_tokenizer_bpe in src/llama-vocab.cpp of lla
 where the tokenizer with which a model was trained does (NFC), so do these.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = (  # %s is how many digits are one word
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_CL100K = (  # %s is how often a digit may be repeated in a word
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -43,7 +44,7 @@ class Words:
 
 
 _SINGLE_DIGITS = Words((r"\p{N}", _GPT2))
-_LLAMA3 = Words((_CL100K % "1,3",), whole_words=True)
+_LLAMA3 = Words((_CL100K % "{1,3}",), whole_words=True)
 
 WORDS = {
     "default": Words((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
@@ -54,5 +55,34 @@ WORDS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "qwen2": Words((_CL100K % "1",), nfc=True),
+    "qwen2": Words((_CL100K % "",), nfc=True),
 }
+
+
+def name_of(tokenizer: Mapping[str, Any]) -> str | None:
+    """Returns the name in ``WORDS`` of the words of a byte-level BPE, or None if llama.cpp would cut otherwise.
+
+    Args:
+      tokenizer: the content of its ``tokenizer.json``.
+    """
+    steps = tokenizer["pre_tokenizer"] or {}
+    *splits, last = steps.get("pretokenizers", [steps])
+    cuts = [_cut(step) for step in splits]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if last.get("use_regex", True):
+        cuts.append(_GPT2)
+    normalizer = (tokenizer["normalizer"] or {}).get("type")
+    whole_words = bool(tokenizer["model"].get("ignore_merges"))
+    if normalizer not in (None, "NFC"):
+        return None
+    found = [name for name, words in WORDS.items() if (list(words.cuts), words.whole_words) == (cuts, whole_words)]
+    return min(found, key=lambda name: WORDS[name].nfc != (normalizer == "NFC"), default=None)
+
+
+def _cut(step: Mapping[str, Any]) -> str | None:
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return r"\p{N}"
+    if step["type"] != "Split":
+        return None
+    return step["pattern"].get("Regex") if step["behavior"] == "Isolated" and not step["invert"] else None
