@@ -66,7 +66,7 @@ def name_of(tokenizer: Mapping[str, Any]) -> str | None:
       tokenizer: the content of its ``tokenizer.json``.
     """
     steps = tokenizer["pre_tokenizer"] or {}
-    *splits, last = steps.get("pretokenizers", [steps])
+    *splits, last = steps.get("pretokenizers", [steps]) or [{}]
     cuts = [_cut(step) for step in splits]
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
         return None

@@ -1,6 +1,8 @@
 """GGUF files: values of every type by formula, the permutation of llama.cpp, and damaged files."""
 
+import re
 import struct
+import sys
 import time
 
 import gguf
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from gguf_files import N_COLUMNS, N_ROWS, TYPES, write
 
-from efftrain.errors import ModelFileError
+from efftrain.errors import ConfigError, ModelFileError
 from efftrain.interop.gguf_file import GgufFile, interleaved_rows, llama_rows
 
 
@@ -236,6 +238,12 @@ def test_what_cannot_be_opened_is_one_sentence(tmp_path):
     for name, message in (("empty.gguf", "is empty"), ("none.gguf", "cannot be read"), (".", "cannot be read")):
         with pytest.raises(ModelFileError, match=message):
             GgufFile.open(tmp_path / name)
+
+
+def test_missing_package_is_one_sentence_with_the_command(small_gguf, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=re.escape("install it with: pip install 'efftrain[interop]'")):
+        GgufFile.open(small_gguf)
 
 
 def test_unreadable_types_and_missing_names_are_one_sentence(tmp_path):
