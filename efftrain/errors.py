@@ -25,6 +25,10 @@ class CorpusError(EfftrainError):
     """A corpus, or a file from which it is made, is missing, damaged, empty or unreadable."""
 
 
+class ModelFileError(EfftrainError):
+    """A file with a model or tokenizer of another project is missing, damaged or of a kind that is not supported."""
+
+
 class RunError(EfftrainError):
     """A run directory or a checkpoint cannot be used for the requested purpose."""
 
