@@ -3,7 +3,7 @@
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-ROOMS = {"data", "ops", "models", "sharding", "train", "compress", "measure", "recipes", "tpu"}
+ROOMS = {"data", "ops", "models", "sharding", "train", "compress", "measure", "interop", "recipes", "tpu"}
 
 
 def test_every_room_has_a_test_in_the_smoke_set():

@@ -12,6 +12,8 @@ from efftrain.cli.calibrate_depth import calibrate_depth
 from efftrain.cli.compress import prune, quantize, structured
 from efftrain.cli.corpus import inspect, report
 from efftrain.cli.doctor import doctor
+from efftrain.cli.export_model import export_model
+from efftrain.cli.import_model import import_model
 from efftrain.cli.teacher import teacher
 from efftrain.compress.old_options import check_words
 from efftrain.errors import ConfigError
@@ -75,6 +77,8 @@ def main(args: Sequence[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             {
                 "doctor": doctor,
+                "import": import_model,
+                "export": export_model,
                 "train": train,
                 "aot": aot,
                 "compress": compress,

@@ -1,7 +1,5 @@
 """One stage of a compression: a run directory in, the run directory of the converted model out."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +7,11 @@ from efftrain.compress.commands.compression import Compression
 from efftrain.compress.corpus_rows import CorpusRows
 from efftrain.compress.origin import CUT, FILE_NAME, check_made_from, origin
 from efftrain.config import to_json
-from efftrain.errors import RunError
-from efftrain.measure.measurements import Measurements, write_json
+from efftrain.measure.measurements import Measurements
 from efftrain.models.decoder import Decoder
 from efftrain.progress import console
-from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.run.directory import newest_step, read_json
-from efftrain.train.run.environment import environment
+from efftrain.train.run.model_run import KEPT_FILES, write_model_run
 from efftrain.train.state import split_model
 
 
@@ -39,28 +35,13 @@ def make_stage(
 
 
 def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_from: dict[str, Any]) -> None:
-    """Writes the new run directory, under another name until it is complete."""
-    unfinished = out.with_name(f"{out.name}.incomplete")
-    try:
-        if unfinished.is_dir() and _is_ours(unfinished):
-            shutil.rmtree(unfinished)
-        unfinished.mkdir(parents=True)
-        write_json(unfinished / FILE_NAME, made_from)
-        training = settings.get("training", {}) | {"checkpoints": None}
-        write_json(unfinished / "config.json", settings | {"model": to_json(model.config), "training": training})
-        write_json(unfinished / "environment.json", environment())
-        for name in ("recipe.py", "tokenizer.json"):
-            if (run / name).exists():
-                shutil.copyfile(run / name, unfinished / name)
-        _, params, rest = split_model(model)
-        with Checkpoints(unfinished / "checkpoints") as checkpoints:
-            checkpoints.save(made_from["step"], {"params": params, "model_state": rest}, None, None, squeezed=True)
-            checkpoints.wait()
-        os.rename(unfinished, out)
-    except OSError as error:
-        raise RunError(f"cannot write {out} ({error}); free disk space or choose another --out") from error
-
-
-def _is_ours(unfinished: Path) -> bool:
-    """Whether a killed process of this command left the directory: its own file is the first that it writes."""
-    return (unfinished / FILE_NAME).exists() or all(p.name.startswith(FILE_NAME) for p in unfinished.iterdir())
+    training = settings.get("training", {}) | {"checkpoints": None}
+    _, params, rest = split_model(model)
+    write_model_run(
+        out,
+        {"params": params, "model_state": rest},
+        step=made_from["step"],
+        made_from=(FILE_NAME, made_from),
+        config=settings | {"model": to_json(model.config), "training": training},
+        copies=[run / name for name in KEPT_FILES],
+    )

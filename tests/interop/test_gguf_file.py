@@ -30,6 +30,7 @@ def test_metadata_are_plain_values(small_gguf):
     assert file.metadata["tokenizer.ggml.add_bos_token"] is True
 
 
+@pytest.mark.smoke
 def test_header_is_as_the_reader_of_the_package_reads_it(small_gguf):
     ours, theirs = GgufFile.open(small_gguf), gguf.GGUFReader(small_gguf)
     assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]

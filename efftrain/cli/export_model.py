@@ -1,0 +1,29 @@
+"""``efftrain export``."""
+
+from pathlib import Path
+from typing import Literal
+
+Format = Literal["float32", "bfloat16", "float16", "gguf:F32", "gguf:F16", "gguf:Q8_0", "gguf:Q4_0", "gguf:Q4_1"]
+
+
+def export_model(run: Path, /, *, to: Path, format: Format = "float32") -> None:
+    """Export the model of a run for other programs: a folder for transformers and vLLM, or a GGUF file for llama.cpp.
+
+    Args:
+      run: the run directory.
+      to: the new folder or file.
+      format: the dtype of the weights in a folder of safetensors, or gguf: and the type of the matrices in a GGUF file.
+    """
+    from efftrain.progress import console
+
+    if format.startswith("gguf:"):
+        from efftrain.interop.export_gguf import export_gguf
+
+        plan = export_gguf(run, to, format.removeprefix("gguf:"))  # ty: ignore[invalid-argument-type]
+    else:
+        from efftrain.interop.export_model import export_model as export_files
+
+        plan = export_files(run, to, dtype=format)
+    console.print(f"{to}: {plan.architecture.name}, {format}", markup=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
