@@ -36,7 +36,7 @@ class Config(Experiment):
 
 
 cpu = Config(
-    model=llama(vocab_size=4096, d_model=256, n_layers=6, n_heads=4, d_ff=688, max_length=512, tied_embedding=True),
+    model=llama(vocab_size=4096, d_model=256, n_layers=6, n_heads=4, d_ff=704, max_length=512, tied_embedding=True),
     training=Training(
         steps=600,
         batch_size=16,

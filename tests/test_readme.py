@@ -20,6 +20,9 @@ from efftrain.cli.main import main
 from efftrain.cli.teacher import teacher
 from efftrain.measure.cost.parameters import count_parameters
 from efftrain.models.decoder import abstract_decoder
+from efftrain.models.quantization import matrices
+from efftrain.ops.number_formats import parse_format
+from efftrain.ops.quantize import group_size
 from efftrain.recipe import flag_hint, import_script
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +80,18 @@ def test_every_name_of_a_block_is_imported_and_what_makes_configurations_runs(gu
     exec(compile(whole, str(guide), "exec"), context)
     if "squared-relu" in context.get("configs", ()):
         forked = context["configs"]["squared-relu"].model
-        assert forked.layers[0].mlp.d_ff == 1032
+        assert forked.layers[0].mlp.d_ff == 1056
         assert count_parameters(abstract_decoder(forked)).total > 0
+
+
+def test_the_formats_of_the_readme_fit_the_run_of_the_readme():
+    model = abstract_decoder(import_script(ROOT / "recipes" / "dense.py").configs["cpu"].model)
+    formats = set(re.findall(r"--weights ([a-z0-9:]+)", README.read_text()))
+    assert "int4:g32" in formats
+    for _, module, name in matrices(model):
+        matrix = getattr(module, name)
+        for format in formats:
+            group_size(matrix.shape[matrix.get_metadata()["contraction"]], parse_format(format))
 
 
 def test_every_guide_that_shows_code_is_covered():

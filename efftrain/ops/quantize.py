@@ -71,7 +71,8 @@ def group_size(length: int, format: Format) -> int:
     """
     size = length if format.group is None else format.group
     if length % size:
-        raise ConfigError(f"the group of {size} does not divide {length} inputs; use a divisor")
+        fitting = max(n for n in range(1, size + 1) if length % n == 0)
+        raise ConfigError(f"the group of {size} does not divide {length} inputs; use a group of {fitting}")
     if length % (8 // format.storage_bits):
         raise ConfigError(
             f"{length} inputs of {format.storage_bits} bits do not fill whole bytes; make it a multiple of "

@@ -134,7 +134,7 @@ def test_numbers_of_any_size_stay_finite(format, size):
 
 
 def test_what_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match="the group of 32 does not divide 48 inputs; use a divisor"):
+    with pytest.raises(ConfigError, match="the group of 32 does not divide 48 inputs; use a group of 24"):
         group_size(48, Integer(bits=4, group=32))
     with pytest.raises(ConfigError, match="7 inputs of 4 bits do not fill whole bytes; make it a multiple of 2"):
         quantize(normal(7, 4), Integer(bits=4))

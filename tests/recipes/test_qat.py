@@ -149,7 +149,7 @@ def test_bad_input_is_one_sentence(trained, tmp_path):
         (plain,): "was not trained for quantisation and has no zeros; give a number format, such as --weights int8",
         (plain, "--weights", "int3"): "'int3' is not a number format; use one of int8, int4, ternary, fp8",
         (plain, "--weights", "int8", "--layers", "nothing"): "matches no matrix; they are blocks/0/attention/key",
-        (plain, "--weights", "int4:g32"): "the group of 32 does not divide 16 inputs; use a divisor",
+        (plain, "--weights", "int4:g32"): "the group of 32 does not divide 16 inputs; use a group of 16",
         (plain, "--cache", "int8:g4"): "the cache has one scale for each token and head",
         (plain, "--weights", "int8", "--out", tmp_path / "mine"): "exists and is not a converted model",
         (tmp_path / "nowhere", "--weights", "int8"): "so it is not a run; give the --out of a training run",
