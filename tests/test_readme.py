@@ -16,6 +16,8 @@ from efftrain.cli.calibrate_depth import calibrate_depth
 from efftrain.cli.compress import prune, quantize, structured
 from efftrain.cli.corpus import inspect, report
 from efftrain.cli.doctor import doctor
+from efftrain.cli.export_model import export_model
+from efftrain.cli.import_model import import_model
 from efftrain.cli.main import main
 from efftrain.cli.teacher import teacher
 from efftrain.measure.cost.parameters import count_parameters
@@ -40,6 +42,8 @@ VERBS = {
     "compress structured": structured,
     "teacher": teacher,
     "calibrate-depth": calibrate_depth,
+    "export": export_model,
+    "import": import_model,
     "corpus report": report,
     "corpus inspect": inspect,
 }
