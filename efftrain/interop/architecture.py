@@ -10,8 +10,8 @@ from flax import nnx
 from efftrain.errors import ConfigError
 from efftrain.interop.settings import Settings
 from efftrain.models.config import BlockConfig, ModelConfig
-from efftrain.models.decoder import abstract_decoder
-from efftrain.models.moe.layer import BalanceBias, StarvedSteps
+from efftrain.models.decoder import StepCount, abstract_decoder
+from efftrain.models.moe.layer import BalanceBias, MoE, StarvedSteps
 from efftrain.train.checkpoints.flat_state import flatten
 
 LEAVES = {"kernel": "weight", "table": "weight", "scale": "weight", "bias": "bias"}
@@ -109,7 +109,7 @@ def not_in_files(config: ModelConfig) -> dict[str, Any]:
 def _trained(config: ModelConfig) -> Iterator[tuple[str, Any]]:
     model = abstract_decoder(config)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if not isinstance(variable, BalanceBias | StarvedSteps):
+        if not isinstance(variable, BalanceBias | StarvedSteps | StepCount):
             yield "/".join(map(str, path)), variable.get_value()
 
 
@@ -160,5 +160,12 @@ def same_model(config: ModelConfig) -> ModelConfig:
     for block in config.layers:
         kernel = {"n_blocks", "backend"} & {f.name for f in dataclasses.fields(block.attention)}
         neutral = {name: type(block.attention).__dataclass_fields__[name].default for name in kernel}
-        layers.append(dataclasses.replace(block, attention=dataclasses.replace(block.attention, **neutral)))
+        mlp = block.mlp
+        if isinstance(mlp, MoE):
+            shape = {
+                name: getattr(mlp, name) for name in ("n_experts", "top_k", "d_expert", "n_shared", "scores", "router")
+            }
+            mlp = MoE(**shape, renormalize=mlp.gates_sum_to_one)
+        attention = dataclasses.replace(block.attention, **neutral)
+        layers.append(dataclasses.replace(block, attention=attention, mlp=mlp))
     return config.replace(**repeated(layers))

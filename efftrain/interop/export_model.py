@@ -123,7 +123,7 @@ def file_tensors(run: Path, config: ModelConfig, plan: ExportPlan) -> Iterator[t
 
 
 def _check_unused(variable: str, array: np.ndarray, plan: ExportPlan) -> None:
-    if np.any(array) and not variable.endswith("/starved"):
+    if np.any(array) and variable.endswith("/bias"):
         raise ConfigError(
             f"{variable} balances the experts and is not zero, and {plan.architecture.name} has no place for it; train "
             "with moe.bias_rate 0 and moe.auxiliary_loss to export the model"

@@ -102,6 +102,8 @@ def read_arrays(source: ModelSource, config: ModelConfig) -> Iterator[tuple[str,
             array = np.empty(shapes[variable], np.float32)
             for tensor, number in parts:
                 array[tensor.pieces[number].index] = _piece(source.read(names[tensor.name]), tensor, number)
+            if not np.isfinite(array).all():
+                raise RunError(f"{source.path}: {parts[0][0].name} has numbers that are not finite; download it again")
             tied = variable == EMBEDDING and config.tied_embedding and HEAD in source.shapes
             if tied and not np.array_equal(source.read(HEAD).astype(np.float32), array):
                 raise RunError(f"{source.path}: tie_word_embeddings is true, but {HEAD} is not the embedding")

@@ -81,6 +81,8 @@ def _notes(config: ModelConfig) -> tuple[str, ...]:
     notes = []
     if config.layer_dropout.rate:
         notes.append("Layers that training skipped at random are all computed.")
+    if any(getattr(block.mlp, "dispatch", None) == "capacity" for block in config.layers):
+        notes.append("Experts take every token that is routed to them, also those that moe.dispatch 'capacity' drops.")
     if config.quantization.rules and not config.quantization.stored:
         notes.append("The matrices have the values that they are quantised to, in float.")
     return tuple(notes)
