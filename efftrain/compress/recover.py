@@ -115,7 +115,12 @@ def recovery_training(run: Path, tokens: int, *, sparse: bool, number: int = 1, 
     Raises:
       ConfigError: there are fewer tokens than one step has.
     """
-    value = read_json(run / "config.json")["training"]
+    value = read_json(run / "config.json").get("training", {})
+    if "optimizer" not in value:
+        raise ConfigError(
+            f"the configuration of {run} names no training.optimizer, because its model was imported, so that no "
+            "learning rate is known for recovery; remove --recovery-tokens, or train the model with a recipe first"
+        )
     script = import_script(run / "recipe.py") if ".py:" in json.dumps(value) else None
     before: Training = from_json(value, script=script)
     steps = tokens // (before.batch_size * before.length)

@@ -21,7 +21,7 @@ from efftrain.measure.scorecard.scorecard import Figure, Scorecard
 from efftrain.models.decoder import Decoder
 from efftrain.models.zeros import zeros_share
 from efftrain.sharding.hosts import check_single_process
-from efftrain.train.run.directory import load_model_config, read_json
+from efftrain.train.run.directory import load_model_config, read_json, row_length
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.run.writing import writing
 
@@ -62,7 +62,7 @@ def compress(
         raise ConfigError(f"the model of {run} is converted already; convert the one it was made from")
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
-    text = CorpusRows(Path(corpus or settings["corpus"]).resolve(), settings["training"]["length"])
+    text = CorpusRows(Path(corpus or settings["corpus"]).resolve(), row_length(run, settings))
     check_tokenizer(run, text.corpus)
     _check_model(run, options)  # fails before a stage is written
     if options.chosen_on:  # a split that is too short fails here, before anything is computed

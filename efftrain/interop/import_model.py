@@ -27,12 +27,14 @@ FILE_NAME = "import.json"
 HEAD, EMBEDDING = "lm_head.weight", "embedding/table"
 
 
-def import_model(path: Path, out: Path) -> ModelConfig:
+def import_model(path: Path, out: Path, *, length: int | None = None) -> ModelConfig:
     """Imports a model into a new run directory, tensor by tensor.
 
     Args:
       path: a folder in the format of Hugging Face, or a GGUF file.
       out: the run directory, which must not exist.
+      length: number of tokens of the rows that commands read, such as those that calibrate a compression. None: not
+        known, and such commands ask for it.
 
     Returns:
       The configuration of the model.
@@ -45,6 +47,8 @@ def import_model(path: Path, out: Path) -> ModelConfig:
         raise RunError(f"{out} exists already; choose another --out")
     source = open_source(path)
     config = read_config(source)
+    if length is not None and not 1 < length <= config.max_length:
+        raise ConfigError(f"--length is {length}; use 2 to {config.max_length}, the longest row of this model")
     arrays = dict(read_arrays(source, config))
     _, params, rest = split_model(abstract_decoder(config))
     architecture = architecture_of(source.settings).model_type
@@ -54,7 +58,7 @@ def import_model(path: Path, out: Path) -> ModelConfig:
         {"params": _filled(params, arrays), "model_state": _filled(rest, arrays)},
         step=0,
         made_from=(FILE_NAME, dict(source.origin) | made_from),
-        config={"model": to_json(config)},
+        config={"model": to_json(config)} | ({} if length is None else {"training": {"length": length}}),
         texts=source.texts,
     )
     return config

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import efftrain
+from efftrain.compress.recover import recovery_training
 from efftrain.config import to_json
 from efftrain.errors import ConfigError, EfftrainError, RunError
 from efftrain.interop.export_model import export_model
@@ -22,6 +23,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.depth.routed_depth import MixtureOfDepths
 from efftrain.models.moe.layer import MoE
 from efftrain.train.checkpoints.flat_state import flatten
+from efftrain.train.run.directory import read_json, row_length
 from efftrain.train.run.model_run import write_model_run
 from efftrain.train.state import split_model
 
@@ -175,6 +177,18 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(folder, mistake, tmp_path,
         import_model(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "hacked").exists()
+
+
+def test_what_an_import_does_not_know_is_asked_for(folder, tmp_path):
+    import_model(folder, tmp_path / "unknown")
+    with pytest.raises(ConfigError, match="names no training.length, because its model was imported"):
+        row_length(tmp_path / "unknown", read_json(tmp_path / "unknown" / "config.json"))
+    with pytest.raises(ConfigError, match="no learning rate is known for recovery"):
+        recovery_training(tmp_path / "unknown", 1000, sparse=False)
+    import_model(folder, tmp_path / "known", length=16)
+    assert row_length(tmp_path / "known", read_json(tmp_path / "known" / "config.json")) == 16
+    with pytest.raises(ConfigError, match="--length is 33; use 2 to 32"):
+        import_model(folder, tmp_path / "long", length=33)
 
 
 def test_nothing_is_overwritten(folder, run, tmp_path):

@@ -31,7 +31,7 @@ from efftrain.ops.fused_linear_loss import choose_chunks, over_chunks
 from efftrain.progress import Progress, console
 from efftrain.sharding.hosts import check_single_process
 from efftrain.train.inputs import model_digest
-from efftrain.train.run.directory import load_model_config, newest_step, read_json
+from efftrain.train.run.directory import load_model_config, newest_step, read_json, row_length
 from efftrain.train.run.tokenizers import check_tokenizer
 
 ROOMS = ("compress/distillation/build_teacher_cache", "data", "models", "ops")  # decide what a cache contains
@@ -265,7 +265,7 @@ def _open_rows(
     """The corpus, and the rows that the model reads, cut as the loader cuts them."""
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give one with --corpus")
-    length = options.length or settings["training"]["length"]
+    length = options.length or row_length(run, settings)
     if length > config.max_length:
         raise ConfigError(
             f"--length is {length} and model.max_length of {run} is {config.max_length}; use a shorter length"

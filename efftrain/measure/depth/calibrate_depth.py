@@ -43,7 +43,7 @@ from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe
 from efftrain.models.depth.routed_depth import has_routed_depth
 from efftrain.progress import Progress
 from efftrain.train.inputs import content, model_digest
-from efftrain.train.run.directory import read_json
+from efftrain.train.run.directory import read_json, row_length
 from efftrain.train.run.environment import environment
 from efftrain.train.run.tokenizers import check_tokenizer
 
@@ -118,7 +118,7 @@ def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = Non
     opened = data.open(corpus_path)
     opened.check_model(model.config.vocab_size)
     check_tokenizer(Path(run), corpus_path)
-    length = settings["training"]["length"]
+    length = row_length(Path(run), settings)
     rows = _rows(corpus_path, length, options, opened.end_of_text_id)
     size = len(rows[0]["tokens"])
     chosen = 0 if has_routed_depth(model) else options.rows  # routed depth chooses nothing here

@@ -288,6 +288,25 @@ def model_config(directory: Path, settings: Any) -> ModelConfig:
     return config
 
 
+def row_length(run: Path, settings: Mapping[str, Any]) -> int:
+    """Returns the number of tokens of the rows on which a run's model was trained.
+
+    Args:
+      run: the run directory, for the message.
+      settings: content of its ``config.json``.
+
+    Raises:
+      ConfigError: it does not say so, because the model was imported.
+    """
+    length = settings.get("training", {}).get("length")
+    if length is None:
+        raise ConfigError(
+            f"the configuration of {run} names no training.length, because its model was imported; import it with "
+            "--length, the number of tokens of the rows that commands read"
+        )
+    return length
+
+
 def _is_ours(path: Path) -> bool:
     """Whether a process left this file when it was killed before the directory was a run."""
     return path.suffix == ".incomplete" or path.name == LOCK
