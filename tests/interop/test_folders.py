@@ -181,7 +181,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(folder, mistake, tmp_path,
 
 def test_what_an_import_does_not_know_is_asked_for(folder, tmp_path):
     import_model(folder, tmp_path / "unknown")
-    with pytest.raises(ConfigError, match="names no training.length, because its model was imported"):
+    with pytest.raises(ConfigError, match=r"names no training\.length, because its model was imported"):
         row_length(tmp_path / "unknown", read_json(tmp_path / "unknown" / "config.json"))
     with pytest.raises(ConfigError, match="no learning rate is known for recovery"):
         recovery_training(tmp_path / "unknown", 1000, sparse=False)
