@@ -164,7 +164,7 @@ def test_bad_input_is_one_sentence(command, student, cache, tmp_path):
     assert f"entry 290 is {names[290]!r} in one and {names[291]!r}" in refused("--teacher", other)
     assert "distill.beta needs the teacher itself" in refused("--cache", cache, "--distill.beta", "0.5")
     assert "was made by another teacher" in refused("--cache", cache, "--teacher", student)
-    assert "holds 48 rows" in refused("--cache", cache, "--rows", "49")
+    assert "has 48 rows" in refused("--cache", cache, "--rows", "49")
 
 
 def test_a_cache_of_other_text_is_refused(command, student, cache, tmp_path):
