@@ -101,6 +101,7 @@ def test_doctor_shows_versions_devices_mesh_and_layout():
     assert "mesh: replica=1, fsdp=8, expert=1, tensor=1, context=1" in done.stdout
     assert first["embedding.table"] == ["4096 x 384", "float32", "vocab, embed", "-, fsdp", "786.4 kB"]
     assert first["norm.scale"][3] == "replicated"
+    assert "that of the host" in done.stdout
 
 
 def test_fake_devices_count_even_where_others_are_set():

@@ -5,6 +5,7 @@ import builtins
 import re
 import shlex
 import sys
+from dataclasses import fields
 from functools import cache
 from inspect import getsource, signature
 from pathlib import Path
@@ -21,6 +22,7 @@ from efftrain.cli.import_model import import_model
 from efftrain.cli.main import main
 from efftrain.cli.teacher import teacher
 from efftrain.measure.cost.parameters import count_parameters
+from efftrain.measure.depth.calibrate_depth import DepthCalibration
 from efftrain.models.decoder import abstract_decoder
 from efftrain.models.quantization import matrices
 from efftrain.ops.number_formats import parse_format
@@ -239,6 +241,15 @@ def test_verbs_are_those_of_the_command_line():
     assert {verb.split()[0] for verb in VERBS} | {"train"} == set(
         re.findall(r'^                "([a-z-]+)":', text, re.M)
     )
+
+
+def test_calibrate_depth_has_the_defaults_of_its_options():
+    flags = signature(calibrate_depth).parameters
+    defaults = {field.name: field.default for field in fields(DepthCalibration)}
+    assert {name: flag.default for name, flag in flags.items() if name in defaults} == {
+        name: default for name, default in defaults.items() if name in flags
+    }
+    assert len(defaults.keys() & flags.keys()) == 7
 
 
 def test_every_benchmark_is_in_its_guide():

@@ -145,6 +145,11 @@ def test_a_record_takes_four_bytes_a_probability(run, tmp_path):
     assert [len(record) for record in records(folder)] == [16 + LENGTH * K * (2 + 2)] * ROWS
 
 
+def test_rows_may_be_as_long_as_the_model_allows(run, tmp_path):
+    folder = build_cache(run, CacheOptions(top_k=K, rows=2, length=MODEL.max_length), out=tmp_path / "cache")
+    assert len(TeacherCache.open(folder)) == 2
+
+
 def test_logits_are_made_in_chunks_of_tokens(corpus, run, monkeypatch):
     """A chunk takes every n-th token; what comes out is in the order of the row."""
     monkeypatch.setattr(

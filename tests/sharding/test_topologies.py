@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from efftrain.errors import ConfigError
-from efftrain.sharding.chips import CHIPS
+from efftrain.sharding.chips import CHIPS, find_chip
 from efftrain.sharding.roofline import axis_bandwidth, roofline, sent_bytes
 from efftrain.sharding.topologies import Topology, find_topology
 
@@ -78,3 +78,8 @@ def test_links_count_by_the_dimensions_that_an_axis_runs_along():
     assert axis_bandwidth(slice_, mesh, ("b", "c")) == 2 * link  # the whole ring of 16
     assert axis_bandwidth(slice_, mesh, ("c",)) == link  # half of the ring is a line
     assert axis_bandwidth(slice_, mesh, ("a", "b", "c")) == 3 * link
+
+
+def test_a_device_is_found_by_its_kind():
+    assert find_chip("NVIDIA H200") == CHIPS["NVIDIA H200"]
+    assert find_chip("cpu") is None
