@@ -1,4 +1,4 @@
-"""What an import reads from: a Hugging Face folder or a GGUF file, behind one small interface."""
+"""The source of an import: a Hugging Face folder or a GGUF file, behind one small interface."""
 
 from collections.abc import Mapping
 from pathlib import Path
