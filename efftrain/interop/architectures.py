@@ -9,13 +9,12 @@ from efftrain.interop.reading import (
     dense,
     experts,
     model,
-    rms,
     self_attention,
     windows,
 )
 from efftrain.interop.settings import Settings
 from efftrain.models.config import BlockConfig, ModelConfig
-from efftrain.models.norms import LayerNorm
+from efftrain.models.norms import RMS, LayerNorm
 from efftrain.models.residual import Parallel, PostNorm, Sandwich
 
 ATTENTION = {
@@ -72,8 +71,8 @@ def _qwen3_moe(s: Settings) -> ModelConfig:
     window = s.get("sliding_window") if s.flag("use_sliding_window") else None
     s.get("sliding_window")
     attention = self_attention(s, qk_norm=True, qkv_bias=bias, out_bias=bias, window=window)
-    names = ("num_local_experts",) if "num_local_experts" in s else ("num_experts",)
-    mlp = experts(s, n_experts=names[0], width="moe_intermediate_size", renormalize=s.flag("norm_topk_prob"))
+    number = "num_local_experts" if "num_local_experts" in s else "num_experts"
+    mlp = experts(s, n_experts=number, width="moe_intermediate_size", renormalize=s.flag("norm_topk_prob"))
     return model(s, [BlockConfig(attention=attention, mlp=mlp)])
 
 
@@ -103,7 +102,7 @@ def _gemma(s: Settings) -> ModelConfig:
     bias = s.flag("attention_bias")
     attention = self_attention(s, qkv_bias=bias, out_bias=bias)
     mlp = dense(s, activation="gelu_tanh" if s.get("hidden_act") == "gelu" else None)
-    return model(s, [BlockConfig(attention=attention, mlp=mlp)], norm=rms(zero_centered=True), scaled_embedding=True)
+    return model(s, [BlockConfig(attention=attention, mlp=mlp)], norm=RMS(zero_centered=True), scaled_embedding=True)
 
 
 def _gemma23(s: Settings, *, qk_norm: bool) -> ModelConfig:
@@ -130,7 +129,7 @@ def _gemma23(s: Settings, *, qk_norm: bool) -> ModelConfig:
     return model(
         s,
         layers,
-        norm=rms(zero_centered=True),
+        norm=RMS(zero_centered=True),
         scaled_embedding=True,
         logit_softcap=s.get("final_logit_softcapping"),
     )

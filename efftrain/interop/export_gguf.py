@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
+from efftrain.config import difference, to_json
 from efftrain.errors import ConfigError, RunError
-from efftrain.interop.architecture import FileTensor, layout
+from efftrain.interop.architecture import FileTensor, layout, same_model
 from efftrain.interop.export_model import file_tensors, planned
 from efftrain.interop.gguf_export import ExportTensor, ExportType, write_gguf
 from efftrain.interop.gguf_file import interleaved_rows
@@ -18,6 +19,8 @@ from efftrain.interop.gguf_model import ARCHITECTURES, FIELDS, LAYER, OUTER
 from efftrain.interop.gguf_tokenizer import GgufTokenizer
 from efftrain.interop.gguf_tokenizer_fields import tokenizer_fields
 from efftrain.interop.plan import ExportPlan
+from efftrain.interop.settings import Settings
+from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import abstract_decoder
 from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.run.directory import load_model_config, read_json
@@ -47,6 +50,7 @@ def export_gguf(run: Path, out: Path, type: ExportType) -> ExportPlan:
             f"{run} is exported as {plan.architecture.name}, and efftrain writes {', '.join(ARCHITECTURES)} as GGUF; "
             "export a folder, and convert it with llama.cpp"
         )
+    _check_said(run, config, plan)
     tensors_of: dict[str, list[FileTensor]] = {}
     for tensor in layout(plan.architecture, config):
         tensors_of.setdefault(tensor.pieces[0].variable, []).append(tensor)
@@ -77,6 +81,18 @@ def export_gguf(run: Path, out: Path, type: ExportType) -> ExportPlan:
     tokenizer = tokenizer_fields(_tokenizer(run), config.vocab_size)
     write_gguf(out, kind, metadata, tokenizer, tensors)
     return plan
+
+
+def _check_said(run: Path, config: ModelConfig, plan: ExportPlan) -> None:
+    """Makes sure that the fields of GGUF say all of the model: read back, they must give its configuration."""
+    also = ("vocab_size", "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias")
+    said = {name: plan.settings[name] for name in (*FIELDS.values(), *also) if name in plan.settings}
+    back = plan.architecture.to_config(Settings(said, "the fields of GGUF"))
+    if different := difference(to_json(same_model(back)), to_json(same_model(config))):
+        raise ConfigError(
+            f"{run} cannot be exported as GGUF, whose fields here do not say {different[0]}; export a folder, and "
+            "convert it with llama.cpp"
+        )
 
 
 def _reader(arrays: Iterator[tuple[str, np.ndarray]], wanted: str, heads: dict[str, int]) -> Callable[[], np.ndarray]:

@@ -9,7 +9,6 @@ from efftrain.interop.settings import Settings
 from efftrain.models.components import NormConfig, PositionConfig
 from efftrain.models.config import Attention, BlockConfig, Dense, ModelConfig
 from efftrain.models.moe.layer import MoE
-from efftrain.models.norms import RMS
 from efftrain.models.positions import NoPosition, Rotary
 from efftrain.models.rope_scaling import DynamicScaling, LinearScaling, Llama3Scaling, LongRope, Yarn
 from efftrain.models.soft_cap import SoftCap
@@ -23,10 +22,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-
-
-def rms(*, zero_centered: bool) -> RMS:
-    return RMS(zero_centered=zero_centered)
 
 
 def self_attention(

@@ -1,5 +1,6 @@
 """Folders with models: written and read again bit by bit, and refused in one sentence where something is wrong."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import efftrain
 from efftrain.compress.recover import recovery_training
 from efftrain.config import to_json
 from efftrain.errors import ConfigError, EfftrainError, RunError
+from efftrain.interop.export_gguf import export_gguf
 from efftrain.interop.export_model import export_model
 from efftrain.interop.import_model import import_model
 from efftrain.interop.plan import ExportPlan, Refusal, classify
@@ -22,6 +24,8 @@ from efftrain.models.config import LayerDropout, llama
 from efftrain.models.decoder import Decoder
 from efftrain.models.depth.routed_depth import MixtureOfDepths
 from efftrain.models.moe.layer import MoE
+from efftrain.models.positions import Rotary
+from efftrain.models.rope_scaling import LinearScaling
 from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.run.directory import read_json, row_length
 from efftrain.train.run.model_run import write_model_run
@@ -226,6 +230,16 @@ def test_a_model_that_nobody_else_has_is_refused_with_the_field():
     assert isinstance(refusal, Refusal)
     assert "depth" in refusal.reason
     assert refusal.alternatives
+
+
+@pytest.mark.parametrize("change", [{"position": Rotary(scaling=LinearScaling(factor=2.0))}, {"window": 8}])
+def test_what_the_fields_of_gguf_do_not_say_is_refused(run, tmp_path, change):
+    attention = dataclasses.replace(CONFIG.pattern[0].attention, qkv_bias="window" in change, **change)
+    copy = Path(shutil.copytree(run, tmp_path / "changed"))
+    (copy / "config.json").write_text(json.dumps({"model": to_json(CONFIG.with_blocks(attention=attention))}))
+    with pytest.raises(ConfigError, match="cannot be exported as GGUF"):
+        export_gguf(copy, tmp_path / "model.gguf", "F16")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_an_export_of_such_a_model_names_the_run(run, tmp_path):
