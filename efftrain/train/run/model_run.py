@@ -13,7 +13,7 @@ from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.run.environment import environment
 
 # Files of a run that a run made from it needs too: its classes, its tokenizer, its chat template, its end of text.
-KEPT_FILES = ("recipe.py", "tokenizer.json", "chat_template.jinja", "generation_config.json", "tokens.json")
+KEPT_FILES = ("recipe.py", "tokenizer.json", "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 
 
 def write_model_run(
