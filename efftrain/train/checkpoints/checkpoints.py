@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
@@ -21,10 +22,11 @@ from efftrain.train.checkpoints.checkpoint_errors import (
     writing_errors,
 )
 from efftrain.train.checkpoints.checkpoint_folder import check_writable, lock_folder, vanished
-from efftrain.train.checkpoints.fingerprints import fingerprints
+from efftrain.train.checkpoints.fingerprints import BlockFingerprint, fingerprints
 from efftrain.train.checkpoints.finite import check_finite
 from efftrain.train.checkpoints.flat_state import check_same, check_unaltered, flatten, unflatten
 from efftrain.train.checkpoints.sparse_storage import BITS, expand, squeeze, stored_names
+from efftrain.train.checkpoints.streamed_arrays import Index, StreamedArray, read_blocks, streamed_handler
 
 # Orbax logs each save in ten lines, and each failure once per thread before it raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -45,6 +47,7 @@ class Checkpoints:
       keep: number of newest checkpoints that are kept. None: all.
       keep_every: checkpoints whose step is a multiple of this are kept too. None: only the newest.
       read_only: create, tidy and delete nothing, because another process may be writing to the folder.
+      streamed: the states that are saved consist of ``StreamedArray``s.
 
     Raises:
       InUseError: another command writes to the folder.
@@ -58,6 +61,7 @@ class Checkpoints:
         keep: int | None = None,
         keep_every: int | None = None,
         read_only: bool = False,
+        streamed: bool = False,
     ):
         place = epath.Path(directory)
         self.directory: Path | epath.Path = place if "://" in str(directory) else Path(directory).absolute()
@@ -82,7 +86,7 @@ class Checkpoints:
                 ),
             ),
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
+                "state": streamed_handler() if streamed else ocp.PyTreeCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
             },
@@ -105,7 +109,10 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         flat = squeeze(flatten(state)) if squeezed else flatten(state)
-        data = {"iterator": data_state, "iterator_digest": digest(data_state), "fingerprints": fingerprints(flat)}
+        streams = {name: array for name, array in flat.items() if isinstance(array, StreamedArray)}
+        found = {name: array.fingerprint for name, array in streams.items()}
+        found |= fingerprints({name: array for name, array in flat.items() if name not in streams})
+        data = {"iterator": data_state, "iterator_digest": digest(data_state), "fingerprints": found}
         with writing_errors(self.directory):
             self._manager.wait_until_finished()  # the save would wait too
             if vanished(self.directory, self.steps()):
@@ -215,12 +222,57 @@ class Checkpoints:
             check_finite(array[name], name, variables, self.directory / str(step))
             yield name, array.pop(name)
 
-    def _read_model(self, step: int, variables: dict[str, Any]) -> dict[str, Any]:
+    def model_blocks(self, abstract_variables: Any) -> dict[str, Iterator[tuple[Index, np.ndarray]]]:
+        """Returns for each variable an iterator over (index, block) of what ``restore_model`` reads.
+
+        The blocks of a variable come in the order of the array, and are as small as its chunks on disk allow; arrays
+        that are stored sparsely come whole. What is read is checked, the fingerprint after the last block.
+
+        Args:
+          abstract_variables: the variables as ShapeDtypeStructs.
+
+        Raises:
+          RunError: as for ``restore_model``; iterators raise it too, if an array is damaged.
+        """
+        variables = flatten(abstract_variables)
+        first = min(variables, key=lambda name: (variables[name].size, name))
+        found = self._newest_complete(lambda step: self._read_model(step, {first: variables[first]}))
+        if found is None:
+            raise RunError(f"{self.directory} holds no checkpoint; train the run first")
+        step, _ = found
+        saved, places = self._saved_shapes(step), self._places(step, variables)
+        whole = {name for name, place in places.items() if place + BITS in saved}
+        stored = {place: saved[place] for place in places.values() if place in saved}
+        check_same(self.directory / str(step), stored, {places[n]: x for n, x in variables.items() if n not in whole})
+        data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
+        def read(name: str) -> Iterator[tuple[Index, np.ndarray]]:
+            folder, like, fingerprint = self.directory / str(step), variables[name], BlockFingerprint()
+            with reading_errors(folder):
+                if name in whole:
+                    array = np.asarray(self._read_model(step, {name: like})[name])
+                    check_finite(array, name, variables, folder)
+                    yield tuple(slice(0, n) for n in array.shape), array
+                    return
+                for index, block in read_blocks(str(folder / "state"), places[name]):
+                    fingerprint.add(block)
+                    check_finite(block, name, variables, folder, first=index[0].start if index else 0)
+                    yield index, block.astype(like.dtype, copy=False)
+                if fingerprint.value != data["fingerprints"][places[name]]:
+                    raise ValueError(f"{places[name]} differs from what was saved")
+
+        return {name: read(name) for name in variables}
+
+    def _places(self, step: int, variables: dict[str, Any]) -> dict[str, str]:
+        """Where a checkpoint holds the variables of the model."""
         saved = self._saved_shapes(step)
         trained = "ema" if any(name.startswith("ema/") for name in saved) else "params"
         untrained = {name.removesuffix(BITS) for name in saved if name.startswith("model_state/")}
         places = {name: f"model_state/{name}" for name in variables}
-        places = {name: place if place in untrained else f"{trained}/{name}" for name, place in places.items()}
+        return {name: place if place in untrained else f"{trained}/{name}" for name, place in places.items()}
+
+    def _read_model(self, step: int, variables: dict[str, Any]) -> dict[str, Any]:
+        saved, places = self._saved_shapes(step), self._places(step, variables)
         wanted = {place: variables[name] for name, place in places.items()}
         stored, _ = self._read(step, stored_names(wanted, saved), partial=True)
         flat = expand(stored, wanted)

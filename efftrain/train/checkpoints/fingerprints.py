@@ -4,9 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from efftrain.sharding.rules import without_mesh
+
+SPAN = 2**18  # numbers of a block whose bits are summed at once
 
 
 def fingerprints(flat: dict[str, Any]) -> dict[str, int]:
@@ -18,6 +21,23 @@ def fingerprints(flat: dict[str, Any]) -> dict[str, int]:
             if _on_several_cpus(array):  # many all-reduces in flight deadlock fake devices on CPU
                 found[name].block_until_ready()
     return {name: int(value) for name, value in jax.device_get(found).items()}
+
+
+class BlockFingerprint:
+    """The fingerprint of an array of which one block after the other is seen, in the order of the array."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._place = 0
+
+    def add(self, block: np.ndarray) -> None:
+        """Adds the next block, on the host."""
+        bits = np.ascontiguousarray(block).reshape(-1).view(f"u{block.itemsize}")
+        for start in range(0, bits.size, SPAN):
+            span = bits[start : start + SPAN].astype(np.uint32)
+            place = np.arange(self._place, self._place + span.size, dtype=np.uint64).astype(np.uint32)
+            self.value = (self.value + int(np.sum(span * (2 * place + 1), dtype=np.uint32))) % 2**32
+            self._place += span.size
 
 
 def _on_several_cpus(array: Any) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from efftrain.errors import RunError
@@ -11,7 +12,7 @@ from efftrain.errors import RunError
 BLOCKS = "blocks/"
 
 
-def check_finite(array: Array, name: str, names: Iterable[str], source: object) -> None:
+def check_finite(array: Array | np.ndarray, name: str, names: Iterable[str], source: object, *, first: int = 0) -> None:
     """Raises an error if an array of a model has a number that is not finite.
 
     Args:
@@ -19,6 +20,7 @@ def check_finite(array: Array, name: str, names: Iterable[str], source: object) 
       name: name of the array, such as ``blocks/0/mlp/up/kernel``, where 0 is the position in the pattern.
       names: names of all arrays of the model.
       source: where the model was read from, for the error message.
+      first: of blocks, the place in the stack of the first layer in ``array``.
 
     Raises:
       RunError: the message names the array and, in a block, the layer.
@@ -29,7 +31,7 @@ def check_finite(array: Array, name: str, names: Iterable[str], source: object) 
         position, _, inner = name.removeprefix(BLOCKS).partition("/")
         n_positions = len({other.split("/")[1] for other in names if other.startswith(BLOCKS)})
         repeat = next(i for i in range(len(array)) if not _is_finite(array[i]))
-        name = f"{inner} of layer {repeat * n_positions + int(position)}"
+        name = f"{inner} of layer {(first + repeat) * n_positions + int(position)}"
     raise RunError(
         f"{source}: {name} holds numbers that are not finite (NaN or infinity), so that this model cannot be "
         "used; take an earlier checkpoint, or train the model again"
@@ -41,5 +43,5 @@ def _finite(x: Array) -> Array:
     return jnp.isfinite(x).all()
 
 
-def _is_finite(x: Array) -> bool:
-    return bool(_finite(x))
+def _is_finite(x: Array | np.ndarray) -> bool:
+    return bool(np.isfinite(x).all() if isinstance(x, np.ndarray) else _finite(x))

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from efftrain.config import finite_json
 from efftrain.errors import RunError
 from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.checkpoints.streamed_arrays import StreamedArray
 from efftrain.train.run.environment import environment
 
 # Files of a run that a run made from it needs too: its classes, its tokenizer, its chat template, its end of text.
@@ -30,7 +33,7 @@ def write_model_run(
 
     Args:
       out: the directory, which must not exist.
-      state: ``params`` and ``model_state``, as ``state.split_model`` returns them.
+      state: ``params`` and ``model_state``, as ``state.split_model`` returns them, or of ``StreamedArray``s only.
       step: number of training steps that the model has seen.
       made_from: name and content of the JSON file that says what the model was made from. It is written first, so that
         what a killed process left is known to be the command's own, and is replaced.
@@ -54,8 +57,9 @@ def write_model_run(
                 shutil.copyfile(path, unfinished / path.name)
         for name, text in (texts or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
-        with Checkpoints(unfinished / "checkpoints") as checkpoints:
-            checkpoints.save(step, dict(state), None, None, squeezed=True)
+        streamed = any(isinstance(array, StreamedArray) for array in jax.tree.leaves(dict(state)))
+        with Checkpoints(unfinished / "checkpoints", streamed=streamed) as checkpoints:
+            checkpoints.save(step, dict(state), None, None, squeezed=not streamed)
             checkpoints.wait()
         os.rename(unfinished, out)
     except OSError as error:
