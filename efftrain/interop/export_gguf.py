@@ -74,7 +74,7 @@ def export_gguf(run: Path, out: Path, type: ExportType) -> ExportPlan:
             name=_gguf_name(name),
             shape=shapes[name],
             type=type if len(shapes[name]) > 1 and shapes[name][-1] % BLOCK == 0 else "F32",
-            read=_reader(arrays, name, heads),
+            read=_reader(arrays, name, heads, last=name == order[-1]),
         )
         for name in order
     ]
@@ -95,10 +95,15 @@ def _check_said(run: Path, config: ModelConfig, plan: ExportPlan) -> None:
         )
 
 
-def _reader(arrays: Iterator[tuple[str, np.ndarray]], wanted: str, heads: dict[str, int]) -> Callable[[], np.ndarray]:
+def _reader(
+    arrays: Iterator[tuple[str, np.ndarray]], wanted: str, heads: dict[str, int], *, last: bool
+) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         name, array = next(arrays)
         assert name == wanted, (name, wanted)
+        if last:  # the checks that follow the last array of the checkpoint
+            more = next(arrays, None)
+            assert more is None, more
         n_heads = heads.get(name.split(".")[-2])
         return array if n_heads is None else interleaved_rows(array, n_heads)
 

@@ -1,6 +1,8 @@
 """Writes a run's model as a folder that transformers, vLLM and llama.cpp's converter read."""
 
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import abstract_decoder
 from efftrain.progress import Progress
 from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.checkpoints.flat_state import flatten
+from efftrain.train.checkpoints.streamed_arrays import Index
 from efftrain.train.run.directory import checkpoint_directory, load_model_config, read_json
 
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -92,6 +96,7 @@ def _write_weights(run: Path, config: ModelConfig, plan: ExportPlan, folder: Pat
     writer = SafetensorsWriter(folder, {t.name: (code, np.dtype(kind), t.shape) for t in tensors})
     for name, array in file_tensors(run, config, plan):
         writer.write(name, array)
+        del array  # before the next one is read
     writer.close()
 
 
@@ -102,24 +107,68 @@ def file_tensors(run: Path, config: ModelConfig, plan: ExportPlan) -> Iterator[t
       ConfigError: the model has values for which the architecture has no place.
       RunError: the run's checkpoint cannot be read.
     """
-    holders: dict[str, list[tuple[FileTensor, int]]] = {}
-    for tensor in layout(plan.architecture, config):
+    tensors = layout(plan.architecture, config)
+    places: dict[str, dict[tuple[int, ...], tuple[FileTensor, int]]] = {}
+    for tensor in tensors:
         for number, piece in enumerate(tensor.pieces):
-            holders.setdefault(piece.variable, []).append((tensor, number))
-    waiting: dict[str, dict[int, np.ndarray]] = {}
-    with Progress("export", len(holders), unit="arrays") as progress:
-        for variable, array in _arrays(run, config):
-            if variable not in holders:
-                _check_unused(variable, array, plan)
-                continue
-            for tensor, number in holders[variable]:
-                parts = waiting.setdefault(tensor.name, {})
-                parts[number] = array[tensor.pieces[number].index]
-                if len(parts) == len(tensor.pieces):
-                    whole = np.concatenate([parts[i] for i in sorted(parts)], axis=-1) if len(parts) > 1 else parts[0]
-                    del waiting[tensor.name]
-                    yield tensor.name, whole.T if tensor.transposed else whole
-            progress.advance()
+            places.setdefault(piece.variable, {})[piece.index] = (tensor, number)
+    variables = flatten(nnx.state(abstract_decoder(config)))
+    groups = _read_together(tensors)
+    groups += [[name] for name in variables if name not in places]
+    groups.sort(key=lambda group: (-max(variables[name].size for name in group), group))
+    unfinished: dict[str, tuple[np.ndarray, int]] = {}  # the tensor as far as it was read, and numbers that it lacks
+    with (
+        Progress("export", len(variables), unit="arrays") as progress,
+        Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints,
+    ):
+        sources = checkpoints.model_blocks(_on_this_device(config))
+        for group in groups:
+            for variable, index, block in _in_step({name: sources[name] for name in group}, variables):
+                if variable not in places:
+                    _check_unused(variable, block, plan)
+                    continue
+                n_leading = len(next(iter(places[variable])))
+                for place in itertools.product(*(range(part.start, part.stop) for part in index[:n_leading])):
+                    tensor, number = places[variable][place]
+                    if tensor.name not in unfinished:
+                        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+                        unfinished[tensor.name] = np.empty(shape, block.dtype), math.prod(shape)
+                    array, lacks = unfinished[tensor.name]
+                    here = tuple(i - part.start for i, part in zip(place, index[:n_leading], strict=True))
+                    start = sum(piece.shape[-1] for piece in tensor.pieces[:number])
+                    columns = slice(start, start + tensor.pieces[number].shape[-1])
+                    array[(*index[n_leading:-1], columns)] = block[here]
+                    unfinished[tensor.name] = array, lacks - block[here].size
+                    if lacks == block[here].size:
+                        del unfinished[tensor.name]
+                        yield tensor.name, array.T if tensor.transposed else array
+                    del array
+            progress.advance(len(group))
+
+
+def _read_together(tensors: list[FileTensor]) -> list[list[str]]:
+    """Groups the variables of which the files have parts in the same tensors."""
+    groups: dict[str, list[str]] = {}
+    for tensor in tensors:
+        names = [piece.variable for piece in tensor.pieces]
+        together = sorted(set(names).union(*(groups.get(name, ()) for name in names)))
+        groups |= dict.fromkeys(together, together)
+    return [list(group) for group in dict.fromkeys(map(tuple, groups.values()))]
+
+
+def _in_step(
+    sources: dict[str, Iterator[tuple[Index, np.ndarray]]], variables: dict[str, Any]
+) -> Iterator[tuple[str, Index, np.ndarray]]:
+    """Yields (variable, index, block) of several variables, none of which is more than a block ahead of another."""
+    done = dict.fromkeys(sources, 0.0)
+    while done:
+        variable = min(done, key=lambda name: done[name])
+        found = next(sources[variable], None)
+        if found is None:
+            del done[variable]
+            continue
+        done[variable] += found[1].size / variables[variable].size
+        yield variable, *found
 
 
 def _check_unused(variable: str, array: np.ndarray, plan: ExportPlan) -> None:
@@ -130,11 +179,7 @@ def _check_unused(variable: str, array: np.ndarray, plan: ExportPlan) -> None:
         )
 
 
-def _arrays(run: Path, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def _on_this_device(config: ModelConfig) -> Any:
     here = SingleDeviceSharding(jax.local_devices()[0])
-    abstract: Any = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.state(abstract_decoder(config))
-    )
-    with Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints:
-        for name, array in checkpoints.model_arrays(abstract):
-            yield name, np.asarray(array)
+    abstract = nnx.state(abstract_decoder(config))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)

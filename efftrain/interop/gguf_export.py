@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from efftrain.errors import ConfigError, ModelFileError
-from efftrain.interop.gguf_file import require_gguf
+from efftrain.interop.gguf_file import SPAN, require_gguf
 
 if TYPE_CHECKING:
     from gguf import GGUFValueType, GGUFWriter
@@ -161,10 +161,16 @@ def _stored(tensor: ExportTensor) -> np.ndarray:
     if values.shape != tensor.shape:
         raise ConfigError(f"the tensor {tensor.name!r} has the shape {values.shape} and was planned as {tensor.shape}")
     values = values.astype(np.float32, copy=False)
-    largest = float(np.abs(values).max())
+    largest = float(max(values.max(), -values.min()))
     if not largest <= (_FLOAT32 if tensor.type == "F32" else _FLOAT16):  # NaN is not, either
         raise ConfigError(
             f"the tensor {tensor.name!r} has the value {largest}, which {tensor.type} cannot hold; write finite values "
             "(large ones as F32)"
         )
-    return quantize(values, GGMLQuantizationType[tensor.type])
+    kind, rows = GGMLQuantizationType[tensor.type], values.reshape(-1, values.shape[-1])
+    step = max(1, SPAN // values.shape[-1])  # gguf makes several copies of what it converts
+    first = quantize(rows[:step], kind)
+    stored = np.empty((len(rows), first.shape[-1]), first.dtype)
+    for start in range(0, len(rows), step):
+        stored[start : start + step] = quantize(rows[start : start + step], kind)
+    return stored.reshape(*values.shape[:-1], -1)

@@ -15,6 +15,7 @@ from efftrain.interop.gguf_header import GgufTensor, read_header
 # K-quants other than these, IQ and ternary types are written for models whose quality they change too much to go on
 # from; the types here are checked against formulas in the tests.
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SPAN = 2**18  # numbers that are converted at once
 READABLE = ("F32", "F16", "BF16", *QUANTISED)
 
 
@@ -84,8 +85,14 @@ class GgufFile:
             )
         raw = np.frombuffer(self._data[tensor.offset : tensor.offset + tensor.n_bytes], np.uint8)
         if tensor.type in QUANTISED:
-            rows = raw.reshape(*tensor.shape[:-1], -1)
-            return dequantize(rows, GGMLQuantizationType[tensor.type])
+            found = np.empty(tensor.shape, np.float32)
+            rows = found.reshape(-1, tensor.shape[-1])
+            stored = raw.reshape(len(rows), -1)
+            step = max(1, SPAN // tensor.shape[-1])
+            for start in range(0, len(rows), step):  # gguf makes several copies of what it converts
+                part = slice(start, start + step)
+                rows[part] = dequantize(stored[part], GGMLQuantizationType[tensor.type])
+            return found
         dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[tensor.type]
         return raw.view(dtype).reshape(tensor.shape)
 

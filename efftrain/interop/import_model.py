@@ -1,7 +1,8 @@
 """Turns the files of another project's model into a run directory."""
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import abstract_decoder
 from efftrain.progress import Progress
 from efftrain.train.checkpoints.flat_state import flatten, unflatten
+from efftrain.train.checkpoints.streamed_arrays import Index, StreamedArray
 from efftrain.train.run.model_run import write_model_run
 from efftrain.train.state import split_model
 
@@ -49,18 +51,19 @@ def import_model(path: Path, out: Path, *, length: int | None = None) -> ModelCo
     config = read_config(source)
     if length is not None and not 1 < length <= config.max_length:
         raise ConfigError(f"--length is {length}; use 2 to {config.max_length}, the longest row of this model")
-    arrays = dict(read_arrays(source, config))
-    _, params, rest = split_model(abstract_decoder(config))
     architecture = architecture_of(source.settings).model_type
     made_from = {"source": path.name, "architecture": architecture, "digest": _digest(source)}
-    write_model_run(
-        out,
-        {"params": _filled(params, arrays), "model_state": _filled(rest, arrays)},
-        step=0,
-        made_from=(FILE_NAME, dict(source.origin) | made_from),
-        config={"model": to_json(config)} | ({} if length is None else {"training": {"length": length}}),
-        texts=source.texts,
-    )
+    _, params, rest = split_model(abstract_decoder(config))
+    with Progress("import", unit="blocks") as progress:
+        arrays = streamed_arrays(source, config, progress.advance)  # reads and checks everything once
+        write_model_run(
+            out,
+            {"params": _filled(params, arrays), "model_state": _filled(rest, arrays)},
+            step=0,
+            made_from=(FILE_NAME, dict(source.origin) | made_from),
+            config={"model": to_json(config)} | ({} if length is None else {"training": {"length": length}}),
+            texts=source.texts,
+        )
     return config
 
 
@@ -87,35 +90,86 @@ def read_config(source: ModelSource) -> ModelConfig:
     return config
 
 
-def read_arrays(source: ModelSource, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every variable of the model as float32, by its name in a checkpoint; reads one tensor at a time.
+def streamed_arrays(
+    source: ModelSource, config: ModelConfig, advance: Callable[[], None] = lambda: None
+) -> dict[str, StreamedArray]:
+    """Returns every variable of the model as float32, by its name in a checkpoint, after reading and checking it once.
+
+    One tensor of the source and one block of a variable are held at a time.
+
+    Args:
+      source: the files.
+      config: configuration of the model.
+      advance: called after every block that was read, here and later.
 
     Raises:
-      RunError: a tensor is missing, has another shape, or has no place in the model.
+      RunError: a tensor is missing, has another shape, has no place in the model, or has numbers that are not finite.
     """
     architecture = architecture_of(source.settings)
     tensors = layout(architecture, config)
     names = _names_in(source, tensors, architecture.no_parameters)
-    holders: dict[str, list[tuple[FileTensor, int]]] = {}
+    if config.tied_embedding and HEAD in source.shapes:
+        _check_tied(source, next(t for t in tensors if t.pieces[0].variable == EMBEDDING), names)
+    held = _HeldTensor(source, names)
+    holders: dict[str, dict[tuple[int, ...], tuple[FileTensor, int]]] = {}
     for tensor in tensors:
         for number, piece in enumerate(tensor.pieces):
-            holders.setdefault(piece.variable, []).append((tensor, number))
-    shapes = {name: array.shape for name, array in _abstract(config).items()}
-    with Progress("import", len(shapes), unit="arrays") as progress:
-        for variable, parts in holders.items():
-            array = np.empty(shapes[variable], np.float32)
-            for tensor, number in parts:
-                array[tensor.pieces[number].index] = _piece(source.read(names[tensor.name]), tensor, number)
-            if not np.isfinite(array).all():
-                raise RunError(f"{source.path}: {parts[0][0].name} has numbers that are not finite; download it again")
-            tied = variable == EMBEDDING and config.tied_embedding and HEAD in source.shapes
-            if tied and not np.array_equal(source.read(HEAD).astype(np.float32), array):
-                raise RunError(f"{source.path}: tie_word_embeddings is true, but {HEAD} is not the embedding")
-            yield variable, array
-            progress.advance()
-        for variable, abstract in not_in_files(config).items():
-            yield variable, np.zeros(abstract.shape, abstract.dtype)
-            progress.advance()
+            holders.setdefault(piece.variable, {})[piece.index] = (tensor, number)
+    abstract, found = _abstract(config), {}
+    for variable, places in holders.items():
+        shape = abstract[variable].shape
+
+        def read(index: Index, places: Any = places, shape: Any = shape) -> np.ndarray:
+            advance()
+            return _block(held, places, shape, index)
+
+        found[variable] = StreamedArray.read_once(shape, np.dtype(np.float32), read)
+    for variable, array in not_in_files(config).items():
+
+        def zeros(index: Index, array: Any = array) -> np.ndarray:
+            return np.zeros([part.stop - part.start for part in index], array.dtype)
+
+        found[variable] = StreamedArray.read_once(array.shape, np.dtype(array.dtype), zeros)
+    return found
+
+
+class _HeldTensor:
+    """The tensor of a source that was read last."""
+
+    def __init__(self, source: ModelSource, names: dict[str, str]):
+        self.path, self._source, self._names = source.path, source, names
+        self._name, self._array = "", np.empty(0)
+
+    def read(self, name: str) -> np.ndarray:
+        if name != self._name:
+            self._name, self._array = "", np.empty(0)  # frees the one before
+            self._array, self._name = self._source.read(self._names[name]), name
+        return self._array
+
+
+def _block(
+    held: _HeldTensor,
+    places: dict[tuple[int, ...], tuple[FileTensor, int]],
+    shape: tuple[int, ...],
+    index: Index,
+) -> np.ndarray:
+    """The block of a variable at ``index``, from the tensors that hold its parts."""
+    n_leading = len(next(iter(places)))
+    block = np.empty([part.stop - part.start for part in index], np.float32)
+    leading = [range(part.start, part.stop) for part in index[:n_leading]]
+    for place in itertools.product(*leading):
+        tensor, number = places[place]
+        part = _piece(held.read(tensor.name), tensor, number)
+        here = tuple(i - slice_.start for i, slice_ in zip(place, index[:n_leading], strict=True))
+        block[here] = part[index[n_leading:]]
+        if not np.isfinite(block[here]).all():
+            raise RunError(f"{held.path}: {tensor.name} has numbers that are not finite; download it again")
+    return block
+
+
+def _check_tied(source: ModelSource, embedding: FileTensor, names: dict[str, str]) -> None:
+    if not np.array_equal(source.read(HEAD), source.read(names[embedding.name])):
+        raise RunError(f"{source.path}: tie_word_embeddings is true, but {HEAD} is not the embedding")
 
 
 def _piece(data: np.ndarray, tensor: FileTensor, number: int) -> np.ndarray:
@@ -158,7 +212,7 @@ def _abstract(config: ModelConfig) -> dict[str, Any]:
     return flatten(nnx.state(abstract_decoder(config)))
 
 
-def _filled(state: Any, arrays: dict[str, np.ndarray]) -> Any:
+def _filled(state: Any, arrays: dict[str, StreamedArray]) -> Any:
     return unflatten({name: arrays.pop(name) for name in flatten(state)}, state)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+BLOCK_BYTES = 8 * 2**20  # of a tensor that is converted and written at once
 DTYPES = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16), "float16": ("F16", np.float16)}
 
 
@@ -75,7 +76,10 @@ class SafetensorsWriter:
             raise ValueError(f"{name} of shape {array.shape} was announced as {shape}, or is written twice")
         with file.open("r+b") as stream:
             stream.seek(offset)
-            np.ascontiguousarray(array, dtype).tofile(stream)
+            rows = np.atleast_1d(array)
+            step = max(1, BLOCK_BYTES * len(rows) // max(rows.nbytes, 1))
+            for start in range(0, len(rows), step):
+                np.ascontiguousarray(rows[start : start + step], dtype).tofile(stream)
         self._left.remove(name)
 
     def close(self) -> None:

@@ -249,3 +249,27 @@ def test_an_export_of_such_a_model_names_the_run(run, tmp_path):
     with pytest.raises(ConfigError, match="cannot be exported"):
         export_model(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("block_bytes", [1, 200])
+def test_blocks_of_any_size_give_the_same_model(run, tmp_path, monkeypatch, block_bytes):
+    """Also where files hold two variables in one tensor (Phi-3), and experts one by one (Mixtral)."""
+    monkeypatch.setattr("efftrain.train.checkpoints.streamed_arrays.BLOCK_BYTES", block_bytes)
+    mlp = MoE(n_experts=3, top_k=2, d_expert=20, bias_rate=0)
+    experts = CONFIG.replace(pattern=(dataclasses.replace(CONFIG.pattern[0], mlp=mlp),))
+    for number, (config, model_type) in enumerate([(CONFIG, "phi3"), (experts, "mixtral")]):
+        _, params, rest = split_model(Decoder(config, rngs=nnx.Rngs(1)))
+        made, folder, again = (tmp_path / f"{name}{number}" for name in ("run", "folder", "again"))
+        state = {"params": params, "model_state": rest}
+        write_model_run(
+            made,
+            state,
+            step=7,
+            made_from=("import.json", {"architecture": model_type}),
+            config={"model": to_json(config)},
+        )
+        assert export_model(made, folder).architecture.model_type == model_type
+        import_model(folder, again)
+        found = arrays(again)
+        for name, array in arrays(made).items():
+            np.testing.assert_array_equal(array, found[name])
