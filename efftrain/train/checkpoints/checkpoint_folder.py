@@ -1,8 +1,9 @@
-"""Checks of the folder of a run's checkpoints: that it is writable, used by one command only, and still there."""
+"""The folder of a run's checkpoints: opened with Orbax, and checked to be writable, not in use, and still there."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 from etils import epath
 
 from efftrain.errors import RunError
@@ -10,6 +11,34 @@ from efftrain.lock import Lock, beside
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.train.checkpoints.checkpoint_errors import first_line
+from efftrain.train.checkpoints.streamed_arrays import streamed_handler
+
+
+def open_manager(
+    directory: Path | epath.Path, *, keep: int | None, keep_every: int | None, read_only: bool, streamed: bool
+) -> ocp.CheckpointManager:
+    """Opens the folder with Orbax; the arguments are those of ``Checkpoints``."""
+    several = hosts.process_count() > 1
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every,
+            enable_async_checkpointing=True,
+            read_only=read_only,
+            create=False,
+            cleanup_tmp_directories=not read_only,  # left by a process that was killed while it saved
+            # With named processes, Orbax synchronises through the coordinator, which has timeouts, not the devices.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(hosts.process_count())) if several else None
+            ),
+        ),
+        item_handlers={
+            "state": streamed_handler() if streamed else ocp.PyTreeCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+        },
+    )
 
 
 def check_writable(directory: epath.Path) -> None:

@@ -21,12 +21,12 @@ from efftrain.train.checkpoints.checkpoint_errors import (
     reading_errors,
     writing_errors,
 )
-from efftrain.train.checkpoints.checkpoint_folder import check_writable, lock_folder, vanished
-from efftrain.train.checkpoints.fingerprints import BlockFingerprint, fingerprints
+from efftrain.train.checkpoints.checkpoint_folder import check_writable, lock_folder, open_manager, vanished
+from efftrain.train.checkpoints.fingerprints import fingerprints
 from efftrain.train.checkpoints.finite import check_finite
 from efftrain.train.checkpoints.flat_state import check_same, check_unaltered, flatten, unflatten
 from efftrain.train.checkpoints.sparse_storage import BITS, expand, squeeze, stored_names
-from efftrain.train.checkpoints.streamed_arrays import Index, StreamedArray, read_blocks, streamed_handler
+from efftrain.train.checkpoints.streamed_arrays import Index, StreamedArray, read_blocks
 
 # Orbax logs each save in ten lines, and each failure once per thread before it raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -69,27 +69,9 @@ class Checkpoints:
         if not read_only:
             check_writable(epath.Path(self.directory))
             self._lock = lock_folder(self.directory)
-        several = hosts.process_count() > 1
         self._shapes: dict[int, dict[str, Any]] = {}
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_every,
-                enable_async_checkpointing=True,
-                read_only=read_only,
-                create=False,
-                cleanup_tmp_directories=not read_only,  # left by a process that was killed while it saved
-                # With named processes, Orbax synchronises through the coordinator, which has timeouts, not the devices.
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    active_processes=set(range(hosts.process_count())) if several else None
-                ),
-            ),
-            item_handlers={
-                "state": streamed_handler() if streamed else ocp.PyTreeCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-            },
+        self._manager = open_manager(
+            self.directory, keep=keep, keep_every=keep_every, read_only=read_only, streamed=streamed
         )
 
     def save(self, step: int, state: Any, data_state: Any, config: Any, *, squeezed: bool = False) -> None:
@@ -192,10 +174,7 @@ class Checkpoints:
           RunError: as for ``restore``; also if there is no checkpoint, or if numbers are not finite.
         """
         variables = flatten(abstract_variables)
-        found = self._newest_complete(lambda step: self._read_model(step, variables))
-        if found is None:
-            raise RunError(f"{self.directory} holds no checkpoint; train the run first")
-        step, arrays = found
+        step, arrays = self._newest_model(lambda step: self._read_model(step, variables))
         for name, array in arrays.items() if finite else ():
             check_finite(array, name, variables, self.directory / str(step))
         return unflatten(arrays, abstract_variables)
@@ -211,10 +190,7 @@ class Checkpoints:
         """
         variables = flatten(abstract_variables)
         first, *rest = sorted(variables, key=lambda name: (-variables[name].size, name))
-        found = self._newest_complete(lambda step: self._read_model(step, {first: variables[first]}))
-        if found is None:
-            raise RunError(f"{self.directory} holds no checkpoint; train the run first")
-        step, array = found
+        step, array = self._newest_model(lambda step: self._read_model(step, {first: variables[first]}))
         for name in (first, *rest):
             if name not in array:
                 with reading_errors(self.directory / str(step)):
@@ -236,30 +212,25 @@ class Checkpoints:
         """
         variables = flatten(abstract_variables)
         first = min(variables, key=lambda name: (variables[name].size, name))
-        found = self._newest_complete(lambda step: self._read_model(step, {first: variables[first]}))
-        if found is None:
-            raise RunError(f"{self.directory} holds no checkpoint; train the run first")
-        step, _ = found
-        saved, places = self._saved_shapes(step), self._places(step, variables)
+        step, _ = self._newest_model(lambda step: self._read_model(step, {first: variables[first]}))
+        folder, saved, places = self.directory / str(step), self._saved_shapes(step), self._places(step, variables)
         whole = {name for name, place in places.items() if place + BITS in saved}
-        stored = {place: saved[place] for place in places.values() if place in saved}
-        check_same(self.directory / str(step), stored, {places[n]: x for n, x in variables.items() if n not in whole})
+        stored = {name: place for name, place in places.items() if name not in whole}
+        wanted = {place: variables[name] for name, place in stored.items()}
+        check_same(folder, {place: saved[place] for place in wanted if place in saved}, wanted)
         data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
         def read(name: str) -> Iterator[tuple[Index, np.ndarray]]:
-            folder, like, fingerprint = self.directory / str(step), variables[name], BlockFingerprint()
             with reading_errors(folder):
                 if name in whole:
-                    array = np.asarray(self._read_model(step, {name: like})[name])
-                    check_finite(array, name, variables, folder)
-                    yield tuple(slice(0, n) for n in array.shape), array
-                    return
-                for index, block in read_blocks(str(folder / "state"), places[name]):
-                    fingerprint.add(block)
+                    array = np.asarray(self._read_model(step, {name: variables[name]})[name])
+                    found: Any = [(tuple(slice(0, n) for n in array.shape), array)]
+                else:
+                    place = stored[name]
+                    found = read_blocks(str(folder / "state"), place, data["fingerprints"][place])
+                for index, block in found:
                     check_finite(block, name, variables, folder, first=index[0].start if index else 0)
-                    yield index, block.astype(like.dtype, copy=False)
-                if fingerprint.value != data["fingerprints"][places[name]]:
-                    raise ValueError(f"{places[name]} differs from what was saved")
+                    yield index, block.astype(variables[name].dtype, copy=False)
 
         return {name: read(name) for name in variables}
 
@@ -310,6 +281,12 @@ class Checkpoints:
         with reading_errors(self.directory / str(step)):
             arrays, data_state = self._read(step, {p: abstract[n] for n, p in place.items()})
         return {n: arrays[p] for n, p in place.items()}, data_state
+
+    def _newest_model(self, read: Callable[[int], Any]) -> tuple[int, Any]:
+        found = self._newest_complete(read)
+        if found is None:
+            raise RunError(f"{self.directory} holds no checkpoint; train the run first")
+        return found
 
     def _newest_complete(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
         damaged = []

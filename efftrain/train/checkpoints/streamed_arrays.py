@@ -99,12 +99,16 @@ async def _write(values: Sequence[StreamedArray], infos: Sequence[Any]) -> None:
             await store[index].write(value.read(index), can_reference_source_data_indefinitely=True)
 
 
-def read_blocks(folder: str, name: str) -> Iterator[tuple[Index, np.ndarray]]:
+def read_blocks(folder: str, name: str, fingerprint: int) -> Iterator[tuple[Index, np.ndarray]]:
     """Yields (index, block) of a stored array: blocks that are consecutive in memory, and as small as its chunks allow.
 
     Args:
       folder: folder or URL of a checkpoint's state, in the format of Orbax (zarr in OCDBT).
       name: name of the array.
+      fingerprint: of the array, compared after the last block.
+
+    Raises:
+      ValueError: the array is damaged; TensorStore has further classes of errors.
     """
     base = folder if "://" in folder else {"driver": "file", "path": folder}
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
@@ -114,5 +118,10 @@ def read_blocks(folder: str, name: str) -> Iterator[tuple[Index, np.ndarray]]:
         steps[axis] = min(size or steps[axis], steps[axis])
         if steps[axis] > 1:
             break
+    found = BlockFingerprint()
     for index in blocks(store.shape, steps):
-        yield index, store[index].read().result()
+        block = store[index].read().result()
+        found.add(block)
+        yield index, block
+    if found.value != fingerprint:
+        raise ValueError(f"{name} differs from what was saved")
