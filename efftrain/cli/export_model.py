@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-Format = Literal["float32", "bfloat16", "float16", "gguf:F32", "gguf:F16", "gguf:Q8_0", "gguf:Q4_0", "gguf:Q4_1"]
+Folder = Literal["float32", "bfloat16", "float16", "compressed-tensors"]
+File = Literal["gguf:F32", "gguf:F16", "gguf:Q8_0", "gguf:Q4_0", "gguf:Q4_1"]
+Format = Literal[Folder, File]
 
 
 def export_model(run: Path, /, *, to: Path, format: Format = "float32") -> None:
@@ -12,7 +14,8 @@ def export_model(run: Path, /, *, to: Path, format: Format = "float32") -> None:
     Args:
       run: the run directory.
       to: the new folder or file.
-      format: the dtype of the weights in a folder of safetensors, or gguf: and the type of the matrices in a GGUF file.
+      format: the dtype of the weights in a folder of safetensors; compressed-tensors, to keep what efftrain compress
+        quantize made quantised; or gguf: and the type of the matrices in a GGUF file.
     """
     from efftrain.progress import console
 
@@ -23,7 +26,10 @@ def export_model(run: Path, /, *, to: Path, format: Format = "float32") -> None:
     else:
         from efftrain.interop.export_model import export_model as export_files
 
-        plan = export_files(run, to, dtype=format)
+        if format == "compressed-tensors":
+            plan = export_files(run, to, compressed=True)
+        else:
+            plan = export_files(run, to, dtype=format)
     console.print(f"{to}: {plan.architecture.name}, {format}", markup=False)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from efftrain.interop.gguf_model import ARCHITECTURES, FIELDS, LAYER, OUTER
 from efftrain.interop.gguf_tokenizer import GgufTokenizer
 from efftrain.interop.gguf_tokenizer_fields import tokenizer_fields
 from efftrain.interop.plan import ExportPlan
+from efftrain.interop.run_arrays import float_config
+from efftrain.interop.run_facts import ZeroCount
 from efftrain.interop.settings import Settings
-from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import abstract_decoder
 from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.run.directory import load_model_config, read_json
 
+SAME = {"mistral": "llama"}  # what llama.cpp has one architecture for
 BLOCK = 32  # values that share a scale in the quantised types
 
 
@@ -44,15 +47,15 @@ def export_gguf(run: Path, out: Path, type: ExportType) -> ExportPlan:
         raise RunError(f"{out} exists already; choose another --to")
     config = load_model_config(run)
     plan = planned(run, config)
-    kind = plan.architecture.model_type
+    kind = SAME.get(plan.architecture.model_type, plan.architecture.model_type)
     if kind not in ARCHITECTURES:
         raise ConfigError(
             f"{run} is exported as {plan.architecture.name}, and efftrain writes {', '.join(ARCHITECTURES)} as GGUF; "
             "export a folder, and convert it with llama.cpp"
         )
-    _check_said(run, config, plan)
+    _check_said(run, plan)
     tensors_of: dict[str, list[FileTensor]] = {}
-    for tensor in layout(plan.architecture, config):
+    for tensor in layout(plan.architecture, plan.config):
         tensors_of.setdefault(tensor.pieces[0].variable, []).append(tensor)
     shapes = {tensor.name: tensor.shape for found in tensors_of.values() for tensor in found}
     fields = {name: plan.settings[field] for name, field in FIELDS.items() if field in plan.settings}
@@ -65,10 +68,11 @@ def export_gguf(run: Path, out: Path, type: ExportType) -> ExportPlan:
     if kind == "llama":  # the only architecture whose rows llama.cpp permutes
         heads = {"q_proj": plan.settings["num_attention_heads"], "k_proj": plan.settings["num_key_value_heads"]}
     # The order in which the checkpoint is read: that of the sizes of its variables.
-    sizes = {name: array.size for name, array in flatten(nnx.state(abstract_decoder(config))).items()}
+    sizes = {name: array.size for name, array in flatten(nnx.state(abstract_decoder(float_config(config)))).items()}
     variables = sorted(tensors_of, key=lambda variable: (-sizes[variable], variable))
     order = [tensor.name for variable in variables for tensor in tensors_of[variable]]
-    arrays = file_tensors(run, config, plan)
+    zeros = ZeroCount()
+    arrays = file_tensors(run, config, plan, zeros)
     tensors = [
         ExportTensor(
             name=_gguf_name(name),
@@ -80,15 +84,15 @@ def export_gguf(run: Path, out: Path, type: ExportType) -> ExportPlan:
     ]
     tokenizer = tokenizer_fields(_tokenizer(run), config.vocab_size)
     write_gguf(out, kind, metadata, tokenizer, tensors)
-    return plan
+    return replace(plan, notes=plan.notes + zeros.notes)
 
 
-def _check_said(run: Path, config: ModelConfig, plan: ExportPlan) -> None:
+def _check_said(run: Path, plan: ExportPlan) -> None:
     """Makes sure that the fields of GGUF say all of the model: read back, they must give its configuration."""
     also = ("vocab_size", "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias")
     said = {name: plan.settings[name] for name in (*FIELDS.values(), *also) if name in plan.settings}
     back = plan.architecture.to_config(Settings(said, "the fields of GGUF"))
-    if different := difference(to_json(same_model(back)), to_json(same_model(config))):
+    if different := difference(to_json(same_model(back)), to_json(same_model(plan.config))):
         raise ConfigError(
             f"{run} cannot be exported as GGUF, whose fields here do not say {different[0]}; export a folder, and "
             "convert it with llama.cpp"

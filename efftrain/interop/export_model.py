@@ -5,25 +5,22 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 from efftrain.errors import ConfigError, RunError
 from efftrain.interop.architecture import FileTensor, layout
 from efftrain.interop.import_model import FILE_NAME as IMPORT
 from efftrain.interop.plan import PREFERENCE, ExportPlan, Refusal, classify
+from efftrain.interop.run_arrays import Variable, float_variables, stored_variables
+from efftrain.interop.run_facts import ZeroCount, early_exits, exits_note
 from efftrain.interop.safetensors_writer import DTYPES, SafetensorsWriter
 from efftrain.models.config import ModelConfig
-from efftrain.models.decoder import abstract_decoder
 from efftrain.progress import Progress
 from efftrain.train.checkpoints.checkpoints import Checkpoints
-from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.checkpoints.streamed_arrays import Index
 from efftrain.train.run.directory import checkpoint_directory, load_model_config, read_json
 
@@ -31,13 +28,15 @@ TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "c
 MARKER = ".efftrain-export"
 
 
-def export_model(run: Path, out: Path, *, dtype: str = "float32") -> ExportPlan:
+def export_model(run: Path, out: Path, *, dtype: str = "float32", compressed: bool = False) -> ExportPlan:
     """Exports the model of a run, variable by variable.
 
     Args:
       run: the run directory.
       out: the folder, which must not exist; it appears when it is complete.
       dtype: of the exported weights: float32, bfloat16 or float16.
+      compressed: keep the quantised matrices of a converted run quantised, as ``compressed-tensors``; what is float
+        stays float32.
 
     Raises:
       ConfigError: no other project's architecture computes this model; the message says which field is the reason and
@@ -49,7 +48,12 @@ def export_model(run: Path, out: Path, *, dtype: str = "float32") -> ExportPlan:
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     config = load_model_config(run)
-    plan = planned(run, config)
+    if compressed and not config.quantization.stored:
+        raise ConfigError(
+            f"the matrices of {run} are float; quantise them with efftrain compress quantize, and export the run that "
+            "it makes, or give --format float32"
+        )
+    plan = planned(run, config, compressed=compressed)
     unfinished = out.with_name(f"{out.name}.incomplete")
     try:
         if (unfinished / MARKER).exists():
@@ -68,7 +72,7 @@ def export_model(run: Path, out: Path, *, dtype: str = "float32") -> ExportPlan:
         (unfinished / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for name, text in texts.items():
             (unfinished / name).write_text(text, encoding="utf-8")
-        _write_weights(run, config, plan, unfinished, dtype)
+        plan = replace(plan, notes=plan.notes + _write_weights(run, config, plan, unfinished, dtype))
         (unfinished / MARKER).unlink()
         os.rename(unfinished, out)
     except OSError as error:
@@ -76,54 +80,90 @@ def export_model(run: Path, out: Path, *, dtype: str = "float32") -> ExportPlan:
     return plan
 
 
-def planned(run: Path, config: ModelConfig) -> ExportPlan:
+def planned(run: Path, config: ModelConfig, *, compressed: bool = False) -> ExportPlan:
     """Decides as what a run's model is exported; an imported one as what it came from, if it still fits.
+
+    Args:
+      run: the run directory.
+      config: the configuration of its model.
+      compressed: see ``classify``.
 
     Raises:
       ConfigError: it cannot be exported.
     """
     made_from = run / IMPORT
     before = [read_json(made_from)["architecture"]] if made_from.is_file() else []
-    plan = classify(config, preference=(*before, *PREFERENCE))
+    plan = classify(config, preference=(*before, *PREFERENCE), compressed=compressed)
     if isinstance(plan, Refusal):
         raise ConfigError(f"{run} cannot be exported: {plan.reason}; {' or '.join(plan.alternatives)}")
-    return plan
+    exits = early_exits(run, config)
+    if exits is None:
+        return plan
+    settings = plan.settings | {"efftrain": {"early_exit": exits}}
+    return replace(plan, settings=settings, notes=(*plan.notes, exits_note(exits)))
 
 
-def _write_weights(run: Path, config: ModelConfig, plan: ExportPlan, folder: Path, dtype: str) -> None:
-    code, kind = DTYPES[dtype]
-    tensors = layout(plan.architecture, config)
-    writer = SafetensorsWriter(folder, {t.name: (code, np.dtype(kind), t.shape) for t in tensors})
-    for name, array in file_tensors(run, config, plan):
+def _write_weights(run: Path, config: ModelConfig, plan: ExportPlan, folder: Path, dtype: str) -> tuple[str, ...]:
+    """Writes the files and returns the notes on what they hold."""
+    zeros = ZeroCount()
+    tensors = encoded = file_tensors(run, config, plan, zeros)
+    if plan.quantized is not None:
+        entries = plan.quantized.entries()
+        encoded = (pair for name, array in tensors for pair in plan.quantized.encode(name, array))
+    else:
+        code, kind = DTYPES[dtype]
+        entries = {t.name: (code, np.dtype(kind), t.shape) for t in layout(plan.architecture, plan.config)}
+    writer = SafetensorsWriter(folder, entries)
+    for name, array in encoded:
         writer.write(name, array)
         del array  # before the next one is read
     writer.close()
+    return zeros.notes
 
 
-def file_tensors(run: Path, config: ModelConfig, plan: ExportPlan) -> Iterator[tuple[str, np.ndarray]]:
+def file_tensors(
+    run: Path, config: ModelConfig, plan: ExportPlan, zeros: ZeroCount
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of the files by name, as soon as the variables that they are made of have been read.
+
+    Args:
+      run: the run directory.
+      config: the configuration of its model.
+      plan: of the export; if it has quantised files, their tensors are yielded.
+      zeros: counts those of a float model; in a quantised one, rounding makes zeros too.
 
     Raises:
       ConfigError: the model has values for which the architecture has no place.
       RunError: the run's checkpoint cannot be read.
     """
-    tensors = layout(plan.architecture, config)
+    with Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints:
+        if plan.quantized is not None:
+            yield from _assembled(plan.quantized.tensors, stored_variables(checkpoints, config), plan)
+            return
+        variables = float_variables(checkpoints, config)
+        if not config.quantization.rules:
+            variables = zeros.counted(variables)
+        yield from _assembled(layout(plan.architecture, plan.config), variables, plan)
+
+
+def _assembled(
+    tensors: Sequence[FileTensor], variables: Mapping[str, Variable], plan: ExportPlan
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors by name; where their pieces are larger than the variables, they have zeros."""
     places: dict[str, dict[tuple[int, ...], tuple[FileTensor, int]]] = {}
+    numbers: dict[str, int] = {}  # of a tensor that the variables have
     for tensor in tensors:
         for number, piece in enumerate(tensor.pieces):
             places.setdefault(piece.variable, {})[piece.index] = (tensor, number)
-    variables = flatten(nnx.state(abstract_decoder(config)))
+            size = math.prod(variables[piece.variable].shape[len(piece.index) :])
+            numbers[tensor.name] = numbers.get(tensor.name, 0) + size
     groups = _read_together(tensors)
     groups += [[name] for name in variables if name not in places]
     groups.sort(key=lambda group: (-max(variables[name].size for name in group), group))
     unfinished: dict[str, tuple[np.ndarray, int]] = {}  # the tensor as far as it was read, and numbers that it lacks
-    with (
-        Progress("export", len(variables), unit="arrays") as progress,
-        Checkpoints(checkpoint_directory(run, read_json(run / "config.json")), read_only=True) as checkpoints,
-    ):
-        sources = checkpoints.model_blocks(_on_this_device(config))
+    with Progress("export", len(variables), unit="arrays") as progress:
         for group in groups:
-            for variable, index, block in _in_step({name: sources[name] for name in group}, variables):
+            for variable, index, block in _in_step({name: variables[name] for name in group}):
                 if variable not in places:
                     _check_unused(variable, block, plan)
                     continue
@@ -132,11 +172,11 @@ def file_tensors(run: Path, config: ModelConfig, plan: ExportPlan) -> Iterator[t
                     tensor, number = places[variable][place]
                     if tensor.name not in unfinished:
                         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
-                        unfinished[tensor.name] = np.empty(shape, block.dtype), math.prod(shape)
+                        unfinished[tensor.name] = np.zeros(shape, block.dtype), numbers[tensor.name]
                     array, lacks = unfinished[tensor.name]
                     here = tuple(i - part.start for i, part in zip(place, index[:n_leading], strict=True))
                     start = sum(piece.shape[-1] for piece in tensor.pieces[:number])
-                    columns = slice(start, start + tensor.pieces[number].shape[-1])
+                    columns = slice(start, start + block.shape[-1])
                     array[(*index[n_leading:-1], columns)] = block[here]
                     unfinished[tensor.name] = array, lacks - block[here].size
                     if lacks == block[here].size:
@@ -146,7 +186,7 @@ def file_tensors(run: Path, config: ModelConfig, plan: ExportPlan) -> Iterator[t
             progress.advance(len(group))
 
 
-def _read_together(tensors: list[FileTensor]) -> list[list[str]]:
+def _read_together(tensors: Sequence[FileTensor]) -> list[list[str]]:
     """Groups the variables of which the files have parts in the same tensors."""
     groups: dict[str, list[str]] = {}
     for tensor in tensors:
@@ -156,19 +196,17 @@ def _read_together(tensors: list[FileTensor]) -> list[list[str]]:
     return [list(group) for group in dict.fromkeys(map(tuple, groups.values()))]
 
 
-def _in_step(
-    sources: dict[str, Iterator[tuple[Index, np.ndarray]]], variables: dict[str, Any]
-) -> Iterator[tuple[str, Index, np.ndarray]]:
+def _in_step(variables: Mapping[str, Variable]) -> Iterator[tuple[str, Index, np.ndarray]]:
     """Yields (variable, index, block) of several variables, none of which is more than a block ahead of another."""
-    done = dict.fromkeys(sources, 0.0)
+    done = dict.fromkeys(variables, 0.0)
     while done:
-        variable = min(done, key=lambda name: done[name])
-        found = next(sources[variable], None)
+        name = min(done, key=lambda name: done[name])
+        found = next(variables[name].blocks, None)
         if found is None:
-            del done[variable]
+            del done[name]
             continue
-        done[variable] += found[1].size / variables[variable].size
-        yield variable, *found
+        done[name] += found[1].size / variables[name].size
+        yield name, *found
 
 
 def _check_unused(variable: str, array: np.ndarray, plan: ExportPlan) -> None:
@@ -177,9 +215,3 @@ def _check_unused(variable: str, array: np.ndarray, plan: ExportPlan) -> None:
             f"{variable} balances the experts and is not zero, and {plan.architecture.name} has no place for it; train "
             "with moe.bias_rate 0 and moe.auxiliary_loss to export the model"
         )
-
-
-def _on_this_device(config: ModelConfig) -> Any:
-    here = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = nnx.state(abstract_decoder(config))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)

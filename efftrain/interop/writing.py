@@ -67,7 +67,8 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": 1 / config.logits_multiplier,
     }
-    return {name: value for name, value in (fields | _mlp(mlp) | _rope(config)).items() if value is not None}
+    found = {name: value for name, value in (fields | _mlp(mlp) | _rope(config)).items() if value is not None}
+    return found | {"sliding_window": window}  # also if there is none, because Mistral's default is one
 
 
 def _mlp(mlp: Dense | MoE) -> dict[str, Any]:
