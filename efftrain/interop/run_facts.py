@@ -41,7 +41,8 @@ def exits_note(exits: Mapping[str, Any]) -> str:
     use = exits.get("draft", {}).get("exit_layer", "LAYERS")
     return (
         f"All layers are exported; the early exits after layers 1 to {exits['layers'][-1]}, through the same norm and "
-        f"head, are named in the field efftrain of config.json (in transformers: generate(assistant_early_exit={use}))."
+        f"head, are only named, in the field efftrain of a config.json (in transformers: "
+        f"generate(assistant_early_exit={use}))."
     )
 
 
