@@ -17,8 +17,10 @@ from efftrain.interop.architecture import FileTensor, layout, not_in_files
 from efftrain.interop.architectures import architecture_of
 from efftrain.interop.hugging_face import HuggingFaceFolder
 from efftrain.interop.source import ModelSource
-from efftrain.models.config import ModelConfig
+from efftrain.models.config import Attention, ModelConfig
 from efftrain.models.decoder import abstract_decoder
+from efftrain.models.positions import Rotary
+from efftrain.models.rope_scaling import LongRope
 from efftrain.progress import Progress
 from efftrain.train.checkpoints.flat_state import flatten, unflatten
 from efftrain.train.checkpoints.streamed_arrays import Index, StreamedArray
@@ -29,7 +31,7 @@ FILE_NAME = "import.json"
 HEAD, EMBEDDING = "lm_head.weight", "embedding/table"
 
 
-def import_model(path: Path, out: Path, *, length: int | None = None) -> ModelConfig:
+def import_model(path: Path, out: Path, *, length: int | None = None, max_length: int | None = None) -> ModelConfig:
     """Imports a model into a new run directory, tensor by tensor.
 
     Args:
@@ -37,6 +39,7 @@ def import_model(path: Path, out: Path, *, length: int | None = None) -> ModelCo
       out: the run directory, which must not exist.
       length: number of tokens of the rows that commands read, such as those that calibrate a compression. None: not
         known, and such commands ask for it.
+      max_length: see ``read_config``.
 
     Returns:
       The configuration of the model.
@@ -48,7 +51,7 @@ def import_model(path: Path, out: Path, *, length: int | None = None) -> ModelCo
     if out.exists():
         raise RunError(f"{out} exists already; choose another --out")
     source = open_source(path)
-    config = read_config(source)
+    config = read_config(source, max_length)
     if length is not None and not 1 < length <= config.max_length:
         raise ConfigError(f"--length is {length}; use 2 to {config.max_length}, the longest row of this model")
     architecture = architecture_of(source.settings).model_type
@@ -78,8 +81,18 @@ def open_source(path: Path) -> ModelSource:
     raise ConfigError(f"{path} is neither a folder nor a GGUF file; give the folder of a model, or a .gguf file")
 
 
-def read_config(source: ModelSource) -> ModelConfig:
-    """Reads the configuration of a model; raises ``ConfigError`` with the name of a field that does not fit."""
+def read_config(source: ModelSource, max_length: int | None = None) -> ModelConfig:
+    """Reads the configuration of a model.
+
+    Args:
+      source: the files.
+      max_length: length in tokens of the longest text that the model is used for, at most what its files say. It is
+        the way to import models whose rotary frequencies depend on the length of a text: up to the original length,
+        ``DynamicScaling`` has no effect and ``LongRope`` takes its short factors. None: what the files say.
+
+    Raises:
+      ConfigError: a field does not fit; the message has its name.
+    """
     architecture = architecture_of(source.settings)
     try:
         config = architecture.to_config(source.settings)
@@ -87,7 +100,32 @@ def read_config(source: ModelSource) -> ModelConfig:
         origin = source.settings.origin
         raise error if origin in str(error) else ConfigError(f"{origin}: {error}") from error
     source.settings.check_all_read()
-    return config
+    if max_length is None:
+        return config
+    if not 1 < max_length <= config.max_length:
+        raise ConfigError(f"--max-length is {max_length}; use 2 to {config.max_length}, for which this model was made")
+    if config.learned_positions and max_length != config.max_length:
+        raise ConfigError(
+            f"--max-length is {max_length}, and this model has a learned vector for each of its {config.max_length} "
+            "positions; import it without --max-length"
+        )
+    return config.replace(max_length=max_length)
+
+
+def notes(config: ModelConfig) -> list[str]:
+    """Returns what differs between an imported model and the original, as sentences."""
+    lengths = set()
+    for block in config.layers:
+        position = block.attention.position if isinstance(block.attention, Attention) else None
+        scaling = position.scaling if isinstance(position, Rotary) else None
+        if isinstance(scaling, LongRope) and scaling.short_factor != scaling.long_factor:
+            lengths.add(scaling.original_length)
+    return [
+        "LongRope takes its long factors for texts of every length, and transformers its short ones for texts of up to "
+        f"{length} tokens, as does an import with --max-length {length}."
+        for length in sorted(lengths)
+        if length < config.max_length
+    ]
 
 
 def streamed_arrays(

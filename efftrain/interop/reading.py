@@ -12,6 +12,7 @@ from efftrain.models.moe.layer import MoE
 from efftrain.models.positions import NoPosition, Rotary
 from efftrain.models.rope_scaling import DynamicScaling, LinearScaling, Llama3Scaling, LongRope, Yarn
 from efftrain.models.soft_cap import SoftCap
+from efftrain.ops.rope import long_rope_attention_factor
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -74,9 +75,9 @@ def rope(s: Settings, kind: str | None = None) -> tuple[float, PositionConfig]:
 def _scaling(s: Settings, r: Settings) -> Any:
     kind = r.get("rope_type", r.get("type", "default"))
     r.get("type")
-    length = r.number("original_max_position_embeddings", s.number("original_max_position_embeddings", 0)) or s.count(
-        "max_position_embeddings"
-    )
+    longest = s.count("max_position_embeddings")
+    inner = r.number("original_max_position_embeddings", longest)
+    length = s.number("original_max_position_embeddings", inner)  # the outer one counts in transformers
     found: Any = None
     match kind:
         case "default" | "mrope":
@@ -99,7 +100,7 @@ def _scaling(s: Settings, r: Settings) -> Any:
                 short_factor=tuple(map(float, r.get("short_factor", ()))),
                 long_factor=tuple(map(float, r.get("long_factor", ()))),
                 original_length=int(length),
-                attention_factor=r.get("attention_factor"),
+                attention_factor=_long_rope_factor(r, longest, int(length)),
             )
         case _:
             raise r.refusal("rope_type", "only default, linear, dynamic, llama3, yarn and longrope can be imported")
@@ -107,6 +108,12 @@ def _scaling(s: Settings, r: Settings) -> Any:
         r.get(name)
     r.check_all_read()
     return found
+
+
+def _long_rope_factor(r: Settings, longest: int, length: int) -> float:
+    """The factor of queries and keys for texts of every length, which does not change with the length of an import."""
+    factor = r.number("factor", longest / length)
+    return float(r.number("attention_factor", long_rope_attention_factor(factor, length)))
 
 
 def _yarn(r: Settings) -> dict[str, Any]:

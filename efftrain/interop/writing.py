@@ -114,6 +114,8 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
     scaling = {k: v for k, v in one.items() if k not in ("rope_theta", "partial_rotary_factor")}
     more = {} if fraction == 1 else {"partial_rotary_factor": fraction}
     old = {} if scaling["rope_type"] == "default" else {"rope_scaling": scaling}
+    if (original := "original_max_position_embeddings") in one:
+        more |= {original: one[original]}  # Phi-3 reads it here, and takes 4096 if it is missing
     return {"rope_parameters": one, "rope_theta": one["rope_theta"]} | more | old
 
 

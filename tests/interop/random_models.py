@@ -1,5 +1,6 @@
 """Small random models of transformers, of every architecture that efftrain imports, with odd shapes on purpose."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+# The original length is shorter than every prompt of the tests: transformers takes other factors for texts up to the original length.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 1.3, 2.0, 5.0, 11.0, 20.0],
+    "original_max_position_embeddings": 12,
+}
 WINDOWS = ["sliding_attention", "full_attention"]
 
 # name -> (configuration class, fields that differ from COMMON; None: the class has no such field)
@@ -59,13 +68,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
     ),
     "llama, yarn": ("LlamaConfig", {"rope_parameters": YARN}),
-    "mistral": ("MistralConfig", {"sliding_window": 100}),
-    "qwen2": ("Qwen2Config", {"head_dim": None}),
+    "llama, dynamic": (  # up to the original length, beyond which efftrain refuses it
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": 100, "head_dim": 6}),
+    "qwen2": ("Qwen2Config", {"head_dim": None, "num_attention_heads": 8}),
     "qwen2, windows": (
         "Qwen2Config",
         {"head_dim": None, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
     ),
-    "qwen3": ("Qwen3Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 18}),
     "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
     "gemma2": (
         "Gemma2Config",
@@ -86,9 +99,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2Config",
         {
-            "n_embd": 48,
+            "n_embd": 45,
             "n_layer": 2,
-            "n_head": 4,
+            "n_head": 3,
             "n_positions": 1024,
             "n_inner": 88,
             **{name: None for name in COMMON if name not in ("vocab_size", "bos_token_id", "eos_token_id")},
@@ -98,11 +111,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "PhiConfig",
         {
             "head_dim": None,
+            "hidden_size": 60,
             "num_key_value_heads": 4,
-            "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"},
+            "rope_parameters": {"partial_rotary_factor": 0.4, "rope_theta": 1e4, "rope_type": "default"},
         },
     ),
     "phi3": ("Phi3Config", {"head_dim": None, "sliding_window": 100}),
+    "phi3, longrope": (
+        "Phi3Config",
+        {"head_dim": None, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12},
+    ),
     "granite": (
         "GraniteConfig",
         {
@@ -126,12 +144,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def configuration(name: str, **fields: Any) -> Any:
+    """Returns the configuration of a model of transformers, with some fields changed."""
+    kind, own = MODELS[name]
+    values = {key: value for key, value in (COMMON | own).items() if value is not None}
+    return getattr(transformers, kind)(**copy.deepcopy(values | fields))
+
+
+def make(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     """Saves a random model into a folder and returns it; no parameter is at its usual start, so each one counts."""
-    kind, fields = MODELS[name]
-    values = {key: value for key, value in (COMMON | fields).items() if value is not None}
     torch.manual_seed(0)
-    config = getattr(transformers, kind)(**values)
+    config = configuration(name, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -24,11 +24,13 @@ import efftrain  # noqa: E402
 from efftrain.interop.architectures import ARCHITECTURES  # noqa: E402
 from efftrain.interop.export_model import export_model  # noqa: E402
 from efftrain.interop.import_model import import_model  # noqa: E402
+from efftrain.models.cache import empty_cache  # noqa: E402
 from efftrain.models.decoding.generate import generate  # noqa: E402
 from efftrain.train.checkpoints.flat_state import flatten, unflatten  # noqa: E402
 
 LENGTH, N_NEW = 520, 64
 IDS = np.random.default_rng(1).integers(0, VOCABULARY, (2, LENGTH)).astype(np.int32)
+RAGGED = (150, 37, 13)  # longer than the windows, and shorter
 PROMPTS = [IDS[0, :21].tolist(), IDS[1, :13].tolist()]
 
 
@@ -64,26 +66,95 @@ def test_every_architecture_is_tried():
     assert found == set(ARCHITECTURES)
 
 
+def test_shapes_in_which_mistakes_cannot_hide_are_tried():
+    """Each ratio of heads, sizes of heads that are no power of two, or odd, tied and untied, and every scaled RoPE."""
+    found: dict[str, set[Any]] = {}
+    for name in MODELS:
+        config = random_models.configuration(name)
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        kv_heads = getattr(config, "num_key_value_heads", heads)
+        rope = getattr(config, "rope_parameters", None) or {"rope_type": None}
+        features = {
+            "ratio": heads // kv_heads,
+            "kv_heads": kv_heads,
+            "d_head": getattr(config, "head_dim", None) or hidden // heads,
+            "tied": config.tie_word_embeddings,
+            "square": hidden == heads * (getattr(config, "head_dim", None) or hidden // heads),
+            "rope": rope.get("rope_type", "default"),
+        }
+        assert hidden not in (VOCABULARY, getattr(config, "intermediate_size", None)), name
+        for feature, value in features.items():
+            found.setdefault(feature, set()).add(value)
+    assert found["ratio"] >= {1, 2, 3, 4}
+    assert found["kv_heads"] >= {1, 2, 3, 4}
+    assert {size % 2 for size in found["d_head"]} == {0, 1}
+    assert len([size for size in found["d_head"] if size & (size - 1)]) > 3
+    assert found["tied"] == found["square"] == {False, True}
+    assert found["rope"] == {None, "default", "linear", "dynamic", "llama3", "yarn", "longrope"}
+
+
 def test_logits_are_equal_far_into_a_text(pair):
     difference = np.abs(logits_of(pair.ours) - pair.logits).max() / pair.logits.std()
     assert difference < 1e-4, difference
 
 
+def test_rows_of_different_lengths_are_equal(pair):
+    """Transformers pads on the left, with a mask; efftrain pads prompts on the right, and packs rows in training."""
+    rows = [IDS[i % 2, 50 * i :][:n] for i, n in enumerate(RAGGED)]
+    theirs = padded_logits(pair.theirs, rows)
+    graph, state = nnx.split(pair.ours)
+    width, total = max(RAGGED), sum(RAGGED) + 8
+    ids_bp = np.zeros((len(rows), width), np.int32)
+    packed_ids, segments, positions = (np.zeros((1, total), np.int32) for _ in range(3))
+    starts = [sum(RAGGED[:i]) for i in range(len(rows))]
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids_bp[i, : len(row)] = row
+        at = slice(start, start + len(row))
+        packed_ids[0, at], segments[0, at], positions[0, at] = row, i + 1, np.arange(len(row))
+
+    @jax.jit
+    def both(state):
+        model = nnx.merge(graph, state)
+        cache = empty_cache(model.config, len(rows), width)
+        hidden_bpd, _ = model.extend(jnp.asarray(ids_bp), cache, fresh=True, n_valid_b=jnp.asarray(RAGGED))
+        packed = model(jnp.asarray(packed_ids), segments_bt=jnp.asarray(segments), positions_bt=jnp.asarray(positions))
+        return model.logits(hidden_bpd), packed[0]
+
+    prefilled, packed = map(np.asarray, both(state))
+    for i, (wanted, start) in enumerate(zip(theirs, starts, strict=True)):
+        assert np.abs(prefilled[i, : len(wanted)] - wanted).max() / wanted.std() < 1e-4, RAGGED[i]
+        assert np.abs(packed[start : start + len(wanted)] - wanted).max() / wanted.std() < 1e-4, RAGGED[i]
+
+
+def padded_logits(model: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Logits of the tokens of each row, from one batch of transformers that is padded on the left."""
+    ids, mask = left_padded(rows)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits.numpy()
+    return [logits[i, -len(row) :] for i, row in enumerate(rows)]
+
+
+def left_padded(rows: list[Any]) -> tuple[Any, Any]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
 def test_greedy_continuations_of_prompts_of_different_lengths_are_equal(pair):
     ours = np.asarray(generate(pair.ours, PROMPTS, n_new=N_NEW))
-    for prompt, tokens in zip(PROMPTS, ours, strict=True):
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            theirs = pair.theirs.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=N_NEW,
-                min_new_tokens=N_NEW,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        assert tokens.tolist() == theirs[0, len(prompt) :].tolist()
+    ids, mask = left_padded(PROMPTS)
+    with torch.no_grad():
+        theirs = pair.theirs.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=N_NEW,
+            min_new_tokens=N_NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    np.testing.assert_array_equal(ours, theirs[:, ids.shape[1] :].numpy())
 
 
 def test_tokens_go_to_the_same_experts(pair):
