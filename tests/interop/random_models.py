@@ -37,7 +37,7 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 256,
 }
-# The original length is shorter than every prompt of the tests: transformers takes other factors for texts up to the original length.
+# Every prompt of the tests is longer than the original length, up to which transformers takes the short factors.
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
