@@ -14,9 +14,9 @@ from efftrain.config import difference, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.interop.architecture import FileTensor, layout, same_model
 from efftrain.interop.export_model import file_tensors, planned
+from efftrain.interop.gguf_architectures import FIELDS, LAYER, OUTER
 from efftrain.interop.gguf_export import ExportTensor, ExportType, write_gguf
 from efftrain.interop.gguf_file import interleaved_rows
-from efftrain.interop.gguf_model import ARCHITECTURES, FIELDS, LAYER, OUTER
 from efftrain.interop.gguf_tokenizer import GgufTokenizer
 from efftrain.interop.gguf_tokenizer_fields import tokenizer_fields
 from efftrain.interop.plan import ExportPlan
@@ -28,6 +28,7 @@ from efftrain.train.checkpoints.flat_state import flatten
 from efftrain.train.run.directory import load_model_config, read_json
 
 SAME = {"mistral": "llama"}  # what llama.cpp has one architecture for
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # that are written; more are read, see ``gguf_architectures``
 BLOCK = 32  # values that share a scale in the quantised types
 
 

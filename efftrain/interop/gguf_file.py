@@ -62,8 +62,12 @@ class GgufFile:
             raise ModelFileError(f"{self.path} has no general.architecture; convert the model again with llama.cpp")
         return found
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
         """Reads one tensor; nothing else of the file is held.
+
+        Args:
+          name: its name.
+          index: reads only this slice along the first axis, such as an expert. None: all.
 
         Returns:
           An array of the tensor's shape: float32 for F32 and quantised types, float16 for F16, and bfloat16 (of
@@ -84,17 +88,20 @@ class GgufFile:
                 "read; use a file in one of these types"
             )
         raw = np.frombuffer(self._data[tensor.offset : tensor.offset + tensor.n_bytes], np.uint8)
+        shape = tensor.shape
+        if index is not None:
+            raw, shape = raw.reshape(shape[0], -1)[index], shape[1:]
         if tensor.type in QUANTISED:
-            found = np.empty(tensor.shape, np.float32)
-            rows = found.reshape(-1, tensor.shape[-1])
+            found = np.empty(shape, np.float32)
+            rows = found.reshape(-1, shape[-1])
             stored = raw.reshape(len(rows), -1)
-            step = max(1, SPAN // tensor.shape[-1])
+            step = max(1, SPAN // shape[-1])
             for start in range(0, len(rows), step):  # gguf makes several copies of what it converts
                 part = slice(start, start + step)
                 rows[part] = dequantize(stored[part], GGMLQuantizationType[tensor.type])
             return found
         dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[tensor.type]
-        return raw.view(dtype).reshape(tensor.shape)
+        return raw.view(dtype).reshape(shape)
 
 
 def llama_rows(array: np.ndarray, n_heads: int) -> np.ndarray:

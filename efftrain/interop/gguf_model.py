@@ -2,51 +2,27 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from efftrain.errors import ConfigError, ModelFileError
+from efftrain.interop.architecture import EXPERT
+from efftrain.interop.gguf_architectures import ARCHITECTURES, LLAMA_EXPERTS
 from efftrain.interop.gguf_file import GgufFile, llama_rows
+from efftrain.interop.gguf_rope import ROPE_TENSORS, rope_scaling
 from efftrain.interop.gguf_tokenizer import read_tokenizer
 from efftrain.interop.settings import Settings
 
-# Name in llama.cpp -> name in transformers, of the architectures that share Llama's names.
-OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# Field in llama.cpp, after the name of the architecture -> field in transformers.
-FIELDS = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.key_length": "head_dim",
-    "rope.freq_base": "rope_theta",
-}
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Fields that repeat others, or change nothing here.
-_REPEATED = ("rope.dimension_count", "attention.value_length", "vocab_size", "rope.scaling.finetuned")
+_REPEATED = ("attention.value_length", "vocab_size", "rope.scaling.finetuned")
 
 
 class GgufModel:
-    """A ``source.ModelSource`` of a GGUF file of the architectures llama, qwen2 and qwen3.
+    """A ``source.ModelSource`` of a GGUF file of one of the architectures in ``gguf_architectures``.
 
     Args:
       path: the file.
@@ -58,67 +34,93 @@ class GgufModel:
 
     def __init__(self, path: Path):
         self.path, self._file = path, GgufFile.open(path)
-        architecture = self._file.architecture
-        if architecture not in ARCHITECTURES:
+        name = self._file.architecture
+        if name not in ARCHITECTURES:
             raise ConfigError(
-                f"{path}: general.architecture is {architecture!r}; efftrain reads {', '.join(ARCHITECTURES)} from "
-                "GGUF, and other architectures from the folder in the format of Hugging Face"
+                f"{path}: general.architecture is {name!r}; efftrain reads {', '.join(ARCHITECTURES)} from GGUF, and "
+                "other architectures from the folder in the format of Hugging Face"
             )
-        self._names = dict(self._named())
+        with_experts = name == "llama" and self._file.metadata.get("llama.expert_count")
+        self._architecture = LLAMA_EXPERTS if with_experts else ARCHITECTURES[name]
         tensors = self._file.tensors
-        self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(tensors[t].shape) for n, t in self._names.items()}
-        self.settings = Settings(self._fields(architecture), str(path))
+        self._places = {place.name: place for place in self._named()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: self._shape(tensors[place.tensor].shape, place) for name, place in self._places.items()
+        }
+        self.settings = Settings(self._fields(name), str(path))
         self.texts: Mapping[str, str] = self._texts()
         types = Counter(tensor.type for tensor in self._file.tensors.values())
         license = self._file.metadata.get("general.license")
         self.origin: Mapping[str, Any] = {"format": "gguf", "dtypes": dict(types), "license": license}
 
     def read(self, name: str) -> np.ndarray:
-        array = self._file.read(self._names[name])
-        if self._file.architecture == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):
-            return llama_rows(array, self.settings.count("num_attention_heads"))
-        if self._file.architecture == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
-            return llama_rows(array, self.settings.count("num_key_value_heads"))
-        return array
+        place, how = self._places[name], self._architecture
+        array = self._file.read(place.tensor, place.expert)
+        module = place.tensor.split(".")[-2]
+        if how.interleaved and module in ("attn_q", "attn_k"):
+            heads = "num_attention_heads" if module == "attn_q" else "num_key_value_heads"
+            return llama_rows(array, self.settings.count(heads, self.settings.count("num_attention_heads")))
+        if how.norm_shift and name.endswith("norm.weight"):
+            return array.astype(np.float32) - np.float32(how.norm_shift)
+        return array.T if self._is_transposed(array.shape, place) else array
 
-    def _named(self) -> Any:
-        for name in self._file.tensors:
-            module, _, leaf = name.rpartition(".")
-            if module in OUTER:
-                yield f"{OUTER[module]}.{leaf}", name
+    def _named(self) -> Iterator["_Place"]:
+        how = self._architecture
+        for tensor, found in self._file.tensors.items():
+            module, _, leaf = tensor.rpartition(".")
+            if tensor in ROPE_TENSORS:
+                continue
+            if module in how.outer:
+                yield _Place(f"{how.outer[module]}.{leaf}", tensor)
                 continue
             _, layer, inner = [*module.split(".", 2), "", ""][:3]
-            if not module.startswith("blk.") or inner not in LAYER:
+            if not module.startswith("blk.") or inner not in how.names:
                 raise ConfigError(
-                    f"{self.path} holds the tensor {name}, which efftrain does not know; import the folder of the "
+                    f"{self.path} holds the tensor {tensor}, which efftrain does not know; import the folder of the "
                     "original model instead"
                 )
-            yield f"model.layers.{layer}.{LAYER[inner]}.{leaf}", name
+            name = f"{how.layer}{layer}.{how.names[inner]}.{leaf}"
+            if EXPERT not in name:
+                yield _Place(name, tensor)
+                continue
+            for expert in range(found.shape[0]):
+                yield _Place(name.format(expert=expert), tensor, expert)
+
+    def _shape(self, shape: tuple[int, ...], place: "_Place") -> tuple[int, ...]:
+        shape = tuple(shape if place.expert is None else shape[1:])
+        return shape[::-1] if self._is_transposed(shape, place) else shape
+
+    def _is_transposed(self, shape: tuple[int, ...], place: "_Place") -> bool:
+        return self._architecture.transposed and len(shape) == 2 and place.tensor.startswith("blk.")
 
     def _fields(self, architecture: str) -> dict[str, Any]:
-        metadata = self._file.metadata
-        prefix = f"{architecture}."
-        own = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
-        fields = {FIELDS.get(name, name): _shortest(value) for name, value in own.items() if name not in _REPEATED}
-        kind = fields.pop("rope.scaling.type", "none")
-        if kind not in ("none", ""):
-            raise ConfigError(f"{self.path}: rope.scaling.type is {kind!r}; import the folder of the original model")
-        size = own.get("rope.dimension_count")
-        heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
-        if size is not None and heads and width and size != fields.get("head_dim", width // heads):
-            raise ConfigError(
-                f"{self.path}: rope.dimension_count is {size}, a part of a head; import the original model"
-            )
-        table = self._file.tensors.get("token_embd.weight")
-        if table is None:
+        how, tensors, prefix = self._architecture, self._file.tensors, f"{architecture}."
+        own = {
+            name.removeprefix(prefix): _shortest(value)
+            for name, value in self._file.metadata.items()
+            if name.startswith(prefix) and name.removeprefix(prefix) not in _REPEATED
+        }
+        scaling = rope_scaling(self._file, own)
+        found = {how.fields.get(name, name): value for name, value in own.items()}
+        if "token_embd.weight" not in tensors:
             raise ModelFileError(f"{self.path} has no tensor token_embd.weight; convert the model again with llama.cpp")
-        biased = any(name.endswith("attn_q.bias") for name in self._file.tensors)
-        return fields | {
-            "model_type": architecture,
-            "vocab_size": table.shape[0],
-            "hidden_act": "silu",
-            "tie_word_embeddings": "output.weight" not in self._file.tensors,
-            "attention_bias": biased and architecture != "qwen2",
+        said: dict[str, Any] = dict(how.fixed) | found
+        try:
+            more = how.more(said)
+        except KeyError as error:
+            field = next((ours for ours, theirs in how.fields.items() if theirs == error.args[0]), error.args[0])
+            raise ModelFileError(f"{self.path} has no field {prefix}{field}; convert the model again") from error
+        said |= dict(more) | scaling
+        if said.get("sliding_window") == 0:  # no windows
+            del said["sliding_window"]
+        if any(name.endswith("attn_q.bias") for name in tensors) and how.model_type != "qwen2":
+            said["attention_bias"] = True
+        if any(name.endswith("ffn_gate.bias") for name in tensors):
+            said["mlp_bias"] = True
+        return said | {
+            "model_type": how.model_type,
+            "vocab_size": tensors["token_embd.weight"].shape[0],
+            "tie_word_embeddings": "output.weight" not in tensors,
         }
 
     def _texts(self) -> dict[str, str]:
@@ -133,6 +135,15 @@ class GgufModel:
         if found.chat_template is not None:
             texts["chat_template.jinja"] = found.chat_template
         return texts
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the file has a tensor of transformers: in a tensor, or as one slice of a tensor of all experts."""
+
+    name: str
+    tensor: str
+    expert: int | None = None
 
 
 def _shortest(value: Any) -> Any:

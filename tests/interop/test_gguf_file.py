@@ -9,7 +9,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_files import N_COLUMNS, N_ROWS, TYPES, write
+from gguf_files import N_COLUMNS, N_ROWS, TYPES, stored, write
 
 from efftrain.errors import ConfigError, ModelFileError
 from efftrain.interop.gguf_file import GgufFile, interleaved_rows, llama_rows
@@ -117,6 +117,18 @@ def permuted_by_llama_cpp(weights: np.ndarray, n_heads: int) -> np.ndarray:
         for pair in range(d_head // 2):
             rows += [head * d_head + pair, head * d_head + pair + d_head // 2]
     return weights[rows]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_slice_along_the_first_axis_is_that_of_the_tensor(tmp_path, kind):
+    """As an expert is read, of a tensor that holds all of them."""
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    rows = stored(kind, np.random.default_rng(1)).reshape(2, N_ROWS // 2, -1)
+    writer.add_tensor("experts", rows, raw_dtype=gguf.GGMLQuantizationType[kind])
+    write(writer)
+    file = GgufFile.open(tmp_path / "a.gguf")
+    for index, whole in enumerate(file.read("experts")):
+        np.testing.assert_array_equal(file.read("experts", index), whole)
 
 
 @pytest.mark.parametrize("shape", [(24, 5), (24,)], ids=["weight", "bias"])

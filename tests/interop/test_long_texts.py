@@ -77,7 +77,7 @@ def test_an_import_for_the_original_context_has_the_short_factors(tmp_path, scal
 def test_an_import_for_longer_texts_has_the_long_factors_and_says_so(tmp_path, capsys, scaling):
     theirs = long_rope(tmp_path / "theirs", **scaling)
     import_command(tmp_path / "theirs", out=tmp_path / "run")
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().err.split())
     assert "transformers its short ones for texts of up to 96 tokens, as does an import with --max-length 96" in said
     ours = efftrain.load(tmp_path / "run")
     assert difference(ours, theirs, IDS.shape[1]) < 1e-4
