@@ -10,7 +10,8 @@ def import_model(source: Path, /, *, out: Path, length: int | None = None, max_l
     Qwen3-MoE and OLMoE.
 
     Args:
-      source: a folder with config.json and safetensors, or a GGUF file.
+      source: a folder with config.json and safetensors, a GGUF file, or a name of the Hugging Face Hub, such as
+        HuggingFaceTB/SmolLM2-135M-Instruct.
       out: the new run directory.
       length: number of tokens of the rows that other commands read from a corpus, such as 1024; without it, they ask
         for it.

@@ -15,6 +15,7 @@ from efftrain.data.storage.shards import file_digest
 from efftrain.errors import ConfigError, RunError
 from efftrain.interop.architecture import FileTensor, layout, not_in_files
 from efftrain.interop.architectures import architecture_of
+from efftrain.interop.hub import local_folder
 from efftrain.interop.hugging_face import HuggingFaceFolder
 from efftrain.interop.source import ModelSource
 from efftrain.models.config import Attention, ModelConfig
@@ -35,7 +36,7 @@ def import_model(path: Path, out: Path, *, length: int | None = None, max_length
     """Imports a model into a new run directory, tensor by tensor.
 
     Args:
-      path: a folder in the format of Hugging Face, or a GGUF file.
+      path: a folder in the format of Hugging Face, a GGUF file, or the name of a model on the Hugging Face Hub.
       out: the run directory, which must not exist.
       length: number of tokens of the rows that commands read, such as those that calibrate a compression. None: not
         known, and such commands ask for it.
@@ -50,12 +51,14 @@ def import_model(path: Path, out: Path, *, length: int | None = None, max_length
     """
     if out.exists():
         raise RunError(f"{out} exists already; choose another --out")
-    source = open_source(path)
+    local = local_folder(path)
+    source = open_source(local)
     config = read_config(source, max_length)
     if length is not None and not 1 < length <= config.max_length:
         raise ConfigError(f"--length is {length}; use 2 to {config.max_length}, the longest row of this model")
     architecture = architecture_of(source.settings).model_type
-    made_from = {"source": path.name, "architecture": architecture, "digest": _digest(source)}
+    named = {"source": path.name} if local == path else {"source": path.as_posix(), "revision": local.name}
+    made_from = named | {"architecture": architecture, "digest": _digest(source)}
     _, params, rest = split_model(abstract_decoder(config))
     with Progress("import", unit="blocks") as progress:
         arrays = streamed_arrays(source, config, progress.advance)  # reads and checks everything once
@@ -78,7 +81,10 @@ def open_source(path: Path) -> ModelSource:
         from efftrain.interop.gguf_model import GgufModel
 
         return GgufModel(path)
-    raise ConfigError(f"{path} is neither a folder nor a GGUF file; give the folder of a model, or a .gguf file")
+    raise ConfigError(
+        f"{path} is neither a folder nor a GGUF file; give the folder of a model, a .gguf file, or a name of the "
+        "Hugging Face Hub"
+    )
 
 
 def read_config(source: ModelSource, max_length: int | None = None) -> ModelConfig:

@@ -9,7 +9,7 @@ import numpy as np
 import plain_bpe
 from gguf_files import write
 
-TOKENS = ["<|end|>", *plain_bpe.byte_characters().values()]
+TOKENS = ["<|end|>", *plain_bpe.byte_characters().values(), "ab"]
 NAMES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
 PERMUTED = ("llama", "granite")
 

@@ -51,9 +51,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("phi3", {}),
     "phi3, longrope": ("phi3, longrope", {}),
-    "gpt2": ("gpt2", {}),
+    "gpt2": ("gpt2", {"n_inner": 180}),
 }
-READ_BY_TRANSFORMERS = ("llama", "qwen2, yarn", "qwen3", "qwen3 moe", "gemma2", "gemma3", "phi3", "gpt2")
+# Of the others, transformers reads no sizes of heads or experts, or nothing.
+READ_BY_TRANSFORMERS = ("llama", "llama, one KV head, tied", "qwen2, yarn", "gemma2", "gemma3", "gpt2")
 
 
 def llama3_divisors(d_head: int, theta: float) -> np.ndarray:
