@@ -80,6 +80,15 @@ def local_and_global(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=pattern, n_repeats=1))
 
 
+def attention_sinks(config: Config) -> Config:
+    """In every layer."""
+    pattern = tuple(
+        dataclasses.replace(block, attention=dataclasses.replace(block.attention, sinks=True))
+        for block in config.model.pattern
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=pattern))
+
+
 def mixture_of_experts(config: Config) -> Config:
     """In every layer, the experts spread over devices."""
     pattern = tuple(dataclasses.replace(block, mlp=MoE(n_experts=4, d_expert=16)) for block in config.model.pattern)
@@ -139,6 +148,7 @@ TECHNIQUES: dict[str, Callable[[Config], Config]] = {
     "bfloat16": change_model(dtype="bfloat16"),
     "scan and remat": change_model(scan=True, remat="full"),
     "local and global layers": local_and_global,
+    "attention sinks": attention_sinks,
     "mixture of experts": mixture_of_experts,
     "layer dropout and early exits": layer_skip,
     "mixture of depths": routed(MixtureOfDepths(capacity=0.5)),

@@ -286,6 +286,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# Fields of architectures that are asked for and do not fit.
+UNFIT = {
+    "gpt_oss": "swiglu_limit (a clamped gate), the biases of its experts and of their router, and its weights in MXFP4 "
+    "have no place in efftrain's experts",
+}
+
+
 def architecture_of(settings: Settings) -> Architecture:
     """Returns the table of a model's architecture.
 
@@ -293,6 +300,8 @@ def architecture_of(settings: Settings) -> Architecture:
       ConfigError: there is none.
     """
     model_type = settings.get("model_type")
+    if model_type in UNFIT:
+        raise ConfigError(f"{settings.origin}: model_type is {model_type!r}; {UNFIT[model_type]}")
     if model_type not in ARCHITECTURES:
         raise ConfigError(
             f"{settings.origin}: model_type is {model_type!r}; efftrain imports {', '.join(sorted(ARCHITECTURES))}"

@@ -104,6 +104,8 @@ class SelfAttention(AttentionModule):
         self.position = config.position.build(config, model, rngs=rngs)
         if config.score_mod is not None:
             self.score_mod = config.score_mod.build(config, model, rngs=rngs)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros((heads,)), axes=("heads",), units=(heads,))
 
     def __call__(self, x_btd: Array, positions_bt: Array, segments_bt: Array | None = None) -> Array:
         return self._attend_fresh(*self._project(x_btd, positions_bt), positions_bt, segments_bt)
@@ -130,7 +132,15 @@ class SelfAttention(AttentionModule):
             assert cache.positions_bs is not None  # ``empty_layer_cache`` gives it one for a score_mod
             modify = partial(_modify, self.score_mod, jnp.arange(self.config.n_heads))
             mod = modify, positions_bt, cache.positions_bs
-        out = cached_attention(q_bthd, cache.k_bksd, cache.v_bksd, slots_bt, window=self.config.window, score_mod=mod)
+        out = cached_attention(
+            q_bthd,
+            cache.k_bksd,
+            cache.v_bksd,
+            slots_bt,
+            window=self.config.window,
+            score_mod=mod,
+            sinks_h=self.sinks[...] if self.config.sinks else None,
+        )
         return self.out(out.reshape(*x_btd.shape[:2], -1))
 
     def _project(self, x_btd: Array, positions_bt: Array) -> tuple[Array, Array, Array]:
@@ -160,15 +170,17 @@ class SelfAttention(AttentionModule):
         config = self.config
         if self.cache_format is not None:  # train with the values that later tokens will find in the cache
             k_btkd, v_btkd = (fake_quantize(a, self.cache_format, -1) for a in (k_btkd, v_btkd))
-        if config.score_mod is None:
+        if config.score_mod is None and not config.sinks:
             length = q_bthd.shape[1] // shard_count("length")
             backend = choose_backend(config.backend, q_bthd.dtype, config.d_head, length)
             attend = partial(attention, window=config.window, backend=backend, n_blocks=config.n_blocks)
             scores = None
-        else:  # the other kernels compute the scores themselves
-            backend, mod = "xla", nnx.split(self.score_mod)
-            attend = partial(_attend_modified, mod[0], window=config.window, n_blocks=config.n_blocks)
-            scores = ScoreInputs(positions_bt, jnp.arange(config.n_heads), mod[1])
+        else:  # the other kernels compute the scores and their softmax themselves
+            backend = "xla"
+            graph, state = (None, None) if config.score_mod is None else nnx.split(self.score_mod)
+            attend = partial(_attend_modified, graph, window=config.window, n_blocks=config.n_blocks)
+            sinks_h = self.sinks[...] if config.sinks else None
+            scores = ScoreInputs(positions_bt, jnp.arange(config.n_heads), state, sinks_h)
         out_bthd = attend_on_mesh(
             attend,
             q_bthd,
@@ -182,9 +194,11 @@ class SelfAttention(AttentionModule):
         return self.out(jnp.reshape(out_bthd, (*out_bthd.shape[:2], -1)))
 
 
-def _attend_modified(graph: nnx.GraphDef, q_bthd, k_bskd, v_bskd, *, scores: ScoreInputs, **how: Any) -> Array:
-    modify = partial(_modify, nnx.merge(graph, scores.state), scores.heads_h)
-    return causal_attention(q_bthd, k_bskd, v_bskd, score_mod=modify, positions_bs=scores.positions_bs, **how)
+def _attend_modified(graph: nnx.GraphDef | None, q_bthd, k_bskd, v_bskd, *, scores: ScoreInputs, **how: Any) -> Array:
+    if graph is not None:
+        modify = partial(_modify, nnx.merge(graph, scores.state), scores.heads_h)
+        how |= {"score_mod": modify, "positions_bs": scores.positions_bs}
+    return causal_attention(q_bthd, k_bskd, v_bskd, sinks_h=scores.sinks_h, **how)
 
 
 def _modify(module: nnx.Module, heads_h: Array, scores_bhts: Array, queries_bt: Array, keys_bs: Array) -> Array:

@@ -38,6 +38,8 @@ class Attention(AttentionConfig):
       qkv_bias: queries, keys and values have a learned bias (Qwen2).
       out_bias: the output product has a learned bias (GPT-2).
       scale: factor of the products of queries and keys. None: ``d_head ** -0.5``.
+      sinks: attention sinks, a learned logit of each query head that takes part in the softmax and starts at zero
+        (gpt-oss), see ``ops.attention.causal_attention``; "auto" then selects the backend "xla".
     """
 
     quantizes_cache: ClassVar[bool] = True
@@ -55,6 +57,7 @@ class Attention(AttentionConfig):
     qkv_bias: bool = dataclasses.field(default=False, metadata=LATER)
     out_bias: bool = dataclasses.field(default=False, metadata=LATER)
     scale: float | None = dataclasses.field(default=None, metadata=LATER)
+    sinks: bool = dataclasses.field(default=False, metadata=LATER)
 
     def __post_init__(self):
         for name in ("n_heads", "n_kv_heads", "d_head", "n_blocks"):
@@ -73,11 +76,15 @@ class Attention(AttentionConfig):
         if self.scale is not None and not self.scale > 0:
             raise ConfigError(f"attention.scale is {self.scale}; give a positive number, or None for d_head ** -0.5")
         one_of("attention.backend", self.backend, AttentionBackend)
-        if self.score_mod is not None and self.backend not in ("auto", "xla"):
-            raise ConfigError(
-                f"attention.backend is {self.backend!r}, a kernel that cannot take attention.score_mod "
-                f"({type(self.score_mod).__name__}); use 'auto' or 'xla'"
-            )
+        if self.backend in ("auto", "xla"):
+            return
+        for name, part in (("score_mod", self.score_mod), ("sinks", self.sinks or None)):
+            if part is not None:
+                kind = part if part is True else type(part).__name__
+                raise ConfigError(
+                    f"attention.backend is {self.backend!r}, a kernel that cannot take attention.{name} ({kind}); use "
+                    "'auto' or 'xla'"
+                )
 
     def build(self, model: "ModelConfig", *, rngs: nnx.Rngs) -> "SelfAttention":
         from efftrain.models.attention import SelfAttention

@@ -22,6 +22,7 @@ def causal_attention(
     n_blocks: int = 4,
     score_mod: ScoreMod | None = None,
     positions_bs: Array | None = None,
+    sinks_h: Array | None = None,
 ) -> Array:
     """Softmax attention of each token to itself and earlier tokens of its segment.
 
@@ -40,12 +41,16 @@ def causal_attention(
       n_blocks: number of query blocks; any number, since the last block may be shorter.
       score_mod: changes scores before they are masked. None: no change.
       positions_bs: (batch, s) integers, which ``score_mod`` reads.
+      sinks_h: (heads,) attention sinks: the softmax of each head has one more logit, whose value is zero, so that a
+        token may attend to nothing. None: no sinks.
 
     Returns:
       (batch, t, heads, d_head) in q's dtype; scores and sums are float32.
 
     Raises:
       ValueError: there is a ``score_mod`` but no ``positions_bs``.
+
+    Source of the sinks: OpenAI 2025 (gpt-oss model card), section 2.2.
     """
     mod = None
     if score_mod is not None:
@@ -68,7 +73,7 @@ def causal_attention(
             same = segments_bs[:, low:high, None] == segments_bs[:, None, first:high]
             mask = (mask & same)[:, None, None]
         block = q_bkgtd[:, :, :, start:stop], k_bksd[:, :, first:high], v_bksd[:, :, first:high]
-        outs.append(_attend(*block, mask, mod and (mod[0], mod[1][:, low:high], mod[1][:, first:high])))
+        outs.append(_attend(*block, mask, mod and (mod[0], mod[1][:, low:high], mod[1][:, first:high]), sinks_h))
     return _ungroup(jnp.concatenate(outs, axis=3) if len(outs) > 1 else outs[0])
 
 
@@ -80,6 +85,7 @@ def cached_attention(
     *,
     window: int | None = None,
     score_mod: tuple[ScoreMod, Array, Array] | None = None,
+    sinks_h: Array | None = None,
 ) -> Array:
     """Attention of a few new tokens to a cache in which slot i holds the token at position i.
 
@@ -92,6 +98,7 @@ def cached_attention(
       window: as in ``causal_attention``.
       score_mod: the function as in ``causal_attention``, and the positions of the queries (batch, new tokens) and of
         all slots (batch, slots). None: no change.
+      sinks_h: as in ``causal_attention``.
 
     Returns:
       (batch, new tokens, heads, d_head).
@@ -100,7 +107,8 @@ def cached_attention(
     mask = slots <= positions_bt[..., None]
     if window:
         mask &= positions_bt[..., None] - slots < window
-    return _ungroup(_attend(_group(q_bthd, k_bksd.shape[1]), k_bksd, v_bksd, mask[:, None, None], score_mod))
+    q_bkgtd = _group(q_bthd, k_bksd.shape[1])
+    return _ungroup(_attend(q_bkgtd, k_bksd, v_bksd, mask[:, None, None], score_mod, sinks_h))
 
 
 def _group(q_bthd: Array, kv_heads: int) -> Array:
@@ -119,6 +127,7 @@ def _attend(
     v_bksd: Array | QuantizedArray,
     mask: Array,
     score_mod: tuple[ScoreMod, Array, Array] | None,
+    sinks_h: Array | None,
 ) -> Array:
     scale = q_bkgtd.shape[-1] ** -0.5
     k_bksd, k_scale = _levels_and_scale(k_bksd, q_bkgtd.dtype)
@@ -128,8 +137,13 @@ def _attend(
         change, positions_bt, positions_bs = score_mod
         batch, _, _, *ts = scores.shape
         scores = change(scores.reshape(batch, -1, *ts), positions_bt, positions_bs).reshape(scores.shape)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    if sinks_h is not None:
+        sinks = sinks_h.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
     # jax.nn.softmax instead of exp and sum: its own derivative is cheaper than that of the parts.
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1) * v_scale
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = (weights if sinks_h is None else weights[..., :-1]) * v_scale
     out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v_bksd.dtype), v_bksd, preferred_element_type=jnp.float32)
     return out.astype(q_bkgtd.dtype)
 

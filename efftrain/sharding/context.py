@@ -26,17 +26,19 @@ BEFORE_THE_ROW = np.iinfo(np.int32).min  # a segment that no token has
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ScoreInputs:
-    """The inputs that an ``attend`` with a score modification reads beside queries, keys and values.
+    """The inputs that an ``attend`` with modified scores or sinks reads beside queries, keys and values.
 
     Attributes:
       positions_bs: (batch, s) integers, positions of the keys; the queries are the last t of them.
       heads_h: (heads,) int32, indices of the query heads among all heads.
       state: a pytree of arrays, replicated on every device.
+      sinks_h: (heads,) attention sinks. None: there are none.
     """
 
     positions_bs: Array
     heads_h: Array
     state: Any
+    sinks_h: Array | None = None
 
 
 def attend_on_mesh(
@@ -82,7 +84,7 @@ def attend_on_mesh(
         segments_bt = segments_bt.astype(jnp.int32)
     if scores is not None:
         heads = activation_spec(scores.heads_h.shape, "heads")
-        specs[-1] = ScoreInputs(rows, heads, PartitionSpec())  # ty: ignore[invalid-argument-type]  # specs as leaves
+        specs[-1] = ScoreInputs(rows, heads, PartitionSpec(), heads)  # ty: ignore[invalid-argument-type]  # specs as leaves
 
     def on_one_device(q: Array, k: Array, v: Array, segments: Array | None, scores: ScoreInputs | None) -> Array:
         if context:

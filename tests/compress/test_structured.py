@@ -55,6 +55,7 @@ MODELS = {
         n_repeats=3,
     ),
     "one KV head": config(pattern=(ONE_GROUP, GQA), n_repeats=2),
+    "sinks": config(pattern=tuple(replace(b, attention=replace(b.attention, sinks=True)) for b in (ONE_GROUP, GQA))),
 }
 
 
@@ -182,7 +183,7 @@ def zeroed(model, report):
 
 
 @pytest.mark.parametrize(
-    "name", ["two kinds, scan", "tied, layers left out", "experts", "one KV head", "biases and no gate"]
+    "name", ["two kinds, scan", "tied, layers left out", "experts", "one KV head", "biases and no gate", "sinks"]
 )
 def test_slicing_is_zeroing(name):
     model = build(MODELS[name])
@@ -473,6 +474,9 @@ COUNTED = {
         ),
         learned_positions=True,
         head_bias=True,
+    ),
+    "sinks": TOY.replace(
+        pattern=(replace(TOY.pattern[0], attention=replace(TOY.pattern[0].attention, sinks=True)),),
     ),
     "local and experts": TOY.replace(
         pattern=(replace(LOCAL, mlp=Dense(d_ff=100)), replace(PLAIN, mlp=MoE(n_experts=8, d_expert=24, n_shared=1))),

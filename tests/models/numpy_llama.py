@@ -109,8 +109,10 @@ def _attention(config, params, x, positions, segments, norm):
                 scores = k[b, seen, g] @ q[b, t, h] * (config.scale or d**-0.5)
                 if isinstance(config.score_mod, SoftCap):
                     scores = config.score_mod.cap * np.tanh(scores / config.score_mod.cap)
-                weights = np.exp(scores - scores.max())
-                out[b, t, h] = weights / weights.sum() @ v[b, seen, g]
+                most = scores.max()
+                weights = np.exp(scores - most)
+                nothing = np.exp(params["sinks"][h] - most) if config.sinks else 0.0
+                out[b, t, h] = weights / (weights.sum() + nothing) @ v[b, seen, g]
     return _linear(out.reshape(batch, length, -1), params["out"])
 
 

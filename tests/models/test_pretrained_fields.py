@@ -62,6 +62,8 @@ CASES = {
     "head bias": {"head_bias": True, "logit_softcap": 3.0},
     "learned positions": {"learned_positions": True},
     "score soft cap": attention(score_mod=SoftCap(cap=0.5), scale=0.7),
+    "sinks": attention(sinks=True),
+    "sinks beside a window and a soft cap": attention(sinks=True, window=3, score_mod=SoftCap(cap=0.5)),
     "no position": attention(position=NoPosition()),
 }
 

@@ -55,8 +55,9 @@ def test_scores_are_modified_before_the_mask(n_blocks):
         np.testing.assert_allclose(out[b, t, h], weights @ v[b, seen, h // 2], atol=1e-5)
 
 
-def test_a_mesh_that_splits_rows_heads_and_tokens_gives_the_same_with_its_gradient():
-    attention = Attention(n_heads=4, n_kv_heads=2, d_head=4, n_blocks=1, score_mod=Learned())
+@pytest.mark.parametrize("changed", [{"score_mod": Learned()}, {"sinks": True}], ids=["score_mod", "sinks"])
+def test_a_mesh_that_splits_rows_heads_and_tokens_gives_the_same_with_its_gradient(changed):
+    attention = Attention(n_heads=4, n_kv_heads=2, d_head=4, n_blocks=1, **changed)
     model = tiny.build(tiny.config(pattern=(replace(tiny.PLAIN, attention=attention),), n_repeats=1))
     graph, state = nnx.split(model)
     tokens = tiny.tokens(2, 12)
@@ -67,15 +68,18 @@ def test_a_mesh_that_splits_rows_heads_and_tokens_gives_the_same_with_its_gradie
     alone = jax.jit(jax.value_and_grad(loss))(state)
     with use(make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))):
         split = jax.jit(jax.value_and_grad(loss))(state)
-    assert np.abs(jax.tree.leaves(alone[1]["blocks"][0]["attention"]["score_mod"])[0]).max() > 1e-3
+    (name,) = changed
+    assert np.abs(jax.tree.leaves(alone[1]["blocks"][0]["attention"][name])[0]).max() > 1e-3
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(np.abs(a).max()))
 
 
 @pytest.mark.parametrize("backend", ["splash", "cudnn"])
-def test_a_kernel_that_is_asked_for_by_name_refuses(backend):
-    with pytest.raises(ConfigError, match=r"cannot take attention\.score_mod"):
-        Attention(n_heads=2, n_kv_heads=2, d_head=4, backend=backend, score_mod=Learned())
+@pytest.mark.parametrize("changed", [{"score_mod": Learned()}, {"sinks": True}], ids=["score_mod", "sinks"])
+def test_a_kernel_that_is_asked_for_by_name_refuses(backend, changed):
+    (name,) = changed
+    with pytest.raises(ConfigError, match=rf"cannot take attention\.{name}"):
+        Attention(n_heads=2, n_kv_heads=2, d_head=4, backend=backend, **changed)
 
 
 @dataclass(frozen=True, kw_only=True)

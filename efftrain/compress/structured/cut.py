@@ -196,22 +196,23 @@ def _choose(importance: Importance, number: int, block: BlockConfig, one_group: 
 
 
 def _places(cut: LayerCut, block: BlockConfig, hidden: np.ndarray, one_group: bool) -> dict[str, np.ndarray]:
-    """For each logical axis that is cut, the indices that are kept."""
+    """For each logical axis that is cut, the indices of the units that are kept."""
     attention = standard_attention(block, "a smaller shape")
-    queries = 1 if one_group else attention.n_heads // attention.n_kv_heads
-
-    def columns(of_group: int) -> np.ndarray:
-        return (np.array(cut.heads)[:, None] * of_group + np.arange(of_group)).reshape(-1)
-
+    heads = np.array(cut.heads)
     places = {"embed": hidden, "norm": hidden}
-    places["heads"] = columns(queries * attention.d_head)
+    places["heads"] = heads if one_group else _columns(heads, attention.n_heads // attention.n_kv_heads)
     if not one_group:
-        places["kv_heads"] = columns(attention.d_head)
+        places["kv_heads"] = heads
     if cut.ffn is not None:
         places["mlp"] = np.array(cut.ffn)
     if cut.experts is not None:
         places |= {"experts": np.array(cut.experts), "choices": np.array(cut.experts)}
     return places
+
+
+def _columns(units: np.ndarray, size: int) -> np.ndarray:
+    """The indices of the columns of some units, each of ``size`` columns."""
+    return (units[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def _cut(module: nnx.Module, places: Mapping[str, np.ndarray], factors: Mapping[str, float]) -> nnx.State:
@@ -222,9 +223,11 @@ def _cut(module: nnx.Module, places: Mapping[str, np.ndarray], factors: Mapping[
             flat.append((path, variable))
             continue
         value = np.asarray(variable[...])  # on the host, because JAX would compile a program for each shape
-        for axis, name in enumerate(variable.get_metadata()["axes"]):
+        metadata = variable.get_metadata()
+        n_units = metadata.get("units", value.shape)
+        for axis, (name, n) in enumerate(zip(metadata["axes"], n_units, strict=True)):
             if name in places:
-                value = np.take(value, places[name], axis=axis)
+                value = np.take(value, _columns(places[name], value.shape[axis] // n), axis=axis)
         if (part := str(path[0])) in factors:
             value = value * np.float32(factors[part])
         flat.append((path, variable.replace(jnp.asarray(value))))

@@ -90,24 +90,26 @@ class Count:
 
 
 def _term(variable: nnx.Variable, metric: CountedMetric) -> Term | None:
-    """The term of one variable: its count is the factor times the product of the sizes. None: nothing is counted."""
+    """The term of one variable: its count is the factor times the product of the units. None: nothing is counted."""
     metadata = variable.get_metadata()
-    axes = [pair for pair in zip(metadata["axes"], variable.shape, strict=True) if pair[0] != "layers"]
+    n_units = metadata.get("units", variable.shape)
+    axes = [pair for pair in zip(metadata["axes"], n_units, strict=True) if pair[0] != "layers"]
+    columns = float(np.prod([size // n for size, n in zip(variable.shape, n_units, strict=True)]))  # of all units
     if metric == "parameters":
-        return 1.0, tuple(axes)
+        return columns, tuple(axes)
     if len(axes) < 2:
         return None
     active = metadata.get("active", 1.0)
     if active < 1:  # a token uses the same number of experts when there are fewer, so that this axis is not scaled
-        axes = [(None if name == "experts" else name, size) for name, size in axes]
-    return 2.0 * active * passes(variable), tuple(axes)
+        axes = [(None if name == "experts" else name, n) for name, n in axes]
+    return 2.0 * active * passes(variable) * columns, tuple(axes)
 
 
 def _sizes(block: BlockConfig, d_model: int, units: np.ndarray, choices: np.ndarray) -> dict[str, int | np.ndarray]:
-    """The size of each logical axis that ``structured_prune`` cuts, after the cut."""
+    """The number of units of each logical axis that ``structured_prune`` cuts, after the cut."""
     attention = standard_attention(block, "a smaller shape")
     sizes: dict[str, int | np.ndarray] = {"embed": d_model, "norm": d_model}
-    sizes |= {"heads": attention.n_heads * attention.d_head, "kv_heads": attention.n_kv_heads * attention.d_head}
+    sizes |= {"heads": attention.n_heads, "kv_heads": attention.n_kv_heads}
     if units.size:
         sizes["mlp"] = units
     if choices.size:
