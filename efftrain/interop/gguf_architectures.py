@@ -97,10 +97,9 @@ def _gemma3(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _score_width(fields: Mapping[str, Any], *, of_27b: int) -> int:
-    """What the square root of is the divisor of scores, which llama.cpp knows by the number of layers of the 27B."""
-    if fields["num_hidden_layers"] == of_27b:
-        return fields["hidden_size"] // fields["num_attention_heads"]
-    return fields["head_dim"]
+    """The number whose root divides the scores. llama.cpp recognises the model of 27B by its number of layers."""
+    share = fields["hidden_size"] // fields["num_attention_heads"]
+    return share if fields["num_hidden_layers"] == of_27b else fields.get("head_dim", share)
 
 
 _GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}

@@ -83,6 +83,11 @@ class GgufModel:
             if EXPERT not in name:
                 yield _Place(name, tensor)
                 continue
+            if len(found.shape) != 3:
+                raise ModelFileError(
+                    f"{self.path}: {tensor} has the shape {tuple(found.shape)}; convert the model again, so "
+                    "that it has a matrix for each expert"
+                )
             for expert in range(found.shape[0]):
                 yield _Place(name.format(expert=expert), tensor, expert)
 

@@ -145,6 +145,26 @@ def test_what_a_file_has_and_efftrain_does_not_know_is_named(tmp_path, change, m
         import_model(tmp_path / "model.gguf", tmp_path / "run")
 
 
+def test_experts_that_are_no_matrices_are_refused(tmp_path):
+    def experts(writer):
+        writer.add_expert_count(2)
+        writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros(16, np.float32))
+
+    written(tmp_path / "model.gguf", experts)
+    with pytest.raises(EfftrainError, match=r"blk.0.ffn_up_exps.weight has the shape \(16,\); convert the model again"):
+        import_model(tmp_path / "model.gguf", tmp_path / "run")
+
+
+def test_a_field_that_is_missing_is_named(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma2")
+    writer.add_embedding_length(16)
+    writer.add_head_count(2)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 16), np.float32))
+    write(writer)
+    with pytest.raises(EfftrainError, match=r"has no field gemma2\.block_count; convert the model again"):
+        import_model(tmp_path / "model.gguf", tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["phi2", "deepseek2", "gpt-oss"])
 def test_other_architectures_are_refused_by_name(tmp_path, name):
     write(gguf.GGUFWriter(tmp_path / "model.gguf", name))
