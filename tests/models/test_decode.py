@@ -15,6 +15,7 @@ from efftrain.models.decoder import Decoder
 from efftrain.models.decoding import generate as decode
 from efftrain.models.decoding.generate import generate, prefill
 from efftrain.models.decoding.sampling import Sampling, probabilities, sample
+from efftrain.models.decoding.self_speculation import SelfSpeculation
 
 N_NEW = 6
 LENGTHS = np.array([1, 5, 3], np.int32)
@@ -81,6 +82,28 @@ def test_the_end_token_fills_the_rest_of_its_row(model, greedy):
     np.testing.assert_array_equal(out, expected)
     assert (np.array(expected) != greedy).any()
     assert any(end not in row for row in expected)
+
+
+def ended_at(greedy: np.ndarray, ends: list[int]) -> list[list[int]]:
+    """Each row up to its first end token, which fills the rest."""
+    expected = [row.tolist() for row in greedy]
+    for row in expected:
+        if found := [i for i, token in enumerate(row) if token in ends]:
+            row[found[0] :] = [row[found[0]]] * (len(row) - found[0])
+    return expected
+
+
+def test_any_of_several_end_tokens_ends_a_row(model, greedy):
+    """Each row fills up with the one that it has drawn, also where all rows end early."""
+    ends = [int(row[i]) for i, row in zip((1, 2, 3), greedy, strict=True)]
+    expected = ended_at(greedy, ends)
+    assert len({row[-1] for row in expected}) > 1
+    out = generate(model, prompts(0), LENGTHS, n_new=N_NEW, end_token=ends)
+    np.testing.assert_array_equal(out, expected)
+    speculation = SelfSpeculation(exit_layer=1, n_draft=3)
+    drafted = generate(model, prompts(0), LENGTHS, n_new=N_NEW, end_token=tuple(ends), depth=speculation)
+    np.testing.assert_array_equal(drafted, expected)
+    np.testing.assert_array_equal(generate(model, prompts(0), LENGTHS, n_new=N_NEW, end_token=()), greedy)
 
 
 def test_decoding_stops_when_every_row_has_ended(model, greedy, monkeypatch):

@@ -1,5 +1,6 @@
 """Generation with a cache: one jitted program for the prompts and one for the new tokens, with static shapes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from efftrain.models.cache import Cache, RoutedCache, empty_cache
 from efftrain.models.decoder import Decoder
 from efftrain.models.decoding.prompts import Prompts, padded
 from efftrain.models.decoding.sampling import GREEDY, Sampling, sample
-from efftrain.models.decoding.self_speculation import SelfSpeculation, extra_slots, speculate
+from efftrain.models.decoding.self_speculation import SelfSpeculation, ended, extra_slots, speculate
 from efftrain.models.decoding.unrolled import unrolled
 from efftrain.models.depth.early_exit import ConfidenceExit, ExitProbe, advance, check_layers, extend_until_sure
 
@@ -53,7 +54,7 @@ def generate(
     n_new: int,
     sampling: Sampling = GREEDY,
     key: Array | None = None,
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
     depth: Depth = AllLayers(),
     max_layers_b: Array | None = None,
     probe: ExitProbe | None = None,
@@ -69,7 +70,9 @@ def generate(
       n_new: number of new tokens per row.
       sampling: how a token is sampled.
       key: random key, needed for a temperature above 0.
-      end_token: once a row has sampled this token, the rest of the row repeats it; the loop stops when all rows have.
+      end_token: the token that ends a row, or several of which each does, such as ``eos`` of the tokenizer of a run.
+        Once a row has sampled one of them, the rest of the row repeats it; the loop stops when all rows have. None, or
+        an empty sequence: no token does.
       depth: which layers new tokens pass. ``SelfSpeculation`` samples from the same distribution as ``AllLayers``, and
         exactly the same tokens if greedy.
       max_layers_b: (batch,) int32, largest number of layers that the new tokens of each row pass, which each request
@@ -97,13 +100,14 @@ def generate_report(
     n_new: int,
     sampling: Sampling = GREEDY,
     key: Array | None = None,
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
     depth: Depth = AllLayers(),
     max_layers_b: Array | None = None,
     probe: ExitProbe | None = None,
 ) -> Generation:
     """``generate``, which also reports the depth that the new tokens took."""
     prompts_bp, prompt_lengths_b = padded(prompts_bp, prompt_lengths_b)
+    ends_e = _end_tokens(end_token)
     _check(model, prompts_bp.shape[1], n_new, sampling, key)
     graph, state = nnx.split(unrolled(model))
     key = jax.random.key(0) if key is None else key
@@ -122,14 +126,20 @@ def generate_report(
         depth = replace(exit_, exits=exit_.exit_layers(model.config.n_layers))
     first_b, cache = read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, n_new + extra, sampling)
     if isinstance(depth, SelfSpeculation):
-        found = speculate(graph, state, first_b, cache, key, n_new, sampling, depth, end_token)
+        found = speculate(graph, state, first_b, cache, key, n_new, sampling, depth, ends_e)
         return Generation(found.tokens_bn, None, found.accepted_b / jnp.maximum(found.drafted_b, 1))
     threshold = depth.threshold if isinstance(depth, ConfidenceExit) else 0.0
     static = replace(depth, threshold=0.0) if isinstance(depth, ConfidenceExit) else depth
     tokens_bn, layers_b, overflow_b = decode_tokens(
-        graph, state, first_b, cache, key, n_new, sampling, static, end_token, threshold, max_layers_b, probe
+        graph, state, first_b, cache, key, n_new, sampling, static, ends_e, threshold, max_layers_b, probe
     )
     return Generation(tokens_bn, layers_b, overflow_b=overflow_b)
+
+
+def _end_tokens(end_token: int | Sequence[int] | None) -> Array | None:
+    """The tokens that end a row, (ends,) int32. None: no token does."""
+    ends = np.atleast_1d(np.asarray([] if end_token is None else end_token, np.int32))
+    return jnp.asarray(ends) if len(ends) else None
 
 
 def _checked_max_layers(max_layers_b: Array | None, batch: int) -> Array | None:
@@ -166,16 +176,15 @@ def read_prompts(graph, state, prompts_bp, prompt_lengths_b, key, slots, samplin
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end_token, threshold, max_layers_b, probe):
+def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, ends_e, threshold, max_layers_b, probe):
     """Returns (batch, n_new) tokens, of which the first is given; mean layers of the others; tokens without a slot."""
     model = nnx.merge(graph, state)
     layers = model.layers()
     n_full = sum(block.depth.every_token for block in model.config.layers)
-    fill = 0 if end_token is None else end_token
-    out_bn = jnp.full((len(first_b), n_new), fill, jnp.int32).at[:, 0].set(first_b)
+    out_bn = jnp.zeros((len(first_b), n_new), jnp.int32).at[:, 0].set(first_b)
 
     def goes_on(token_b):
-        return jnp.ones(token_b.shape, bool) if end_token is None else token_b != end_token
+        return ~ended(token_b, ends_e)
 
     def next_logits(token_b, cache):
         """Returns the logits, the cache, and the number of layers that the token passed."""
@@ -203,14 +212,14 @@ def decode_tokens(graph, state, first_b, cache, key, n_new, sampling, depth, end
         logits_bv, cache, more_b = next_logits(token_b, cache)
         active_b = goes_on(token_b)
         sampled = sample(logits_bv, jax.random.fold_in(key, i), sampling)
-        if end_token is not None:
-            sampled = jnp.where(token_b == end_token, end_token, sampled)
+        sampled = jnp.where(active_b, sampled, token_b)
         out_bn = jax.lax.dynamic_update_slice(out_bn, sampled[:, None], (0, i))
         return i + 1, sampled, cache, out_bn, layers_b + active_b * more_b, steps_b + active_b
 
     zeros_b = jnp.zeros(first_b.shape, jnp.int32)
     carry = (1, first_b, cache, out_bn, zeros_b, zeros_b)
-    _, _, cache, out_bn, layers_b, steps_b = jax.lax.while_loop(unfinished, step, carry)
+    i, last_b, cache, out_bn, layers_b, steps_b = jax.lax.while_loop(unfinished, step, carry)
+    out_bn = jnp.where(jnp.arange(n_new) < i, out_bn, last_b[:, None])  # all rows have ended before
     overflow_b = sum((routed.overflow_lb.sum(0) for routed in _routed(cache)), zeros_b)
     return out_bn, layers_b / jnp.maximum(steps_b, 1), overflow_b
 

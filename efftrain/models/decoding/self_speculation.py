@@ -89,7 +89,7 @@ def speculate(
     n_new: int,
     sampling: Sampling,
     speculation: SelfSpeculation,
-    end_token: Array | None = None,
+    ends_e: Array | None = None,
 ) -> Speculated:
     """Continues rows whose prompts are in the cache and whose first new token is sampled.
 
@@ -99,14 +99,11 @@ def speculate(
       cache: with n_new + ``extra_slots`` free slots.
       key, n_new, sampling: as in ``generate``.
       speculation: how to draft.
-      end_token: () token that ends a row. None: no token does.
+      ends_e: (ends,) tokens of which each ends a row. None: no token does.
     """
     model = nnx.merge(graph, state)
     layers, e, k = model.layers(), speculation.exit_layer, speculation.n_draft
     batch = len(first_b)
-
-    def ended(tokens: Array) -> Array:
-        return jnp.zeros(tokens.shape, bool) if end_token is None else tokens == end_token
 
     def one_round(carry: tuple) -> tuple:
         i, n_b, done_b, token_b, cache, out_bn, drafted_b, accepted_b = carry
@@ -122,7 +119,7 @@ def speculate(
         out_bn = jnp.where(done_b[:, None], out_bn, put(out_bn, new_bk, n_b))
         n_b += n_new_b
         last_b = jnp.take_along_axis(new_bk, n_accepted_b[:, None], axis=1)[:, 0]
-        stops_b = (ended(new_bk) & (jnp.arange(k + 1) < n_new_b[:, None])).any(1)
+        stops_b = (ended(new_bk, ends_e) & (jnp.arange(k + 1) < n_new_b[:, None])).any(1)
         return (
             i + 1,
             n_b,
@@ -136,14 +133,19 @@ def speculate(
 
     zeros_b = jnp.zeros(batch, jnp.int32)
     out_bn = jnp.zeros((batch, n_new + k + 1), jnp.int32).at[:, 0].set(first_b)
-    done_b = ended(first_b) | (n_new <= 1)
+    done_b = ended(first_b, ends_e) | (n_new <= 1)
     carry = (jnp.int32(1), zeros_b + 1, done_b, first_b, cache, out_bn, zeros_b, zeros_b)
     i, _, _, _, _, out_bn, drafted_b, accepted_b = jax.lax.while_loop(lambda c: ~c[2].all(), one_round, carry)
     tokens_bn = out_bn[:, :n_new]
-    if end_token is not None:
-        over_bn = jnp.cumsum(ended(tokens_bn), axis=1) > 0
-        tokens_bn = jnp.where(over_bn, end_token, tokens_bn)
+    over_bn = ended(tokens_bn, ends_e)
+    end_b1 = jnp.take_along_axis(tokens_bn, jnp.argmax(over_bn, axis=1)[:, None], axis=1)
+    tokens_bn = jnp.where(jnp.cumsum(over_bn, axis=1) > 0, end_b1, tokens_bn)
     return Speculated(tokens_bn, i - 1, drafted_b, accepted_b)
+
+
+def ended(tokens: Array, ends_e: Array | None) -> Array:
+    """Whether each token ends its row, bool of the same shape; see ``speculate`` for ``ends_e``."""
+    return jnp.zeros(tokens.shape, bool) if ends_e is None else (tokens[..., None] == ends_e).any(-1)
 
 
 def _draft(
