@@ -9,6 +9,7 @@ from efftrain.compress.quantization.convert import Method, convert
 from efftrain.models.decoder import Decoder
 from efftrain.models.quantization import Quantization
 from efftrain.ops.masks import Structure
+from efftrain.train.run.tokenizers import check_tokenizer
 
 
 def convert_run(
@@ -29,8 +30,11 @@ def convert_run(
       rows: number of rows of the calibration text.
 
     Raises:
-      ConfigError, RunError: see ``LayerwiseModel.read``, ``CorpusRows.calibration`` and ``convert``.
+      ConfigError, RunError: see ``LayerwiseModel.read``, ``CorpusRows.calibration`` and ``convert``; or the tokenizer
+        of the corpus is not that of the run.
     """
+    if text is not None:
+        check_tokenizer(run, text.corpus)
     pieces = LayerwiseModel.read(run)
     calibration = text.calibration(rows) if text is not None and method != "rtn" else None
     return convert(pieces, quantization or pieces.config.quantization, method=method, calibration=calibration)[0]
@@ -47,7 +51,9 @@ def prune_run(run: Path, text: CorpusRows, structure: Structure, method: PruneMe
       rows: number of rows of the calibration text.
 
     Raises:
-      ConfigError, RunError: see ``LayerwiseModel.read``, ``CorpusRows.calibration`` and ``prune``.
+      ConfigError, RunError: see ``LayerwiseModel.read``, ``CorpusRows.calibration`` and ``prune``; or the tokenizer of
+        the corpus is not that of the run.
     """
+    check_tokenizer(run, text.corpus)
     calibration = None if method == "magnitude" else text.calibration(rows)
     return prune(LayerwiseModel.read(run), structure, method=method, calibration=calibration)[0]

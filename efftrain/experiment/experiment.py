@@ -204,8 +204,13 @@ def reported(
 
     Returns:
       The scorecard with the new quality.
+
+    Raises:
+      ConfigError: the run was trained with another tokenizer than that of the corpus.
     """
     with hosts.together():
+        if hosts.process_index() == 0:
+            check_tokenizer(run, corpus)
         held_out = reporting(corpus, training.length, rows, chosen=chosen, batch_size=training.batch_size)
     if (card.figures["bpb"].split, card.figures["bpb"].note) == (held_out.split, held_out.note):
         return card

@@ -3,31 +3,45 @@
 Trained on it, or judged by it, it would read meaningless ids.
 """
 
+import ast
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flax import nnx
 from tiny_models import PLAIN, build, config
 from tiny_runs import LENGTH, VOCABULARY, write_corpus, write_run
 
+from efftrain import cli, data
+from efftrain.compress.commands.prune import Prune
 from efftrain.compress.commands.quantize import Quantize
 from efftrain.compress.commands.recovery_training import RecoveryTraining
 from efftrain.compress.commands.structured_prune import StructuredPrune
+from efftrain.compress.corpus_rows import CorpusRows
 from efftrain.compress.distillation.build_teacher_cache import CacheOptions, build_cache
+from efftrain.compress.distillation.student_run import StudentRun, student_program, train_student
+from efftrain.compress.in_memory import convert_run, prune_run
 from efftrain.compress.run import compress
 from efftrain.compress.task.task_run import general_ids
 from efftrain.data.tasks.task import Example, Task
 from efftrain.errors import ConfigError, RunError
-from efftrain.experiment.experiment import Experiment, train_and_score
+from efftrain.experiment.experiment import Experiment, reported, train_and_score
 from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate
+from efftrain.measure.quality.document_scores import score_documents
+from efftrain.measure.scorecard.scorecard import Figure, Scorecard
 from efftrain.models.decoder import Decoder
+from efftrain.models.quantization import Quantization, QuantizationRule
+from efftrain.ops.number_formats import Integer
 from efftrain.train.config import Training
-from efftrain.train.objectives.objective import next_token_loss
+from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.start import check_start
 
+HALF = Prune(sparsity="0.5")
+CALIBRATION = DepthCalibration(rows=6, risk=0.9, error=0.5)
 RECOVERED = StructuredPrune(ratio=0.3, recovery=RecoveryTraining(tokens=999))
 MODEL = config(vocab_size=VOCABULARY, pattern=(PLAIN,), n_repeats=2, max_length=32)
 TRAINING = Training(steps=41, batch_size=8, length=LENGTH)
@@ -54,23 +68,40 @@ def train(out: Path, corpus: Path, source: Path | None = None, **training) -> No
     settings = replace(TRAINING, **training)
     experiment = Experiment(model=MODEL, training=settings, corpus=corpus, out=out)
     initial = source and (lambda: pytest.fail("the model was made before it was checked"))
-    build = lambda rngs: Decoder(MODEL, rngs=rngs)  # noqa: E731
-    train_and_score(experiment, build, next_token_loss, initial=initial, source=source)
+    train_and_score(experiment, *plain_program(), initial=initial, source=source)
+
+
+def ways_to_join(run: Path, other: Path, out: Path) -> dict[str, Callable[[], object]]:
+    """Everything in the package that takes a run and text of a corpus; a key with "efftrain" is a command."""
+    card = Scorecard("run", {"bpb": Figure(1.0, "bits/byte", "measured", split="train")}, {})
+    text, int8 = CorpusRows(other, LENGTH), Quantization(rules=(QuantizationRule(weights=Integer(bits=8)),))
+    student = StudentRun(model=MODEL, training=TRAINING, corpus=other, out=out, teacher=run, initial="layers")
+    return {
+        "resume_from": lambda: train(out, other, resume_from=f"{run}@40"),
+        "finetune": lambda: train(out, other, finetune=run),
+        "initial": lambda: train(out, other, source=run),
+        "efftrain compress quantize": lambda: compress(run, Quantize(weights="int8"), out=out, corpus=other),
+        "efftrain compress prune": lambda: compress(run, HALF, out=out, corpus=other),
+        "efftrain compress structured": lambda: compress(run, RECOVERED, out=out, corpus=other),
+        "efftrain teacher": lambda: build_cache(run, CacheOptions(rows=2), out=out, corpus=other),
+        "efftrain calibrate-depth": lambda: calibrate(run, CALIBRATION, corpus=other),
+        "convert in memory": lambda: convert_run(run, text, int8, "gptq"),
+        "prune in memory": lambda: prune_run(run, text, HALF.structure, "magnitude"),
+        "distill": lambda: student_program(student, untrained=MODEL),
+        "student of its layers": lambda: train_student(replace(student, distill=None), *plain_program()),
+        "report": lambda: reported(card, run, other, TRAINING),
+        "score documents": lambda: score_documents(run, data.open(other), "train", out),
+        "task": lambda: general_ids(run, task(), other / "tokenizer.json"),
+    }
+
+
+def plain_program() -> tuple[Callable[[nnx.Rngs], Decoder], Objective]:
+    return lambda rngs: Decoder(MODEL, rngs=rngs), next_token_loss
 
 
 def test_every_command_refuses_it(run, corpus, other, tmp_path):
     differ = rf"the tokenizers of \S+ and of the run {run} differ: entry \d+ is '.+' in one and '.+' in the other"
-    out = tmp_path / "out"
-    ways = {
-        "resume_from": lambda: train(out, other.path, resume_from=f"{run}@40"),
-        "finetune": lambda: train(out, other.path, finetune=run),
-        "initial": lambda: train(out, other.path, source=run),
-        "compress": lambda: compress(run, Quantize(weights="int8"), out=out, corpus=other.path),
-        "recover": lambda: compress(run, RECOVERED, out=out, corpus=other.path),
-        "teacher": lambda: build_cache(run, CacheOptions(rows=2), out=out, corpus=other.path),
-        "calibrate": lambda: calibrate(run, DepthCalibration(rows=6, risk=0.9, error=0.5), corpus=other.path),
-        "task": lambda: general_ids(run, task(), other.path / "tokenizer.json"),
-    }
+    ways = ways_to_join(run, other.path, tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
     for way in ways.values():
         with pytest.raises(ConfigError, match=differ):
@@ -78,6 +109,18 @@ def test_every_command_refuses_it(run, corpus, other, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
     check_tokenizer(run, corpus.path)
     general_ids(run, task(), corpus.path / "tokenizer.json")
+
+
+def test_every_verb_with_a_run_and_a_corpus_is_among_them(tmp_path):
+    """A new verb that joins the two must be added above."""
+    found = set()
+    for file in Path(cli.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                names = {argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+                found |= {node.name.replace("_", "-")} if {"run", "corpus"} <= names else set()
+    covered = {name.split()[-1] for name in ways_to_join(tmp_path, tmp_path, tmp_path) if name.startswith("efftrain")}
+    assert found == covered
 
 
 def task() -> Task:

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from flax import nnx
+from tiny_runs import write_run
 
 from efftrain.config import from_json, to_json
 from efftrain.data.documents import Document, Skipped, Text
 from efftrain.data.rules.base import scoring
 from efftrain.data.rules.score_table import ScoreTable, quantile_thresholds
-from efftrain.data.storage.tokenizer import train_tokenizer
+from efftrain.data.storage.tokenizer import tokenizer_json, train_tokenizer
 from efftrain.errors import ConfigError, CorpusError
 from efftrain.measure.quality import document_scores as module
 from efftrain.measure.quality.document_scores import (
@@ -169,8 +170,9 @@ class Folderless:
 
     end_of_text = "<|endoftext|>"
 
-    def __init__(self, documents, tokenizer):
-        self._documents, self._tokenizer = documents, tokenizer
+    def __init__(self, documents, tokenizer, path):
+        self._documents, self._tokenizer, self.path = documents, tokenizer, path
+        (path / "tokenizer.json").write_text(tokenizer_json(tokenizer))
         self.splits = {"train": {"documents": len(documents)}}
 
     def documents(self, split):
@@ -183,7 +185,9 @@ class Folderless:
 def test_table_of_a_split(model, tokenizer, documents, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_WRITE_ROWS", 10)
     path = tmp_path / "scores" / "train.parquet"
-    assert score_documents(model, Folderless(documents, tokenizer), "train", path) == len(documents)
+    corpus = Folderless(documents, tokenizer, tmp_path)
+    run = write_run(tmp_path / "run", model, corpus)
+    assert score_documents(run, corpus, "train", path) == len(documents)
     table = pq.read_table(path)
     assert table.schema.names == ["id", "bits_per_byte", "n_bytes"]
     check_equal((DocumentScore(**row) for row in table.to_pylist()), (by_hand(model, tokenizer, d) for d in documents))

@@ -29,6 +29,8 @@ from efftrain.ops.cross_entropy import token_nll
 from efftrain.ops.fused_linear_loss import choose_chunks, over_chunks
 from efftrain.progress import track
 from efftrain.train.objectives.objective import Batch
+from efftrain.train.run.directory import load
+from efftrain.train.run.tokenizers import check_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,15 +55,26 @@ class DocumentScore:
 
 
 def score_documents(
-    model: Decoder, corpus: Corpus, split: str, out: Path | str, *, length: int | None = None, batch_size: int = 16
+    run: Path | str, corpus: Corpus, split: str, out: Path | str, *, length: int | None = None, batch_size: int = 16
 ) -> int:
     """Scores the documents of a split of a corpus and writes the table; see ``document_scores`` and ``write_scores``.
 
+    Args:
+      run: run directory of the model.
+      corpus: a corpus of the tokenizer of the run.
+      split: name of the split.
+      out: the file of the table.
+      length, batch_size: see ``document_scores``.
+
     Returns:
       The number of documents.
+
+    Raises:
+      ConfigError: the tokenizer of the corpus is not that of the run.
     """
+    check_tokenizer(Path(run), corpus.path)
     scores = document_scores(
-        model,
+        load(run),
         corpus.documents(split),
         corpus.tokenizer(),
         length=length,
