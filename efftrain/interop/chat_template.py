@@ -21,6 +21,7 @@ def render(
     bos: str | None = None,
     eos: str | None = None,
     add_generation_prompt: bool,
+    answer_marks: tuple[str, str] = ("", ""),
 ) -> str:
     """Writes a conversation as the text that a model was trained on.
 
@@ -32,6 +33,8 @@ def render(
       bos: the text of the token before a conversation, which templates know as ``bos_token``; None: there is none.
       eos: the text of the token after an answer, ``eos_token``; None: there is none.
       add_generation_prompt: end with the marker after which the model answers.
+      answer_marks: texts that are written before and after what the template has in the tag ``generation``, by which
+        some templates say what is an answer.
 
     Returns:
       The text.
@@ -51,7 +54,7 @@ def render(
         budget = Budget(template, values)
         pieces = []
         n_chars = 0
-        for piece in _compiled(template).generate(
+        for piece in _compiled(template, answer_marks).generate(
             **values,
             **{BUDGET: budget},
             add_generation_prompt=add_generation_prompt,
@@ -75,10 +78,10 @@ def _broken(reason: str) -> ModelFileError:
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
+def _compiled(template: str, answer_marks: tuple[str, str]) -> Any:
     from efftrain.interop.template_limits import LimitedEnvironment
 
-    environment = LimitedEnvironment()
+    environment = LimitedEnvironment(answer_marks)
     return environment.from_string(environment.limited(template))
 
 

@@ -81,12 +81,17 @@ class Budget:
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Templates as transformers renders them, charged to the ``Budget`` that their context has under ``BUDGET``."""
+    """Templates as transformers renders them, charged to the ``Budget`` that their context has under ``BUDGET``.
+
+    Args:
+      answer_marks: texts that are written before and after what the template has in the tag ``generation``.
+    """
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
-    def __init__(self) -> None:
+    def __init__(self, answer_marks: tuple[str, str] = ("", "")) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+        self.answer_marks = answer_marks
         self.filters = {name: FILTERS[name] for name in _FILTERS} | {
             "indent": _indent,
             "join": _join,
@@ -187,13 +192,16 @@ class _Charges(NodeTransformer):
 
 
 class _Generation(Extension):
-    """The tag ``generation``, by which training marks what the assistant says; here it only has a content."""
+    """The tag ``generation``, by which a template marks what the assistant says: its content, between the marks."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        assert isinstance(self.environment, LimitedEnvironment)
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in self.environment.answer_marks)
+        return nodes.Scope([begin, *body, end]).set_lineno(line)
 
 
 class _Namespace(Namespace):

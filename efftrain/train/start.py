@@ -27,13 +27,13 @@ from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.state import TrainState, split_model
 
 
-def check_start(config: Training, model: ModelConfig, corpus: Path) -> None:
+def check_start(config: Training, model: ModelConfig, corpus: Path | None) -> None:
     """Checks the run that ``training.resume_from`` or ``training.finetune`` names, before a new run writes anything.
 
     Args:
       config: configuration of the new run, which has no steps yet.
       model: model configuration of the new run.
-      corpus: folder of the corpus on which the new run trains.
+      corpus: folder of the corpus on which the new run trains. None: it encodes its text with that run's tokenizer.
 
     Raises:
       RunError: there is no such run, or ``training.finetune`` names a run with another model.
@@ -43,11 +43,13 @@ def check_start(config: Training, model: ModelConfig, corpus: Path) -> None:
         run = parse_resume_from(config.resume_from, config.steps)[0]
         if not (run / "config.json").exists():
             raise RunError(f"training.resume_from: {run} holds no run; train it first, or give another one")
-        check_tokenizer(run, corpus)
+        if corpus is not None:
+            check_tokenizer(run, corpus)
     if (run := config.finetune) is not None:
         if not (run / "config.json").exists():
             raise RunError(f"training.finetune: {run} holds no run; train it first, or give another one")
-        check_tokenizer(run, corpus)
+        if corpus is not None:
+            check_tokenizer(run, corpus)
         _check_same_variables(run, model)
 
 

@@ -1,10 +1,13 @@
 """A small GGUF file, and the published one."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 from gguf_files import write_small
+
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("data", "models")]  # kinds_of_tokenizers, tiny_runs
 
 
 @pytest.fixture

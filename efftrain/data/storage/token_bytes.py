@@ -9,7 +9,7 @@ text.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,27 @@ def byte_level_lengths(tokenizer: "Tokenizer") -> np.ndarray | None:
     return lengths
 
 
+def covered_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Returns the bytes of a text in UTF-8 that each of its tokens covers, from the end of the one before to its own.
+
+    Args:
+      text: the text.
+      offsets: first character of each token, and the one after its last. Text that a tokenizer drops at the end
+        belongs to the last token.
+
+    Returns:
+      (tokens,) int64, which sum to the bytes of the text if there is a token.
+    """
+    if not len(offsets):
+        return np.zeros(0, np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    bytes_before = np.concatenate([[0], np.cumsum(sizes)])
+    ends = np.maximum.accumulate(np.array(offsets, np.int64)[:, 1])
+    ends[-1] = len(text)
+    return np.diff(bytes_before[ends], prepend=0)
+
+
 class ByteCounter:
     """Counts the bytes of text that the tokens of a split cover. Pass ``observe`` to ``encode_documents``."""
 
@@ -63,25 +84,23 @@ class ByteCounter:
         self._bytes_v, self._tokens_v = np.zeros(vocabulary), np.zeros(vocabulary)
 
     def observe(self, text: str, encoding: "Encoding") -> None:
-        ids = np.array(encoding.ids, np.int64)
-        if not len(ids):
-            return  # the tokenizer drops all characters of this text
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-        bytes_before = np.concatenate([[0], np.cumsum(sizes)])
-        ends = np.maximum.accumulate(np.array(encoding.offsets, np.int64)[:, 1])
-        ends[-1] = len(text)  # text that is dropped at the end belongs to the last token
-        spans = np.diff(bytes_before[ends], prepend=0)
-        self._bytes_v += np.bincount(ids, spans, len(self._bytes_v))
+        self.add(np.array(encoding.ids, np.int64), covered_bytes(text, encoding.offsets))
+
+    def add(self, ids: np.ndarray, n_bytes: np.ndarray) -> None:
+        """Counts tokens, (n,) ids with the bytes that each covers."""
+        self._bytes_v += np.bincount(ids, n_bytes, len(self._bytes_v))
         self._tokens_v += np.bincount(ids, minlength=len(self._tokens_v))
+
+    def means(self) -> np.ndarray:
+        """Returns the mean bytes of each token, (vocabulary,) float64; entries that do not occur have 0."""
+        return self._bytes_v / np.maximum(self._tokens_v, 1)
 
     def table(self, n_bytes: int) -> np.ndarray:
         """Returns the bytes per token, (vocabulary,) float64, which sum to ``n_bytes`` over all observed tokens.
 
         Entries that do not occur have 0 bytes.
         """
-        mean_v = self._bytes_v / np.maximum(self._tokens_v, 1)
-        return mean_v * (n_bytes / self._bytes_v.sum() if self._bytes_v.any() else 1.0)
+        return self.means() * (n_bytes / self._bytes_v.sum() if self._bytes_v.any() else 1.0)
 
 
 @dataclass(frozen=True)

@@ -73,18 +73,27 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> "Tokenizer":
       CorpusError: there is no such file, or it is not a tokenizer.
       ConfigError: the tokenizer has no end-of-text token.
     """
+    tokenizer = read_tokenizer_file(path)
+    try:
+        return _prepared(tokenizer, find_end_of_text(tokenizer, end_of_text or marked_end_of_text(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_tokenizer_file(path: Path) -> "Tokenizer":
+    """Reads a ``tokenizer.json`` to encode whole texts: as ``load_tokenizer``, but it needs no end-of-text token.
+
+    Raises:
+      CorpusError: there is no such file, or it is not a tokenizer.
+    """
     from tokenizers import Tokenizer
 
     if not path.is_file():
         raise CorpusError(f"there is no tokenizer {path}; build the corpus again")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return _for_whole_texts(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises nothing more specific
         raise CorpusError(f"{path} is not a tokenizer ({error}); build the corpus again") from error
-    try:
-        return _prepared(tokenizer, find_end_of_text(tokenizer, end_of_text or marked_end_of_text(path)))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def find_end_of_text(tokenizer: "Tokenizer", name: str | None = None) -> str:
@@ -184,7 +193,11 @@ def _known_end_of_text(tokenizer: "Tokenizer") -> str | None:
 def _prepared(tokenizer: "Tokenizer", end_of_text: str) -> "Tokenizer":
     if end_of_text not in special_tokens(tokenizer):
         tokenizer.add_special_tokens([end_of_text])  # an existing token keeps its id
-    # Text that spells the end-of-text token must not be encoded as it, which would divide the document and lose bytes.
+    return _for_whole_texts(tokenizer)
+
+
+def _for_whole_texts(tokenizer: "Tokenizer") -> "Tokenizer":
+    # Text that spells a special token must not be encoded as it, which would divide a document and lose bytes.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -54,7 +54,7 @@ def fill(items: Sequence[Item], length: int, per_row: int, n_labels: int) -> Row
       items: the items of the row.
       length: number of tokens per row.
       per_row: number of slots for items.
-      n_labels: number of labels of the task.
+      n_labels: number of labels of the task. 0: answers are texts, and the row has only the arrays of ``packing.row``.
 
     Returns:
       A dict of arrays:
@@ -68,8 +68,10 @@ def fill(items: Sequence[Item], length: int, per_row: int, n_labels: int) -> Row
     row: dict[str, np.ndarray] = {
         name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")
     }
-    row |= {"mask": np.zeros(length, bool), "weights": np.zeros(length, np.float32)}
-    row |= {name: np.full(per_row, -1, np.int32) for name in ("answers", "labels")}
+    row["mask"] = np.zeros(length, bool)
+    if n_labels:
+        row["weights"] = np.zeros(length, np.float32)
+        row |= {name: np.full(per_row, -1, np.int32) for name in ("answers", "labels")}
     taught = any(item.teacher is not None for item in items)
     if taught:
         row["teacher_logits"] = np.zeros((per_row, n_labels), np.float32)
@@ -79,7 +81,8 @@ def fill(items: Sequence[Item], length: int, per_row: int, n_labels: int) -> Row
         row["tokens"][here], row["targets"][here] = item.sequence[:-1], item.sequence[1:]
         row["segments"][here], row["positions"][here] = i + 1, np.arange(len(item))
         row["mask"][here] = item.counted[1:]
-        row["weights"][here] = item.weight * item.counted[1:] / max(item.counted[1:].sum(), 1)
+        if n_labels:
+            row["weights"][here] = item.weight * item.counted[1:] / max(item.counted[1:].sum(), 1)
         start += len(item)
         if item.asks:
             row["answers"][i], row["labels"][i] = start - 1, item.label
@@ -101,6 +104,7 @@ class TaskBatches:
       n_labels: number of labels of the task.
       word_dropout: probability with which each word is removed.
       part: (number of this process, number of processes), which selects its part of each batch.
+      per_row: largest number of items per row; 1 for one item per row. None: ``examples_per_row``.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class TaskBatches:
         n_labels: int,
         word_dropout: float = 0.0,
         part: tuple[int, int] = (0, 1),
+        per_row: int | None = None,
     ):
         if not items:
             raise ConfigError("there is nothing to train on; give at least one example")
@@ -127,10 +132,11 @@ class TaskBatches:
             raise ConfigError("some examples have a teacher's logits and others have none; label all of them")
         self._items, self._length, self._batch_size, self._seed = items, length, batch_size, seed
         self._n_labels, self._word_dropout, self._part = n_labels, word_dropout, part
-        self._per_row = examples_per_row(items, length)
+        self._per_row = per_row or examples_per_row(items, length)
         pack(items, length, self._per_row)  # raises if an item does not fit when no word is removed
         self._taught = any(item.teacher is not None for item in items)
         settings = {"length": length, "batch": batch_size, "seed": seed, "words": word_dropout, "labels": n_labels}
+        settings |= {} if per_row is None else {"per_row": per_row}
         self._identity = digest(settings | {"items": _fingerprint(items)})
         self._open(0, 0)
 

@@ -15,8 +15,9 @@ from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.checkpoints.streamed_arrays import StreamedArray
 from efftrain.train.run.environment import environment
 
+TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 # Files of a run that a run made from it needs too: its classes, its tokenizer, its chat template, its end of text.
-KEPT_FILES = ("recipe.py", "tokenizer.json", "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
+KEPT_FILES = ("recipe.py", *TOKENIZER_FILES)
 
 
 def write_model_run(
