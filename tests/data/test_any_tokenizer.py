@@ -136,6 +136,17 @@ def test_a_lossy_tokenizer_is_reported_once(tmp_path, documents, config_for, cap
     assert "does not restore the text" not in " ".join(capfd.readouterr().err.split())
 
 
+def test_a_token_that_a_tokenizer_puts_before_texts_is_said(tmp_path, documents, config_for, capfd):
+    """Unless it is the one before each document, which is then as the model was trained."""
+    path = save(llama2(), tmp_path)
+    said = "The tokenizer itself puts '<s>' before each text, and the documents of this corpus begin with '</s>'"
+    data.build(config_for(documents, tokenizer=path), tmp_path / "plain")
+    assert said in " ".join(capfd.readouterr().err.split())
+    with_bos = data.build(config_for(documents, tokenizer=path, end_of_text="<s>"), tmp_path / "bos")
+    assert "The tokenizer itself" not in capfd.readouterr().err
+    assert with_bos.tokens("train")[:1] == [1]
+
+
 def test_the_share_that_is_lost_is_counted_in_bytes(tmp_path):
     """Of capitals, white space that is not one space, and an unknown character."""
     found = round_trip(load_tokenizer(save(bert(), tmp_path)), ["a DEF  世", "the alpha"])

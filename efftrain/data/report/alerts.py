@@ -61,6 +61,12 @@ def _tokenizer(found: Mapping[str, Any]) -> Iterator[str]:
             f"Decoding does not restore the text: the tokenizer loses or replaces {found['lost']:.2%} of the bytes of "
             "a sample, and a model that is trained on its tokens can neither read nor write them."
         )
+    if added := found.get("added_before"):
+        yield (
+            f"The tokenizer itself puts {added!r} before each text, and the documents of this corpus begin with "
+            f"{found['end_of_text']!r}. For a pretrained model that always had {added!r} there, such as Gemma, set "
+            f"corpus.end_of_text to {added!r}."
+        )
     if n_cut := found.get("cut_documents"):
         yield (
             f"{n_cut:,} long documents, such as {found['first_cut']}, have no space at which they can be cut, so they "

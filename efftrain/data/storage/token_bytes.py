@@ -119,9 +119,12 @@ class RoundTrip:
 
 
 def describe_tokenizer(tokenizer: "Tokenizer", end_of_text: str | None, texts: Iterable[str]) -> dict[str, Any]:
-    """Returns the entry of a tokenizer in a manifest; ``lossless`` and ``lost`` describe a sample of the texts."""
+    """Returns the entry of a tokenizer in a manifest; ``lossless`` and ``lost`` describe a sample of the texts.
+
+    ``added_before`` is the token that the tokenizer itself puts before a text, if it is not the end of text.
+    """
     vocabulary, end_of_text = vocabulary_size(tokenizer), find_end_of_text(tokenizer, end_of_text)
-    found = round_trip(tokenizer, texts)
+    found, added = round_trip(tokenizer, texts), _added_before(tokenizer)
     return {
         "vocabulary": vocabulary,
         "dtype": np.dtype(token_dtype(vocabulary)).name,
@@ -129,7 +132,7 @@ def describe_tokenizer(tokenizer: "Tokenizer", end_of_text: str | None, texts: I
         "end_of_text_id": tokenizer.token_to_id(end_of_text),
         "lossless": not found.changed,
         "lost": found.lost,
-    }
+    } | ({} if added in (None, end_of_text) else {"added_before": added})
 
 
 def round_trip(tokenizer: "Tokenizer", texts: Iterable[str]) -> RoundTrip:
@@ -156,6 +159,12 @@ def _keeps_bytes(pre_tokenizer: dict[str, Any] | None) -> bool:
         for step in splits
     )
     return cuts_only and last["type"] == "ByteLevel" and not last["add_prefix_space"]
+
+
+def _added_before(tokenizer: "Tokenizer") -> str | None:
+    """Returns the token that the tokenizer itself puts before a text, or None."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=adds).tokens for adds in (False, True))
+    return whole[0] if len(whole) > len(plain) and whole[:1] != plain[:1] else None
 
 
 def _unknown(tokenizer: "Tokenizer") -> int | None:
