@@ -133,7 +133,7 @@ class GgufModel:
         ids = {"bos_token_id": found.bos, "eos_token_id": list(found.eos) or None, "pad_token_id": found.pad}
         generation = {name: value for name, value in ids.items() if value is not None}
         texts = {
-            "tokenizer.json": found.tokenizer.to_str(pretty=True),
+            "tokenizer.json": found.with_added_tokens().to_str(pretty=True),
             "generation_config.json": json.dumps(generation, indent=2) + "\n",
             "tokenizer_config.json": json.dumps(_tokenizer_config(found), indent=2, ensure_ascii=False) + "\n",
         }

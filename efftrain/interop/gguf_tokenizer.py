@@ -41,6 +41,24 @@ class GgufTokenizer:
     add_eos: bool
     chat_template: str | None
 
+    def with_added_tokens(self) -> "Tokenizer":
+        """Returns the tokenizer with a post-processor that adds ``bos`` and ``eos``, if the file says that they are.
+
+        There other programs find what a ``tokenizer.json`` adds to a text.
+        """
+        from tokenizers import Tokenizer, processors
+
+        before = [self.bos] if self.add_bos and self.bos is not None else []
+        after = [self.eos[0]] if self.add_eos and self.eos else []
+        if not before + after:
+            return self.tokenizer
+        names = {number: str(self.tokenizer.id_to_token(number)) for number in (*before, *after)}
+        single = [*(names[number] for number in before), "$A", *(names[number] for number in after)]
+        found = Tokenizer.from_str(self.tokenizer.to_str())
+        added = [(name, number) for number, name in names.items()]
+        found.post_processor = processors.TemplateProcessing(single=single, special_tokens=added)
+        return found
+
 
 def read_tokenizer(path: Path, metadata: Mapping[str, Any]) -> GgufTokenizer:
     """Builds the tokenizer that the metadata of a GGUF file describe.

@@ -15,6 +15,7 @@ from efftrain.interop.settings import Settings
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -57,8 +58,7 @@ class HuggingFaceFolder:
             if expected is not None and (missing := sorted(expected - set(shapes))):
                 raise RunError(f"{file} does not hold {missing[0]}, which {INDEX} says it does; download it again")
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
-        found = [path / name for name in TEXTS if (path / name).is_file()]
-        self.texts: Mapping[str, str] = {file.name: file.read_text("utf-8") for file in found}
+        self.texts: Mapping[str, str] = _texts(path, values)
         self.origin: Mapping[str, Any] = {"format": "safetensors", "dtypes": dict(dtypes), "license": _license(path)}
 
     def read(self, name: str) -> np.ndarray:
@@ -92,6 +92,21 @@ class HuggingFaceFolder:
             assert names is not None
             names.add(name)
         return found
+
+
+def _texts(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The files of the tokenizer. What older folders keep elsewhere comes into the files in which a run has it."""
+    found = {name: (path / name).read_text("utf-8") for name in TEXTS if (path / name).is_file()}
+    config = _read_object(path / "tokenizer_config.json") if "tokenizer_config.json" in found else {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    if isinstance(template, str):
+        found.setdefault("chat_template.jinja", template)
+    ids = {name: settings[name] for name in _IDS if settings.get(name) is not None}
+    if ids:
+        found.setdefault("generation_config.json", json.dumps(ids, indent=2) + "\n")
+    return found
 
 
 def _opened(file: Path) -> Any:

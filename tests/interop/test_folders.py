@@ -195,6 +195,25 @@ def test_what_an_import_does_not_know_is_asked_for(folder, tmp_path):
         import_model(folder, tmp_path / "long", length=33)
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ a }}", [{"name": "tools", "template": "x"}, {"name": "default", "template": "{{ a }}"}]]
+)
+def test_templates_and_end_tokens_of_older_folders_are_kept(folder, tmp_path, template):
+    """Where the template is in tokenizer_config.json, and the ids of the ends are in config.json alone."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 5], "bos_token_id": 1}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    import_model(folder, tmp_path / "run")
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == "{{ a }}"
+    assert read_json(tmp_path / "run" / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2, 5]}
+    (folder / "chat_template.jinja").write_text("newer")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    import_model(folder, tmp_path / "newer")
+    assert (tmp_path / "newer" / "chat_template.jinja").read_text() == "newer"
+    assert read_json(tmp_path / "newer" / "generation_config.json") == {"eos_token_id": 3}
+
+
 def test_nothing_is_overwritten(folder, run, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(RunError, match="exists already"):

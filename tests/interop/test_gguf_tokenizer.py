@@ -9,6 +9,7 @@ import plain_bpe
 import pytest
 from mixed_text import mixed_text
 
+from efftrain.data.storage.tokenizer import first_difference, load_tokenizer
 from efftrain.errors import ModelFileError
 from efftrain.interop.gguf_file import GgufFile
 from efftrain.interop.gguf_pre_tokenizers import WORDS
@@ -49,6 +50,21 @@ SCORES = _scores()
 
 def tokenizer_of(metadata):
     return read_tokenizer(Path("m.gguf"), metadata)
+
+
+def test_the_tokens_that_a_file_adds_to_texts_are_added(tmp_path):
+    """As SentencePiece's and Llama 3's files do without a word; what corpora are encoded with adds none."""
+    plain = tokenizer_of(sentence_pieces())
+    assert plain.with_added_tokens().encode("ab").tokens == ["<s>", *plain.tokenizer.encode("ab").tokens]
+    both = tokenizer_of(sentence_pieces(add_bos_token=True, add_eos_token=True)).with_added_tokens()
+    assert both.encode("ab").ids == [1, *plain.tokenizer.encode("ab").ids, 2]
+    assert both.encode("ab", add_special_tokens=False).ids == plain.tokenizer.encode("ab").ids
+    none = tokenizer_of(byte_level("gpt-2")).with_added_tokens()
+    assert none.encode("hello").tokens == ["hello"]
+    for name, tokenizer in (("plain", plain.tokenizer), ("both", both)):
+        tokenizer.save(str(tmp_path / name))
+    loaded = [load_tokenizer(tmp_path / name) for name in ("plain", "both")]
+    assert first_difference(*loaded) is None  # a corpus fits both
 
 
 # One word a bar.
