@@ -39,7 +39,7 @@ from efftrain.train.run.directory import (
     read_json,
 )
 from efftrain.train.run.tokenizers import FILE_NAME as TOKENIZER
-from efftrain.train.run.tokenizers import check_tokenizer
+from efftrain.train.run.tokenizers import check_tokenizer, copy_tokenizer
 from efftrain.train.start import check_start
 
 
@@ -138,6 +138,8 @@ def train_and_score(
     if hosts.process_index() == 0 and not (begun and (run.path / TOKENIZER).exists()):
         # A copy of the tokenizer, to use the model without the corpus.
         shutil.copyfile(config.corpus / TOKENIZER, run.path / TOKENIZER)
+        if (origin := source or training.started_from) is not None:
+            copy_tokenizer(origin, run.path)
     fitted = fit(
         build,
         objective,

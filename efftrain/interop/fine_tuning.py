@@ -1,6 +1,5 @@
 """Supervised fine-tuning (SFT): a run learns from conversations to give their answers."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,13 +27,13 @@ from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.progress import console
 from efftrain.sharding import hosts
 from efftrain.train.batches import batch_part
-from efftrain.train.config import Training, parse_resume_from
+from efftrain.train.config import Training
 from efftrain.train.inputs import input_contents
 from efftrain.train.loop import fit
 from efftrain.train.objectives.objective import Objective
 from efftrain.train.program import Wrap
 from efftrain.train.run.directory import Run, has_begun, load_model_config
-from efftrain.train.run.model_run import TOKENIZER_FILES
+from efftrain.train.run.tokenizers import copy_tokenizer
 from efftrain.train.start import check_start
 
 
@@ -68,13 +67,10 @@ class FineTuning:
         Raises:
           ConfigError: ``training`` names no run.
         """
-        if has_begun(self.out):
-            return self.out
-        if self.training.resume_from is not None:
-            return parse_resume_from(self.training.resume_from, self.training.steps)[0]
-        if self.training.finetune is None:
+        found = self.out if has_begun(self.out) else self.training.started_from
+        if found is None:
             raise ConfigError("training.finetune names no run; give the run to fine-tune, such as an imported one")
-        return self.training.finetune
+        return found
 
     def with_model(self) -> "FineTuning":
         """Returns the configuration with the model of the run, if it names none."""
@@ -140,9 +136,7 @@ def fine_tune(
         inputs = input_contents(config) if hosts.process_index() == 0 else {}
     run = Run(config.out, config, script=script, inputs=inputs)
     if hosts.process_index() == 0 and not begun:
-        for name in TOKENIZER_FILES:
-            if (source / name).exists() and not (run.path / name).exists():
-                shutil.copyfile(source / name, run.path / name)
+        copy_tokenizer(source, run.path)
     fitted = fit(build, objective, batches, training, run, wrap=wrap, evaluate=evaluate, flops_per_token=flops)
     card = score(
         fitted.model,

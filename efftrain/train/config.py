@@ -123,6 +123,11 @@ class Training:
         """Number of steps that were made before this run: those before ``resume_from``, or 0."""
         return 0 if self.resume_from is None else parse_resume_from(self.resume_from, self.steps)[1]
 
+    @property
+    def started_from(self) -> Path | None:
+        """The run that ``resume_from`` or ``finetune`` names; None if there is none."""
+        return self.finetune if self.resume_from is None else parse_resume_from(self.resume_from, self.steps)[0]
+
 
 def parse_resume_from(text: str, steps: int) -> tuple[Path, int]:
     """Parses ``RUN@STEP``: a run directory and the step of one of its checkpoints.

@@ -170,6 +170,7 @@ def test_fine_tuning_as_the_guide_says(unbroken, corpus, tmp_path):
     built = guide("--tokenizer")
     assert built[built.index("--tokenizer") + 1] == "runs/dense/tokenizer.json"
     other = build_corpus(tmp_path / "mine", seed=1, tokenizer=unbroken / "tokenizer.json")
+    (unbroken / "chat_template.jinja").write_text("{{ messages }}")  # as an imported run has one
     places = {"runs/dense": unbroken, "corpora/mine": other, "runs/tuned": tmp_path / "tuned"}
     command = [str(places.get(word, word)) for word in guide("--training.finetune")]
     code, output = run([sys.executable, str(ROOT / command[0]), *command[1:], *SMALL])
@@ -183,6 +184,7 @@ def test_fine_tuning_as_the_guide_says(unbroken, corpus, tmp_path):
     total, count = loss(state, next(data.batches(loader)))
     assert first == pytest.approx(float(total / count), rel=1e-4)
     assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tuned" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_the_named_configurations_have_the_size_that_they_claim():

@@ -14,8 +14,8 @@ from efftrain.errors import RunError
 from efftrain.train.checkpoints.checkpoints import Checkpoints
 from efftrain.train.checkpoints.streamed_arrays import StreamedArray
 from efftrain.train.run.environment import environment
+from efftrain.train.run.tokenizers import TOKENIZER_FILES
 
-TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 # Files of a run that a run made from it needs too: its classes, its tokenizer, its chat template, its end of text.
 KEPT_FILES = ("recipe.py", *TOKENIZER_FILES)
 

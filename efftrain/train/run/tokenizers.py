@@ -1,5 +1,6 @@
 """Checks that a corpus was tokenised with the tokenizer of a run, so that its tokens mean the same to the model."""
 
+import shutil
 from pathlib import Path
 
 from efftrain.data.storage.shards import file_digest
@@ -8,6 +9,8 @@ from efftrain.errors import ConfigError
 from efftrain.train.run.directory import read_json
 
 FILE_NAME = "tokenizer.json"  # in a corpus, and copied from it into each run
+# With what an imported run says of its tokenizer: the chat template, and which tokens begin and end texts.
+TOKENIZER_FILES = (FILE_NAME, "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 
 
 def find_tokenizer(directory: Path) -> Path | None:
@@ -15,6 +18,13 @@ def find_tokenizer(directory: Path) -> Path | None:
     corpus = read_json(directory / "config.json").get("corpus") or directory
     places = (Path(folder) / FILE_NAME for folder in (directory, corpus))
     return next((place for place in places if place.exists()), None)
+
+
+def copy_tokenizer(source: Path, run: Path) -> None:
+    """Copies the tokenizer of a run, and what its files say of it, into another run that does not have them yet."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists() and not (run / name).exists():
+            shutil.copyfile(source / name, run / name)
 
 
 def check_tokenizer(run: Path, corpus: Path) -> None:
