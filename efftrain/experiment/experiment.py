@@ -9,6 +9,7 @@ from flax import nnx
 
 from efftrain import data
 from efftrain.errors import ConfigError
+from efftrain.interop.announce import announce_export
 from efftrain.measure.cost.flops import training_flops
 from efftrain.measure.cost.objective_flops import objective_flops
 from efftrain.measure.quality.evaluate import Evaluator
@@ -88,6 +89,8 @@ def train_and_score(
     quality. Code that compares models, or that chose one by this quality, must report the quality on other rows; see
     ``reported``.
 
+    A new run says first as what its model can be exported (``interop.announce``).
+
     With several processes (``sharding.hosts``), each process feeds its part of the batches, and the first one writes.
 
     Args:
@@ -118,6 +121,7 @@ def train_and_score(
             check_start(training, config.model, config.corpus)
             if source is not None:
                 check_tokenizer(source, config.corpus)
+            announce_export(config.model)
     loader = data.LoaderConfig(
         corpora=(part or data.Part(path=config.corpus),),
         length=training.length,

@@ -74,11 +74,15 @@ def test_without_a_validation_split_the_model_is_trained_and_its_quality_not_mea
 
     monkeypatch.setattr(experiment_module, "score", quality_alone)
     card = train(experiment(only_train, tmp_path / "run"))
-    assert "has no split 'validation': the model is trained, but its quality is not measured" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "has no split 'validation': the model is trained, but its quality is not measured" in said
+    assert said.index("export: LlamaForCausalLM\n") < said.index("has no split")  # before anything that takes time
     assert card.figures["bpb"].value is None
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
     assert read_metrics(tmp_path / "run", "validation") == []
     assert nnx.state(efftrain.load(tmp_path / "run"))
+    train(experiment(only_train, tmp_path / "run"))
+    assert "export:" not in capfd.readouterr().err  # it was said when the run began
 
 
 def test_a_validation_split_that_is_shorter_than_a_row_is_refused_before_the_first_step(build_corpus, tmp_path):

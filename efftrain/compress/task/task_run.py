@@ -14,6 +14,7 @@ from efftrain.data.tasks.items import Item, TaskIds, completions, conditionals, 
 from efftrain.data.tasks.rows import TaskBatches
 from efftrain.data.tasks.task import Example, Task, answers
 from efftrain.errors import ConfigError
+from efftrain.interop.announce import announce_export
 from efftrain.measure.cost.flops import training_flops
 from efftrain.measure.quality.task_scores import classification, exact_match
 from efftrain.models.config import ModelConfig
@@ -23,7 +24,7 @@ from efftrain.train.config import Training
 from efftrain.train.inputs import content
 from efftrain.train.loop import fit
 from efftrain.train.objectives.objective import Objective, next_token_loss
-from efftrain.train.run.directory import Run, check_model, load_model_config
+from efftrain.train.run.directory import Run, check_model, has_begun, load_model_config
 from efftrain.train.run.tokenizers import check_same_tokenizer, find_tokenizer
 
 LONGEST_ANSWER = 1.5  # the longest answer that is generated, over the longest of the training examples, in tokens
@@ -157,6 +158,8 @@ def train_on_task(
     )
     if general is not None:
         check_model(general)
+    if not has_begun(out):
+        announce_export(model)
     found = None if general is None else content(general)
     run = Run(out, config, inputs={} if found is None else {"general": found})
     ids.write(run.path)
