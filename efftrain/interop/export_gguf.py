@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from efftrain.config import difference, to_json
 from efftrain.errors import ConfigError, RunError
 from efftrain.interop.architecture import FileTensor, layout, same_model
+from efftrain.interop.card_facts import card_facts
 from efftrain.interop.export_model import file_tensors, planned
 from efftrain.interop.gguf_architectures import FIELDS, LAYER, OUTER
 from efftrain.interop.gguf_export import ExportTensor, ExportType, write_gguf
@@ -61,7 +62,7 @@ def export_gguf(run: Path, out: Path, type: ExportType) -> ExportPlan:
     shapes = {tensor.name: tensor.shape for found in tensors_of.values() for tensor in found}
     fields = {name: plan.settings[field] for name, field in FIELDS.items() if field in plan.settings}
     metadata: dict[str, Any] = {f"{kind}.{name}": value for name, value in fields.items()}
-    metadata |= {"general.name": run.name, f"{kind}.vocab_size": config.vocab_size}
+    metadata |= origin_fields(run) | {"general.name": run.name, f"{kind}.vocab_size": config.vocab_size}
     if "head_dim" in plan.settings:
         metadata |= {f"{kind}.rope.dimension_count": plan.settings["head_dim"]}
         metadata |= {f"{kind}.attention.value_length": plan.settings["head_dim"]}
@@ -86,6 +87,18 @@ def export_gguf(run: Path, out: Path, type: ExportType) -> ExportPlan:
     tokenizer = tokenizer_fields(_tokenizer(run), config.vocab_size)
     write_gguf(out, kind, metadata, tokenizer, tensors)
     return replace(plan, notes=plan.notes + zeros.notes)
+
+
+def origin_fields(run: Path) -> dict[str, Any]:
+    """Returns fields of GGUF with the licence, the languages and the name of the imported model that a run was made
+    from, as far as the run says so; none for other runs.
+    """
+    *_, first = card_facts(run).run.chain()
+    origin = first.imported or {}
+    said = {"general.license": origin.get("license"), "general.languages": origin.get("languages")}
+    if origin.get("source"):
+        said |= {"general.base_model.count": 1, "general.base_model.0.name": origin.get("name") or origin["source"]}
+    return {name: value for name, value in said.items() if value}
 
 
 def _check_said(run: Path, plan: ExportPlan) -> None:

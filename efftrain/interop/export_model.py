@@ -3,17 +3,18 @@
 import itertools
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from efftrain.errors import ConfigError, RunError
+from efftrain.errors import ConfigError
 from efftrain.interop.architecture import FileTensor, layout
+from efftrain.interop.card_facts import card_facts
 from efftrain.interop.import_model import FILE_NAME as IMPORT
+from efftrain.interop.model_card import TRANSFORMERS, WITHOUT_TOKENIZER, write_card
+from efftrain.interop.new_folder import new_folder
 from efftrain.interop.plan import PREFERENCE, ExportPlan, Refusal, classify
 from efftrain.interop.run_arrays import Variable, float_variables, stored_variables
 from efftrain.interop.run_facts import ZeroCount, early_exits, exits_note
@@ -25,11 +26,10 @@ from efftrain.train.checkpoints.streamed_arrays import Index
 from efftrain.train.run.directory import checkpoint_directory, load_model_config, read_json
 
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-MARKER = ".efftrain-export"
 
 
 def export_model(run: Path, out: Path, *, dtype: str = "float32", compressed: bool = False) -> ExportPlan:
-    """Exports the model of a run, variable by variable.
+    """Exports the model of a run, variable by variable, with its model card.
 
     Args:
       run: the run directory.
@@ -43,8 +43,6 @@ def export_model(run: Path, out: Path, *, dtype: str = "float32", compressed: bo
         what can be done.
       RunError: the run cannot be read, or the folder cannot be written.
     """
-    if out.exists():
-        raise RunError(f"{out} exists already; choose another --to")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     config = load_model_config(run)
@@ -54,13 +52,9 @@ def export_model(run: Path, out: Path, *, dtype: str = "float32", compressed: bo
             "it makes, or give --format float32"
         )
     plan = planned(run, config, compressed=compressed)
-    unfinished = out.with_name(f"{out.name}.incomplete")
-    try:
-        if (unfinished / MARKER).exists():
-            shutil.rmtree(unfinished)
-        unfinished.mkdir(parents=True)
-        (unfinished / MARKER).touch()
-        texts = {name: (run / name).read_text("utf-8") for name in TEXTS if (run / name).is_file()}
+    facts = card_facts(run)
+    with new_folder(out) as folder:
+        texts = run_texts(run)
         settings = plan.settings | {
             "architectures": [plan.architecture.name],
             "model_type": plan.architecture.model_type,
@@ -69,15 +63,21 @@ def export_model(run: Path, out: Path, *, dtype: str = "float32", compressed: bo
         }
         generation = json.loads(texts.get("generation_config.json", "{}"))
         settings |= {name: value for name, value in generation.items() if name.endswith("_token_id")}
-        (unfinished / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for name, text in texts.items():
-            (unfinished / name).write_text(text, encoding="utf-8")
-        plan = replace(plan, notes=plan.notes + _write_weights(run, config, plan, unfinished, dtype))
-        (unfinished / MARKER).unlink()
-        os.rename(unfinished, out)
-    except OSError as error:
-        raise RunError(f"cannot write {out} ({error}); free disk space or choose another --to") from error
+            (folder / name).write_text(text, encoding="utf-8")
+        plan = replace(plan, notes=plan.notes + _write_weights(run, config, plan, folder, dtype))
+        loading = TRANSFORMERS if "tokenizer.json" in texts else WITHOUT_TOKENIZER
+        if compressed:
+            loading = replace(loading, imported=False)
+        form = f"{plan.architecture.name}, {'compressed-tensors' if compressed else dtype}"
+        write_card(folder, facts, loading=loading, form=form, notes=plan.notes)
     return plan
+
+
+def run_texts(run: Path) -> dict[str, str]:
+    """Returns the files of a run that every export holds too, with their content: tokenizer, template, settings."""
+    return {name: (run / name).read_text("utf-8") for name in TEXTS if (run / name).is_file()}
 
 
 def planned(run: Path, config: ModelConfig, *, compressed: bool = False) -> ExportPlan:

@@ -50,8 +50,10 @@ class GgufModel:
         self.settings = Settings(self._fields(name), str(path))
         self.texts: Mapping[str, str] = self._texts()
         types = Counter(tensor.type for tensor in self._file.tensors.values())
+        general = {name: self._file.metadata.get(f"general.{name}") for name in ("name", "organization", "languages")}
+        said = {name: value for name, value in general.items() if value}
         license = self._file.metadata.get("general.license")
-        self.origin: Mapping[str, Any] = {"format": "gguf", "dtypes": dict(types), "license": license}
+        self.origin: Mapping[str, Any] = {"format": "gguf", "dtypes": dict(types), "license": license} | said
 
     def read(self, name: str) -> np.ndarray:
         place, how = self._places[name], self._architecture

@@ -59,7 +59,7 @@ class HuggingFaceFolder:
                 raise RunError(f"{file} does not hold {missing[0]}, which {INDEX} says it does; download it again")
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
         self.texts: Mapping[str, str] = _texts(path, values)
-        self.origin: Mapping[str, Any] = {"format": "safetensors", "dtypes": dict(dtypes), "license": _license(path)}
+        self.origin: Mapping[str, Any] = {"format": "safetensors", "dtypes": dict(dtypes)} | _said_by_readme(path)
 
     def read(self, name: str) -> np.ndarray:
         with _opened(self._files[name]) as tensors:
@@ -130,15 +130,20 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _license(path: Path) -> str | None:
-    """The licence in the front matter of the folder's README.md."""
+def _said_by_readme(path: Path) -> dict[str, Any]:
+    """Licence and languages in the front matter of the folder's README.md, of which only plain entries are read."""
     readme = path / "README.md"
     lines = readme.read_text("utf-8", errors="replace").splitlines() if readme.is_file() else []
-    if not lines or lines[0].strip() != "---":
-        return None
-    for line in lines[1:]:
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in lines[1:] if lines and lines[0].strip() == "---" else []:
         if line.strip() == "---":
             break
-        if line.startswith("license:"):
-            return line.removeprefix("license:").strip() or None
-    return None
+        if line.lstrip().startswith("- "):
+            found.setdefault(name, []).append(line.lstrip()[2:].strip(" '\""))
+        elif not line.startswith((" ", "#")):
+            name, _, value = line.partition(":")
+            found[name] = [value.strip(" '\"")] if value.strip() else []
+    said: dict[str, Any] = {"license": next(iter(found.get("license", ())), None)}
+    said |= {field: found[field][0] for field in ("license_name", "license_link") if found.get(field)}
+    return said | ({"languages": found["language"]} if found.get("language") else {})

@@ -95,10 +95,15 @@ def variable_name(matrix: str, attribute: str) -> str:
     return f"{matrix}/{attribute}" if attribute in ("kernel", "table") else matrix
 
 
-def _read(checkpoints: Checkpoints, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Blocks]]:
+def abstract_variables(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the variables of a model as its checkpoint has them, to be read onto one device."""
     here = SingleDeviceSharding(jax.local_devices()[0])
     state = flatten(nnx.state(abstract_decoder(config)))
-    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in state.items()}
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in state.items()}
+
+
+def _read(checkpoints: Checkpoints, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Blocks]]:
+    abstract = abstract_variables(config)
     return abstract, checkpoints.model_blocks(abstract)
 
 

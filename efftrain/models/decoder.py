@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
         if positions_bt is None:
             positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
         x_btd = constrain(self.embed(tokens_bt, positions_bt), "batch", "length", None)
-        kept = self._kept(key, len(tokens_bt))
+        kept = self._kept(key, tokens_bt.shape[0])
         x_btd, exit_ebtd, metrics = run_layers(
             self.blocks,
             x_btd,

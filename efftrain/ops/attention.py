@@ -38,7 +38,8 @@ def causal_attention(
       v_bskd: like k.
       segments_bs: (batch, s) integers; tokens see only their own segment. None: one segment per row.
       window: number of latest tokens that a token sees, itself included. None: all.
-      n_blocks: number of query blocks; any number, since the last block may be shorter.
+      n_blocks: number of query blocks; any number, since the last block may be shorter. With 1, the lengths may be
+        symbolic sizes of ``jax.export``.
       score_mod: changes scores before they are masked. None: no change.
       positions_bs: (batch, s) integers, which ``score_mod`` reads.
       sinks_h: (heads,) attention sinks: the softmax of each head has one more logit, whose value is zero, so that a
@@ -61,7 +62,7 @@ def causal_attention(
     q_bkgtd, k_bksd, v_bksd = _group(q_bthd, k_bskd.shape[2]), k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
     size = -(-length // min(n_blocks, length))
     outs = []
-    for start in range(0, length, size):
+    for start in [0] if n_blocks == 1 else range(0, length, size):
         stop = min(start + size, length)
         low, high = before + start, before + stop  # indices of the queries among the keys
         first = max(0, low - window + 1) if window else 0
