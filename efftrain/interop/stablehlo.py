@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ CODES = {
 }
 # https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
 COMPATIBILITY = (
-    "jax.export promises that versions of JAX read this program that are up to 6 months newer than jax_version, or up "
-    "to 3 weeks older; keep the run, or an export as safetensors, for longer than that"
+    "jax.export promises that a jaxlib reads this program that is up to 6 months newer than jaxlib_version, or up to 3 "
+    "weeks older; keep the run, or an export as safetensors, for longer than that"
 )
 
 
@@ -141,6 +142,7 @@ def description(program: export.Exported, config: ModelConfig, notes: tuple[str,
         "outputs": {"logits": {"shape": ["batch", "length", config.vocab_size], "dtype": "float32"}},
         "platforms": list(program.platforms),
         "jax_version": jax.__version__,
+        "jaxlib_version": version("jaxlib"),
         "calling_convention_version": program.calling_convention_version,
         "compatibility": COMPATIBILITY,
         "notes": list(notes),
