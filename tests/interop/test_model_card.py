@@ -7,17 +7,28 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from flax import nnx
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from efftrain.config import to_json
 from efftrain.interop.card_facts import card_facts
+from efftrain.interop.export_gguf import origin_fields
+from efftrain.interop.export_model import export_model
+from efftrain.interop.import_model import import_model
 from efftrain.interop.markdown import code, plain, table, yaml
 from efftrain.interop.model_card import TRANSFORMERS, model_card
 from efftrain.measure.scorecard.scorecard import Figure, Scorecard
 from efftrain.models.config import llama
+from efftrain.models.decoder import Decoder
 from efftrain.train.config import Training
+from efftrain.train.optimizers import AdamW
+from efftrain.train.run.model_run import write_model_run
+from efftrain.train.state import split_model
 
 MODEL = llama(vocab_size=61, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40, max_length=32)
-TRAINING = Training(steps=20, batch_size=4, length=16)
+TRAINING = Training(steps=20, batch_size=4, length=16, optimizer=AdamW(peak_lr=3e-3))
 HOSTILE = "a|b\n# x `<b>*"
 ENVIRONMENT = {
     "time": "2026-01-02T03:04:05+0000",
@@ -159,7 +170,7 @@ The corpus records neither the licences nor the languages of its documents.
 | Tokens of a step | 4 rows of 16 |
 | Tokens | 1,280 |
 | FLOPs | 2.5 TFLOP (causal) |
-| Optimizer | AdamW, peak learning rate 0.0003, WarmupStableDecay |
+| Optimizer | AdamW, peak learning rate 0.003, WarmupStableDecay |
 | Recipe | `dense.py:Config` |
 | Command | `python recipes/dense.py cpu --corpus small '--out=small run'` |
 | Code | efftrain 0.1.0, jax 0.10.2, commit `0123456789ab` |
@@ -295,6 +306,81 @@ def test_hostile_names_stay_text(trained):
     assert "<b>" not in html
     assert "<script" not in html
     assert html.count("<table>") == rendered(CARD).count("<table>")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A run with a checkpoint, a tokenizer of words, and an origin whose licence has a name of its own."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    _, params, rest = split_model(Decoder(MODEL, rngs=nnx.Rngs(0)))
+    words = Tokenizer(WordLevel({"[UNK]": 0, "Once": 1, "upon": 2, "a": 3, "time": 4}, "[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write_model_run(
+        out,
+        {"params": params, "model_state": rest},
+        step=0,
+        made_from=("import.json", {"architecture": "llama", "source": "Theirs", "license": "mit", "languages": ["de"]}),
+        config={"model": to_json(MODEL)},
+        texts={"tokenizer.json": words.to_str(), "tokenizer_config.json": json.dumps(config)},
+    )
+    return out
+
+
+FRONT_MATTER = """\
+---
+# a comment
+language:
+- en
+- "de"
+license: other
+license_name: 'their-own'
+license_link: LICENSE
+model-index:
+- name: x
+---
+license: mit
+"""
+
+
+def test_an_import_records_what_the_front_matter_says_and_its_export_repeats_it(small, tmp_path):
+    export_model(small, tmp_path / "exported")
+    (tmp_path / "exported" / "README.md").write_text(FRONT_MATTER)
+    import_model(tmp_path / "exported", tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "import.json").read_text())
+    assert (said["license"], said["license_name"], said["license_link"]) == ("other", "their-own", "LICENSE")
+    assert said["languages"] == ["en", "de"]
+    export_model(tmp_path / "run", tmp_path / "again", dtype="bfloat16")
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert text.startswith(
+        "---\nlicense: other\nlicense_name: their-own\nlicense_link: LICENSE\nlanguage:\n- en\n- de\n"
+    )
+    assert "| Files | LlamaForCausalLM, bfloat16 |" in text
+    assert "a comment" not in text
+
+
+def test_fields_of_gguf_name_the_origin(small, trained):
+    assert origin_fields(small) == {
+        "general.license": "mit",
+        "general.languages": ["de"],
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Theirs",
+    }
+    assert origin_fields(trained) == {}
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_the_lines_of_the_card_run_in_its_folder(small, tmp_path, monkeypatch, capsys, tokenizer):
+    pytest.importorskip("torch", reason="needs the extra interop-test")
+    pytest.importorskip("transformers", reason="needs the extra interop-test")
+    run = Path(shutil.copytree(small, tmp_path / "run"))
+    if not tokenizer:
+        (run / "tokenizer.json").unlink()
+    export_model(run, tmp_path / "exported")
+    monkeypatch.chdir(tmp_path / "exported")
+    snippet = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
+    exec(snippet[1], {})
+    assert ("Once upon a time" if tokenizer else "tensor([[") in capsys.readouterr().out
 
 
 def rendered(text: str) -> str:
