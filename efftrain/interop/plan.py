@@ -20,6 +20,7 @@ PREFERENCE = ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "qwen2")
 # Whose configuration class in transformers refuses a width that is no multiple of the number of heads.
 HEADS_DIVIDE_WIDTH = ("llama", "gemma2", "gemma3_text")
 KEEP = "keep the run directory, which efftrain.load opens"
+PROGRAM = "export a program for JAX alone (--format stablehlo)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +78,14 @@ def classify(
         exported = of_one_width(float_config(config))
         fields = settings_of(exported)
     except ConfigError as error:
-        return Refusal(reason=str(error), alternatives=(KEEP,))
+        return Refusal(reason=str(error), alternatives=(PROGRAM, KEEP))
     reasons: list[tuple[int, str]] = []
     for model_type in (*preference, *(name for name in ARCHITECTURES if name not in preference)):
         architecture = ARCHITECTURES[model_type]
         settings = Settings(fields, architecture.name)
         try:
             back = architecture.to_config(settings)
-            different = difference(to_json(same_model(back)), to_json(same_model(exported)))
+            different = difference(_by_layer(back), _by_layer(exported))
             if different:
                 reasons.append((len(different), f"{architecture.name} differs in {different[0]}"))
                 continue
@@ -101,8 +102,15 @@ def classify(
         return _compressed(plan, config) if compressed else replace(plan, notes=plan.notes + _float_notes(config))
     return Refusal(
         reason=f"no other project's architecture computes this model; the nearest: {min(reasons)[1]}",
-        alternatives=("change that field before training", KEEP),
+        alternatives=("change that field before training", PROGRAM, KEEP),
     )
+
+
+def _by_layer(config: ModelConfig) -> dict[str, Any]:
+    """The configuration with a list of its layers instead of their pattern, so that a difference has a short path."""
+    same = same_model(config)
+    value = {name: entry for name, entry in to_json(same).items() if name not in ("pattern", "n_repeats")}
+    return value | {"layers": to_json(same.layers)}
 
 
 def _compressed(plan: ExportPlan, config: ModelConfig) -> ExportPlan | Refusal:
