@@ -24,6 +24,8 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 JAX_CACHE = "JAX_COMPILATION_CACHE_DIR"
 
+MODEL_OF = "model-of"  # the flag of every recipe that takes the model of a run
+
 INTERRUPTED = "interrupted; the same command continues from what is complete, or starts again if nothing is"
 
 
@@ -43,19 +45,21 @@ def recipe_cli(configs: Mapping[str, Config], *, description: str | None = None)
     write_in_any_locale()
     main = sys.modules["__main__"]
     arguments = sys.argv[1:]
-    default = next(iter(configs))
+    first = next(iter(configs))
     named = bool(arguments) and not arguments[0].startswith("-")
-    name = arguments[0] if named else default
+    name = arguments[0] if named else first
     if name not in configs:
         fail(ConfigError(f"there is no configuration {name!r}; choose one of {', '.join(configs)}"))
     text = description or main.__doc__ or ""
-    help_text = f"{text}\n\nConfigurations: {', '.join(configs)} (default: {default}). Showing {name}."
-    with exit_cleanly(), _hints(configs[name], arguments):
+    help_text = f"{text}\n\nConfigurations: {', '.join(configs)} (default: {first}). Showing {name}."
+    with exit_cleanly():
+        default, arguments, how = _for_flags(configs[name], arguments[1:] if named else arguments)
+    with exit_cleanly(), _hints(default, arguments):
         config = tyro.cli(
-            type(configs[name]),
-            default=configs[name],
-            args=arguments[1:] if named else arguments,
-            description=help_text,
+            type(default),
+            default=default,
+            args=arguments,
+            description=f"{help_text}{how}",
             prog=f"python {sys.argv[0]} {name}",
             config=(tyro.conf.AvoidSubcommands,),
         )
@@ -69,6 +73,36 @@ def run_recipe(main, configs: Mapping[str, Config]) -> None:
     config = recipe_cli(configs)
     with exit_cleanly():
         main(config)
+
+
+def _for_flags(config: Any, arguments: list[str]) -> tuple[Any, list[str], str]:
+    """Gives a configuration with ``for_flags`` (``experiment.Experiment``) the model of the run that flags name.
+
+    Returns:
+      The configuration, the arguments without ``--model-of``, and what ``--help`` says about that flag.
+    """
+    if not hasattr(config, "for_flags"):
+        return config, arguments, ""
+    flags, rest, at = {}, [], 0
+    while at < len(arguments):
+        flag, equals, value = arguments[at].partition("=")
+        words = 1 if equals or not flag.startswith("--") else 2
+        name = flag.removeprefix("--").replace("_", "-")
+        if flag.startswith("--") and (equals or at + 1 < len(arguments)):
+            flags[name] = value if equals else arguments[at + 1]
+        if name == MODEL_OF and flag.startswith("--"):
+            if name not in flags:
+                raise ConfigError(f"--{MODEL_OF} needs a run, such as --{MODEL_OF} runs/dense")
+            at += words
+            continue
+        rest.append(arguments[at])
+        at += 1
+    starts = " and ".join(f"--{name}" for name in config.start_flags)
+    how = (
+        f"\n\n--{MODEL_OF} RUN takes the model of a run, such as an imported one, instead of the configuration's. "
+        f"Without it, {starts} take the model of their run. Other flags change its fields."
+    )
+    return config.for_flags(flags), rest, how
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@
     python recipes/adaptive_depth.py layerskip --compare plain         # nine: with, without, switched off; three seeds
     python recipes/adaptive_depth.py mixture-of-depths --compare plain # three more; the plain runs are shared
     python recipes/adaptive_depth.py recursion --compare plain
+    python recipes/adaptive_depth.py layerskip --training.finetune RUN   # early exits for a model that is trained
+    python recipes/adaptive_depth.py mixture-of-depths --convert RUN   # its layers, with new routers
     python recipes/adaptive_depth.py layerskip-v5e-64 --corpus corpora/python   # on every worker of a TPU slice
 
 layerskip: late in training some layers are left out at random, and early ones learn to do without the others, so that
@@ -20,20 +22,22 @@ Measured: recipes/adaptive-depth.md.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flax import nnx
 
 from efftrain.errors import ConfigError
 from efftrain.experiment import presets
 from efftrain.experiment.compare import Comparison, compare
+from efftrain.experiment.conversion import conversion
 from efftrain.experiment.experiment import Experiment, train_and_score
 from efftrain.measure.cost.flops import prefill_flops, training_flops
 from efftrain.measure.cost.objective_flops import objective_flops
 from efftrain.measure.scorecard.scorecard import Scorecard, table
-from efftrain.models.config import Dense, DepthConfig, Full, LayerDropout, ModelConfig, llama
+from efftrain.models.config import Dense, Full, LayerDropout, ModelConfig, llama
 from efftrain.models.decoder import Decoder, abstract_decoder
-from efftrain.models.depth.routed_depth import MixtureOfDepths, Recursion
+from efftrain.models.depth.convert import check_mixture_of_depths, every_second, looped, with_mixture_of_depths
+from efftrain.models.depth.routed_depth import MixtureOfDepths
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
 from efftrain.train.config import Training
@@ -48,6 +52,7 @@ class Config(Experiment):
     Attributes:
       name: name of the variant in a comparison.
       exits: the loss of early exits. None: only the loss of the last layer.
+      convert: run of a plain model to start from. The model is that of the run, with a router for every second layer.
       compare: also train plain models, in which every token passes every layer, as deep and with the same training
         FLOPs. With exits, also the same run without them, see ``switched_off``.
       seeds: seeds of a comparison.
@@ -55,23 +60,19 @@ class Config(Experiment):
 
     name: str = "plain"
     exits: EarlyExitLoss | None = None
+    convert: Path | None = None
     corpus: Path = Path("corpora/python")
     out: Path = Path("runs/adaptive-depth")
     compare: Literal["nothing", "plain"] = "nothing"
     seeds: tuple[int, ...] = (0, 1, 2)
+    start_flags: ClassVar[tuple[str, ...]] = ("convert", *Experiment.start_flags)
 
-
-def every_second(model: ModelConfig, depth: DepthConfig) -> ModelConfig:
-    """The same stack with this depth policy in every second block."""
-    block = model.pattern[0]
-    return model.replace(pattern=(block, replace(block, depth=depth)), n_repeats=model.n_repeats // 2)
-
-
-def looped(model: ModelConfig, n_layers: int, shares: tuple[float, ...]) -> ModelConfig:
-    """A first and a last block, and ``n_layers`` between them that tokens pass several times."""
-    block = model.pattern[0]
-    middle = replace(block, depth=Recursion(n_layers=n_layers, shares=shares))
-    return model.replace(pattern=(block, middle, block), n_repeats=1)
+    def of_model(self, model: ModelConfig) -> "Config":
+        """The model of a run, with the depth policy of this configuration unless it has one."""
+        depth = next((block.depth for block in self.model.pattern if block.depth != Full()), Full())
+        if isinstance(depth, MixtureOfDepths) and all(block.depth == Full() for block in model.pattern):
+            model = every_second(model, depth)
+        return super().of_model(model)
 
 
 def variants(plain: Config, *, layerskip: int, mixture_of_depths: int, recursion: int) -> dict[str, Config]:
@@ -132,7 +133,8 @@ def main(config: Config) -> Scorecard | Comparison:
     if config.compare != "nothing":
         return compare_with_plain(config)
     check_begins(config)
-    card = train_and_score(config, *program(config))[1]
+    initial = conversion(config, config.convert, check_mixture_of_depths, with_mixture_of_depths)
+    card = train_and_score(config, *program(config), initial=initial, source=config.convert)[1]
     console.print(table([card]))
     return card
 

@@ -4,7 +4,7 @@
     python recipes/moe.py cpu                                # one run
     python recipes/moe.py cpu --compare dense                # nine runs: three models, three seeds
     python recipes/moe.py cpu --compare longer               # three more: the dense model on twice the tokens
-    python recipes/moe.py cpu --upcycle runs/small-dense     # starts as a copy of a dense run whose d_ff is d_expert
+    python recipes/moe.py cpu --upcycle runs/small-dense     # starts from a dense run: each expert is a copy of its mlp
     python recipes/moe.py v5e-64 --corpus corpora/python     # on every worker of a TPU slice
 
 A comparison writes ``comparison-dense.json`` into the output folder, with the FLOPs at which the dense models reach the
@@ -18,28 +18,26 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flax import nnx
 
-import efftrain
 from efftrain.experiment import presets
 from efftrain.experiment.compare import Comparison, compare, equal_quality_flops
+from efftrain.experiment.conversion import conversion
 from efftrain.experiment.experiment import Experiment, train_and_score
 from efftrain.measure.cost.flops import training_flops
 from efftrain.measure.scorecard.scorecard import Scorecard, table
-from efftrain.models.config import Dense, llama
+from efftrain.models.config import Dense, ModelConfig, llama
 from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.models.moe import MoE
 from efftrain.models.moe.upcycle import check_upcycling, upcycle
 from efftrain.progress import console
 from efftrain.recipe import run_recipe
-from efftrain.sharding import hosts
 from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.optimizers import AdamW
-from efftrain.train.run.directory import check_model, load_model_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class Config(Experiment):
       compare: also train dense models, each with every seed: one with as many active parameters, and one with twice the
         FLOPs. "dense": the latter is wider. "longer": it reads twice the tokens.
       seeds: seeds of a comparison.
-      upcycle: run of a dense model to start from; its ``d_ff`` is the ``d_expert`` of the mixture.
+      upcycle: run of a dense model to start from. The model is that of the run, with experts of its ``d_ff``.
     """
 
     corpus: Path = Path("corpora/python")
@@ -58,6 +56,16 @@ class Config(Experiment):
     compare: Literal["nothing", "dense", "longer"] = "nothing"
     seeds: tuple[int, ...] = (0, 1, 2)
     upcycle: Path | None = None
+    start_flags: ClassVar[tuple[str, ...]] = ("upcycle", *Experiment.start_flags)
+
+    def of_model(self, model: ModelConfig) -> "Config":
+        """The model of a run, with a mixture in place of each dense feed-forward part."""
+        mixture = next(block.mlp for block in self.model.pattern if isinstance(block.mlp, MoE))
+        pattern = tuple(
+            replace(block, mlp=replace(mixture, d_expert=block.mlp.d_ff)) if isinstance(block.mlp, Dense) else block
+            for block in model.pattern
+        )
+        return super().of_model(model.replace(pattern=pattern))
 
 
 small = llama(vocab_size=4096, d_model=128, n_layers=4, n_heads=2, d_ff=512, max_length=512, tied_embedding=True)
@@ -92,15 +100,7 @@ def program(config: Config) -> tuple[Callable[[nnx.Rngs], Decoder], Objective]:
 def main(config: Config) -> Scorecard | Comparison:
     if config.compare != "nothing":
         return compare_with_dense(config)
-    if config.upcycle is not None:
-        check_upcycling(load_model_config(config.upcycle), config.model)
-        hosts.connect()
-        check_model(config.upcycle)
-
-    def from_dense() -> Decoder:
-        return upcycle(efftrain.load(config.upcycle), config.model, rngs=nnx.Rngs(config.training.seed))
-
-    initial = from_dense if config.upcycle else None
+    initial = conversion(config, config.upcycle, check_upcycling, upcycle)
     card = train_and_score(config, *program(config), initial=initial, source=config.upcycle)[1]
     console.print(table([card]))
     return card

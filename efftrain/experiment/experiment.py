@@ -1,14 +1,25 @@
 """One training run on a corpus, from its batches to its scorecard: the part that all recipes share."""
 
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
 from flax import nnx
 
 from efftrain import data
 from efftrain.errors import ConfigError
+from efftrain.experiment.model_of_run import (
+    LENGTH,
+    MAX_LENGTH,
+    OUT,
+    known_length,
+    read_model,
+    run_of_model,
+    with_own_settings,
+)
 from efftrain.interop.announce import announce_export
 from efftrain.measure.cost.flops import training_flops
 from efftrain.measure.cost.objective_flops import objective_flops
@@ -19,6 +30,7 @@ from efftrain.measure.scorecard.scorecard import FILE_NAME, Scorecard
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder, abstract_decoder
 from efftrain.progress import console
+from efftrain.recipe import MODEL_OF
 from efftrain.sharding import hosts
 from efftrain.sharding.layout import state_shardings, with_shardings
 from efftrain.sharding.mesh import make_mesh
@@ -53,12 +65,15 @@ class Experiment:
       training: configuration of the training.
       corpus: folder of a corpus, as a script under data/ writes it.
       out: run directory; if it holds an unfinished run, the same command continues it.
+      start_flags: flags that name a run from whose parameters the training starts. A recipe with such a field of its
+        own adds it.
     """
 
     model: ModelConfig
     training: Training
     corpus: Path
     out: Path
+    start_flags: ClassVar[tuple[str, ...]] = ("training.finetune",)
 
     def __post_init__(self):
         if self.training.length > self.model.max_length:
@@ -66,6 +81,44 @@ class Experiment:
                 f"training.length is {self.training.length} and model.max_length is {self.model.max_length}; raise it "
                 "or cut the rows"
             )
+
+    def of_model(self, model: ModelConfig) -> Self:
+        """Returns this configuration with the model of another run; a recipe adds its technique to that model.
+
+        It must leave a model as it is to which the technique was added already.
+        """
+        return replace(self, model=with_own_settings(model, self.model))
+
+    def for_flags(self, flags: Mapping[str, str]) -> Self:
+        """Returns the configuration whose fields flags then change: with the model of the run that they name, if any.
+
+        That run is the value of ``--model-of`` or of one of ``start_flags``. If the run from which a run has started
+        is gone, the model is that of ``out``, so that the same command continues it.
+
+        Args:
+          flags: values of the flags of a command line by their names, such as "training.finetune".
+
+        Raises:
+          RunError: there is no such run.
+          ConfigError: the run does not know what is needed for training, because it was imported, and no flag gives it.
+        """
+        run, starts = run_of_model(flags, self.start_flags), run_of_model(flags, ()) is None
+        if run is None:
+            return self
+        if starts and not (run / "config.json").exists() and has_begun(out := Path(flags.get(OUT, self.out))):
+            run, starts = out, False
+        flag = f"--{MODEL_OF}" if not starts else next(f"--{name}" for name in self.start_flags if name in flags)
+        model = read_model(run, sys.modules[type(self).__module__], flag=flag)
+        length = known_length(run, flags) if starts else None
+        # Flags that this configuration must fit already now, because a shorter model or longer rows would be refused.
+        if (given := flags.get(LENGTH, "")).isdigit():
+            length = int(given)
+        if (given := flags.get(MAX_LENGTH, "")).isdigit():
+            model = model.replace(max_length=int(given))
+        training = self.training if length is None else replace(self.training, length=length)
+        longest = max(training.length, self.model.max_length)  # a recipe may replace the fields one by one
+        mine = replace(self, model=self.model.replace(max_length=longest), training=training)
+        return mine.of_model(model)
 
 
 def train_and_score(

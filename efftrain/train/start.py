@@ -13,18 +13,34 @@ from efftrain.config import difference, to_json
 from efftrain.errors import RunError
 from efftrain.models.config import ModelConfig
 from efftrain.models.decoder import Decoder, abstract_decoder
+from efftrain.models.quantization import RATIO
 from efftrain.models.zeros import zeros_share
 from efftrain.progress import console
 from efftrain.sharding.layout import copy_to
 from efftrain.sharding.rules import ShardingRules, without_mesh
 from efftrain.train.batches import Batches
 from efftrain.train.checkpoints.checkpoints import Checkpoints
+from efftrain.train.checkpoints.flat_state import flatten, unflatten
 from efftrain.train.config import Training, parse_resume_from
 from efftrain.train.program import Program
 from efftrain.train.resume_from import continue_data, resumed_state, show_learning_rates
 from efftrain.train.run.directory import load_model_config
 from efftrain.train.run.tokenizers import check_tokenizer
 from efftrain.train.state import TrainState, split_model
+
+STEPS = "steps"  # the variable of a decoder with layer dropout
+# Fields of a model's configuration that say how it is trained and carried out, not what it computes.
+HOW = {"dtype", "scan", "remat", "layer_dropout", "quantization", "max_length", "n_blocks", "backend", "dispatch"}
+HOW |= {
+    "capacity_factor",
+    "exchange_factor",
+    "bias_rate",
+    "auxiliary_loss",
+    "z_loss",
+    "saliency",
+    "causal_loss",
+    "room",
+}
 
 
 def check_start(config: Training, model: ModelConfig, corpus: Path | None) -> None:
@@ -61,20 +77,20 @@ def start_from(model: Decoder, state: TrainState) -> TrainState:
       state: a new state, whose shardings are kept.
 
     Raises:
-      RunError: the model has other variables than the state.
+      RunError: the model has other variables than the state, beside those that may start as built (``_is_new``).
     """
     _, params, model_state = split_model(model)
     if "helpers" in state.params:  # variables that an objective trains beside the model: they start as built
         params = nnx.merge_state(params, nnx.State({"helpers": state.params["helpers"]}))
 
     def place(new: nnx.State, old: nnx.State) -> nnx.State:
-        shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, old)]
-        if shapes[0] != shapes[1]:
+        theirs, ours = flatten(new), flatten(old)
+        if not _fits({n: jnp.shape(a) for n, a in theirs.items()}, {n: jnp.shape(a) for n, a in ours.items()}):
             raise RunError(
                 "the initial model has other variables than the model to train; build both from the same configuration"
             )
         # A copy, because the step donates its state and the caller keeps the model.
-        return jax.tree.map(lambda a, b: copy_to(a, b.sharding), new, old)
+        return unflatten({n: copy_to(theirs[n], a.sharding) if n in theirs else a for n, a in ours.items()}, old)
 
     params = place(params, state.params)
     ema = state.ema and jax.tree.map(jnp.copy, params)
@@ -142,16 +158,31 @@ def restore_or_start(
 
 def _check_same_variables(run: Path, model: ModelConfig) -> None:
     theirs = load_model_config(run)
-    if _shapes(theirs) != _shapes(model):
-        changed = difference(to_json(theirs), to_json(model), "model")
+    changed = difference(to_json(theirs), to_json(model), "model")
+    if not _fits(_shapes(theirs), _shapes(model)):
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise RunError(
             f"training.finetune: the model of {run} has other parameters ({changed[0]}{more}); give this run the same "
             "model"
         )
+    if other := [line for line in changed if not HOW & set(line.partition(":")[0].split("."))]:
+        console.print(
+            f"warning: this run computes something else with the parameters of {run}: {'; '.join(other)}",
+            style="yellow",
+            markup=False,
+        )
+
+
+def _fits(theirs: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]) -> bool:
+    """Whether variables of these shapes can start as those, apart from variables that start as built."""
+    kept = {name: shape for name, shape in theirs.items() if name in ours or name != STEPS}
+    return kept == {name: shape for name, shape in ours.items() if name in theirs or not _is_new(name)}
+
+
+def _is_new(name: str) -> bool:
+    """Whether a variable that the other model does not have starts as built, without a change of what is computed."""
+    return name == STEPS or name.endswith(RATIO)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    state = nnx.state(abstract_decoder(config))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+    return {name: jnp.shape(leaf) for name, leaf in flatten(nnx.state(abstract_decoder(config))).items()}

@@ -271,8 +271,8 @@ class Checkpoints:
         if not any(name.startswith(theirs) for name in saved):
             raise RunError(
                 f"{self.directory / str(step)} holds a model without the state of an optimizer and a position in the "
-                "data, as efftrain compress leaves it; resume from the run that it was made from, or start a run from "
-                "this model with fit(initial=...)"
+                "data, as efftrain compress and efftrain import leave it; start from this model with "
+                "training.finetune RUN, or resume from the run that it was made from"
             )
         same = any(name.startswith(ours) for name in saved)
         abstract = flatten(abstract_state)
