@@ -5,16 +5,14 @@
     python recipes/adaptive_depth.py layerskip --compare plain         # nine: with, without, switched off; three seeds
     python recipes/adaptive_depth.py mixture-of-depths --compare plain # three more; the plain runs are shared
     python recipes/adaptive_depth.py recursion --compare plain
-    python recipes/adaptive_depth.py layerskip --training.finetune RUN   # early exits for a model that is trained
-    python recipes/adaptive_depth.py mixture-of-depths --convert RUN   # its layers, with new routers
+    python recipes/adaptive_depth.py mixture-of-depths --convert RUN   # from a plain run that is trained
     python recipes/adaptive_depth.py layerskip-v5e-64 --corpus corpora/python   # on every worker of a TPU slice
 
 layerskip: late in training some layers are left out at random, and early ones learn to do without the others, so that
 decoding can draft with them and check with all (``efftrain calibrate-depth RUN``). mixture-of-depths: a quarter of the
 tokens pass every second block. recursion: half the layers; the tokens pass the inner ones up to three times.
 
-A comparison writes ``comparison-NAME.json`` into the output folder; if it is interrupted, the same command continues
-it.
+A comparison writes ``comparison-NAME.json`` into the output folder; the same command continues an interrupted one.
 
 Measured: recipes/adaptive-depth.md.
 """
@@ -133,8 +131,8 @@ def main(config: Config) -> Scorecard | Comparison:
     if config.compare != "nothing":
         return compare_with_plain(config)
     check_begins(config)
-    initial = conversion(config, config.convert, check_mixture_of_depths, with_mixture_of_depths)
-    card = train_and_score(config, *program(config), initial=initial, source=config.convert)[1]
+    start = conversion(config, config.convert, check_mixture_of_depths, with_mixture_of_depths)
+    card = train_and_score(config, *program(config), initial=start, source=config.convert)[1]
     console.print(table([card]))
     return card
 

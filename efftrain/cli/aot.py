@@ -15,6 +15,7 @@ def aot(
     /,
     *,
     topology: str,
+    model_of: Path | None = None,
     search: bool = False,
     compile: int = 2,
     json: bool = False,
@@ -25,6 +26,7 @@ def aot(
       recipe: a recipe script.
       config: the name of one of its configurations; the first one by default.
       topology: the TPU slice, such as v5e:8x8, v6e:4x4, v5p:2x2x2, v4:2x2x4, or cpu:8 to try this out.
+      model_of: a run, such as an imported one, whose model is compiled instead of the configuration's.
       search: rank the mesh shapes that fit by formulas, and compile the best few.
       compile: number of mesh shapes that a search compiles.
       json: print one JSON object.
@@ -42,7 +44,7 @@ def aot(
     from efftrain.measure.mesh_advisor import search as search_meshes
     from efftrain.sharding.topologies import find_topology
 
-    found, target = find_topology(topology), read_target(recipe, config)
+    found, target = find_topology(topology), read_target(recipe, config, model_of=model_of)
     ranked, reports = search_meshes(target, found, n_compiled=compile) if search else ([], [])
     if not search:
         reports = [compile_target(target, found)]

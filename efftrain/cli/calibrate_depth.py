@@ -18,6 +18,7 @@ def calibrate_depth(
     rows: int = 384,
     risk: float = 0.1,
     error: float = 0.05,
+    length: int | None = None,
 ) -> None:
     """Measure how a run's model decodes with fewer layers: self-speculation, exits by confidence, mean depth.
 
@@ -34,12 +35,13 @@ def calibrate_depth(
       rows: rows of the validation split for the confidence curves; their choices are measured on the test split.
       risk: the share of tokens that an exit may change.
       error: the probability with which an exit may change a larger share.
+      length: tokens per row; by default as in the run's training.
     """
     from efftrain.measure.depth.calibrate_depth import DepthCalibration, calibrate
     from efftrain.measure.depth.depth_table import summary
 
     options = DepthCalibration(
-        exits=exits, drafts=drafts, prompts=prompts, n_new=n_new, rows=rows, risk=risk, error=error
+        exits=exits, drafts=drafts, prompts=prompts, n_new=n_new, rows=rows, risk=risk, error=error, length=length
     )
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for table in summary(calibrate(run, options, corpus=corpus)):

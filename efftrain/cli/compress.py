@@ -26,6 +26,7 @@ def quantize(
     rows: int = 128,
     out: Path | None = None,
     corpus: Path | None = None,
+    length: int | None = None,
 ) -> None:
     """Store a run's model in fewer bits (post-training quantisation), in a run directory of its own.
 
@@ -45,6 +46,7 @@ def quantize(
       rows: rows of calibration text, or of each trial of a budget.
       out: the new run directory; by default the run's name with these options.
       corpus: corpus for calibration and evaluation; by default that of the run.
+      length: tokens per row of the corpus; by default as in the run's training. An imported run needs it.
     """
     from efftrain.compress.commands.quantize import Quantize
 
@@ -57,7 +59,7 @@ def quantize(
         budget=budget,
         rows=rows,
     )
-    _compress(run, options, out, corpus)
+    _compress(run, options, out, corpus, length)
 
 
 def prune(
@@ -73,8 +75,11 @@ def prune(
     recovery_tokens: int | None = None,
     rounds: int = 1,
     distill: bool = False,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
     out: Path | None = None,
     corpus: Path | None = None,
+    length: int | None = None,
 ) -> None:
     """Set weights of a run's model to zero (unstructured or n:m pruning), in a run directory of its own.
 
@@ -93,8 +98,11 @@ def prune(
       recovery_tokens: tokens of training after pruning (healing); zeros stay zero. By default none.
       rounds: number of rounds in which to prune and train.
       distill: in that training, learn from the original run instead of the text.
+      learning_rate: peak learning rate of that training; by default a part of the run's. An imported run needs it.
+      batch_size: rows per step of that training; by default as in the run. An imported run needs it.
       out: the new run directory; by default the run's name with these options.
       corpus: corpus for calibration and training; by default that of the run.
+      length: tokens per row of the corpus; by default as in the run's training. An imported run needs it.
     """
     from efftrain.compress.commands.prune import Prune
 
@@ -105,9 +113,9 @@ def prune(
         activations=activations,
         layers=layers,
         rows=rows,
-        recovery=_recovery(recovery_tokens, rounds, distill),
+        recovery=_recovery(recovery_tokens, rounds, distill, learning_rate, batch_size),
     )
-    _compress(run, options, out, corpus)
+    _compress(run, options, out, corpus, length)
 
 
 def structured(
@@ -122,8 +130,11 @@ def structured(
     recovery_tokens: int | None = None,
     rounds: int = 1,
     distill: bool = False,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
     out: Path | None = None,
     corpus: Path | None = None,
+    length: int | None = None,
 ) -> None:
     """Make a run's model smaller and faster (structured pruning), in a run directory of its own.
 
@@ -141,8 +152,11 @@ def structured(
         on. By default none.
       rounds: number of rounds in which to prune and train, for 50 % and more.
       distill: in that training, learn from the original run instead of the text.
+      learning_rate: peak learning rate of that training; by default a part of the run's. An imported run needs it.
+      batch_size: rows per step of that training; by default as in the run. An imported run needs it.
       out: the new run directory; by default the run's name with these options.
       corpus: corpus for calibration and training; by default that of the run.
+      length: tokens per row of the corpus; by default as in the run's training. An imported run needs it.
     """
     from efftrain.compress.commands.structured_prune import StructuredPrune
 
@@ -152,30 +166,31 @@ def structured(
         metric=metric,
         search=search,
         rows=rows,
-        recovery=_recovery(recovery_tokens, rounds, distill),
+        recovery=_recovery(recovery_tokens, rounds, distill, learning_rate, batch_size),
     )
-    _compress(run, options, out, corpus)
+    _compress(run, options, out, corpus, length)
 
 
-def _recovery(tokens: int | None, rounds: int, distill: bool) -> "RecoveryTraining | None":
+def _recovery(
+    tokens: int | None, rounds: int, distill: bool, learning_rate: float | None, batch_size: int | None
+) -> "RecoveryTraining | None":
     from efftrain.compress.commands.recovery_training import RecoveryTraining
 
+    how = {"rounds": rounds, "distill": distill, "learning_rate": learning_rate, "batch_size": batch_size}
     if tokens is not None:
-        return RecoveryTraining(tokens=tokens, rounds=rounds, distill=distill)
-    if distill:
+        return RecoveryTraining(tokens=tokens, **how)
+    without_effect = {"rounds": 1, "distill": False, "learning_rate": None, "batch_size": None}
+    if given := [name for name, value in how.items() if value != without_effect[name]]:
         raise ConfigError(
-            "--distill has no effect without recovery training; add --recovery-tokens with a number of tokens"
-        )
-    if rounds != 1:
-        raise ConfigError(
-            "--rounds has no effect without recovery training; add --recovery-tokens with a number of tokens"
+            f"--{given[0].replace('_', '-')} has no effect without recovery training; add --recovery-tokens with a "
+            "number of tokens"
         )
     return None
 
 
-def _compress(run: Path, options: "Compression", out: Path | None, corpus: Path | None) -> None:
+def _compress(run: Path, options: "Compression", out: Path | None, corpus: Path | None, length: int | None) -> None:
     from efftrain.compress.run import compress
     from efftrain.measure.scorecard.scorecard import table
 
-    card = compress(run, options, out=out, corpus=corpus)
+    card = compress(run, options, out=out, corpus=corpus, length=length)
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table([card]))

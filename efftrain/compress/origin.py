@@ -38,6 +38,7 @@ def origin(run: Path, options: Compression, text: CorpusRows, *, rooms: tuple[st
         "model": content(run),
         "corpus": str(text.corpus),
         "text": content(text.corpus),
+        "length": text.length,
         "options": to_json(options),
         "code": code_identity(load_model_config(run), rooms=rooms),
     }
@@ -47,7 +48,8 @@ def made_otherwise(before: dict[str, Any], made_from: dict[str, Any]) -> str | N
     """As ``other_origin``: how a record differs from ``made_from``; entries that only the record has are ignored."""
     if _of_old_command(before):
         return "the options of an earlier version of efftrain compress"
-    before = before | {"options": _completed(before.get("options"))}
+    same_length = {"length": made_from["length"]}  # earlier versions read all rows as long as those of the run
+    before = same_length | before | {"options": _completed(before.get("options"))}
     return other_origin({name: before.get(name) for name in made_from}, made_from)
 
 

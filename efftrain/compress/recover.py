@@ -8,6 +8,7 @@ from pathlib import Path
 from flax import nnx
 
 import efftrain
+from efftrain.compress.commands.recovery_training import RecoveryTraining
 from efftrain.compress.distillation.distill import Distill, distilled, teacher_run
 from efftrain.compress.pruning.sparsify import hold_zeros
 from efftrain.config import from_json
@@ -20,6 +21,7 @@ from efftrain.sharding.mesh import MeshConfig
 from efftrain.train.config import Training
 from efftrain.train.objectives.objective import Objective, next_token_loss
 from efftrain.train.objectives.teacher import TeacherObjective
+from efftrain.train.optimizers import AdamW
 from efftrain.train.run.directory import load_model_config, read_json
 from efftrain.train.schedules import WarmupStableDecay
 
@@ -102,37 +104,48 @@ def recover(
     return card
 
 
-def recovery_training(run: Path, tokens: int, *, sparse: bool, number: int = 1, last: bool = True) -> Training:
+def recovery_training(
+    run: Path,
+    tokens: int,
+    options: RecoveryTraining,
+    *,
+    length: int,
+    sparse: bool,
+    number: int = 1,
+    last: bool = True,
+) -> Training:
     """The training configuration for a pruned model: a part of the run's peak learning rate, which decays at the end.
 
     Args:
-      run: directory of the run in which the original model was trained.
+      run: directory of the run in which the original model was trained, or into which it was imported; in the latter
+        case the training is that of ``Training`` with AdamW.
       tokens: number of tokens to train on; at least one step.
+      options: may set the learning rate and the batch size, which an imported model needs.
+      length: tokens of a row.
       sparse: whether the pruning left zeros; the peak is then lower.
       number: number of the round, from 1; it is added to the seed, so that every round reads the text in another order.
       last: whether this is the last round; only then the learning rate decays.
 
     Raises:
-      ConfigError: there are fewer tokens than one step has.
+      ConfigError: there are fewer tokens than one step has, or a model that was imported has no learning rate or batch
+        size.
     """
-    value = read_json(run / "config.json").get("training", {})
-    if "optimizer" not in value:
-        raise ConfigError(
-            f"the configuration of {run} names no training.optimizer, because its model was imported, so that no "
-            "learning rate is known for recovery; remove --recovery-tokens, or train the model with a recipe first"
-        )
-    script = import_script(run / "recipe.py") if ".py:" in json.dumps(value) else None
-    before: Training = from_json(value, script=script)
-    steps = tokens // (before.batch_size * before.length)
+    before, batch_size = _training_of(run, options), options.batch_size
+    batch_size = batch_size or before.batch_size
+    steps = tokens // (batch_size * length)
     if steps < 1:
         raise ConfigError(
             f"--recovery-tokens leaves {tokens} tokens for each round or trial, and one step takes "
-            f"{before.batch_size * before.length}; give more tokens, or fewer --rounds"
+            f"{batch_size * length}; give more tokens, or fewer --rounds"
         )
+    peak = options.learning_rate or (PEAK_SPARSE if sparse else PEAK) * before.optimizer.peak_lr
     return replace(
         before,
         steps=steps,
-        optimizer=replace(before.optimizer, peak_lr=(PEAK_SPARSE if sparse else PEAK) * before.optimizer.peak_lr),
+        batch_size=batch_size,
+        length=length,
+        n_microbatches=before.n_microbatches if options.batch_size is None else 1,
+        optimizer=replace(before.optimizer, peak_lr=peak),
         schedule=WarmupStableDecay(warmup=0.05, decay=DECAY if last else 0.0),
         seed=before.seed + number,
         ema_decay=None,  # over so few steps the average would stay close to the model before the training
@@ -146,3 +159,19 @@ def recovery_training(run: Path, tokens: int, *, sparse: bool, number: int = 1, 
         finetune=None,
         profile=None,
     )
+
+
+def _training_of(run: Path, options: RecoveryTraining) -> Training:
+    """The training configuration of a run, or, of a run that was imported, that of AdamW with what the options say."""
+    value = read_json(run / "config.json").get("training", {})
+    if "optimizer" in value:
+        script = import_script(run / "recipe.py") if ".py:" in json.dumps(value) else None
+        return from_json(value, script=script)
+    if options.learning_rate is None or options.batch_size is None:
+        given = {"--learning-rate 1e-5": options.learning_rate, "--batch-size 16": options.batch_size}
+        missing = " ".join(flag for flag, value in given.items() if value is None)
+        raise ConfigError(
+            f"the configuration of {run} does not say how its model was trained, because it was imported; give the "
+            f"recovery training (AdamW) what it cannot know, such as {missing}"
+        )
+    return Training(steps=1, batch_size=options.batch_size, length=1, optimizer=AdamW(peak_lr=options.learning_rate))

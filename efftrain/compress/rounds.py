@@ -43,10 +43,11 @@ def compress_in_rounds(
     trained, sparse = run, isinstance(options, Prune)
     search = options.search if isinstance(options, StructuredPrune) else None
     teacher = run if recovery.distill else None
+    training_for = partial(recovery_training, trained, options=recovery, length=text.length, sparse=sparse)
     # Too few tokens or a split that is too short must fail before anything is computed.
     data.PackedRows(data.open(text.corpus, verify=False), "train", text.length)
-    recovery_training(trained, tokens if search is None else round(TRIAL * tokens), sparse=sparse)
-    training = recovery_training(trained, tokens, sparse=sparse, number=recovery.rounds)
+    training_for(tokens if search is None else round(TRIAL * tokens))
+    training = training_for(tokens, number=recovery.rounds)
     report = partial(reported, run=out, corpus=text.corpus, rows=evaluated_rows, chosen=options.chosen_on)
     if rounds_are_done(run, options, text, out, stages, evaluated_rows):
         console.print(f"{out} is converted already; nothing to do", markup=False)
@@ -54,13 +55,13 @@ def compress_in_rounds(
     for number in range(1, recovery.rounds + 1):
         cut, once = stages / f"{number}-cut", options.in_round(number)
         if isinstance(options, StructuredPrune) and search is not None:
-            trial = recovery_training(trained, round(TRIAL * tokens), sparse=sparse, number=number)
+            trial = training_for(round(TRIAL * tokens), number=number)
             once = in_best_shape(run, options, number, text, stages / f"{number}-search", trial, teacher)
         make_stage(run, once, text, cut)
         last = number == recovery.rounds
         run = out if last else stages / f"{number}-recovered"
         rows = evaluated_rows if last else options.rows
-        training = recovery_training(trained, tokens, sparse=sparse, number=number, last=last)
+        training = training_for(tokens, number=number, last=last)
         card = recover(cut, training, run, text.corpus, sparse=sparse, rows=rows, teacher=teacher)
     return report(card, training=training)
 

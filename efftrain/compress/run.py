@@ -32,6 +32,7 @@ def compress(
     *,
     out: Path | None = None,
     corpus: Path | None = None,
+    length: int | None = None,
     evaluated_rows: int | None = None,
 ) -> Scorecard:
     """Compresses the model of a run into a new run directory and scores it; the original run is not changed.
@@ -46,6 +47,7 @@ def compress(
       options: the command: how the model is quantised or pruned.
       out: the new run directory. None: the directory of ``run`` with the options appended to its name.
       corpus: the corpus for calibration, training and evaluation. None: the corpus of the run.
+      length: tokens of the rows that are read from it. None: as the run was trained.
       evaluated_rows: number of rows of the test split for the score; see ``measure.quality.held_out``. None: all.
 
     Returns:
@@ -62,13 +64,14 @@ def compress(
         raise ConfigError(f"the model of {run} is converted already; convert the one it was made from")
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give the one it was trained on with --corpus")
-    text = CorpusRows(Path(corpus or settings["corpus"]).resolve(), row_length(run, settings))
+    text = CorpusRows(Path(corpus or settings["corpus"]).resolve(), row_length(run, settings, length))
     check_tokenizer(run, text.corpus)
     _check_model(run, options)  # fails before a stage is written
     if options.chosen_on:  # a split that is too short fails here, before anything is computed
         text.choosing(options.rows).batches()
     text.reporting(evaluated_rows, chosen=options.chosen_on)
-    out = run.with_name(f"{run.name}-{options.name}") if out is None else Path(out).resolve()
+    name = f"{run.name}-{options.name}{'' if length is None else f'-length{length}'}"
+    out = run.with_name(name) if out is None else Path(out).resolve()
     with writing(out):
         lock = Lock(beside(out), out)
     with lock:

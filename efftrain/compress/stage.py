@@ -29,19 +29,19 @@ def make_stage(
             console.print(f"{out} is converted already", markup=False)
             return None
         model, changes = options.apply(run, text, kept)
+        settings |= {"training": {"length": text.length} | settings.get("training", {}) | {"checkpoints": None}}
         _write(out, run, model, settings, made_from | changes)
         kept.remove()
     return model
 
 
 def _write(out: Path, run: Path, model: Decoder, settings: dict[str, Any], made_from: dict[str, Any]) -> None:
-    training = settings.get("training", {}) | {"checkpoints": None}
     _, params, rest = split_model(model)
     write_model_run(
         out,
         {"params": params, "model_state": rest},
         step=made_from["step"],
         made_from=(FILE_NAME, made_from),
-        config=settings | {"model": to_json(model.config), "training": training},
+        config=settings | {"model": to_json(model.config)},
         copies=[run / name for name in KEPT_FILES],
     )

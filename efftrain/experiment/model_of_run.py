@@ -75,9 +75,10 @@ def known_length(run: Path, flags: Mapping[str, str]) -> int | None:
     if "optimizer" in before:  # it was trained here, so that the new learning rate is shown beside the old one
         return None
     needed = {LENGTH: before.get("length"), PEAK_LR: None}
-    if missing := [f"--{name}" for name, value in needed.items() if value is None and name not in flags]:
+    if missing := [name for name, value in needed.items() if value is None and name not in flags]:
+        examples = {LENGTH: 1024, PEAK_LR: 1e-5}
         raise ConfigError(
-            f"the model of {run} was imported, so that its configuration names no {' and no '.join(missing)[2:]}; "
-            f"give {' and '.join(missing)}, such as --{LENGTH} 1024 --{PEAK_LR} 1e-5"
+            f"the configuration of {run} names no {' and no '.join(missing)}, because its model was imported; give "
+            f"them, such as {' '.join(f'--{name} {examples[name]}' for name in missing)}"
         )
     return before.get("length")

@@ -31,16 +31,8 @@ from efftrain.train.state import TrainState, split_model
 STEPS = "steps"  # the variable of a decoder with layer dropout
 # Fields of a model's configuration that say how it is trained and carried out, not what it computes.
 HOW = {"dtype", "scan", "remat", "layer_dropout", "quantization", "max_length", "n_blocks", "backend", "dispatch"}
-HOW |= {
-    "capacity_factor",
-    "exchange_factor",
-    "bias_rate",
-    "auxiliary_loss",
-    "z_loss",
-    "saliency",
-    "causal_loss",
-    "room",
-}
+HOW |= {"capacity_factor", "exchange_factor", "bias_rate", "auxiliary_loss", "z_loss", "saliency"}
+HOW |= {"causal_loss", "room"}
 
 
 def check_start(config: Training, model: ModelConfig, corpus: Path | None) -> None:

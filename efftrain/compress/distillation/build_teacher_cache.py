@@ -265,11 +265,7 @@ def _open_rows(
     """The corpus, and the rows that the model reads, cut as the loader cuts them."""
     if corpus is None and not settings.get("corpus"):
         raise ConfigError(f"the configuration of {run} names no corpus; give one with --corpus")
-    length = options.length or row_length(run, settings)
-    if length > config.max_length:
-        raise ConfigError(
-            f"--length is {length} and model.max_length of {run} is {config.max_length}; use a shorter length"
-        )
+    length = row_length(run, settings, options.length)
     opened = data.open(corpus or settings["corpus"])
     opened.check_model(config.vocab_size)
     check_tokenizer(run, opened.path)

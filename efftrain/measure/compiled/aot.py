@@ -19,7 +19,7 @@ from efftrain.measure.cost.flops import FORWARD_AND_BACKWARD, attention_flops, m
 from efftrain.measure.cost.mesh_estimate import estimate
 from efftrain.models.config import BlockConfig
 from efftrain.models.decoder import Decoder
-from efftrain.recipe import import_script
+from efftrain.recipe import MODEL_OF, import_script
 from efftrain.sharding.layout import layout
 from efftrain.sharding.mesh import MeshConfig, make_mesh
 from efftrain.sharding.roofline import Roofline, axis_bandwidth, roofline
@@ -120,12 +120,13 @@ class CompiledStep:
         return found
 
 
-def read_target(recipe: Path, name: str | None = None) -> Target:
+def read_target(recipe: Path, name: str | None = None, *, model_of: Path | None = None) -> Target:
     """Reads a configuration of a recipe script.
 
     Args:
       recipe: path of the script.
       name: name of the configuration. None: the first one.
+      model_of: run whose model takes the place of the configuration's. None: the model of the configuration.
 
     Raises:
       ConfigError: the script has no ``configs``, no ``program``, or no such configuration.
@@ -139,8 +140,13 @@ def read_target(recipe: Path, name: str | None = None) -> Target:
     name = next(iter(configs)) if name is None else name
     if name not in configs:
         raise ConfigError(f"{recipe} has no configuration {name!r}; choose one of {', '.join(configs)}")
-    build, objective, *wrap = program(configs[name])
-    return Target(f"{Path(recipe).stem} {name}", build, objective, configs[name].training, *wrap)
+    config, title = configs[name], f"{Path(recipe).stem} {name}"
+    if model_of is not None:
+        if not hasattr(config, "for_flags"):
+            raise ConfigError(f"the configurations of {recipe} are no Experiment, which --model-of needs; remove it")
+        config, title = config.for_flags({MODEL_OF: str(model_of)}), f"{title} with the model of {model_of}"
+    build, objective, *wrap = program(config)
+    return Target(title, build, objective, config.training, *wrap)
 
 
 def compile_target(target: Target, topology: Topology) -> CompiledStep:

@@ -5,7 +5,7 @@ of token. The result is ``depth.json`` (and ``depth_probe.npz``) in the run, whi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import efftrain
 from efftrain import data
 from efftrain.code_identity import code_identity
-from efftrain.config import to_json
+from efftrain.config import LATER, to_json
 from efftrain.errors import ConfigError, CorpusError, RunError
 from efftrain.measure.depth.depth_calibration import FILE_NAME, PROBE_NAME, write_probe
 from efftrain.measure.depth.depth_report import add_to_scorecard, flops_at, report_depth, rows_to_report, whole_rows
@@ -67,6 +67,7 @@ class DepthCalibration:
         rows, see ``held_out``.
       risk: the share of a document's tokens that may differ from those of all layers, on average over documents.
       error: the probability with which the true risk may be larger than ``risk``.
+      length: tokens of a row. None: as the run was trained.
     """
 
     exits: tuple[int, ...] = ()
@@ -77,6 +78,7 @@ class DepthCalibration:
     rows: int = 384
     risk: float = 0.1
     error: float = 0.05
+    length: int | None = field(default=None, metadata=LATER)
 
     def __post_init__(self):
         for name in ("prompts", "prompt_length", "rows"):
@@ -118,7 +120,7 @@ def calibrate(run: Path, options: DepthCalibration, *, corpus: Path | None = Non
     opened = data.open(corpus_path)
     opened.check_model(model.config.vocab_size)
     check_tokenizer(Path(run), corpus_path)
-    length = row_length(Path(run), settings)
+    length = row_length(Path(run), settings, options.length)
     rows = _rows(corpus_path, length, options, opened.end_of_text_id)
     size = len(rows[0]["tokens"])
     chosen = 0 if has_routed_depth(model) else options.rows  # routed depth chooses nothing here

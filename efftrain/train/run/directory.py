@@ -288,21 +288,26 @@ def model_config(directory: Path, settings: Any) -> ModelConfig:
     return config
 
 
-def row_length(run: Path, settings: Mapping[str, Any]) -> int:
-    """Returns the number of tokens of the rows on which a run's model was trained.
+def row_length(run: Path, settings: Mapping[str, Any], asked: int | None = None) -> int:
+    """Returns the number of tokens of the rows that a command reads from a corpus.
 
     Args:
       run: the run directory, for the message.
       settings: content of its ``config.json``.
+      asked: the length that the command was given. None: as the run's model was trained.
 
     Raises:
-      ConfigError: it does not say so, because the model was imported.
+      ConfigError: neither says so, because the model was imported, or the rows are longer than the model's.
     """
+    if asked is not None:
+        if not 1 < asked <= (longest := settings["model"]["max_length"]):
+            raise ConfigError(f"--length is {asked}; use 2 to {longest}, model.max_length of {run}")
+        return asked
     length = settings.get("training", {}).get("length")
     if length is None:
         raise ConfigError(
-            f"the configuration of {run} names no training.length, because its model was imported; import it with "
-            "--length, the number of tokens of the rows that commands read"
+            f"the configuration of {run} names no training.length, because its model was imported; give --length, the "
+            "number of tokens of the rows that are read from the corpus, such as 1024"
         )
     return length
 
