@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from gguf_files import write_small
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("data", "models")]  # kinds_of_tokenizers, tiny_runs
+# kinds_of_tokenizers, tiny_runs, texts
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("data", "models", "recipes")]
 
 
 @pytest.fixture

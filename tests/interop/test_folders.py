@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import efftrain
-from efftrain.compress.recover import recovery_training
 from efftrain.config import to_json
 from efftrain.errors import ConfigError, EfftrainError, RunError
 from efftrain.interop.export_gguf import export_gguf
@@ -187,8 +186,6 @@ def test_what_an_import_does_not_know_is_asked_for(folder, tmp_path):
     import_model(folder, tmp_path / "unknown")
     with pytest.raises(ConfigError, match=r"names no training\.length, because its model was imported"):
         row_length(tmp_path / "unknown", read_json(tmp_path / "unknown" / "config.json"))
-    with pytest.raises(ConfigError, match="no learning rate is known for recovery"):
-        recovery_training(tmp_path / "unknown", 1000, sparse=False)
     import_model(folder, tmp_path / "known", length=16)
     assert row_length(tmp_path / "known", read_json(tmp_path / "known" / "config.json")) == 16
     with pytest.raises(ConfigError, match="--length is 33; use 2 to 32"):
