@@ -9,6 +9,7 @@ from flax import nnx
 
 from efftrain.data.tasks.rows import TaskBatches
 from efftrain.errors import ConfigError
+from efftrain.interop.announce import announce_export
 from efftrain.interop.conversations import (
     ConversationFields,
     EncodedConversations,
@@ -87,9 +88,10 @@ def fine_tune(
 ) -> tuple[Decoder, Scorecard]:
     """Fine-tunes a model on conversations, evaluates it on held-out ones and writes ``scorecard.json`` into the run.
 
-    An unfinished run is continued. The run keeps tokenizer, chat template and generation settings, so that it can be
-    exported, and needs the run that it started from no longer. The quality on the scorecard is that of the answers
-    alone: bits per byte of their text, and nats per token, the end of each answer included.
+    A new run says first as what its model can be exported; an unfinished run is continued. The run keeps tokenizer,
+    chat template and generation settings, so that it can be exported, and needs the run that it started from no longer.
+    The quality on the scorecard is that of the answers alone: bits per byte of their text, and nats per token, the end
+    of each answer included.
 
     Args:
       config: configuration of the run, from ``FineTuning.with_model``.
@@ -111,6 +113,7 @@ def fine_tune(
         source, begun = config.source, has_begun(config.out)
         if not begun:
             check_start(training, model, None)
+            announce_export(model)
         tokenizer = read_run_tokenizer(source)
         if tokenizer.vocabulary > model.vocab_size:
             raise ConfigError(

@@ -76,6 +76,7 @@ def test_the_loss_on_answers_falls_and_the_model_gives_them(tuned, started):
     assert tokenizer.decode(answer) == "delta"
     assert answer[-1] in tokenizer.eos
     assert "alpha -> beta" in " ".join(output.split())
+    assert "LlamaForCausalLM" in output  # as what it can be exported
 
 
 def test_the_first_loss_is_that_of_the_answers_under_the_imported_model(tuned, started):
