@@ -36,9 +36,7 @@ from efftrain.train.state import split_model
 ROOT = Path(__file__).parents[2]
 LENGTH, ROWS = 16, 8
 # No field that flags of a recipe would have had by chance: a model is taken over whole, or its loss is another.
-MODEL = llama(
-    vocab_size=300, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=64, max_length=512, norm_eps=0.1
-).replace(logits_multiplier=0.5)
+MODEL = llama(vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64, max_length=512, norm_eps=0.1)
 MODEL = MODEL.with_blocks(attention=replace(MODEL.pattern[0].attention, rope_theta=50.0))
 TRAINING = f"--training.steps 2 --training.batch-size {ROWS} --training.n-microbatches 1".split()
 KNOWN = ["--training.length", str(LENGTH), "--training.optimizer.peak-lr", "1e-4"]
@@ -114,6 +112,8 @@ STARTS = {
     ),
 }
 
+EXPORTED = ("dense", "early exits")  # early exits are exported as the plain model that they belong to
+
 
 @pytest.mark.parametrize("start", list(STARTS))
 def test_a_recipe_starts_from_the_imported_model(start, run, corpus, first_loss, tmp_path, monkeypatch):
@@ -128,6 +128,12 @@ def test_a_recipe_starts_from_the_imported_model(start, run, corpus, first_loss,
     assert rows[0]["loss"] == pytest.approx(first_loss, rel=1e-5)
     assert rows[1]["loss"] != pytest.approx(first_loss, rel=1e-5)
     assert (tmp_path / "new" / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
+    if start in EXPORTED:
+        export_model(tmp_path / "new", tmp_path / "exported")
+        import_model(tmp_path / "exported", tmp_path / "again")
+        tokens = np.arange(12)[None]
+        again, trained = (efftrain.load(tmp_path / place)(tokens) for place in ("again", "new"))
+        np.testing.assert_allclose(again, trained, rtol=1e-5, atol=1e-6)
     shutil.rmtree(run)
     recipe(monkeypatch, *command, *KNOWN)
     assert read_metrics(tmp_path / "new") == rows
@@ -145,22 +151,22 @@ def test_quantisation_aware_training_of_an_imported_model(run, corpus, first_los
 
 
 def test_an_imported_model_teaches(run, corpus, tmp_path, monkeypatch, capsys):
-    """A cache of its predictions, and a student of every second of its layers."""
+    """A cache of its predictions, and a student of half of its layers."""
     command = ["teacher", str(run), "--corpus", str(corpus), "--rows", "64", "--top-k", "4"]
     with pytest.raises(SystemExit):
         main(command)
     assert "give --length" in " ".join(capsys.readouterr().err.split())
     main([*command, "--length", str(LENGTH), "--out", str(tmp_path / "cache")])
     common = ("--corpus", corpus, "--teacher", run, *TRAINING, "--training.length", LENGTH)
-    student = ("--model-of", run, "--model.n-repeats", "2", "--initial", "layers", "--cache", tmp_path / "cache")
+    student = ("--model-of", run, "--model.n-repeats", "1", "--initial", "layers", "--cache", tmp_path / "cache")
     recipe(monkeypatch, "distill", "cpu", *common, *student, "--rows", "64", "--out", tmp_path / "student")
-    assert load_model_config(tmp_path / "student") == MODEL.replace(n_repeats=2)
+    assert load_model_config(tmp_path / "student") == MODEL.replace(n_repeats=1)
 
 
 COMPRESSIONS = {
     "quantize": ["--weights", "int8"],
     "prune": ["--sparsity", "0.5", "--method", "wanda", "--rows", "8"],
-    "structured": ["--ratio", "0.4", "--axis", "depth", "--rows", "8"],
+    "structured": ["--ratio", "0.2", "--axis", "depth", "--rows", "8"],
 }
 
 
@@ -173,7 +179,7 @@ def test_an_imported_model_is_compressed(command, run, corpus, tmp_path, capsys)
     main([*words, "--length", str(LENGTH)])
     (out,) = tmp_path.glob(f"imported-*-length{LENGTH}")
     assert json.loads((out / "scorecard.json").read_text())["figures"]["bpb"]["value"] > 0
-    assert generate(efftrain.load(out), [[5, 9, 2]], n_new=4).tokens.shape[1] >= 4
+    assert generate(efftrain.load(out), [[5, 9, 2]], n_new=2).shape == (1, 2)
     with pytest.raises(SystemExit):
         main([*words, "--length", "8", "--out", str(out)])
     assert "length" in capsys.readouterr().err
@@ -208,19 +214,6 @@ def test_the_training_step_of_an_imported_model_is_compiled_ahead_of_time(run, c
     report = json.loads(capsys.readouterr().out)
     n_bytes = 4 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(Decoder(MODEL, rngs=nnx.Rngs(0)))))
     assert n_bytes / 2 <= report["memory"]["parameters"] < n_bytes / 2 * 1.2  # small vectors are on both devices
-
-
-def test_what_a_training_made_of_an_imported_model_is_exported(run, corpus, tmp_path, monkeypatch):
-    """Early exits are a plain model, and back in efftrain it computes the same."""
-    name, *flags = STARTS["early exits"]
-    out = tmp_path / "new"
-    recipe(monkeypatch, name, *flags, run, "--corpus", corpus, "--out", out, *TRAINING, *KNOWN)
-    assert load_model_config(out).layer_dropout.rate > 0
-    export_model(out, tmp_path / "exported")
-    import_model(tmp_path / "exported", tmp_path / "again")
-    assert load_model_config(tmp_path / "again") == MODEL
-    tokens = np.arange(12)[None]
-    np.testing.assert_array_equal(efftrain.load(tmp_path / "again")(tokens), efftrain.load(out)(tokens))
 
 
 def test_a_run_without_an_optimizer_cannot_be_resumed(run, corpus, tmp_path, monkeypatch):
@@ -279,7 +272,7 @@ def test_every_second_layer_of_any_pattern():
     [
         (every_second(MODEL, Recursion(n_layers=1)), "layer 1: Recursion cannot take over the layers"),
         (every_second(MODEL, MixtureOfDepths()).replace(norm_eps=1e-5), r"model\.norm_eps: 0\.1 -> 1e-05"),
-        (every_second(MODEL.replace(n_repeats=2), MixtureOfDepths()), r"model\.pattern"),
+        (every_second(MODEL.replace(n_repeats=4), MixtureOfDepths()), r"model\.pattern"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(config, message, imported):
