@@ -166,7 +166,7 @@ def test_an_imported_model_teaches(run, corpus, tmp_path, monkeypatch, capsys):
 COMPRESSIONS = {
     "quantize": ["--weights", "int8"],
     "prune": ["--sparsity", "0.5", "--method", "wanda", "--rows", "8"],
-    "structured": ["--ratio", "0.2", "--axis", "depth", "--rows", "8"],
+    "structured": ["--ratio", "0.2", "--axis", "width", "--rows", "8"],
 }
 
 
