@@ -11,9 +11,10 @@ from efftrain.class_names import class_name, current_name
 from efftrain.interop.run_arrays import Blocks, Variable
 from efftrain.measure.depth.depth_calibration import FILE_NAME as DEPTH
 from efftrain.models.config import ModelConfig
-from efftrain.models.zeros import CHANCE
 from efftrain.train.objectives.objective import EarlyExitLoss
 from efftrain.train.run.directory import read_json
+
+PRUNED = 0.01  # share of zeros from which a model counts as pruned; rounding to 4 bits leaves fewer in its source
 
 
 def early_exits(run: Path, config: ModelConfig) -> dict[str, Any] | None:
@@ -66,7 +67,7 @@ class ZeroCount:
     @property
     def notes(self) -> tuple[str, ...]:
         """The sentence of a plan for a pruned model; empty for others."""
-        if self._zeros <= CHANCE * self._size:
+        if self._zeros < PRUNED * self._size or not self._zeros:
             return ()
         share = self._zeros / self._size
         return (

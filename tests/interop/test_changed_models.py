@@ -171,6 +171,13 @@ def test_pruned_weights_are_zeros_and_a_note_says_that_they_save_nothing(transfo
     assert not export_model(plain, tmp_path / "plain").notes
 
 
+def test_a_few_zeros_are_no_pruning(tmp_path):
+    model = random_model(WHOLE)
+    kernel = model.blocks[0].mlp.up.kernel
+    kernel[...] = kernel[...].at[0, 0, 0].set(0)
+    assert not export_model(write_run(tmp_path / "run", model), tmp_path / "export").notes
+
+
 def with_exits(folder: Path, **more) -> tuple[Path, Decoder]:
     """A run that was trained in the way of LayerSkip."""
     model = random_model(WHOLE.replace(layer_dropout=LayerDropout(rate=0.1)))
