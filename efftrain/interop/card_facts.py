@@ -18,7 +18,7 @@ from efftrain.train.run.identity import FILE_NAME as IDENTITY
 
 COMPRESSION = "compression.json"
 # Fields of configurations that name the run whose model a run starts from.
-STARTS = ("source", "upcycle")
+STARTS = ("source", "upcycle", "convert")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -277,6 +277,25 @@ def test_figures_of_another_corpus_at_the_same_place_are_not_taken(trained):
     assert "because it is not at its recorded place any more." in card(trained)
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda run: {"source": run},
+        lambda run: {"upcycle": run},
+        lambda run: {"convert": run},
+        lambda run: {"initial": "cut", "teacher": run},
+        lambda run: {"training": {"finetune": run}},
+        lambda run: {"training": {"resume_from": f"{run}@480"}},
+    ],
+)
+def test_the_licence_follows_every_way_to_start_from_a_run(imported, named):
+    run = imported.with_name("started")
+    write(run, "config.json", {"model": to_json(MODEL)} | named(str(imported)))
+    text = card(run)
+    assert "2. `started` was trained from `base`." in text
+    assert "license: apache-2.0\n" in text
+
+
 def test_runs_that_name_each_other_end(imported):
     first = compressed(imported, imported, "first")
     second = compressed(first, imported, "second")
