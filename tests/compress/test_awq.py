@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tiny_models import PLAIN, build, config, tokens
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, forward, relative_errors
+from efftrain.compress.layerwise.calibration import CalibrationRows, forward, matrix_errors
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
-from efftrain.compress.quantization.awq import CLIPS, clipped, part_errors, shared_inputs, tried_factors
+from efftrain.compress.quantization.awq import part_errors, shared_inputs, tried_factors
+from efftrain.compress.quantization.clipping import CLIPS, clipped
 from efftrain.compress.quantization.convert import convert
 from efftrain.models.quantization import Quantization, QuantizationRule
 from efftrain.ops.number_formats import Integer
@@ -63,7 +64,7 @@ def test_errors_are_those_of_the_attentions_output_on_tokens_that_are_no_padding
     shared = next(shared for shared in shared_inputs(block) if shared.part == "attention")
     factors = tried_factors(jnp.asarray(np.random.default_rng(1).uniform(0.1, 3, 16), jnp.float32))
     np.testing.assert_allclose(factors[0], 1)
-    errors = part_errors(block, shared, (INT4,) * 3, factors, x, replace(given, segments=segments))
+    errors = part_errors(block, shared, (INT4,) * 3, factors, x, replace(given, segments=segments, norm_limit=None))
     read = block.attention_norm(x)[:, :11]
     where = given.positions[:, :11], given.segments[:, :11]
     before = block.attention(read, *where)
@@ -93,7 +94,7 @@ def test_clips_are_the_best_of_those_that_are_tried_for_each_group_and_output(fo
                 errors.append(np.square(x[:, part] @ (value - w[part, f])).sum())
             assert np.square(x[:, part] @ (found[part, f] - w[part, f])).sum() == pytest.approx(min(errors), rel=1e-2)
     errors = [
-        relative_errors(jnp.asarray(a, jnp.float32), *given[:2])[1]
+        matrix_errors(jnp.asarray(a, jnp.float32), *given[:2]).outputs
         for a in (found, quantize(given[0], format).dequantize())
     ]
     assert errors[0] < 0.97 * errors[1]

@@ -12,7 +12,14 @@ from tiny_runs import LENGTH as ROW
 from tiny_runs import write_corpus
 
 from efftrain.compress.corpus_rows import CorpusRows
-from efftrain.compress.layerwise.calibration import CalibrationRows, CalibrationSize, hessians, magnitudes
+from efftrain.compress.layerwise.calibration import (
+    CalibrationRows,
+    CalibrationSize,
+    hessians,
+    limiting_factor,
+    magnitudes,
+    matrix_errors,
+)
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel
 from efftrain.compress.pruning.one_shot import prune
 from efftrain.compress.quantization.convert import convert
@@ -43,6 +50,7 @@ def padded(n: int = N, fillers: int = 8) -> CalibrationRows:
 def test_sums_over_inputs_are_those_of_the_valid_tokens():
     """Of every product of a block, where padding is a thousand times as large as text."""
     block, text = LayerwiseModel.of(build(config(pattern=(PLAIN,), n_repeats=1))).layers[0], padded()
+    text = replace(text, norm_limit=None)
     valid = text.segments > 0
     x = np.random.default_rng(0).normal(size=(*valid.shape, 16)).astype(np.float32)
     x[~valid] *= 1000
@@ -63,6 +71,46 @@ def test_sums_over_inputs_are_those_of_the_valid_tokens():
         expected = of_text.T @ of_text
         np.testing.assert_allclose(found[0][name], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
         np.testing.assert_allclose(found[1][name], np.abs(of_text).sum(0), rtol=1e-3)
+
+
+def test_a_token_of_massive_activations_does_not_decide_a_sum():
+    """The norm of one token in a hundred is a thousand times that of the others; limited, it counts as nine of them."""
+    x = np.random.default_rng(0).normal(size=(100, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    x[7] *= 1000
+    x[50:] = 0  # padding
+    factor = np.asarray(limiting_factor(jnp.asarray(x), 3.0))
+    expected = np.ones((100, 1))
+    expected[7] = 3 / 1000
+    np.testing.assert_allclose(factor, expected, rtol=1e-5)
+    limited = x * factor
+    np.testing.assert_allclose(np.trace(limited.T @ limited), 49 + 9, rtol=1e-5)
+    assert np.all(np.asarray(limiting_factor(jnp.asarray(x), None)) == 1)
+
+
+def test_the_limit_holds_for_what_each_product_reads():
+    block, text = LayerwiseModel.of(build(config(pattern=(PLAIN,), n_repeats=1))).layers[0], padded(n=4, fillers=0)
+    x = np.random.default_rng(0).normal(size=(*text.tokens.shape, 16)).astype(np.float32)
+    inner = np.asarray(block.mlp_norm(x + block.attention(block.attention_norm(x), text.positions, text.segments)))
+    read = np.asarray(jax.nn.silu(block.mlp.gate(inner)) * block.mlp.up(inner), np.float64)[text.segments > 0]
+    norms = np.linalg.norm(read, axis=1)
+    most = 0.5 * np.median(norms)
+    read *= np.minimum(1, most / norms)[:, None]
+    found = hessians(block, x, replace(text, norm_limit=0.5))["mlp/down"]
+    np.testing.assert_allclose(found, read.T @ read, rtol=1e-3, atol=1e-4 * np.abs(found).max())
+
+
+def test_errors_by_token_count_every_token_alike():
+    """One token's inputs are a thousand times larger, and only its direction is changed."""
+    sample = np.eye(16, dtype=np.float32)[:4]
+    sample[0] *= 1000
+    before = np.eye(16, dtype=np.float32)
+    after = before.copy()
+    after[0, 0] = 0.5
+    found = matrix_errors(jnp.asarray(after), jnp.asarray(before), jnp.asarray(sample.T @ sample), jnp.asarray(sample))
+    assert found.outputs == pytest.approx(0.5, rel=1e-4)
+    assert found.tokens == pytest.approx(0.25)
+    assert found.weights == pytest.approx(0.125)
 
 
 METHODS = {

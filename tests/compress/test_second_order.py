@@ -5,8 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efftrain.compress.layerwise.calibration import relative_errors
-from efftrain.compress.layerwise.second_order import BLOCK, DAMPING, compensated, gptq, inverse_factor, sparse_gpt
+from efftrain.compress.layerwise.calibration import matrix_errors
+from efftrain.compress.layerwise.second_order import (
+    BLOCK,
+    DAMPING,
+    FactoredHessian,
+    compensated,
+    gptq,
+    inverse_factor,
+    sparse_gpt,
+)
 from efftrain.errors import ConfigError
 from efftrain.ops.masks import SemiStructured, Unstructured
 from efftrain.ops.number_formats import Integer
@@ -59,8 +67,11 @@ def test_rows_are_made_up_for_as_the_definition_says(d):
 
 def test_gptq_changes_outputs_less_than_rounding():
     w, hessian = problem(64, 32)
-    nearest, better = quantize(jnp.asarray(w), INT4), gptq(jnp.asarray(w), jnp.asarray(hessian), INT4)[0]
-    errors = [relative_errors(q.dequantize(), jnp.asarray(w), jnp.asarray(hessian))[1] for q in (better, nearest)]
+    nearest, better = (
+        quantize(jnp.asarray(w), INT4),
+        gptq(jnp.asarray(w), FactoredHessian.of(jnp.asarray(hessian)), INT4),
+    )
+    errors = [matrix_errors(q.dequantize(), jnp.asarray(w), jnp.asarray(hessian)).outputs for q in (better, nearest)]
     assert errors[0] < 0.7 * errors[1]
     np.testing.assert_array_equal(better.scale, nearest.scale)
     assert better.levels().min() >= -8
@@ -68,7 +79,7 @@ def test_gptq_changes_outputs_less_than_rounding():
 
 def test_with_independent_equal_inputs_gptq_is_rounding():
     w, _ = problem(32, 8)
-    (found, _), nearest = gptq(jnp.asarray(w), jnp.eye(32), INT4), quantize(jnp.asarray(w), INT4)
+    found, nearest = gptq(jnp.asarray(w), FactoredHessian.of(jnp.eye(32)), INT4), quantize(jnp.asarray(w), INT4)
     # But for ties: the greatest of a group stands half a step behind the last level.
     np.testing.assert_allclose(np.abs(found.dequantize() - w), np.abs(nearest.dequantize() - w), atol=1e-5)
 
@@ -76,7 +87,7 @@ def test_with_independent_equal_inputs_gptq_is_rounding():
 def test_an_input_that_is_never_used_is_rounded():
     w, hessian = problem(32, 8)
     hessian[3], hessian[:, 3] = 0, 0
-    found, _ = gptq(jnp.asarray(w), jnp.asarray(hessian), INT4)
+    found = gptq(jnp.asarray(w), FactoredHessian.of(jnp.asarray(hessian)), INT4)
     nearest = quantize(jnp.asarray(w), INT4).dequantize()
     np.testing.assert_allclose(np.abs(found.dequantize() - w)[3], np.abs(nearest - w)[3], atol=1e-5)
     assert np.isfinite(found.dequantize()).all()
@@ -92,8 +103,8 @@ def test_too_little_text_is_damped_until_it_works():
         assert damping == pytest.approx(needed)
         damped = hessian.astype(np.float64) + needed * np.mean(np.diag(hessian)) * np.eye(32)
         np.testing.assert_allclose(factor.T @ factor, np.linalg.inv(damped), rtol=1e-2, atol=1e-9)
-        for _, said in (gptq(jnp.eye(32), hessian, INT4), sparse_gpt(jnp.eye(32), hessian, Unstructured(sparsity=0.5))):
-            assert said == damping
+        assert FactoredHessian.of(hessian).damping == damping
+        assert sparse_gpt(jnp.eye(32), hessian, Unstructured(sparsity=0.5))[1] == damping
     with pytest.raises(ConfigError, match="are not finite; use a model with finite activations"):
         inverse_factor(jnp.full((4, 4), jnp.nan))
 
@@ -143,7 +154,7 @@ def test_sparse_gpt_prunes_exactly_its_share_and_as_much_of_every_block_of_rows(
 def test_gptq_leaves_zeros_of_a_pruned_matrix():
     w, hessian = problem(64, 16)
     w = np.where(np.random.default_rng(1).random(w.shape) < 0.5, w, 0)
-    found, _ = gptq(jnp.asarray(w), jnp.asarray(hessian), INT4)
+    found = gptq(jnp.asarray(w), FactoredHessian.of(jnp.asarray(hessian)), INT4)
     assert not np.asarray(found.dequantize())[w == 0].any()
 
 
@@ -155,7 +166,7 @@ def test_sparse_gpt_rounds_what_stays_in_the_same_pass():
     assert np.count_nonzero(stored.levels()) <= found.size // 2
     apart, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(hessian), Unstructured(sparsity=0.5))
     rounded = quantize(apart, INT4, scale=stored.scale).dequantize()
-    errors = [relative_errors(jnp.asarray(a), jnp.asarray(w), jnp.asarray(hessian))[1] for a in (found, rounded)]
+    errors = [matrix_errors(jnp.asarray(a), jnp.asarray(w), jnp.asarray(hessian)).outputs for a in (found, rounded)]
     assert errors[0] < errors[1]
 
 
@@ -175,5 +186,5 @@ def test_a_prime_number_of_inputs_is_pruned_as_well_as_a_whole_block(sparsity):
         w, hessian = problem(d, 32, seed=1)
         found, _ = sparse_gpt(jnp.asarray(w), jnp.asarray(hessian), Unstructured(sparsity=sparsity))
         assert np.count_nonzero(found) == round((1 - sparsity) * found.size)
-        errors[d] = relative_errors(found, jnp.asarray(w), jnp.asarray(hessian))[1]
+        errors[d] = matrix_errors(found, jnp.asarray(w), jnp.asarray(hessian)).outputs
     assert errors[131] < 1.1 * errors[BLOCK]

@@ -20,6 +20,8 @@ from efftrain.models.mlp import FeedForward
 from efftrain.models.moe.layer import RoutedExperts
 
 ROWS = 8  # number of rows that a layer computes at once
+NORM_LIMIT = 3.0
+SAMPLE = 256  # number of tokens for which errors of outputs are compared one by one
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,16 @@ class CalibrationRows:
     Attributes:
       tokens, segments, positions: (rows, length) int32; see ``data.storage.packing.row``. Segment 0 is padding.
       rows_asked: number of rows that were asked for, for reports. None: unknown.
+      norm_limit: limit of the norm of a product's input, as a multiple of the median over the tokens of a batch. Larger
+        inputs are scaled down to it before they enter a statistic: a few tokens of massive activations, mostly at the
+        start of a segment (Sun et al. 2024, Massive Activations), would otherwise decide it alone. None: no limit.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
     rows_asked: int | None = None
+    norm_limit: float | None = NORM_LIMIT
 
     def __post_init__(self):
         if self.tokens.ndim != 2 or not len(self.tokens) or not (self.segments > 0).any():
@@ -89,9 +95,16 @@ class Tap:
 class _Product:
     """Replaces a ``Linear`` and adds up a statistic of its inputs, without padding."""
 
-    def __init__(self, linear: Linear, path: str, statistic: Callable[[Array], Array], valid_bt: Array):
+    def __init__(
+        self,
+        linear: Linear,
+        path: str,
+        statistic: Callable[[Array], Array],
+        valid_bt: Array,
+        norm_limit: float | None,
+    ):
         self.linear, self.path, self.statistic, self.valid_bt = linear, path, statistic, valid_bt
-        self.total: Array | float = 0.0
+        self.norm_limit, self.total = norm_limit, jnp.zeros(())
 
     def __call__(self, x: Array) -> Array:
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
@@ -101,8 +114,26 @@ class _Product:
                 f"{self.path} reads {len(flat)} vectors for {len(valid_n)} tokens, so that padding cannot be left out; "
                 "use a method that reads no calibration text (rtn, magnitude)"
             )
-        self.total += self.statistic(jnp.where(valid_n[:, None], flat, 0))
+        flat = jnp.where(valid_n[:, None], flat, 0)
+        self.total += self.statistic(flat * limiting_factor(flat, self.norm_limit))
         return self.linear(x)
+
+
+def limiting_factor(x_nd: Array, limit: float | None) -> Array:
+    """The factor by which each vector is scaled down to a norm of at most ``limit`` times the median of the norms.
+
+    Args:
+      x_nd: (n, d) float32; vectors of zeros do not count.
+      limit: a multiple of the median. None: no limit.
+
+    Returns:
+      (n, 1) float32, at most 1.
+    """
+    if limit is None:
+        return jnp.ones((len(x_nd), 1))
+    norm_n1 = jnp.linalg.norm(x_nd, axis=-1, keepdims=True)
+    most = limit * jnp.nanmedian(jnp.where(norm_n1 > 0, norm_n1, jnp.nan))
+    return jnp.where(norm_n1 > most, most / norm_n1, 1)
 
 
 def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> np.ndarray:
@@ -117,7 +148,7 @@ def forward(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) 
 def hessians(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
     """Sums ``x x^T`` over the calibration tokens for the input x of each dense product of a plain block.
 
-    Products that read the same input share one array.
+    Products that read the same input share one array. Norms of inputs are limited; see ``CalibrationRows``.
 
     Args:
       layer: the block; not changed.
@@ -133,6 +164,22 @@ def hessians(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows)
 def magnitudes(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
     """Sums ``|x|`` over the calibration tokens for each product, (d_in,) float32; otherwise as ``hessians``."""
     return _input_sums(_magnitude, layer, x_ntd, calibration)
+
+
+def input_samples(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> dict[str, Array]:
+    """Returns ``SAMPLE`` inputs of each product, (SAMPLE, d_in) float32, spread over the first rows, as they are.
+
+    Rows of zeros stand for padding. Otherwise as ``hessians``.
+    """
+    rows = calibration.batches()[0]
+    first = replace(
+        calibration,
+        tokens=calibration.tokens[rows],
+        segments=calibration.segments[rows],
+        positions=calibration.positions[rows],
+        norm_limit=None,
+    )
+    return _input_sums(_spread, layer, x_ntd[rows], first)
 
 
 def idle_experts(layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows) -> tuple[int, ...]:
@@ -171,6 +218,10 @@ def _magnitude(x_nd: Array) -> Array:
     return jnp.abs(x_nd).sum(0)
 
 
+def _spread(x_nd: Array) -> Array:
+    return x_nd[jnp.linspace(0, len(x_nd) - 1, SAMPLE).astype(jnp.int32)]
+
+
 def _input_sums(
     statistic: Callable[[Array], Array], layer: nnx.Module, x_ntd: np.ndarray, calibration: CalibrationRows
 ) -> dict[str, Array]:
@@ -183,7 +234,7 @@ def _input_sums(
             sums[_name(path)] = jnp.zeros(shape, jnp.float32)
     for rows in calibration.batches():
         where = calibration.positions[rows], calibration.segments[rows]
-        sums = _add_inputs(graph, statistic, sums, state, x_ntd[rows], *where)
+        sums = _add_inputs(graph, statistic, calibration.norm_limit, sums, state, x_ntd[rows], *where)
     return sums | {_name(path): sums[_name(first)] for path, first in leader.items()}
 
 
@@ -207,15 +258,15 @@ def _compute(graph: nnx.GraphDef, state: nnx.State, x_btd: Array, positions_bt: 
     return nnx.merge(graph, state)(x_btd, positions_bt, segments_bt)[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _add_inputs(graph, statistic, sums, state, x_btd, positions_bt, segments_bt) -> dict[str, Array]:
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _add_inputs(graph, statistic, norm_limit, sums, state, x_btd, positions_bt, segments_bt) -> dict[str, Array]:
     layer, valid_bt = nnx.merge(graph, state), segments_bt > 0
     products = []
     for holder_path, holder in list(nnx.iter_modules(layer)):
         for name, linear in list(vars(holder).items()):
             path = _name((*holder_path, name))
             if isinstance(linear, Linear) and path in sums:
-                products.append(_Product(linear, path, statistic, valid_bt))
+                products.append(_Product(linear, path, statistic, valid_bt, norm_limit))
                 setattr(holder, name, products[-1])
     layer(x_btd, positions_bt, segments_bt)
     return {product.path: sums[product.path] + product.total for product in products}
@@ -235,32 +286,54 @@ def inputs_of(outer: Decoder, calibration: CalibrationRows) -> np.ndarray:
     return np.asarray(outer.embed(*map(jnp.asarray, (calibration.tokens, calibration.positions))))
 
 
-def relative_errors(after: Array, before: Array, hessian_dd: Array | None) -> tuple[float, float | None]:
-    """Root mean squares of the changes of a matrix and of its outputs, each over that of the thing itself.
+@dataclass(frozen=True)
+class MatrixErrors:
+    """How much a conversion changed a matrix and its outputs.
+
+    Attributes:
+      weights: root mean square of the change of the weights over that of the weights.
+      outputs: the same for the outputs on the calibration text, with the limit of ``CalibrationRows.norm_limit``. None:
+        the inputs were not observed.
+      tokens: root mean square over tokens of the norm of an output's change over that of the output, so that each token
+        counts the same. None: the inputs were not observed.
+    """
+
+    weights: float
+    outputs: float | None = None
+    tokens: float | None = None
+
+
+def matrix_errors(
+    after: Array, before: Array, hessian_dd: Array | None, sample_nd: Array | None = None
+) -> MatrixErrors:
+    """Compares a matrix (..., d, f) after and before a conversion.
 
     Args:
-      after: the changed matrix (..., d, f).
+      after: the changed matrix.
       before: the matrix before the change.
-      hessian_dd: sum of ``x x^T`` of its inputs. None: they were not observed.
-
-    Returns:
-      The error of the weights, and that of the outputs; None without a Hessian.
+      hessian_dd: ``hessians`` of its inputs. None: they were not observed.
+      sample_nd: ``input_samples`` of its inputs.
     """
-    weight_error, output_error = _relative_errors(after, before, hessian_dd)
-    return float(weight_error), None if output_error is None else float(output_error)
+    found = _matrix_errors(after, before, hessian_dd, sample_nd)
+    return MatrixErrors(*(None if error is None else float(error) for error in found))  # ty: ignore[invalid-argument-type]
 
 
 @jax.jit
-def _relative_errors(after: Array, before: Array, hessian_dd: Array | None) -> tuple[Array, Array | None]:
+def _matrix_errors(after, before, hessian_dd, sample_nd) -> tuple[Array, Array | None, Array | None]:
     def ratio(change: Array, whole: Array) -> Array:
         return jnp.sqrt(change / jnp.maximum(whole, 1e-30))
 
-    change = after - before
-    weight_error = ratio(jnp.square(change).sum(), jnp.square(before).sum())
-    if hessian_dd is None:
-        return weight_error, None
-    energies = [(jnp.matmul(hessian_dd, a_df, precision="highest") * a_df).sum() for a_df in (change, before)]
-    return weight_error, ratio(*energies)
+    change, outputs, tokens = after - before, None, None
+    weights = ratio(jnp.square(change).sum(), jnp.square(before).sum())
+    if hessian_dd is not None:
+        energies = [(jnp.matmul(hessian_dd, a_df, precision="highest") * a_df).sum() for a_df in (change, before)]
+        outputs = ratio(*energies)
+    if sample_nd is not None:
+        change_n, output_n = (
+            jnp.square(jnp.matmul(sample_nd, a_df, precision="highest")).sum(-1) for a_df in (change, before)
+        )
+        tokens = jnp.sqrt(jnp.nanmean(jnp.where(output_n > 0, change_n / jnp.maximum(output_n, 1e-30), jnp.nan)))
+    return weights, outputs, tokens
 
 
 Hessians = Mapping[str, Array]

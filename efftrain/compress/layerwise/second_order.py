@@ -5,6 +5,7 @@ Source: Frantar et al. 2023 (GPTQ), algorithm 1; Frantar and Alistarh 2023 (Spar
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -128,7 +129,28 @@ def compensated(
     return jax.lax.scan(block, w_df, jnp.arange(0, d, size))[1].reshape(-1, f)[:d]
 
 
-def gptq(w_df: Array, hessian_dd: Array, format: Format) -> tuple[QuantizedArray, float]:
+@dataclass(frozen=True)
+class FactoredHessian:
+    """A Hessian factored for ``gptq``; matrices that read the same input share it.
+
+    Attributes:
+      order_d: the inputs, from the largest mean square to the smallest, in which rows are quantised.
+      factor_dd: see ``inverse_factor``; its rows are in this order.
+      damping: see ``inverse_factor``.
+    """
+
+    order_d: Array
+    factor_dd: Array
+    damping: float
+
+    @staticmethod
+    def of(hessian_dd: Array) -> "FactoredHessian":
+        """Factors ``calibration.hessians`` of an input."""
+        order_d = jnp.argsort(-jnp.diag(hessian_dd))
+        return FactoredHessian(order_d, *inverse_factor(hessian_dd[jnp.ix_(order_d, order_d)]))
+
+
+def gptq(w_df: Array, hessian: FactoredHessian, format: Format, step_gf: Array | None = None) -> QuantizedArray:
     """Quantises a matrix by GPTQ, so that its products with the calibration inputs change little.
 
     The rows of the largest inputs are quantised first. The scales are those of the matrix before the quantisation, so
@@ -136,17 +158,13 @@ def gptq(w_df: Array, hessian_dd: Array, format: Format) -> tuple[QuantizedArray
 
     Args:
       w_df: the matrix (d_in, d_out).
-      hessian_dd: ``calibration.hessians`` of its inputs.
+      hessian: of its inputs.
       format: number format of the result.
-
-    Returns:
-      The quantised matrix, and the damping that ``inverse_factor`` needed.
+      step_gf: the scales before rounding, such as those of ``clipping.clipped_step``. None: those of ``step_of``.
     """
-    order_d = jnp.argsort(-jnp.diag(hessian_dd))
-    factor_dd, damping = inverse_factor(hessian_dd[jnp.ix_(order_d, order_d)])
-    scale_gf = stored_scale(step_of(w_df, format), format)
-    nearest_df = _gptq(w_df.astype(jnp.float32), factor_dd, scale_gf, order_d, format)
-    return quantize(nearest_df, format, scale=scale_gf), damping
+    scale_gf = stored_scale(step_of(w_df, format) if step_gf is None else step_gf, format)
+    nearest_df = _gptq(w_df.astype(jnp.float32), hessian.factor_dd, scale_gf, hessian.order_d, format)
+    return quantize(nearest_df, format, scale=scale_gf)
 
 
 def sparse_gpt(
@@ -158,7 +176,8 @@ def sparse_gpt(
     rows after them are updated to compensate.
 
     Args:
-      w_df, hessian_dd: see ``gptq``.
+      w_df: the matrix (d_in, d_out).
+      hessian_dd: ``calibration.hessians`` of its inputs.
       structure: the pattern of zeros and the sparsity.
       format: number format to which the remaining weights are rounded in the same pass, with the scales of the matrix
         before the pruning. None: they stay float.

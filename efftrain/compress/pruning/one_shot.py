@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, hessians, idle_experts, relative_errors, unreached
+from efftrain.compress.layerwise.calibration import (
+    CalibrationRows,
+    hessians,
+    idle_experts,
+    input_samples,
+    matrix_errors,
+    unreached,
+)
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
 from efftrain.compress.layerwise.second_order import damped, sparse_gpt
 from efftrain.compress.quantization.convert import ConversionReport, Converted, quantized_bytes
@@ -80,6 +87,7 @@ def prune(
         if quantization is not None:
             give_rules(layer, quantization, place)
         found = {} if inputs is None else hessians(layer, *inputs)
+        samples = {} if inputs is None else input_samples(layer, *inputs)
         idle = () if inputs is None else idle_experts(layer, *inputs)
         if idle:
             all_idle[f"blocks/{number}/mlp"] = idle
@@ -89,10 +97,11 @@ def prune(
             chosen = bool(re.fullmatch(layers, place + name))
             rule = rule_of(getattr(module, attribute)) if quantization is not None else None
             format = rule.weights if rule is not None else None
-            row = _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, hessian, chosen)
+            seen = hessian, samples.pop(name, None)
+            row = _prune(f"blocks/{number}/{name}", module, attribute, structure, format, how, method, seen, chosen)
             experts = isinstance(module, RoutedExperts) and row.method != "none"
             rows.append(replace(row, why=row.why + unreached(idle)) if experts else row)
-            del hessian
+            del hessian, seen
         states.append(nnx.state(layer))
     return assemble(config, layerwise.outer, states), ConversionReport(
         tuple(rows), None if text is None else text.size, all_idle
@@ -139,8 +148,9 @@ def _check_rules(config: ModelConfig) -> None:
 
 
 def _prune(
-    name, module, attribute, structure, format, how: str, asked: str, hessian: Array | None, chosen
+    name, module, attribute, structure, format, how: str, asked: str, seen: tuple[Array | None, Array | None], chosen
 ) -> Converted:
+    hessian, sample = seen
     variable = getattr(module, attribute)
     before, damping = variable[...], None
     if not chosen:
@@ -168,7 +178,7 @@ def _prune(
         after = value.dequantize()
         store(module, attribute, value)
         bytes_after = quantized_bytes(value)
-    weight_error, output_error = relative_errors(after, before, hessian)
+    errors = matrix_errors(after, before, hessian, sample)
     return Converted(
         name,
         str(before.dtype) if format is None else format_name(format),
@@ -176,8 +186,9 @@ def _prune(
         why,
         n_bytes,
         bytes_after,
-        weight_error,
-        output_error,
+        errors.weights,
+        errors.outputs,
+        errors.tokens,
         count_zeros(after) / after.size,
         damping,
     )

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from efftrain.compress.layerwise.calibration import CalibrationRows, Hessians, Tap, magnitudes
+from efftrain.compress.layerwise.calibration import CalibrationRows, Hessians, Tap, limiting_factor, magnitudes
 from efftrain.models.attention import SelfAttention
 from efftrain.models.block import Block
 from efftrain.models.linear import CentredNorm, RMSNorm
@@ -23,18 +23,11 @@ from efftrain.models.mlp import FeedForward
 from efftrain.models.quantization import in_float, rule_of
 from efftrain.ops.number_formats import Format
 from efftrain.ops.quantize import (
-    QuantizedArray,
     fake_quantize,
-    group_size,
-    learned_quantize,
-    quantize,
-    step_of,
-    stored_scale,
 )
 
 POWERS = 20  # number of exponents that are tried, from 0 to below 1, for the mean magnitudes of the inputs
 SMALLEST_FACTOR = 1e-4
-CLIPS = tuple(1 - i / 20 for i in range(10))  # clipping limits that are tried, as shares of the largest magnitude
 
 
 @dataclass(frozen=True)
@@ -167,12 +160,15 @@ def part_errors(
     total_p = np.zeros(len(factors_pd))
     for rows in calibration.batches():
         where = calibration.positions[rows], calibration.segments[rows]
-        total_p += np.asarray(_part_errors(graph, shared, formats, state, factors_pd, x_ntd[rows], *where))
+        limit = calibration.norm_limit
+        total_p += np.asarray(_part_errors(graph, shared, formats, limit, state, factors_pd, x_ntd[rows], *where))
     return total_p
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _part_errors(graph, shared: Shared, formats, state, factors_pd, x_btd, positions_bt, segments_bt) -> Array:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _part_errors(
+    graph, shared: Shared, formats, norm_limit, state, factors_pd, x_btd, positions_bt, segments_bt
+) -> Array:
     assert shared.part is not None  # otherwise ``product_errors`` decides
     block, valid_bt = nnx.merge(graph, state), segments_bt > 0
     tap = Tap(block, f"{shared.part}_norm", valid_bt)
@@ -192,41 +188,14 @@ def _part_errors(graph, shared: Shared, formats, state, factors_pd, x_btd, posit
         return jnp.where(valid_bt[..., None], out_btd.astype(jnp.float32), 0)
 
     before_btd = output(None)
-    return jax.lax.map(lambda factor_d: jnp.square(output(factor_d) - before_btd).sum(), factors_pd)
+    # The error of a token with massive activations counts no more than that of another.
+    weight_bt1 = limiting_factor(before_btd.reshape(-1, before_btd.shape[-1]), norm_limit).reshape(*valid_bt.shape, 1)
+    return jax.lax.map(lambda factor_d: jnp.square(weight_bt1 * (output(factor_d) - before_btd)).sum(), factors_pd)
 
 
 def is_clipped(name: str) -> bool:
     """Whether a product's weights may be clipped: not those of queries and keys, which only matter as a product."""
     return name not in ("attention/query", "attention/key")
-
-
-def clipped(w_df: Array, hessian_dd: Array, format: Format) -> QuantizedArray:
-    """Quantises a matrix after clipping the largest weights of each group where that lowers the output error.
-
-    The clip is searched for each group of inputs and each output separately, by the error over all tokens.
-
-    Args:
-      w_df: the matrix (d, f).
-      hessian_dd: sum of ``x x^T`` of its inputs.
-      format: number format of the result.
-    """
-    return quantize(w_df, format, scale=stored_scale(_clipped_step(w_df, hessian_dd, format), format))
-
-
-@partial(jax.jit, static_argnames="format")
-def _clipped_step(w_df: Array, hessian_dd: Array, format: Format) -> Array:
-    (d, f), size = w_df.shape, group_size(len(w_df), format)
-    n = d // size
-    # The diagonal blocks: for each group, the sum of x x^T of its own inputs.
-    hessian_gss = hessian_dd.reshape(n, size, n, size)[jnp.arange(n), :, jnp.arange(n)]
-    w_df, step_gf = w_df.astype(jnp.float32), step_of(w_df, format)
-
-    def errors(share: Array) -> Array:
-        change_gsf = (learned_quantize(w_df, step_gf * share, format) - w_df).reshape(n, size, f)
-        return (jnp.einsum("gst,gtf->gsf", hessian_gss, change_gsf, precision="highest") * change_gsf).sum(1)
-
-    clips = jnp.array(CLIPS)
-    return step_gf * clips[jnp.argmin(jax.lax.map(errors, clips), axis=0)]
 
 
 def _rounded(w_df: Array, factor_d: Array, format: Format) -> Array:

@@ -14,12 +14,14 @@ from efftrain.compress.layerwise.calibration import (
     CalibrationSize,
     hessians,
     idle_experts,
-    relative_errors,
+    input_samples,
+    matrix_errors,
     unreached,
 )
 from efftrain.compress.layerwise.layerwise_model import LayerwiseModel, assemble
-from efftrain.compress.layerwise.second_order import damped, gptq
-from efftrain.compress.quantization.awq import clipped, is_clipped, scale_inputs
+from efftrain.compress.layerwise.second_order import FactoredHessian, damped, gptq
+from efftrain.compress.quantization.awq import is_clipped, scale_inputs
+from efftrain.compress.quantization.clipping import clipped, clipped_step
 from efftrain.errors import ConfigError
 from efftrain.models.block import Block
 from efftrain.models.decoder import Decoder, abstract_decoder
@@ -43,7 +45,9 @@ class Converted:
       why: the reason if it was not converted, or not exactly by the requested method; otherwise empty.
       bytes_before, bytes_after: bytes of the matrix, with the scales.
       weight_error: root mean square of the change of the weights over that of the weights.
-      output_error: the same for the outputs on the calibration text; None if the inputs were not observed.
+      output_error: the same for the outputs on the calibration text, in which no token counts for more than
+        ``CalibrationRows.norm_limit`` allows; None if the inputs were not observed.
+      token_error: the same with every token's error relative to its own output; see ``calibration.MatrixErrors``.
       sparsity: share of the stored numbers that are zero, from pruning or from rounding.
       damping: of "gptq" and "sparsegpt", see ``second_order.inverse_factor``; None with other methods.
     """
@@ -56,6 +60,7 @@ class Converted:
     bytes_after: int
     weight_error: float
     output_error: float | None
+    token_error: float | None
     sparsity: float
     damping: float | None = None
 
@@ -136,6 +141,8 @@ def convert(
     for number, layer, inputs in layerwise.iterate_layers("convert", calibration if observe else None):
         give_rules(layer, quantization, f"blocks/{number % n_positions}/")
         plain, found = isinstance(layer, Block), {} if inputs is None else hessians(layer, *inputs)
+        samples = {} if inputs is None else input_samples(layer, *inputs)
+        factored: dict[int, FactoredHessian] = {}  # by the identity of the Hessian, which products share
         idle = () if inputs is None else idle_experts(layer, *inputs)
         if idle:
             all_idle[f"blocks/{number}/mlp"] = idle
@@ -147,12 +154,18 @@ def convert(
             how, why = _how(name, getattr(module, attribute), method, plain, observed, factors)
             if isinstance(module, RoutedExperts):
                 why += unreached(idle)
-            hessian = found.pop(name, None)
-            if hessian is not None and name in factors:  # the inputs have been divided by the factors
-                hessian = hessian / jnp.outer(factors[name], factors[name])
+            seen = None
+            if name in found:
+                hessian, sample = found.pop(name), samples.pop(name)
+                if name in factors:  # the inputs have been divided by the factors
+                    hessian, sample = hessian / jnp.outer(factors[name], factors[name]), sample / factors[name]
+                if how == "gptq" and id(hessian) not in factored:
+                    factored = {id(hessian): FactoredHessian.of(hessian)}
+                seen = _Seen(hessian, sample, factored.get(id(hessian)))
+                del hessian
             clip = how == "awq" and is_clipped(name)
-            rows.append(_convert(f"blocks/{number}/{name}", module, attribute, how, why, hessian, clip=clip))
-            del hessian  # free its memory before the next matrix
+            rows.append(_convert(f"blocks/{number}/{name}", module, attribute, how, why, seen, clip=clip))
+            del seen  # free its memory before the next matrix
         states.append(nnx.state(layer))
         each_layer(number + 1)
     for name, module, attribute in list(matrices(outer)):
@@ -182,24 +195,37 @@ def _how(
     return method, ""
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What was seen of the inputs of a matrix."""
+
+    hessian_dd: Array
+    sample_nd: Array
+    factored: FactoredHessian | None
+
+
 def _convert(
-    name: str, module: nnx.Module, attribute: str, method: str, why: str, hessian: Array | None, *, clip: bool = False
+    name: str, module: nnx.Module, attribute: str, method: str, why: str, seen: _Seen | None, *, clip: bool = False
 ) -> Converted:
     variable = getattr(module, attribute)
     rule, before, n_bytes = rule_of(variable), variable[...], variable.size * variable.dtype.itemsize
     if rule is None or rule.weights is None:
         zeros, why = count_zeros(before) / before.size, "no rule sets a number format for its weights"
-        return Converted(name, str(variable.dtype), "none", why, n_bytes, n_bytes, 0.0, None, zeros)
+        return Converted(name, str(variable.dtype), "none", why, n_bytes, n_bytes, 0.0, None, None, zeros)
     damping = None
     if method == "gptq":
-        assert hessian is not None  # its inputs were seen
-        value, damping = gptq(before, hessian, rule.weights)
+        assert seen is not None  # its inputs were seen
+        assert seen.factored is not None
+        step_gf = clipped_step(before, seen.hessian_dd, rule.weights)
+        value, damping = gptq(before, seen.factored, rule.weights, step_gf), seen.factored.damping
         why = damped(damping)
+    elif clip:
+        assert seen is not None  # its inputs were seen
+        value = clipped(before, seen.hessian_dd, rule.weights)
     else:
-        assert hessian is not None or not clip  # its inputs were seen
-        value = quantized(module, attribute) if hessian is None or not clip else clipped(before, hessian, rule.weights)
+        value = quantized(module, attribute)
     after = value.dequantize()
-    weight_error, output_error = relative_errors(after, before, hessian)
+    errors = matrix_errors(after, before, *((None, None) if seen is None else (seen.hessian_dd, seen.sample_nd)))
     store(module, attribute, value)
     zeros = count_zeros(after) / after.size
     return Converted(
@@ -209,8 +235,9 @@ def _convert(
         why,
         n_bytes,
         quantized_bytes(value),
-        weight_error,
-        output_error,
+        errors.weights,
+        errors.outputs,
+        errors.tokens,
         zeros,
         damping,
     )
