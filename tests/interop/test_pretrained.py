@@ -131,11 +131,17 @@ def _both(source: GgufFile, made: GgufFile, name: str):
     return ((source, source.tensors[name]), (made, made.tensors[name]))
 
 
-def test_an_exported_file_is_read_by_transformers(run, ids, their_logits, transformers, torch, tmp_path):
+def test_an_exported_file_is_read_by_transformers(run, ids, theirs, their_logits, transformers, torch, tmp_path):
+    """Steps of Q8_0 are absmax / 127 of 32 numbers, in float16: half a step, and 127 times the rounding of a step."""
     export_gguf(run, tmp_path / "model.gguf", "Q8_0")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    for name, tensor in loaded.state_dict().items():
+        wanted = theirs.state_dict()[name]
+        if tensor.ndim == 2:
+            change, blocks = (tensor - wanted).reshape(-1, 32).abs(), wanted.reshape(-1, 32).abs()
+            assert (change <= blocks.amax(1, keepdim=True) / 127 * (0.5 + 127 * 2**-11) + 1e-7).all(), name
     with torch.no_grad():
         logits = loaded(torch.from_numpy(ids).long()).logits.numpy()
     assert (logits.argmax(-1) == their_logits.argmax(-1)).mean() > 0.95
