@@ -144,5 +144,5 @@ def test_an_exported_file_is_read_by_transformers(run, ids, theirs, their_logits
             assert (change <= blocks.amax(1, keepdim=True) / 127 * (0.5 + 127 * 2**-11) + 1e-7).all(), name
     with torch.no_grad():
         logits = loaded(torch.from_numpy(ids).long()).logits.numpy()
-    assert (logits.argmax(-1) == their_logits.argmax(-1)).mean() > 0.95
+    assert (logits.argmax(-1) == their_logits.argmax(-1)).mean() > 0.97
     assert np.abs(logits - their_logits).mean() < 0.05 * their_logits.std()
