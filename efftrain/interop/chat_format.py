@@ -56,7 +56,9 @@ class ChatFormat:
         """
         answers = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
         if not answers:
-            raise ConfigError(f"no message has the role {ASSISTANT}, so that there is nothing to learn; remove the conversation")
+            raise ConfigError(
+                f"no message has the role {ASSISTANT}, so that there is nothing to learn; remove the conversation"
+            )
         messages = broken(messages, self.special)
         whole = self._render(messages, marks=(BEGIN, END))
         if BEGIN in whole:
